@@ -1,0 +1,64 @@
+"""Eight virtual CPU devices, prepared digits, and small networks and images."""
+
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+SHARED_DATA = pathlib.Path(
+    os.environ.get("FLAX_RESNET_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data")
+)
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """A data_dir with the bundled digits prepared."""
+    from flax_resnet.datasets import prepare
+
+    directory = str(tmp_path_factory.mktemp("tfds"))
+    prepare.prepare("sklearn_digits", directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The real CIFAR-10 and MNIST, where they are."""
+    if not (SHARED_DATA / "cifar10").is_dir():
+        pytest.skip(f"no data sets in {SHARED_DATA}; FLAX_RESNET_DATA names another place")
+    return str(SHARED_DATA)
+
+
+@pytest.fixture
+def meshes():
+    """(a mesh of one device, a mesh of eight)."""
+    from flax_resnet.distributed import data_mesh
+
+    return data_mesh(jax.devices()[:1]), data_mesh(jax.devices())
+
+
+@pytest.fixture
+def mesh(meshes):
+    """A mesh of one device."""
+    return meshes[0]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def image_folder(tmp_path, rng):
+    """Two classes of 20 random 8x8 RGB PNGs each, in tmp_path/photos."""
+    root = tmp_path / "photos"
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
+    return root

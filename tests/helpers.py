@@ -1,0 +1,43 @@
+"""What several tests share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_resnet.models import ResNet
+
+
+def tiny_resnet(**fields):
+    """One block of 8 filters: compiles in a second."""
+    defaults = {"stage_sizes": (1,), "num_filters": 8, "num_classes": 10, "stem": "cifar"}
+    return ResNet(**{**defaults, **fields})
+
+
+def random_batch(rng, n=16, size=8, channels=3, num_classes=10):
+    """A training batch of noise."""
+    return {
+        "image": rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8),
+        "label": rng.integers(0, num_classes, n).astype(np.int32),
+    }
+
+
+UNIT_STATS = {"mean": np.full(3, 0.5, np.float32), "std": np.full(3, 0.25, np.float32)}
+
+
+def max_difference(a, b):
+    """Largest absolute difference between two trees of arrays."""
+    gaps = jax.tree.map(lambda x, y: float(np.max(np.abs(np.asarray(x) - np.asarray(y)))), a, b)
+    return max(jax.tree.leaves(gaps))
+
+
+def assert_trees_equal(a, b):
+    """Every leaf of two trees is equal to the last bit."""
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def count_parameters(module, shape):
+    """Parameters of a module on images of ``shape`` (H, W, C), without computing any."""
+    variables = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False)
+    )
+    return sum(x.size for x in jax.tree.leaves(variables["params"]))
