@@ -1,0 +1,267 @@
+"""Optimizers and learning-rate schedules: frozen dataclasses that build optax transformations.
+
+An optimizer holds a peak learning rate and a schedule. A schedule is a shape in shares of the run
+and learns the run's length only when it is built: a config cut down to a trial keeps its shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from flax_resnet.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """The peak learning rate throughout, after an optional linear warm-up."""
+
+    warmup: float = 0.0
+    """Share of the run spent rising linearly to the peak (Goyal et al. 2017: 5 / 90)."""
+    warmup_start: float = 0.0
+    """Learning rate at step 0 of the warm-up, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"schedule.warmup={self.warmup}: expected a share of the run below 1")
+
+    def build(self, peak: float, num_steps: int) -> optax.Schedule:
+        """The optax schedule, step (int) to learning rate, for a run of ``num_steps``."""
+        warmup_steps = round(self.warmup * num_steps)
+        rest = self._after_warmup(peak, num_steps - warmup_steps)
+        if not warmup_steps:
+            return rest
+        rise = optax.linear_schedule(peak * self.warmup_start, peak, warmup_steps)
+        return optax.join_schedules([rise, rest], [warmup_steps])
+
+    def _after_warmup(self, peak: float, num_steps: int) -> optax.Schedule:
+        return optax.constant_schedule(peak)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piecewise(Constant):
+    """Multiplied by ``factor`` at each boundary (He et al. 2016, section 4.2: 32k, 48k of 64k)."""
+
+    boundaries: tuple[float, ...] = (0.5, 0.75)
+    """Where to drop, as shares of the steps after the warm-up."""
+    factor: float = 0.1
+    """What the rate is multiplied by at each boundary."""
+
+    def _after_warmup(self, peak: float, num_steps: int) -> optax.Schedule:
+        drops = {round(share * num_steps): self.factor for share in self.boundaries}
+        return optax.piecewise_constant_schedule(peak, drops)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine(Constant):
+    """Half a cosine from the peak to ``final`` of it (Loshchilov and Hutter 2017, no restarts)."""
+
+    final: float = 0.0
+    """The last learning rate, as a share of the peak."""
+
+    def _after_warmup(self, peak: float, num_steps: int) -> optax.Schedule:
+        return optax.cosine_decay_schedule(peak, num_steps, self.final)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneCycle:
+    """Up to the peak and down to near zero, both by half cosines (Smith and Topin 2018)."""
+
+    rise: float = 0.3
+    """Share of the run spent rising."""
+    start_divisor: float = 25.0
+    """The first rate is the peak over this."""
+    final_divisor: float = 1e4
+    """The last rate is the first over this."""
+
+    def build(self, peak: float, num_steps: int) -> optax.Schedule:
+        """The optax schedule, step (int) to learning rate, for a run of ``num_steps``."""
+        return optax.cosine_onecycle_schedule(
+            num_steps, peak, self.rise, self.start_divisor, self.final_divisor
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ReduceOnPlateau(Constant):
+    """Multiplied by ``factor`` when the training loss, averaged over an epoch, stops falling.
+
+    The decision is taken inside the compiled step from optimizer state, so it is resumed with
+    the rest and works under vmap. It watches the training loss, not an evaluation.
+    """
+
+    factor: float = 0.1
+    """What the rate is multiplied by."""
+    patience: int = 5
+    """Epochs without improvement before it is."""
+    min_improvement: float = 1e-4
+    """Relative fall of the loss that counts as improvement."""
+    min_scale: float = 1e-4
+    """The product of all reductions stops here."""
+
+
+Schedule = Constant | Piecewise | Cosine | OneCycle | ReduceOnPlateau
+
+
+@dataclasses.dataclass(frozen=True)
+class _Optimizer:
+    learning_rate: float = 1e-3
+    """Peak learning rate; the schedule shapes it."""
+    schedule: Schedule = Constant()
+    """Shape of the learning rate over the run."""
+    weight_decay: float = 0.0
+    """Weight decay, applied to convolution and dense kernels only."""
+    decay_norm_and_bias: bool = False
+    """Decay BatchNorm scales, offsets and biases too."""
+    max_grad_norm: float | None = None
+    """Clip the gradient to this global L2 norm; None does not clip."""
+
+    def build(
+        self, num_steps: int, steps_per_epoch: int
+    ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+        """Builds the transformation and the schedule that it follows.
+
+        Args:
+          num_steps: optimizer steps in the run.
+          steps_per_epoch: optimizer steps an epoch.
+
+        Returns:
+          (transformation, schedule). ``transformation.update`` takes ``value=``, the loss,
+          which only ReduceOnPlateau reads.
+        """
+        schedule = self.schedule.build(self.learning_rate, num_steps)
+        parts = (
+            [] if self.max_grad_norm is None else [optax.clip_by_global_norm(self.max_grad_norm)]
+        )
+        parts += self._core(schedule, True if self.decay_norm_and_bias else is_kernel)
+        if isinstance(self.schedule, ReduceOnPlateau):
+            parts.append(
+                optax.contrib.reduce_on_plateau(
+                    factor=self.schedule.factor,
+                    patience=self.schedule.patience,
+                    rtol=self.schedule.min_improvement,
+                    accumulation_size=steps_per_epoch,
+                    min_scale=self.schedule.min_scale,
+                )
+            )
+        return optax.with_extra_args_support(optax.chain(*parts)), schedule
+
+    def _core(self, schedule: optax.Schedule, mask: Any) -> list[optax.GradientTransformation]:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD(_Optimizer):
+    """Stochastic gradient descent; weight decay is added to the gradient, as in the papers."""
+
+    learning_rate: float = 0.1
+    """Peak learning rate; the schedule shapes it."""
+    momentum: float = 0.9
+    """Share of the velocity kept at each step."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
+
+    def _core(self, schedule: optax.Schedule, mask: Any) -> list[optax.GradientTransformation]:
+        return [
+            *_l2(self.weight_decay, mask),
+            optax.sgd(schedule, self.momentum or None, self.nesterov),
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam(_Optimizer):
+    """Adam (Kingma and Ba 2015); weight decay is added to the gradient."""
+
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment (the paper's; Keras says 1e-7)."""
+
+    def _core(self, schedule: optax.Schedule, mask: Any) -> list[optax.GradientTransformation]:
+        return [*_l2(self.weight_decay, mask), optax.adam(schedule, self.b1, self.b2, self.eps)]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    weight_decay: float = 1e-2
+    """Decoupled decay, multiplied by the learning rate; kernels only."""
+
+    def _core(self, schedule: optax.Schedule, mask: Any) -> list[optax.GradientTransformation]:
+        return [
+            optax.adamw(
+                schedule, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=mask
+            )
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class LARS(SGD):
+    """Layer-wise adaptive rates for large batches (You, Gitman and Ginsburg 2017)."""
+
+    trust_coefficient: float = 0.001
+    """Share of the weight norm that one step may move; kernels only."""
+
+    def _core(self, schedule: optax.Schedule, mask: Any) -> list[optax.GradientTransformation]:
+        return [
+            optax.lars(
+                schedule,
+                self.weight_decay,
+                mask,
+                self.trust_coefficient,
+                trust_ratio_mask=is_kernel,
+                momentum=self.momentum,
+                nesterov=self.nesterov,
+            )
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class LAMB(AdamW):
+    """Adam with layer-wise trust ratios (You et al. 2020)."""
+
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+
+    def _core(self, schedule: optax.Schedule, mask: Any) -> list[optax.GradientTransformation]:
+        return [optax.lamb(schedule, self.b1, self.b2, self.eps, 0.0, self.weight_decay, mask)]
+
+
+Optimizer = SGD | Adam | AdamW | LARS | LAMB
+
+
+def linear_scaled_lr(base: float, batch_size: int, base_batch_size: int = 256) -> float:
+    """The linear scaling rule of Goyal et al. 2017, section 2.1: ``base * batch / base_batch``."""
+    return base * batch_size / base_batch_size
+
+
+def is_kernel(params: Any) -> Any:
+    """A tree of bools shaped like ``params``: True at leaves named ``kernel``.
+
+    By name and not by rank, so it also holds for parameters stacked over blocks or seeds.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: getattr(path[-1], "key", None) == "kernel", params
+    )
+
+
+def learning_rate_at(schedule: optax.Schedule, opt_state: Any, step: int) -> jax.Array:
+    """The rate that the update from ``step`` to ``step + 1`` uses, plateau reductions included."""
+    states = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_plateau) if _is_plateau(leaf)]
+    scale = states[0].scale if states else 1.0
+    return jnp.asarray(schedule(step)) * scale
+
+
+def _is_plateau(node: Any) -> bool:
+    return isinstance(node, optax.contrib.ReduceLROnPlateauState)
+
+
+def _l2(weight_decay: float, mask: Any) -> list[optax.GradientTransformation]:
+    return [optax.add_decayed_weights(weight_decay, mask)] if weight_decay else []

@@ -1,0 +1,147 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flax_resnet import optim
+from flax_resnet.errors import UserError
+
+PARAMS = {"conv": {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([3.0])}}
+GRADS = {"conv": {"kernel": jnp.array([0.5, 0.25]), "bias": jnp.array([-1.0])}}
+
+
+def updates(optimizer, steps=1, params=PARAMS):
+    tx, _ = optimizer.build(num_steps=100, steps_per_epoch=10)
+    state = tx.init(params)
+    for _ in range(steps):
+        delta, state = tx.update(GRADS, state, params, value=jnp.float32(1.0))
+        params = optax.apply_updates(params, delta)
+    return delta["conv"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        (optim.Constant(), {0: 2.0, 99: 2.0}),
+        (optim.Constant(warmup=0.1), {0: 0.0, 5: 1.0, 10: 2.0, 99: 2.0}),
+        (optim.Constant(warmup=0.1, warmup_start=0.5), {0: 1.0, 5: 1.5, 10: 2.0}),
+        (optim.Piecewise(), {0: 2.0, 49: 2.0, 50: 0.2, 74: 0.2, 75: 0.02, 99: 0.02}),
+        (optim.Piecewise(boundaries=(0.3,), factor=0.5, warmup=0.1), {10: 2.0, 36: 2.0, 37: 1.0}),
+        (optim.Cosine(), {0: 2.0, 50: 1.0, 100: 0.0}),
+        (optim.Cosine(final=0.1), {0: 2.0, 50: 1.1, 100: 0.2}),
+        (optim.Cosine(warmup=0.2), {0: 0.0, 10: 1.0, 20: 2.0, 60: 1.0, 100: 0.0}),
+        (optim.OneCycle(), {0: 0.08, 30: 2.0, 100: 8e-6}),
+    ],
+)
+def test_schedules(schedule, rates):
+    built = schedule.build(2.0, 100)
+    got = {step: float(built(step)) for step in rates}
+    assert got == pytest.approx(rates, rel=1e-5, abs=1e-6)
+
+
+def test_warmup_is_a_share_of_the_run():
+    with pytest.raises(UserError, match=r"schedule.warmup=1.5: expected a share of the run"):
+        optim.Cosine(warmup=1.5)
+
+
+def test_sgd_adds_decay_to_kernels_only_and_keeps_momentum():
+    sgd = optim.SGD(learning_rate=0.1, weight_decay=0.01, momentum=0.9)
+    first = updates(sgd)
+    np.testing.assert_allclose(first["kernel"], [-0.1 * 0.51, -0.1 * 0.23], rtol=1e-6)
+    np.testing.assert_allclose(first["bias"], [0.1], rtol=1e-6)
+    second = updates(sgd, steps=2)
+    velocity = 0.9 * 0.51 + 0.5 + 0.01 * (1 - 0.051)
+    np.testing.assert_allclose(second["kernel"][0], -0.1 * velocity, rtol=1e-6)
+    np.testing.assert_allclose(second["bias"], [0.19], rtol=1e-6)
+
+
+def test_decay_norm_and_bias_reaches_everything():
+    sgd = optim.SGD(learning_rate=0.1, weight_decay=0.01, decay_norm_and_bias=True)
+    np.testing.assert_allclose(updates(sgd)["bias"], [-0.1 * (-1 + 0.03)], rtol=1e-6)
+
+
+def test_nesterov_looks_ahead():
+    sgd = optim.SGD(learning_rate=0.1, momentum=0.9, nesterov=True)
+    np.testing.assert_allclose(updates(sgd)["bias"], [0.1 * 1.9], rtol=1e-6)
+
+
+def test_adam_steps_by_the_learning_rate_at_first():
+    got = updates(optim.Adam(learning_rate=0.1, eps=1e-8))
+    np.testing.assert_allclose(got["kernel"], [-0.1, -0.1], rtol=1e-5)
+    np.testing.assert_allclose(got["bias"], [0.1], rtol=1e-5)
+
+
+def test_adam_eps_is_added_to_the_root():
+    got = updates(optim.Adam(learning_rate=0.1, eps=0.25))
+    np.testing.assert_allclose(got["kernel"][1], -0.1 * 0.25 / (0.25 + 0.25), rtol=1e-5)
+
+
+def test_adamw_decouples_its_decay():
+    plain = updates(optim.AdamW(learning_rate=0.1, weight_decay=0.0))
+    decayed = updates(optim.AdamW(learning_rate=0.1, weight_decay=0.5))
+    shift = np.asarray(decayed["kernel"] - plain["kernel"])
+    np.testing.assert_allclose(shift, -0.1 * 0.5 * np.asarray(PARAMS["conv"]["kernel"]), rtol=1e-5)
+    np.testing.assert_array_equal(decayed["bias"], plain["bias"])
+
+
+def test_lars_scales_kernels_by_their_trust_ratio_and_leaves_biases():
+    got = updates(optim.LARS(learning_rate=0.1, momentum=0.0, trust_coefficient=0.5))
+    norm, grad_norm = np.sqrt(5.0), np.sqrt(0.5**2 + 0.25**2)
+    want = -0.1 * 0.5 * norm / grad_norm * np.array([0.5, 0.25])
+    np.testing.assert_allclose(got["kernel"], want, rtol=1e-5)
+    np.testing.assert_allclose(got["bias"], [0.1], rtol=1e-6)
+
+
+def test_lamb_scales_adams_direction_by_the_weight_norm():
+    got = updates(optim.LAMB(learning_rate=0.1, weight_decay=0.0))
+    want = -0.1 * np.sqrt(5.0) / np.sqrt(2.0) * np.ones(2)
+    np.testing.assert_allclose(got["kernel"], want, rtol=1e-4)
+
+
+def test_clipping_bounds_the_global_norm():
+    sgd = optim.SGD(learning_rate=1.0, momentum=0.0, max_grad_norm=0.1)
+    got = np.concatenate(list(updates(sgd).values()))
+    assert np.linalg.norm(got) == pytest.approx(0.1, rel=1e-5)
+
+
+def test_plateau_reduces_after_patience_epochs_without_improvement():
+    schedule = optim.ReduceOnPlateau(factor=0.5, patience=2)
+    tx, rate = optim.SGD(learning_rate=1.0, momentum=0.0, schedule=schedule).build(1000, 10)
+    state, rates = tx.init(PARAMS), []
+    for step in range(60):
+        loss = jnp.float32(1.0 - step / 100 if step < 20 else 0.9)
+        rates.append(float(optim.learning_rate_at(rate, state, step)))
+        _, state = tx.update(GRADS, state, PARAMS, value=loss)
+    # Epochs 0 and 1 improve (mean losses 0.955, 0.855), epochs 2 and 3 do not: halved at 40.
+    assert rates[:40] == [1.0] * 40
+    assert rates[40:60] == [0.5] * 20
+
+
+def test_other_schedules_ignore_the_loss():
+    tx, _ = optim.Adam().build(10, 5)
+    state = tx.init(PARAMS)
+    a, _ = tx.update(GRADS, state, PARAMS, value=jnp.float32(1.0))
+    b, _ = tx.update(GRADS, state, PARAMS, value=jnp.float32(9.0))
+    np.testing.assert_array_equal(a["conv"]["kernel"], b["conv"]["kernel"])
+
+
+def test_is_kernel_goes_by_name_so_stacked_biases_are_not_decayed():
+    stacked = {"norm": {"scale": jnp.ones((5, 3))}, "conv": {"kernel": jnp.ones((5, 3, 3, 1, 1))}}
+    assert optim.is_kernel(stacked) == {"norm": {"scale": False}, "conv": {"kernel": True}}
+
+
+def test_linear_scaling_rule():
+    assert optim.linear_scaled_lr(0.1, 8192) == pytest.approx(3.2)
+
+
+@pytest.mark.parametrize("cls", [optim.SGD, optim.Adam, optim.AdamW, optim.LARS, optim.LAMB])
+def test_optimizers_are_frozen_and_jit(cls):
+    optimizer = cls()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        optimizer.learning_rate = 1.0
+    tx, _ = optimizer.build(10, 5)
+    delta, _ = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS, value=jnp.float32(1.0))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(delta))
