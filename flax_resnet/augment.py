@@ -1,0 +1,284 @@
+"""Normalisation and augmentation of a batch of images, pure and keyed, for use inside the step.
+
+Order: uint8 to float, normalise, move (rotation and shifts, flip, pad and crop), cut (cutout),
+mix (mixup, cutmix). Moving happens after normalisation, as in the tutorials and in He et al.:
+what a crop pads with is then zero, the mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.ndimage import map_coordinates
+
+from flax_resnet.errors import UserError
+
+NormalizationKind = Literal["channel", "pixel", "imagenet", "none"]
+Statistics = dict[str, np.ndarray]
+Batch = dict[str, jax.Array]
+
+# The ImageNet training set's channel statistics on the 0..1 scale, as torchvision prints them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# A pixel that never changes (the rim of a digit) would otherwise divide by zero: one grey level.
+LEAST_STD = 1 / 255
+
+
+def statistics(
+    kind: NormalizationKind, image_shape: tuple[int, int, int], batches: Iterable[np.ndarray]
+) -> Statistics:
+    """What to subtract and divide by, from the images of the training split.
+
+    Args:
+      kind: "channel" is mean and deviation of each channel; "pixel" is the one mean of the
+        whole set and the deviation of each pixel over the images (the CIFAR-10 tutorial's);
+        "imagenet" the published constants; "none" leaves the 0..1 scale.
+      image_shape: (H, W, C).
+      batches: uint8 arrays (N, H, W, C); read only where the kind needs them. Sums are in
+        integers, so the result does not depend on how the images are batched.
+
+    Returns:
+      {"mean", "std"}: float32, (C,) or, for "pixel", a scalar mean and (H, W, C) std, on the
+      0..1 scale.
+    """
+    channels = image_shape[-1]
+    if kind == "none":
+        return _stats(np.zeros(channels), np.ones(channels))
+    if kind == "imagenet":
+        if channels != 3:
+            raise UserError(
+                f"normalization 'imagenet' is for 3 channels, the images have {channels}: "
+                "use --normalization channel"
+            )
+        return _stats(np.array(IMAGENET_MEAN), np.array(IMAGENET_STD))
+    total = np.zeros(image_shape, np.int64)
+    squares = np.zeros(image_shape, np.int64)
+    count = 0
+    for images in batches:
+        total += images.sum(axis=0, dtype=np.int64)
+        squares += np.square(images, dtype=np.int64).sum(axis=0)
+        count += len(images)
+    if kind == "channel":
+        mean, mean_square = (s.mean(axis=(0, 1)) / count for s in (total, squares))
+        return _stats(mean / 255, np.sqrt(mean_square - mean**2) / 255)
+    mean, mean_square = total / count, squares / count
+    return _stats(mean.mean() / 255, np.sqrt(mean_square - mean**2) / 255)
+
+
+def statistics_shape(
+    kind: NormalizationKind, image_shape: tuple[int, int, int]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes that ``statistics`` would return, without reading any image."""
+    std = image_shape if kind == "pixel" else image_shape[-1:]
+    mean = () if kind == "pixel" else std
+    return {
+        "mean": jax.ShapeDtypeStruct(mean, jnp.float32),
+        "std": jax.ShapeDtypeStruct(std, jnp.float32),
+    }
+
+
+def _stats(mean: np.ndarray, std: np.ndarray) -> Statistics:
+    return {
+        "mean": np.asarray(mean, np.float32),
+        "std": np.maximum(std, LEAST_STD).astype(np.float32),
+    }
+
+
+def normalize(images: jax.Array, stats: dict[str, jax.Array]) -> jax.Array:
+    """uint8 (N, H, W, C) to the dtype of the statistics: ``(images / 255 - mean) / std``."""
+    return (images.astype(stats["std"].dtype) / 255 - stats["mean"]) / stats["std"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """Random changes to a normalised training batch; the default changes nothing."""
+
+    rotation: float = 0.0
+    """Rotate by an angle drawn evenly from +- this many degrees, nearest fill."""
+    width_shift: float = 0.0
+    """Shift sideways by up to +- this share of the width, in fractions of a pixel, nearest fill."""
+    height_shift: float = 0.0
+    """Shift up or down by up to +- this share of the height, nearest fill."""
+    flip: bool = False
+    """Mirror left to right with probability one half."""
+    pad_crop: int = 0
+    """Pad by this many pixels on each side and crop back at a random place."""
+    pad_mode: Literal["constant", "reflect"] = "constant"
+    """What to pad with: zero (the mean, after normalisation) or the mirrored image."""
+    cutout: int = 0
+    """Set a square of this side to zero, centred anywhere (DeVries and Taylor 2017)."""
+    mixup: float = 0.0
+    """Beta parameter of mixup (Zhang et al. 2018); 0 is off."""
+    cutmix: float = 0.0
+    """Beta parameter of CutMix (Yun et al. 2019); 0 is off. With mixup, a coin a batch decides."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and value < 0:
+                raise UserError(f"augment.{field.name}={value} is negative: use 0 (off) or more")
+
+    def __call__(self, key: jax.Array, batch: Batch) -> Batch:
+        """Augments a batch.
+
+        Args:
+          key: a jax.random key; the same key gives the same result.
+          batch: "image" float (N, H, W, C), normalised; "label" int (N,).
+
+        Returns:
+          The batch with "image" changed. With mixup or cutmix also "label_mixed" int (N,)
+          and "mix" float (N,), the share of "label" in the target.
+        """
+        images = batch["image"]
+        move_key, flip_key, crop_key, cut_key, mix_key = jax.random.split(key, 5)
+        if self.rotation or self.width_shift or self.height_shift:
+            images = self._rotate_and_shift(move_key, images)
+        if self.flip:
+            images = random_flip(flip_key, images)
+        if self.pad_crop:
+            images = pad_and_crop(crop_key, images, self.pad_crop, self.pad_mode)
+        if self.cutout:
+            images = cutout(cut_key, images, self.cutout)
+        batch = {**batch, "image": images}
+        if not (self.mixup or self.cutmix):
+            return batch
+        if not (self.mixup and self.cutmix):
+            return (
+                mixup(mix_key, batch, self.mixup)
+                if self.mixup
+                else cutmix(mix_key, batch, self.cutmix)
+            )
+        coin_key, mix_key = jax.random.split(mix_key)
+        return jax.lax.cond(
+            jax.random.bernoulli(coin_key),
+            lambda: mixup(mix_key, batch, self.mixup),
+            lambda: cutmix(mix_key, batch, self.cutmix),
+        )
+
+    def _rotate_and_shift(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        n, height, width, _ = images.shape
+        draws = jax.random.uniform(key, (3, n), minval=-1.0, maxval=1.0)
+        return rotate_and_shift(
+            images,
+            jnp.deg2rad(self.rotation) * draws[0],
+            self.height_shift * height * draws[1],
+            self.width_shift * width * draws[2],
+        )
+
+
+def rotate_and_shift(
+    images: jax.Array, angle: jax.Array, rows: jax.Array, columns: jax.Array
+) -> jax.Array:
+    """Rotates and shifts each image as the Keras image generator does.
+
+    The output pixel at offset p from the centre is the bilinear sample of the input at
+    R(angle) (p + (rows, columns)), and the nearest edge pixel where that falls outside.
+
+    Args:
+      images: (N, H, W, C).
+      angle: radians, (N,).
+      rows: vertical shift in pixels, (N,).
+      columns: horizontal shift in pixels, (N,).
+    """
+    _, height, width, _ = images.shape
+    centre_row, centre_column = (height - 1) / 2, (width - 1) / 2
+
+    def one(image: jax.Array, a: jax.Array, dr: jax.Array, dc: jax.Array) -> jax.Array:
+        r, c = jnp.mgrid[:height, :width]
+        r, c = r - centre_row + dr, c - centre_column + dc
+        source = (
+            jnp.cos(a) * r - jnp.sin(a) * c + centre_row,
+            jnp.sin(a) * r + jnp.cos(a) * c + centre_column,
+        )
+        sample = jax.vmap(
+            lambda plane: map_coordinates(plane, source, order=1, mode="nearest"), -1, -1
+        )
+        return sample(image).astype(image.dtype)
+
+    return jax.vmap(one)(images, angle, rows, columns)
+
+
+def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Mirrors each image of (N, H, W, C) left to right with probability one half."""
+    mirrored = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
+    return jnp.where(mirrored, images[:, :, ::-1], images)
+
+
+def pad_and_crop(
+    key: jax.Array, images: jax.Array, pad: int, mode: Literal["constant", "reflect"] = "constant"
+) -> jax.Array:
+    """Pads each image by ``pad`` on every side and crops (H, W) at a place drawn evenly."""
+    n, height, width, channels = images.shape
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode=mode)
+    corners = jax.random.randint(key, (n, 2), 0, 2 * pad + 1)
+    return jax.vmap(
+        lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (height, width, channels))
+    )(padded, corners)
+
+
+def _box(
+    centre_row: jax.Array, centre_column: jax.Array, box: tuple, shape: tuple[int, ...]
+) -> jax.Array:
+    """Bool (N, H, W, 1), True within a box (rows, columns) around each centre, clipped."""
+    _, height, width, _ = shape
+    rows, columns = box
+
+    def within(n: int, centre: jax.Array, size: jax.Array | int) -> jax.Array:
+        first = centre - size // 2
+        at = jnp.arange(n)[None, :]
+        return (at >= first[:, None]) & (at < (first + size)[:, None])
+
+    return (
+        within(height, centre_row, rows)[:, :, None, None]
+        & within(width, centre_column, columns)[:, None, :, None]
+    )
+
+
+def cutout(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
+    """Sets a ``size`` x ``size`` square of each image to zero; its centre is any pixel."""
+    n, height, width, _ = images.shape
+    row_key, column_key = jax.random.split(key)
+    hole = _box(
+        jax.random.randint(row_key, (n,), 0, height),
+        jax.random.randint(column_key, (n,), 0, width),
+        (size, size),
+        images.shape,
+    )
+    return jnp.where(hole, jnp.zeros((), images.dtype), images)
+
+
+def mixup(key: jax.Array, batch: Batch, alpha: float) -> Batch:
+    """Blends each image with its mirror in the batch, by one Beta(alpha, alpha) draw a batch."""
+    images = batch["image"]
+    share = jax.random.beta(key, alpha, alpha).astype(images.dtype)
+    mixed = share * images + (1 - share) * images[::-1]
+    return _mixed(batch, mixed, share)
+
+
+def cutmix(key: jax.Array, batch: Batch, alpha: float) -> Batch:
+    """Pastes a box of each image's mirror in the batch into it; the target is by area."""
+    images = batch["image"]
+    n, height, width, _ = images.shape
+    share_key, row_key, column_key = jax.random.split(key, 3)
+    side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
+    box = (jnp.round(side * height).astype(int), jnp.round(side * width).astype(int))
+    row = jnp.broadcast_to(jax.random.randint(row_key, (), 0, height), (n,))
+    column = jnp.broadcast_to(jax.random.randint(column_key, (), 0, width), (n,))
+    pasted = _box(row, column, box, images.shape)
+    share = 1 - jnp.mean(pasted[0].astype(jnp.float32))
+    return _mixed(batch, jnp.where(pasted, images[::-1], images), share.astype(images.dtype))
+
+
+def _mixed(batch: Batch, images: jax.Array, share: jax.Array) -> Batch:
+    label = batch["label"]
+    return {
+        **batch,
+        "image": images,
+        "label_mixed": label[::-1],
+        "mix": jnp.broadcast_to(share.astype(jnp.float32), label.shape),
+    }
