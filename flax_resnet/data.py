@@ -1,0 +1,326 @@
+"""Batches on the devices, from a tfds set or a folder.
+
+The rows of batch k are a pure function of (seed, k): permutations of the training split, one
+an epoch, are joined end to end and cut into batches. No example is dropped or seen twice in an
+epoch, the position in the data is the step number, and a set that lives on the device gives
+the same batches as one that streams.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flax_resnet import distributed
+from flax_resnet.datasets import prepare, sources
+from flax_resnet.datasets.decode import Decoder
+from flax_resnet.errors import UserError
+
+DECODE_CHUNK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they reach the devices."""
+
+    name: str = sources.DIGITS
+    """A tfds image-classification set: "cifar10", "mnist", "imagenet2012", "NAME:VERSION"."""
+    data_dir: str | None = dataclasses.field(default=None, metadata={"free": True})
+    """Directory that holds NAME/VERSION; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    folder: str | None = None
+    """Read this folder of images, one sub-folder a class, instead of a tfds set."""
+    train_split: str = "train"
+    """Training split: a name, or a slice such as "train[:90%]"."""
+    eval_split: str = "test"
+    """Evaluation split."""
+    holdout_every: int = 5
+    """A folder without split sub-folders holds out every so-manieth image of a class."""
+    image_size: int | None = None
+    """Resize to this height and width; None keeps the stored size."""
+    crop_ratio: float = 1.0
+    """With image_size: side of the centre crop over the shorter side (ImageNet: 0.875)."""
+    random_resized_crop: bool = False
+    """With image_size: train on a random area and aspect of each image (Szegedy et al. 2015)."""
+    resident_mb: int = dataclasses.field(default=2048, metadata={"free": True})
+    """Sets of up to this many MiB of pixels live on the device; larger ones stream."""
+    num_workers: int = dataclasses.field(default=2, metadata={"free": True})
+    """Worker processes that decode a streamed set; 0 decodes in threads of this process."""
+    statistics_examples: int = 50_000
+    """Streamed sets: training images, evenly spaced, that normalisation statistics read."""
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"data.image_size={self.image_size}: expected a side of 1 or more")
+        if not 0 < self.crop_ratio <= 1:
+            raise UserError(f"data.crop_ratio={self.crop_ratio}: expected a share in (0, 1]")
+        if self.holdout_every < 2:
+            raise UserError(f"data.holdout_every={self.holdout_every}: expected 2 or more")
+        if self.random_resized_crop and self.image_size is None:
+            raise UserError("data.random_resized_crop needs a size: set --data.image-size")
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of the n training examples in an epoch (read-only)."""
+    rows = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+    rows.setflags(write=False)
+    return rows
+
+
+def batch_rows(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
+    """The training examples of batch ``step``: (batch_size,) row numbers below n."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // n
+    return np.concatenate(
+        [
+            epoch_permutation(seed, int(epoch), n)[positions[epochs == epoch] % n]
+            for epoch in np.unique(epochs)
+        ]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchReader:
+    """Reads and decodes this process's rows of batch ``step``; picklable, for worker processes.
+
+    Attributes:
+      source: the split.
+      decoder: bytes to pixels.
+      batch_size: rows of the global batch.
+      seed: shuffles by (seed, epoch); None reads in file order and pads the last batch.
+      shard: (index, count): which equal part of each batch to read.
+    """
+
+    source: sources.Source
+    decoder: Decoder
+    batch_size: int
+    seed: int | None = None
+    shard: tuple[int, int] = (0, 1)
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """{"image" uint8 (n, H, W, C), "label" int32 (n,)}; without a seed also "mask" bool."""
+        step, n = int(step), len(self.source)
+        if self.seed is None:
+            rows, mask = eval_rows(step, self.batch_size, n)
+        else:
+            rows, mask = batch_rows(self.seed, step, self.batch_size, n), None
+        index, count = self.shard
+        mine = slice(index * len(rows) // count, (index + 1) * len(rows) // count)
+        images, labels = decode_rows(
+            self.source, self.decoder, rows[mine], self._generators(step, mine)
+        )
+        batch = {"image": images, "label": labels}
+        return batch if mask is None else {**batch, "mask": mask[mine]}
+
+    def _generators(self, step: int, mine: slice) -> Iterator[np.random.Generator] | None:
+        """One generator an example, by its position in training, whoever reads it."""
+        if self.seed is None or not self.decoder.random_crop:
+            return None
+        first = step * self.batch_size
+        return (
+            np.random.Generator(np.random.Philox(key=[self.seed, position], counter=1))
+            for position in range(first + mine.start, first + mine.stop)
+        )
+
+
+def eval_rows(step: int, batch_size: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of evaluation batch ``step`` in file order, and the mask of those that count."""
+    rows = np.arange(step * batch_size, (step + 1) * batch_size)
+    mask = rows < n
+    return np.where(mask, rows, 0), mask
+
+
+def decode_rows(
+    source: sources.Source,
+    decoder: Decoder,
+    rows: np.ndarray,
+    generators: Iterable[np.random.Generator] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes rows of a source: uint8 (n, H, W, C) and int32 labels (n,)."""
+    encoded, labels = source.read([int(row) for row in rows])
+    draws = iter(generators) if generators is not None else None
+    images = []
+    for row, data in zip(rows, encoded, strict=True):
+        try:
+            images.append(decoder(data, next(draws) if draws is not None else None))
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
+            raise sources.unreadable(source.describe(int(row)), error) from error
+    return np.stack(images), labels
+
+
+def decode_chunks(
+    source: sources.Source, decoder: Decoder, rows: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Decodes rows in order, chunk by chunk, on the machine's cores (Pillow frees the GIL)."""
+    chunks = [rows[i : i + DECODE_CHUNK] for i in range(0, len(rows), DECODE_CHUNK)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(lambda chunk: decode_rows(source, decoder, chunk), chunks)
+
+
+class Data:
+    """A training and an evaluation split, opened and checked, as batches on a mesh.
+
+    Attributes:
+      image_shape: (H, W, C) of every image.
+      class_names: name of each label.
+      num_train: training examples.
+      num_eval: evaluation examples.
+      resident: True where both splits live on the devices.
+    """
+
+    def __init__(self, config: DataConfig, mesh: Mesh, num_classes: int):
+        """Opens the set.
+
+        Raises:
+          UserError: it is missing, damaged, has labels of ``num_classes`` and above, or
+            images of several sizes and no ``image_size``.
+        """
+        self._config, self._mesh = config, mesh
+        self._train, self._eval = _open(config)
+        self.class_names = self._train.class_names
+        _check_labels(len(self.class_names), num_classes)
+        height, width, channels = self._train.image_shape
+        if config.image_size is not None:
+            height = width = config.image_size
+        if height is None or width is None:
+            raise UserError(
+                f"images of {config.folder or config.name} differ in size: set "
+                "--data.image-size, for example 224"
+            )
+        self.image_shape = (height, width, channels)
+        self._decoder = Decoder(channels, config.image_size, config.crop_ratio)
+        self.num_train, self.num_eval = len(self._train), len(self._eval)
+        for what, count in (("training", self.num_train), ("evaluation", self.num_eval)):
+            if not count:
+                raise UserError(f"the {what} split of {config.folder or config.name} is empty")
+        pixels = math.prod(self.image_shape) * (self.num_train + self.num_eval)
+        self.resident = not config.random_resized_crop and pixels <= config.resident_mb * 2**20
+        if self.resident:
+            self._resident = {
+                "train": self._to_devices(self._train, num_classes),
+                "eval": self._to_devices(self._eval, num_classes),
+            }
+            self._take = jax.jit(
+                lambda arrays, rows: {name: array[rows] for name, array in arrays.items()},
+                out_shardings=distributed.batch_sharding(mesh),
+            )
+
+    def _to_devices(self, source: sources.Source, num_classes: int) -> dict[str, jax.Array]:
+        images = np.empty((len(source), *self.image_shape), np.uint8)
+        labels = np.empty(len(source), np.int32)
+        start = 0
+        for pixels, chunk_labels in decode_chunks(source, self._decoder, np.arange(len(source))):
+            stop = start + len(pixels)
+            images[start:stop], labels[start:stop] = pixels, chunk_labels
+            start = stop
+        _check_labels(int(labels.max()) + 1, num_classes)
+        return distributed.put_replicated(self._mesh, {"image": images, "label": labels})
+
+    def train_images(self) -> Iterator[np.ndarray]:
+        """Training images for statistics, uint8 (n, H, W, C) a time: all, or an even sample."""
+        if self.resident:
+            images = self._resident["train"]["image"]
+            for start in range(0, self.num_train, 16 * DECODE_CHUNK):
+                yield np.asarray(images[start : start + 16 * DECODE_CHUNK])
+            return
+        count = min(self.num_train, self._config.statistics_examples)
+        rows = np.linspace(0, self.num_train - 1, count).round().astype(int)
+        for pixels, _ in decode_chunks(self._train, self._decoder, rows):
+            yield pixels
+
+    def train_batches(
+        self, seed: int, batch_size: int, start_step: int, stop_step: int
+    ) -> Iterator[dict[str, jax.Array]]:
+        """Batches from ``start_step`` to before ``stop_step``.
+
+        Yields:
+          {"image" uint8 (B, H, W, C), "label" int32 (B,)}, split over the devices.
+        """
+        if self.resident:
+            for step in range(start_step, stop_step):
+                yield self._gather("train", batch_rows(seed, step, batch_size, self.num_train))
+            return
+        decoder = dataclasses.replace(self._decoder, random_crop=self._config.random_resized_crop)
+        yield from self._stream(self._train, decoder, batch_size, seed, start_step, stop_step)
+
+    def eval_batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
+        """The evaluation split once, in order; "mask" is False on the padding of the last batch."""
+        num_steps = -(-self.num_eval // batch_size)
+        if not self.resident:
+            yield from self._stream(self._eval, self._decoder, batch_size, None, 0, num_steps)
+            return
+        for step in range(num_steps):
+            rows, mask = eval_rows(step, batch_size, self.num_eval)
+            batch = self._gather("eval", rows)
+            yield {**batch, "mask": distributed.put_batch(self._mesh, _my_part(mask))}
+
+    def _gather(self, split: str, rows: np.ndarray) -> dict[str, jax.Array]:
+        mine = _my_part(rows.astype(np.int32))
+        return self._take(self._resident[split], distributed.put_batch(self._mesh, mine))
+
+    def _stream(
+        self,
+        source: sources.Source,
+        decoder: Decoder,
+        batch_size: int,
+        seed: int | None,
+        start: int,
+        stop: int,
+    ) -> Iterator[dict[str, jax.Array]]:
+        """Whole batches read by Grain, in worker processes or threads, in step order."""
+        import grain
+
+        shard = (jax.process_index(), jax.process_count())
+        reader = BatchReader(source, decoder, batch_size, seed, shard)
+        threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        batches: Any = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(threads)
+        # A worker process costs seconds to start; a handful of batches does not repay it.
+        if self._config.num_workers and stop - start > 4 * self._config.num_workers:
+            _mark_flags_parsed()
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(self._config.num_workers, per_worker_buffer_size=2)
+            )
+        for batch in batches:
+            yield distributed.put_batch(self._mesh, batch)
+
+
+def _open(config: DataConfig) -> list[Any]:
+    splits = (config.train_split, config.eval_split)
+    if config.folder is not None:
+        return list(
+            sources.open_folder(config.folder, splits, config.image_size, config.holdout_every)
+        )
+    if config.name == sources.DIGITS:
+        prepare.prepare(config.name, config.data_dir)
+    return list(sources.open_tfds(config.name, config.data_dir, splits))
+
+
+def _check_labels(classes: int, num_classes: int) -> None:
+    if classes > num_classes:
+        raise UserError(
+            f"model.num_classes={num_classes} and the data has labels 0 to {classes - 1}: set "
+            f"--model.num-classes {classes}"
+        )
+
+
+def _my_part(rows: np.ndarray) -> np.ndarray:
+    """This process's equal part of a global batch's rows."""
+    index, count = jax.process_index(), jax.process_count()
+    return rows[index * len(rows) // count : (index + 1) * len(rows) // count]
+
+
+def _mark_flags_parsed() -> None:
+    """Grain hands absl's flags to its workers, and refuses while nobody has parsed them."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

@@ -1,0 +1,1 @@
+"""Where images come from: tfds sets and folders, read as random-access sources."""

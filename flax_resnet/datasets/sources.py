@@ -1,0 +1,290 @@
+"""Random-access sources of encoded images with labels: a tfds set, or a folder on disk.
+
+A source hands out encoded bytes and is a plain picklable object, so that Grain's worker
+processes can hold it. TensorFlow is never imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from flax_resnet.errors import UserError, did_you_mean
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+DIGITS = "sklearn_digits"
+
+
+class Source(Protocol):
+    """One split of an image-classification set."""
+
+    class_names: tuple[str, ...]
+    image_shape: tuple[int | None, int | None, int]  # None: varies from image to image
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def read(self, indices: Sequence[int]) -> tuple[list[bytes], np.ndarray]:
+        """Encoded images and their int32 labels, in the order of ``indices``."""
+
+    def describe(self, index: int) -> str:
+        """What to call the example in an error message."""
+
+
+class TfdsSource:
+    """A split of a tfds set prepared as ArrayRecord."""
+
+    def __init__(self, builder: Any, split: str):
+        import tensorflow_datasets as tfds
+
+        info = builder.info
+        self.image_key, self.label_key = _supervised_keys(info)
+        self._what = f"{info.full_name} {split}"
+        image, label = info.features[self.image_key], info.features[self.label_key]
+        self.class_names = tuple(label.names)
+        self.image_shape = tuple(image.shape)
+        if self.image_shape[-1] is None:
+            self.image_shape = (*self.image_shape[:2], 3)
+        try:
+            self._records = builder.as_data_source(
+                split, decoders={self.image_key: tfds.decode.SkipDecoding()}
+            )
+        except ValueError as error:
+            names = list(info.splits)
+            raise UserError(
+                f"split {split!r} of {info.full_name} cannot be read: expected one of {names} or "
+                f"a slice like 'train[:90%]'{did_you_mean(split, names)}"
+            ) from error
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self._records)
+
+    def read(self, indices: Sequence[int]) -> tuple[list[bytes], np.ndarray]:
+        """Encoded images and their int32 labels, in the order of ``indices``."""
+        records = self._records.__getitems__([int(i) for i in indices])
+        return (
+            [record[self.image_key] for record in records],
+            np.array([record[self.label_key] for record in records], np.int32),
+        )
+
+    def describe(self, index: int) -> str:
+        """What to call the example in an error message."""
+        return f"example {index} of {self._what}"
+
+
+class FolderSource:
+    """Image files in one sub-folder a class; the classes are the sub-folders, sorted."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        labels: np.ndarray,
+        class_names: Sequence[str],
+        image_shape: tuple[int | None, int | None, int],
+    ):
+        self._paths = list(paths)
+        self._labels = np.asarray(labels, np.int32)
+        self.class_names = tuple(class_names)
+        self.image_shape = image_shape
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self._paths)
+
+    def read(self, indices: Sequence[int]) -> tuple[list[bytes], np.ndarray]:
+        """Encoded images and their int32 labels, in the order of ``indices``."""
+        return [self._paths[i].read_bytes() for i in indices], self._labels[list(indices)]
+
+    def describe(self, index: int) -> str:
+        """What to call the example in an error message."""
+        return str(self._paths[index])
+
+
+def find_builder(name: str, data_dir: str | None) -> Any:
+    """The tfds builder of a set prepared under ``data_dir``, or None where it is not there."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.read_only_builder import builder_from_files
+
+    try:
+        return builder_from_files(name, data_dir=data_root(data_dir))
+    except tfds.core.DatasetNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"dataset name {name!r} cannot be read: {error}") from error
+
+
+def data_root(data_dir: str | None) -> str:
+    """``data_dir``, or tfds's default: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    from tensorflow_datasets.core import constants
+
+    return str(Path(data_dir or constants.DATA_DIR).expanduser())
+
+
+def is_array_record(builder: Any) -> bool:
+    """True where the set is stored as ArrayRecord, perhaps beside its first format."""
+    from tensorflow_datasets.core.file_adapters import FileFormat
+
+    return FileFormat.ARRAY_RECORD in builder.info.available_file_formats()
+
+
+def check_known(name: str) -> None:
+    """Raises UserError unless tfds, or this library, can build a set of that name."""
+    import tensorflow_datasets as tfds
+
+    known = [*tfds.list_builders(with_community_datasets=False), DIGITS]
+    if name.split("/")[0].split(":")[0] not in known:
+        raise UserError(
+            f"unknown dataset {name!r}{did_you_mean(name, known)}: expected a tfds name, or a "
+            "folder of images by --data.folder DIR"
+        )
+
+
+def open_tfds(name: str, data_dir: str | None, splits: Sequence[str]) -> list[TfdsSource]:
+    """Opens splits of a prepared tfds set.
+
+    Args:
+      name: as tfds takes it: "cifar10", "cifar10:3.0.2", "imagenet_resized/32x32".
+      data_dir: directory holding ``name/version``; None is tfds's default.
+      splits: tfds split names or slices, such as "train[:90%]".
+
+    Raises:
+      UserError: the set is unknown, not prepared, prepared as TFRecord, or not image
+        classification.
+    """
+    builder = find_builder(name, data_dir)
+    command = f"python -m flax_resnet prepare {name}"
+    command += f" --data-dir {data_dir}" if data_dir else ""
+    if builder is None:
+        check_known(name)
+        raise UserError(f"dataset {name!r} is not prepared in {data_root(data_dir)}: run {command}")
+    if not is_array_record(builder):
+        raise UserError(
+            f"dataset {name!r} in {builder.data_path} is stored as "
+            f"{builder.info.file_format.value}, array_record is needed: convert it by {command}"
+        )
+    return [TfdsSource(builder, split) for split in splits]
+
+
+def _supervised_keys(info: Any) -> tuple[str, str]:
+    import tensorflow_datasets as tfds
+
+    features = info.features
+    keys = info.supervised_keys or ("image", "label")
+    if (
+        len(keys) == 2
+        and all(key in features for key in keys)
+        and isinstance(features[keys[0]], tfds.features.Image)
+        and isinstance(features[keys[1]], tfds.features.ClassLabel)
+    ):
+        return keys
+    raise UserError(
+        f"dataset {info.full_name!r} is not image classification: expected an image and a class "
+        f"label, its features are {dict(features)}"
+    )
+
+
+def open_folder(
+    folder: str, splits: Sequence[str], image_size: int | None, test_every: int
+) -> list[FolderSource]:
+    """Opens a folder of images, one sub-folder a class.
+
+    With sub-folders named after both splits (``folder/train/CLASS/...``; "val", "valid" and
+    "validation" also stand for the second), those are the splits. Otherwise
+    ``folder/CLASS/...`` is split: every ``test_every``-th file of a class, by sorted path, is
+    evaluation. Images are read as RGB.
+
+    Args:
+      folder: the directory.
+      splits: two names, for training and evaluation.
+      image_size: side that images will be resized to; None demands equal sizes on disk.
+      test_every: holds out 1 / ``test_every`` of each class.
+
+    Raises:
+      UserError: no such folder, fewer than two classes, a class without images, an
+        unreadable image, or images of several sizes and no ``image_size``.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--data.folder {folder}: no such directory")
+    train_root = root / splits[0]
+    others = [splits[1], "test", "val", "valid", "validation"]
+    test_root = next((root / s for s in others if (root / s).is_dir()), None)
+    if train_root.is_dir() and test_root is not None:
+        names = _class_names(train_root)
+        if (test_names := _class_names(test_root)) != names:
+            odd = sorted(set(names) ^ set(test_names))
+            raise UserError(
+                f"{train_root} and {test_root} differ in classes {odd}: both need the same ones"
+            )
+        groups = [_list_images(train_root, names), _list_images(test_root, names)]
+    else:
+        names = _class_names(root)
+        groups = [[], []]
+        for label, paths in enumerate(_by_class(root, names)):
+            if len(paths) < test_every:
+                raise UserError(
+                    f"class {names[label]!r} in {root} has {len(paths)} images, at least "
+                    f"{test_every} are needed to hold out one in {test_every} for evaluation"
+                )
+            for position, path in enumerate(paths):
+                groups[position % test_every == test_every - 1].append((path, label))
+    shape = _common_shape([path for group in groups for path, _ in group], image_size)
+    return [
+        FolderSource([p for p, _ in group], np.array([c for _, c in group]), names, shape)
+        for group in groups
+    ]
+
+
+def _class_names(root: Path) -> list[str]:
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(names) < 2:
+        raise UserError(
+            f"{root} holds {len(names)} class sub-folders {names}: at least 2 are expected, one "
+            "for each class with its images inside"
+        )
+    return names
+
+
+def _by_class(root: Path, names: Sequence[str]) -> list[list[Path]]:
+    classes = []
+    for name in names:
+        paths = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not paths:
+            raise UserError(f"class folder {root / name} holds no images: add some or remove it")
+        classes.append(paths)
+    return classes
+
+
+def _list_images(root: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
+    return [(p, label) for label, paths in enumerate(_by_class(root, names)) for p in paths]
+
+
+def _common_shape(paths: Sequence[Path], image_size: int | None) -> tuple:
+    """Opens every header, so that a file that is no image is found before anything starts."""
+    sizes: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                sizes.setdefault(image.size, path)
+        except OSError as error:
+            raise unreadable(str(path), error) from error
+    if len(sizes) == 1:
+        ((width, height),) = sizes
+        return height, width, 3
+    if image_size is None:
+        (a, first), (b, second) = list(sizes.items())[:2]
+        raise UserError(
+            f"images differ in size ({first} is {a[0]}x{a[1]}, {second} is {b[0]}x{b[1]}): set "
+            "--data.image-size, for example 224"
+        )
+    return None, None, 3
+
+
+def unreadable(what: str, error: Exception) -> UserError:
+    """The error for bytes that do not decode."""
+    return UserError(f"unreadable image {what} ({error}): repair it or remove it")

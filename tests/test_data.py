@@ -1,0 +1,190 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from flax_resnet import data
+from flax_resnet.data import BatchReader, Data, DataConfig, batch_rows
+from flax_resnet.datasets import sources
+from flax_resnet.datasets.decode import Decoder
+from flax_resnet.errors import UserError
+
+
+@pytest.fixture
+def digits(digits_dir, mesh):
+    return Data(DataConfig(data_dir=digits_dir), mesh, 10)
+
+
+def as_numpy(batches):
+    return [{name: np.asarray(x) for name, x in batch.items()} for batch in batches]
+
+
+def assert_same_batches(a, b):
+    a, b = as_numpy(a), as_numpy(b)
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        assert all(np.array_equal(x[name], y[name]) for name in x)
+
+
+def test_every_epoch_holds_every_example_once_across_batch_edges():
+    stream = np.concatenate([batch_rows(3, step, 7, 50) for step in range(50)])
+    assert stream.shape == (350,)
+    for epoch in range(7):
+        assert sorted(stream[50 * epoch : 50 * (epoch + 1)]) == list(range(50))
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    def epoch(seed, index):
+        return data.epoch_permutation(seed, index, 50).tolist()
+
+    assert epoch(1, 0) == epoch(1, 0)
+    assert len({tuple(epoch(seed, index)) for seed in range(4) for index in range(4)}) == 16
+
+
+def test_a_batch_larger_than_the_set_spans_epochs():
+    rows = batch_rows(0, 0, 25, 10)
+    assert [sorted(rows[i : i + 10].tolist()) for i in (0, 10)] == [list(range(10))] * 2
+
+
+def test_resident_batches_are_the_rows_of_the_source(digits, digits_dir):
+    (train,) = sources.open_tfds("sklearn_digits", digits_dir, ("train",))
+    encoded, labels = train.read(range(len(train)))
+    (batch,) = as_numpy(digits.train_batches(5, 64, 30, 31))
+    rows = batch_rows(5, 30, 64, 1442)
+    assert batch["image"].dtype == np.uint8
+    np.testing.assert_array_equal(batch["label"], labels[rows])
+    np.testing.assert_array_equal(batch["image"], [Decoder(1)(encoded[i]) for i in rows])
+
+
+def test_starting_later_continues_the_same_stream(digits):
+    whole = as_numpy(digits.train_batches(0, 64, 0, 40))
+    assert_same_batches(whole[25:], digits.train_batches(0, 64, 25, 40))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_streamed_batches_equal_resident_ones(digits, digits_dir, mesh, num_workers):
+    config = DataConfig(data_dir=digits_dir, resident_mb=0, num_workers=num_workers)
+    streamed = Data(config, mesh, 10)
+    assert digits.resident
+    assert not streamed.resident
+    assert_same_batches(streamed.train_batches(7, 64, 20, 32), digits.train_batches(7, 64, 20, 32))
+    assert_same_batches(streamed.eval_batches(24), digits.eval_batches(24))
+    whole = np.concatenate(list(digits.train_images()))
+    np.testing.assert_array_equal(np.concatenate(list(streamed.train_images())), whole)
+
+
+def test_streamed_statistics_read_an_even_sample(digits_dir, mesh):
+    config = DataConfig(data_dir=digits_dir, resident_mb=0, statistics_examples=100)
+    sample = np.concatenate(list(Data(config, mesh, 10).train_images()))
+    assert sample.shape == (100, 8, 8, 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 100, 355, 512])
+def test_evaluation_counts_each_example_once(digits, digits_dir, batch_size):
+    (test,) = sources.open_tfds("sklearn_digits", digits_dir, ("test",))
+    _, labels = test.read(range(len(test)))
+    batches = as_numpy(digits.eval_batches(batch_size))
+    assert {b["label"].shape for b in batches} == {(batch_size,)}
+    mask = np.concatenate([b["mask"] for b in batches])
+    got = np.concatenate([b["label"] for b in batches])
+    assert mask.sum() == 355
+    np.testing.assert_array_equal(got[mask], labels)
+
+
+def test_batches_are_split_over_eight_devices_and_equal(digits, digits_dir, meshes):
+    eight = Data(DataConfig(data_dir=digits_dir), meshes[1], 10)
+    (batch,) = eight.train_batches(0, 64, 3, 4)
+    assert {s.data.shape for s in batch["image"].addressable_shards} == {(8, 8, 8, 1)}
+    assert_same_batches([batch], digits.train_batches(0, 64, 3, 4))
+
+
+def test_processes_read_equal_parts_that_join_up(digits_dir):
+    (train,) = sources.open_tfds("sklearn_digits", digits_dir, ("train",))
+    decoder = Decoder(1, 16, random_crop=True)
+    whole = BatchReader(train, decoder, 48, seed=2)(9)
+    for count in (2, 3):
+        parts = [BatchReader(train, decoder, 48, seed=2, shard=(i, count))(9) for i in range(count)]
+        for name in whole:
+            np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), whole[name])
+    whole = BatchReader(train, Decoder(1), 1000)(1)
+    parts = [BatchReader(train, Decoder(1), 1000, shard=(i, 4))(1) for i in range(4)]
+    assert whole["mask"].sum() == 442
+    for name in whole:
+        np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), whole[name])
+
+
+def test_random_crops_differ_by_example_and_epoch_and_repeat(digits_dir):
+    (train,) = sources.open_tfds("sklearn_digits", digits_dir, ("train",))
+    reader = BatchReader(train, Decoder(1, 8, random_crop=True), 1442, seed=0)
+    first, again, second = reader(0), reader(0), reader(1)
+    np.testing.assert_array_equal(first["image"], again["image"])
+    a = first["image"][np.argsort(batch_rows(0, 0, 1442, 1442))]
+    b = second["image"][np.argsort(batch_rows(0, 1, 1442, 1442))]
+    assert (a != b).any((1, 2, 3)).mean() > 0.99
+
+
+def test_random_resized_crops_stream(digits_dir, mesh):
+    config = DataConfig(data_dir=digits_dir, image_size=16, random_resized_crop=True, num_workers=0)
+    opened = Data(config, mesh, 10)
+    assert not opened.resident
+    (batch,) = opened.train_batches(0, 8, 0, 1)
+    assert batch["image"].shape == (8, 16, 16, 1)
+
+
+def test_folder_of_images_as_batches(image_folder, mesh):
+    opened = Data(DataConfig(folder=str(image_folder)), mesh, 2)
+    assert opened.class_names == ("cat", "dog")
+    assert (opened.num_train, opened.num_eval, opened.image_shape) == (32, 8, (8, 8, 3))
+    resized = Data(DataConfig(folder=str(image_folder), image_size=4), mesh, 2)
+    (batch,) = resized.train_batches(0, 8, 0, 1)
+    assert batch["image"].shape == (8, 4, 4, 3)
+
+
+def test_an_image_that_breaks_off_is_named(image_folder, mesh):
+    path = image_folder / "dog" / "07.png"
+    path.write_bytes(path.read_bytes()[:120])
+    with pytest.raises(UserError, match=r"unreadable image .*dog/07\.png"):
+        Data(DataConfig(folder=str(image_folder)), mesh, 2)
+    streamed = Data(DataConfig(folder=str(image_folder), resident_mb=0, num_workers=0), mesh, 2)
+    with pytest.raises(UserError, match=r"unreadable image .*dog/07\.png"):
+        list(streamed.train_batches(0, 32, 0, 1))
+
+
+def test_labels_out_of_range_are_refused(digits_dir, mesh):
+    with pytest.raises(
+        UserError, match=r"num_classes=5 .* labels 0 to 9: set --model.num-classes 10"
+    ):
+        Data(DataConfig(data_dir=digits_dir), mesh, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_size": 0}, "image_size=0"),
+        ({"crop_ratio": 1.5}, "crop_ratio=1.5"),
+        ({"holdout_every": 1}, "holdout_every=1"),
+        ({"random_resized_crop": True}, "set --data.image-size"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(UserError, match=message):
+        DataConfig(**fields)
+
+
+def test_real_cifar10_reads_whole(shared_data, mesh):
+    config = DataConfig("cifar10", data_dir=shared_data, train_split="train[:2000]")
+    opened = Data(config, mesh, 10)
+    assert (opened.num_train, opened.num_eval, opened.image_shape) == (2000, 10000, (32, 32, 3))
+    assert opened.class_names[:3] == ("airplane", "automobile", "bird")
+    labels = np.concatenate([b["label"][b["mask"]] for b in as_numpy(opened.eval_batches(512))])
+    assert np.bincount(labels).tolist() == [1000] * 10
+    streamed = Data(dataclasses.replace(config, resident_mb=0, num_workers=0), mesh, 10)
+    assert_same_batches(streamed.train_batches(0, 128, 3, 6), opened.train_batches(0, 128, 3, 6))
+
+
+def test_real_mnist_reads_whole(shared_data, mesh):
+    opened = Data(DataConfig("mnist", data_dir=shared_data), mesh, 10)
+    assert (opened.num_train, opened.num_eval, opened.image_shape) == (14262, 10000, (28, 28, 1))
+    assert jax.tree.leaves(opened._resident)[0].dtype == np.uint8

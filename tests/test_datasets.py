@@ -1,0 +1,262 @@
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from flax_resnet.datasets import prepare, sources
+from flax_resnet.datasets.decode import Decoder
+from flax_resnet.datasets.sklearn_digits import load_digits, test_rows
+from flax_resnet.errors import UserError
+
+test_rows.__test__ = False
+
+
+def png(pixels):
+    data = io.BytesIO()
+    Image.fromarray(pixels.squeeze()).save(data, format="png")
+    return data.getvalue()
+
+
+def test_digits_splits_hold_every_digit_once(digits_dir):
+    images, labels = load_digits()
+    train, test = sources.open_tfds("sklearn_digits", digits_dir, ("train", "test"))
+    assert (len(train), len(test)) == (1442, 355)
+    rows = test_rows(labels)
+    assert np.bincount(labels[rows]).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
+    for split, wanted in ((train, ~rows), (test, rows)):
+        encoded, got = split.read(range(len(split)))
+        pixels = [Decoder(1)(data) for data in encoded]
+        want = sorted(
+            (int(c), i.tobytes()) for c, i in zip(labels[wanted], images[wanted], strict=True)
+        )
+        assert sorted((int(c), p.tobytes()) for c, p in zip(got, pixels, strict=True)) == want
+
+
+def test_digits_stretch_16_grey_levels_over_a_byte():
+    from sklearn.datasets import load_digits as original
+
+    images, _ = load_digits()
+    np.testing.assert_allclose(images[..., 0] / 255, original().images / 16, atol=0.5 / 255)
+    assert images.max() == 255
+
+
+def test_preparing_again_changes_nothing(digits_dir):
+    directory = prepare.prepare("sklearn_digits", digits_dir)
+    before = {p: p.stat().st_mtime_ns for p in sources.Path(directory).iterdir()}
+    assert prepare.prepare("sklearn_digits", digits_dir) == directory
+    assert {p: p.stat().st_mtime_ns for p in sources.Path(directory).iterdir()} == before
+
+
+def test_split_slices(digits_dir):
+    first, rest = sources.open_tfds("sklearn_digits", digits_dir, ("train[:90%]", "train[90%:]"))
+    assert (len(first), len(rest)) == (1298, 144)
+
+
+def test_unknown_split_names_the_ones_there_are(digits_dir):
+    with pytest.raises(UserError, match=r"split 'tests' .* \['t.*did you mean 'test'"):
+        sources.open_tfds("sklearn_digits", digits_dir, ("tests",))
+
+
+def test_unknown_dataset_names_the_nearest(tmp_path):
+    with pytest.raises(UserError, match=r"unknown dataset 'cifar1o' \(did you mean 'cifar10'\?\)"):
+        sources.open_tfds("cifar1o", str(tmp_path), ("train",))
+    with pytest.raises(UserError, match="unknown dataset 'cifar1o'"):
+        prepare.prepare("cifar1o", str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unprepared_dataset_gives_the_command(tmp_path):
+    command = f"run python -m flax_resnet prepare cifar100 --data-dir {tmp_path}"
+    with pytest.raises(UserError, match=f"'cifar100' is not prepared in .*{command}"):
+        sources.open_tfds("cifar100", str(tmp_path), ("train",))
+
+
+def test_preparing_a_download_without_tensorflow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs TensorFlow .*pip install -e '\.\[prepare\]'"):
+        prepare.prepare("cifar100", str(tmp_path))
+
+
+def crc32c(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def masked_crc(data):
+    crc = crc32c(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+@pytest.fixture
+def tfrecord_digits(digits_dir, tmp_path):
+    """The digits as tfds leaves them by default: TFRecord shards, two for training."""
+    builder = sources.find_builder("sklearn_digits", digits_dir)
+    target = tmp_path / "sklearn_digits" / "1.0.0"
+    target.mkdir(parents=True)
+    info = json.loads((builder.data_path / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    for split in info["splits"]:
+        source = builder.info.splits[split["name"]].filepaths[0]
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        records = ArrayRecordDataSource(str(source)).__getitems__(
+            list(range(int(split["shardLengths"][0])))
+        )
+        cut = 1000 if split["name"] == "train" else len(records)
+        shards = [s for s in (records[:cut], records[cut:]) if s]
+        split["shardLengths"] = [str(len(s)) for s in shards]
+        for i, shard in enumerate(shards):
+            name = f"sklearn_digits-{split['name']}.tfrecord-{i:05d}-of-{len(shards):05d}"
+            with (target / name).open("wb") as file:
+                for record in shard:
+                    length = struct.pack("<Q", len(record))
+                    crcs = [struct.pack("<I", masked_crc(x)) for x in (length, record)]
+                    file.write(length + crcs[0] + record + crcs[1])
+    (target / "dataset_info.json").write_text(json.dumps(info))
+    (target / "features.json").write_text((builder.data_path / "features.json").read_text())
+    return str(tmp_path)
+
+
+def test_tfrecord_sets_give_the_command_and_it_converts_them(tfrecord_digits, digits_dir):
+    command = f"python -m flax_resnet prepare sklearn_digits --data-dir {tfrecord_digits}"
+    with pytest.raises(UserError, match=f"stored as tfrecord, .*convert it by {command}"):
+        sources.open_tfds("sklearn_digits", tfrecord_digits, ("train",))
+    prepare.prepare("sklearn_digits", tfrecord_digits)
+    for split in ("train", "test"):
+        (got,) = sources.open_tfds("sklearn_digits", tfrecord_digits, (split,))
+        (want,) = sources.open_tfds("sklearn_digits", digits_dir, (split,))
+        got_bytes, got_labels = got.read(range(len(got)))
+        want_bytes, want_labels = want.read(range(len(want)))
+        assert got_bytes == want_bytes
+        np.testing.assert_array_equal(got_labels, want_labels)
+
+
+def test_a_damaged_tfrecord_set_is_not_recorded_as_converted(tfrecord_digits):
+    info = sources.Path(tfrecord_digits) / "sklearn_digits" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace('"1000"', '"999"'))
+    with pytest.raises(UserError, match="holds 1000 records, 999 are recorded"):
+        prepare.prepare("sklearn_digits", tfrecord_digits)
+    with pytest.raises(UserError, match="stored as tfrecord"):
+        sources.open_tfds("sklearn_digits", tfrecord_digits, ("train",))
+
+
+class NotImages(tfds.core.GeneratorBasedBuilder):
+    """A set without images."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict({"number": tfds.features.Scalar(np.int64)}),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": [(i, {"number": i}) for i in range(3)]}
+
+    def _generate_examples(self):
+        raise NotImplementedError
+
+
+def test_sets_that_are_not_image_classification_are_refused(tmp_path):
+    NotImages(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    with pytest.raises(UserError, match=r"'not_images/1\.0\.0' is not image classification"):
+        sources.open_tfds("not_images", str(tmp_path), ("train",))
+
+
+def test_folder_holds_out_every_fifth_of_each_class(image_folder):
+    train, test = sources.open_folder(str(image_folder), ("train", "test"), None, 5)
+    assert train.class_names == ("cat", "dog")
+    assert train.image_shape == (8, 8, 3)
+    assert [test.describe(i)[-10:] for i in range(4)] == [
+        "cat/04.png", "cat/09.png", "cat/14.png", "cat/19.png",
+    ]  # fmt: skip
+    assert (len(train), len(test)) == (32, 8)
+    encoded, labels = train.read([0, 31])
+    assert encoded[1] == (image_folder / "dog" / "18.png").read_bytes()
+    assert labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["test", "val", "validation"])
+def test_folder_with_split_folders_uses_them(image_folder, name):
+    root = image_folder.parent / "split"
+    root.mkdir()
+    (root / name).mkdir()
+    image_folder.rename(root / "train")
+    for cls in ("cat", "dog"):
+        (root / name / cls).mkdir()
+        (root / "train" / cls / "00.png").rename(root / name / cls / "a.png")
+    train, test = sources.open_folder(str(root), ("train", "test"), None, 5)
+    assert (len(train), len(test)) == (38, 2)
+    (root / name / "dog").rename(root / name / "wolf")
+    with pytest.raises(UserError, match=r"differ in classes \['dog', 'wolf'\]"):
+        sources.open_folder(str(root), ("train", "test"), None, 5)
+
+
+def test_folder_errors(image_folder, tmp_path):
+    def open_it(root=image_folder):
+        return sources.open_folder(str(root), ("train", "test"), None, 5)
+
+    with pytest.raises(UserError, match=r"--data\.folder .*nowhere: no such directory"):
+        open_it(tmp_path / "nowhere")
+    (image_folder / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no images: add some or remove it"):
+        open_it()
+    (image_folder / "empty").rmdir()
+    Image.new("RGB", (9, 8)).save(image_folder / "dog" / "wide.png")
+    with pytest.raises(UserError, match=r"differ in size .*8x8.* 9x8\): set --data.image-size"):
+        open_it()
+    (image_folder / "dog" / "wide.png").write_bytes(b"no image")
+    with pytest.raises(
+        UserError, match=r"unreadable image .*dog/wide\.png \(.*repair it or remove"
+    ):
+        open_it()
+    (image_folder / "dog" / "wide.png").unlink()
+    (image_folder / "dog").rename(tmp_path / "dog")
+    with pytest.raises(UserError, match=r"holds 1 class sub-folders \['cat'\]: at least 2"):
+        open_it()
+    few = image_folder / "few"
+    few.mkdir()
+    (image_folder / "cat" / "00.png").rename(few / "00.png")
+    with pytest.raises(UserError, match=r"class 'few' .* has 1 images, at least 5"):
+        open_it()
+
+
+def test_decoder_converts_to_its_channels(rng):
+    pixels = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(Decoder(3)(png(pixels)), pixels)
+    grey = Decoder(1)(png(pixels))
+    np.testing.assert_array_equal(grey[..., 0], np.asarray(Image.fromarray(pixels).convert("L")))
+    assert Decoder(3)(png(pixels[..., :1])).shape == (5, 7, 3)
+
+
+def test_decoder_resizes_the_centre_crop(rng):
+    pixels = rng.integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    want = image.resize((8, 8), Image.Resampling.BILINEAR, box=(12, 2, 28, 18), reducing_gap=3.0)
+    np.testing.assert_array_equal(Decoder(3, 8, crop_ratio=0.8)(png(pixels)), np.asarray(want))
+    np.testing.assert_array_equal(Decoder(3, 20)(png(pixels)), pixels[:, 10:30])
+
+
+def test_random_crops_keep_to_area_and_aspect(rng):
+    from flax_resnet.datasets.decode import _random_box
+
+    boxes = np.array([_random_box(rng, 60, 40) for _ in range(2000)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert boxes.min() >= 0
+    assert (boxes[:, 2] <= 60 + 1e-9).all()
+    assert (boxes[:, 3] <= 40 + 1e-9).all()
+    aspect = width / height
+    assert aspect.min() >= 3 / 4 - 1e-9
+    assert aspect.max() <= 4 / 3 + 1e-9
+    share = width * height / 2400
+    assert share.min() == pytest.approx(0.08, abs=0.01)
+    assert share.max() > 0.65
