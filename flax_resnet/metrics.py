@@ -1,0 +1,221 @@
+"""Sums of metrics, and where they are written: metrics.jsonl, TensorBoard and the terminal.
+
+A metric is a sum over examples, kept beside the count of examples, so that batches of any
+size, shard or padding add up to the exact mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+Sums = dict[str, jax.Array]
+
+
+def classification_sums(
+    logits: jax.Array, labels: jax.Array, loss: jax.Array, mask: jax.Array | None = None
+) -> Sums:
+    """Sums over a batch.
+
+    Args:
+      logits: (N, num_classes).
+      labels: int (N,).
+      loss: (N,), one for each example.
+      mask: bool (N,), False where an example is padding; None counts all.
+
+    Returns:
+      Scalars "loss", "top1" and "top5" (correct examples; top5 of at most num_classes), and
+      "count".
+    """
+    counted = jnp.ones(labels.shape, bool) if mask is None else mask
+    k = min(5, logits.shape[-1])
+    # The rank of the true class; on equal logits the lower class comes first, as in argmax.
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    before = jnp.arange(logits.shape[-1]) < labels[:, None]
+    rank = jnp.sum((logits > own) | ((logits == own) & before), axis=-1)
+    finite = jnp.isfinite(own[:, 0])
+    return {
+        "loss": jnp.sum(jnp.where(counted, loss, 0)),
+        "top1": jnp.sum(counted & finite & (rank < 1)).astype(jnp.int32),
+        "top5": jnp.sum(counted & finite & (rank < k)).astype(jnp.int32),
+        "count": jnp.sum(counted).astype(jnp.int32),
+    }
+
+
+def confusion_counts(
+    logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """int32 (num_classes, num_classes): examples by true class (row) and predicted (column)."""
+    num_classes = logits.shape[-1]
+    ones = jnp.ones(labels.shape, jnp.int32) if mask is None else mask.astype(jnp.int32)
+    counts = jnp.zeros((num_classes, num_classes), jnp.int32)
+    return counts.at[labels, jnp.argmax(logits, axis=-1)].add(ones)
+
+
+def means(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Adds up sums on the host, in float64, and divides by "count".
+
+    "loss" is the mean loss in nats, "top1" and "top5" shares in 0..1.
+    """
+    total: dict[str, float] = {}
+    for one in jax.device_get(list(sums)):
+        for name, value in one.items():
+            total[name] = total.get(name, 0.0) + float(value)
+    count = total.pop("count")
+    return {name: value / count for name, value in total.items()}
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Softmax cross-entropy in nats, (N,), in at least float32. Targets (N, K) sum to one."""
+    return optax.softmax_cross_entropy(_wide(logits), targets)
+
+
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean over classes of the sigmoid cross-entropy, (N,) (Wightman et al. 2021, section 3.2)."""
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(_wide(logits), targets), axis=-1)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class RunLog:
+    """Writes one run's metrics: lines of JSON, TensorBoard events, and the terminal.
+
+    Opened again at a step, it drops the lines after it, so that a resumed run leaves the file
+    of an unbroken one. A process that does not lead writes nothing.
+    """
+
+    def __init__(self, workdir: Path, start_step: int, num_steps: int, *, lead: bool = True):
+        self._path = workdir / "metrics.jsonl"
+        self._lead = lead
+        self._num_steps = num_steps
+        self._progress: Progress | None = None
+        if not lead:
+            return
+        kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
+        partial = self._path.with_name("metrics.jsonl.partial")
+        partial.write_text("".join(_line(record) for record in kept))
+        partial.replace(self._path)
+        self._file = self._path.open("a")
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._console = Console(highlight=False)
+        if self._console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(TextColumn("{task.description}"), *columns)
+            self._task = self._progress.add_task("", total=num_steps, completed=start_step)
+            self._progress.start()
+
+    def write(self, split: str, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Records ``values`` of a split ("train" or "eval") after ``step`` optimizer steps."""
+        if not self._lead:
+            return
+        record = {"step": step, "epoch": round(epoch, 4), "split": split, **values}
+        self._file.write(_line(record))
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+        text = " ".join(f"{k} {_short(k, v)}" for k, v in values.items())
+        line = f"step {step}/{self._num_steps} epoch {epoch:.2f} {split}: {text}"
+        if self._progress is None:
+            print(line, flush=True)
+        elif split == "train":
+            shown = f"loss {values['loss']:.3f} top1 {values['top1']:.3f}"
+            self._progress.update(self._task, completed=step, description=shown)
+        else:
+            self._progress.console.print(line)
+
+    def message(self, text: str) -> None:
+        """Prints a line, above the progress bar where there is one."""
+        if self._lead:
+            (print if self._progress is None else self._progress.console.print)(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Ends the progress bar and closes the files."""
+        if not self._lead:
+            return
+        if self._progress is not None:
+            self._progress.stop()
+        self._file.close()
+        self._events.close()
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _short(name: str, value: float) -> str:
+    if name in ("images_per_second",):
+        return f"{value:.0f}"
+    return f"{value:.4g}" if math.isfinite(value) else str(value)
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The records of a workdir's metrics.jsonl; a last line cut off by a crash is left out."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Timer:
+    """Seconds of an interval, the share of them spent waiting for data, and images a second."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new interval."""
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._images = 0
+
+    def waiting(self, batches: Iterable[Any], images: int) -> Iterable[Any]:
+        """Passes batches of ``images`` images on, counting the time until each is there."""
+        iterator, end = iter(batches), object()
+        while True:
+            before = time.perf_counter()
+            batch = next(iterator, end)
+            self._waited += time.perf_counter() - before
+            if batch is end:
+                return
+            self._images += images
+            yield batch
+
+    def summary(self) -> dict[str, float]:
+        """ "images_per_second" and "data_wait" (share of the time) since the last reset."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        return {
+            "images_per_second": self._images / seconds,
+            "data_wait": min(self._waited / seconds, 1.0),
+        }
+
+
+def closing_table(title: str, rows: Mapping[str, Any]) -> None:
+    """Prints the numbers of a finished run as a two-column table."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "100"))
+    Console(highlight=False, width=width).print(table)

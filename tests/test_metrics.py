@@ -1,0 +1,142 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboard_events import read_scalars
+
+from flax_resnet import metrics
+
+
+def test_sums_equal_brute_force_and_skip_the_padding(rng):
+    logits = rng.normal(size=(40, 9)).astype(np.float32)
+    labels = rng.integers(0, 9, 40)
+    loss = rng.uniform(size=40).astype(np.float32)
+    mask = rng.random(40) < 0.7
+    got = metrics.classification_sums(jnp.asarray(logits), labels, loss, mask)
+    order = np.argsort(-logits, axis=1)
+    assert int(got["count"]) == mask.sum()
+    assert int(got["top1"]) == sum(order[i, 0] == labels[i] for i in range(40) if mask[i])
+    assert int(got["top5"]) == sum(labels[i] in order[i, :5] for i in range(40) if mask[i])
+    assert float(got["loss"]) == pytest.approx(loss[mask].sum(), rel=1e-6)
+
+
+def test_ties_go_to_the_lower_class_as_argmax_does():
+    logits = jnp.zeros((3, 10))
+    got = metrics.classification_sums(logits, jnp.array([0, 4, 5]), jnp.zeros(3))
+    assert (int(got["top1"]), int(got["top5"])) == (1, 2)
+
+
+def test_logits_that_are_not_numbers_are_wrong():
+    logits = jnp.full((2, 3), jnp.nan)
+    got = metrics.classification_sums(logits, jnp.array([0, 1]), jnp.zeros(2))
+    assert (int(got["top1"]), int(got["top5"])) == (0, 0)
+
+
+def test_top5_of_three_classes_is_everything():
+    got = metrics.classification_sums(jnp.eye(3), jnp.array([1, 2, 0]), jnp.zeros(3))
+    assert (int(got["top1"]), int(got["top5"])) == (0, 3)
+
+
+def test_confusion_rows_are_true_classes(rng):
+    logits = rng.normal(size=(50, 4)).astype(np.float32)
+    labels = rng.integers(0, 4, 50)
+    mask = rng.random(50) < 0.5
+    want = np.zeros((4, 4), int)
+    for i in np.flatnonzero(mask):
+        want[labels[i], logits[i].argmax()] += 1
+    np.testing.assert_array_equal(metrics.confusion_counts(jnp.asarray(logits), labels, mask), want)
+
+
+def test_means_weigh_by_count():
+    sums = [
+        {"loss": np.float32(3.0), "count": np.int32(1)},
+        {"loss": np.float32(5.0), "count": np.int32(3)},
+    ]
+    assert metrics.means(sums) == {"loss": 2.0}
+
+
+def test_losses_equal_their_formulas(rng):
+    logits = rng.normal(size=(5, 3)).astype(np.float32)
+    targets = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1]] * 0.9 + 0.1 / 3
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    np.testing.assert_allclose(
+        metrics.cross_entropy(logits, targets), -(targets * log_p).sum(1), rtol=1e-5
+    )
+    p = 1 / (1 + np.exp(-logits))
+    want = -(targets * np.log(p) + (1 - targets) * np.log(1 - p)).mean(1)
+    np.testing.assert_allclose(metrics.binary_cross_entropy(logits, targets), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [metrics.cross_entropy, metrics.binary_cross_entropy])
+def test_losses_are_float32_for_bfloat16_logits(loss):
+    assert loss(jnp.zeros((2, 3), jnp.bfloat16), jnp.ones((2, 3)) / 3).dtype == jnp.float32
+
+
+VALUES = {"loss": 0.5, "top1": 0.75, "images_per_second": 1234.5}
+
+
+def test_run_log_writes_json_lines_events_and_plain_text(tmp_path, capsys):
+    log = metrics.RunLog(tmp_path, 0, 20)
+    log.write("train", 10, 1.0, VALUES)
+    log.write("eval", 20, 2.0, {"loss": 0.25, "top1": 0.5})
+    log.close()
+    assert metrics.read_metrics(tmp_path) == [
+        {"step": 10, "epoch": 1.0, "split": "train", **VALUES},
+        {"step": 20, "epoch": 2.0, "split": "eval", "loss": 0.25, "top1": 0.5},
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        "step 10/20 epoch 1.00 train: loss 0.5 top1 0.75 images_per_second 1234",
+        "step 20/20 epoch 2.00 eval: loss 0.25 top1 0.5",
+    ]
+    assert read_scalars(tmp_path / "tensorboard") == {
+        ("train/loss", 10): 0.5,
+        ("train/top1", 10): 0.75,
+        ("train/images_per_second", 10): 1234.5,
+        ("eval/loss", 20): 0.25,
+        ("eval/top1", 20): 0.5,
+    }
+
+
+def test_run_log_opened_at_a_step_drops_what_came_after(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "split": "train"}) + "\n" for step in (5, 10, 15)]
+    path.write_text("".join(lines) + '{"step": 2')
+    metrics.RunLog(tmp_path, 10, 20).close()
+    assert path.read_text() == "".join(lines[:2])
+
+
+def test_run_log_of_another_process_writes_nothing(tmp_path, capsys):
+    log = metrics.RunLog(tmp_path, 0, 20, lead=False)
+    log.write("train", 10, 1.0, VALUES)
+    log.message("hello")
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_timer_counts_the_wait_for_data(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+
+    def slow():
+        for _ in range(4):
+            now[0] += 1.0
+            yield None
+
+    timer = metrics.Timer()
+    for _ in timer.waiting(slow(), 8):
+        now[0] += 3.0
+    assert timer.summary() == {"images_per_second": 2.0, "data_wait": 0.25}
+    timer.reset()
+    assert timer.summary()["images_per_second"] == 0.0
+
+
+def test_closing_table_has_every_row(capsys):
+    metrics.closing_table("a run", {"top-1": "99.00 %", "steps": 7})
+    out = capsys.readouterr().out
+    assert "a run" in out
+    assert [row.split("│")[1:3] for row in out.splitlines() if row.startswith("│")] == [
+        [" top-1 ", " 99.00 % "],
+        [" steps ", " 7       "],
+    ]
