@@ -1,0 +1,245 @@
+"""TrainState, and the two pure functions of a run: one training step, one evaluation step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax.training import train_state
+
+from flax_resnet import metrics
+from flax_resnet.augment import Augment, normalize
+
+Batch = dict[str, jax.Array]
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": metrics.cross_entropy,
+    "binary_cross_entropy": metrics.binary_cross_entropy,
+}
+
+
+class TrainState(train_state.TrainState):
+    """Flax's TrainState with what else a step needs.
+
+    Attributes:
+      batch_stats: running statistics of the norms.
+      key: uint32 key data; everything random in a step is folded from it and ``step``.
+      normalization: {"mean", "std"} of the input, from the training split.
+      ema: {"params", "batch_stats"} averaged over steps, or None.
+    """
+
+    batch_stats: Any
+    key: jax.Array
+    normalization: Any
+    ema: Any = None
+
+    def arrays(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        names = ("step", "params", "opt_state", "batch_stats", "key", "normalization", "ema")
+        return {name: getattr(self, name) for name in names}
+
+    def variables(self) -> dict[str, Any]:
+        """What is evaluated: the averaged variables where there are some."""
+        return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_state(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    seed: int,
+    image_shape: tuple[int, int, int],
+    normalization: Any,
+    *,
+    ema: bool = False,
+) -> TrainState:
+    """The state at step 0.
+
+    Args:
+      model: called as ``model.apply(variables, images, train=...)``.
+      tx: optimizer; its update may take ``value=``, the loss.
+      seed: initialisation follows from it, and the key of all steps.
+      image_shape: (H, W, C).
+      normalization: {"mean", "std"}, as augment.statistics gives; with float64 parameters it
+        is float64, and so are the images.
+      ema: keep averaged variables beside the trained ones.
+    """
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    images = jnp.zeros((1, *image_shape), jnp.float32)
+    variables = jax.jit(functools.partial(model.init, train=False))(init_key, images)
+    params = variables["params"]
+    # Flax starts running statistics in float32 and would widen them in the first step.
+    widest = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+    batch_stats, normalization = jax.tree.map(
+        lambda x: jnp.asarray(x, widest), (variables.get("batch_stats", {}), normalization)
+    )
+    averaged = {"params": params, "batch_stats": batch_stats} if ema else None
+    return TrainState(
+        step=jnp.int32(0),
+        apply_fn=model.apply,
+        params=params,
+        tx=tx,
+        opt_state=tx.init(params),
+        batch_stats=batch_stats,
+        key=jax.random.key_data(run_key),
+        normalization=normalization,
+        ema=jax.tree.map(jnp.copy, averaged),
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    augment: Augment = Augment(),
+    loss: Loss = metrics.cross_entropy,
+    label_smoothing: float = 0.0,
+    accum_steps: int = 1,
+    ema_decay: float | None = None,
+    axis_name: str | None = None,
+) -> tuple[TrainState, metrics.Sums]:
+    """One optimizer step: a pure function, to be jitted, pmapped or vmapped.
+
+    Args:
+      state: before the step.
+      batch: "image" uint8 (B, H, W, C), "label" int (B,).
+      augment: changes the images after normalisation.
+      loss: (logits (N, K), targets (N, K)) to (N,).
+      label_smoothing: share of the target spread evenly over the classes.
+      accum_steps: parts that the batch is cut into; BatchNorm sees one part at a time.
+      ema_decay: of ``state.ema``; it rises to this as (1 + step) / (10 + step).
+      axis_name: under jax.pmap, the mapped axis to average gradients over. Under jax.jit
+        leave it None: there the batch is global.
+
+    Returns:
+      (state after the step, sums as metrics.classification_sums gives; with mixed labels
+      top-1 and top-5 count the label with the larger share).
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    if axis_name is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    augment_key, dropout_key = jax.random.split(key)
+    images = normalize(batch["image"], state.normalization)
+    batch = augment(augment_key, {**batch, "image": images})
+    grads, batch_stats, sums = _gradients(
+        state, batch, dropout_key, loss, label_smoothing, accum_steps
+    )
+    if axis_name is not None:
+        grads, batch_stats = jax.lax.pmean((grads, batch_stats), axis_name)
+        sums = jax.lax.psum(sums, axis_name)
+    value = sums["loss"] / sums["count"]
+    updates, opt_state = state.tx.update(grads, state.opt_state, state.params, value=value)
+    state = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        batch_stats=batch_stats,
+    )
+    return (state if ema_decay is None else _average(state, ema_decay)), sums
+
+
+def _gradients(
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    loss: Loss,
+    label_smoothing: float,
+    accum_steps: int,
+) -> tuple[Any, Any, metrics.Sums]:
+    """(gradient of the mean loss, new batch statistics, sums), part by part of the batch."""
+
+    def part_loss(params: Any, batch_stats: Any, part: Batch, key: jax.Array) -> Any:
+        logits, updates = state.apply_fn(
+            {"params": params, "batch_stats": batch_stats},
+            part["image"],
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
+        )
+        losses = loss(logits, soft_targets(part, logits.shape[-1], label_smoothing))
+        sums = metrics.classification_sums(logits, main_label(part), losses)
+        return jnp.mean(losses), (updates.get("batch_stats", {}), sums)
+
+    part_grad = jax.grad(part_loss, has_aux=True)
+    if accum_steps == 1:
+        grads, (batch_stats, sums) = part_grad(state.params, state.batch_stats, batch, key)
+        return grads, batch_stats, sums
+
+    def add(carry: Any, inputs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        (grads, sums), batch_stats = carry
+        part_grads, (batch_stats, part_sums) = part_grad(state.params, batch_stats, *inputs)
+        total = jax.tree.map(jnp.add, (grads, sums), (part_grads, part_sums))
+        return (total, batch_stats), None
+
+    parts, keys = cut_batch(batch, accum_steps), jax.random.split(key, accum_steps)
+    one = jax.tree.map(lambda x: x[0], parts)
+    shapes, (_, sum_shapes) = jax.eval_shape(
+        part_grad, state.params, state.batch_stats, one, keys[0]
+    )
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes, sum_shapes))
+    # In a while loop a convolution's backward pass is some 20 times slower on a CPU.
+    unroll = accum_steps if jax.default_backend() == "cpu" else 1
+    carry = (zeros, state.batch_stats)
+    ((grads, sums), batch_stats), _ = jax.lax.scan(add, carry, (parts, keys), unroll=unroll)
+    return jax.tree.map(lambda g: g / accum_steps, grads), batch_stats, sums
+
+
+def _average(state: TrainState, decay: float) -> TrainState:
+    step = jnp.asarray(state.step, jnp.float32)
+    keep = jnp.minimum(decay, (1 + step) / (10 + step))
+
+    def blend(average: jax.Array, now: jax.Array) -> jax.Array:
+        return (keep * average + (1 - keep) * now).astype(average.dtype)
+
+    now = {"params": state.params, "batch_stats": state.batch_stats}
+    return state.replace(ema=jax.tree.map(blend, state.ema, now))
+
+
+def soft_targets(batch: Batch, num_classes: int, label_smoothing: float) -> jax.Array:
+    """Target shares (B, num_classes) of a batch, mixed labels and smoothing included."""
+    targets = jax.nn.one_hot(batch["label"], num_classes)
+    if "mix" in batch:
+        share = batch["mix"][:, None]
+        targets = share * targets + (1 - share) * jax.nn.one_hot(batch["label_mixed"], num_classes)
+    return optax.smooth_labels(targets, label_smoothing) if label_smoothing else targets
+
+
+def main_label(batch: Batch) -> jax.Array:
+    """The label with the larger share: int (B,)."""
+    if "mix" not in batch:
+        return batch["label"]
+    return jnp.where(batch["mix"] >= 0.5, batch["label"], batch["label_mixed"])
+
+
+def cut_batch(batch: Batch, parts: int) -> Batch:
+    """(B, ...) to (parts, B / parts, ...); part i takes every ``parts``-th row from row i.
+
+    So a batch split over devices is cut without moving a row to another device.
+    """
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
+    )
+
+
+def eval_step(
+    state: TrainState, batch: Batch, *, loss: Loss = metrics.cross_entropy
+) -> metrics.Sums:
+    """Sums over one evaluation batch: a pure function.
+
+    Args:
+      state: its averaged variables are evaluated where there are some.
+      batch: "image" uint8 (B, H, W, C), "label" int (B,), "mask" bool (B,), False on padding.
+      loss: (logits (N, K), targets (N, K)) to (N,).
+
+    Returns:
+      The scalars of metrics.classification_sums and "confusion" int32 (K, K).
+    """
+    logits = state.apply_fn(state.variables(), normalize(batch["image"], state.normalization))
+    losses = loss(logits, soft_targets(batch, logits.shape[-1], 0.0))
+    label, mask = batch["label"], batch["mask"]
+    sums = metrics.classification_sums(logits, label, losses, mask)
+    return {**sums, "confusion": metrics.confusion_counts(logits, label, mask)}

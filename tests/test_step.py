@@ -1,0 +1,265 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from helpers import UNIT_STATS, assert_trees_equal, max_difference, random_batch, tiny_resnet
+
+from flax_resnet import distributed, metrics
+from flax_resnet.augment import Augment, normalize
+from flax_resnet.optim import SGD
+from flax_resnet.step import (
+    create_state,
+    cut_batch,
+    eval_step,
+    main_label,
+    soft_targets,
+    train_step,
+)
+
+SHAPE = (8, 8, 3)
+FULL = Augment(rotation=10, width_shift=0.1, flip=True, pad_crop=1, cutout=2, mixup=0.5)
+
+
+def make_state(model=None, *, seed=0, ema=False, **optimizer):
+    tx, _ = SGD(**{"learning_rate": 0.1, "weight_decay": 1e-3, **optimizer}).build(100, 10)
+    return create_state(model or tiny_resnet(), tx, seed, SHAPE, UNIT_STATS, ema=ema)
+
+
+class Linear(nn.Module):
+    """No norms, no dropout: the gradient of a batch is the mean over its parts."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(10)(nn.tanh(nn.Dense(7)(x.reshape(len(x), -1))))
+
+
+def run_on_mesh(mesh, steps, model, batches, **kwargs):
+    """Steps as the loop compiles them: sharded batch, replicated and donated state."""
+    whole = distributed.replicated(mesh)
+    step = jax.jit(functools.partial(train_step, **kwargs), donate_argnums=0, out_shardings=whole)
+    state = distributed.put_replicated(mesh, make_state(model))
+    for batch in batches[:steps]:
+        state, _ = step(state, distributed.put_batch(mesh, batch))
+    return jax.device_get((state.params, state.batch_stats))
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_one_device_and_eight_agree_to_1e_10_in_x64_after_5_steps(meshes, rng, accum_steps):
+    batches = [random_batch(rng, 32) for _ in range(5)]
+    with jax.enable_x64(True):
+        model = tiny_resnet(stage_sizes=(1, 1), dtype="float64", param_dtype="float64")
+        runs = [
+            run_on_mesh(mesh, 5, model, batches, augment=FULL, accum_steps=accum_steps)
+            for mesh in meshes
+        ]
+        start = make_state(model)
+    assert {x.dtype for x in jax.tree.leaves(runs[0])} == {np.dtype("float64")}
+    assert max_difference(*runs) < 1e-10
+    assert max_difference(runs[0][0], start.params) > 1e-2
+
+
+def test_one_device_and_eight_agree_to_1e_6_in_float32_after_one_step(meshes, rng):
+    batches = [random_batch(rng, 32)]
+    runs = [run_on_mesh(mesh, 1, tiny_resnet(), batches, augment=FULL) for mesh in meshes]
+    assert 0 < max_difference(*runs) < 1e-6 or max_difference(*runs) == 0
+
+
+def test_pmap_of_the_same_step_equals_jit(meshes, rng):
+    batches = [random_batch(rng, 32) for _ in range(3)]
+    with jax.enable_x64(True):
+        model = tiny_resnet(dtype="float64", param_dtype="float64")
+        want = run_on_mesh(meshes[1], 3, model, batches)
+        state = make_state(model.clone(axis_name="batch"))
+        step = jax.pmap(functools.partial(train_step, axis_name="batch"), axis_name="batch")
+        state = jax.tree.map(lambda x: jnp.stack([x] * 8), state)
+        for batch in batches:
+            parts = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch)
+            state, sums = step(state, parts)
+        got = jax.device_get(jax.tree.map(lambda x: x[3], (state.params, state.batch_stats)))
+        assert np.asarray(sums["count"]).tolist() == [32] * 8
+    assert max_difference(got, want) < 1e-10
+
+
+def test_pmapped_replicas_draw_different_augmentations(rng):
+    batch = random_batch(rng, 2)
+    state = make_state(Linear())
+    step = functools.partial(train_step, axis_name="batch", augment=Augment(cutout=4))
+    twice = jax.tree.map(lambda x: jnp.stack([x] * 2), (state, batch))
+    _, sums = jax.pmap(step, axis_name="batch")(*twice)
+    alone = jax.jit(jax.vmap(functools.partial(train_step, augment=Augment(cutout=4))))(*twice)[1]
+    assert float(sums["loss"][0]) != pytest.approx(2 * float(alone["loss"][0]), rel=1e-4)
+
+
+def test_vmap_of_the_same_step_equals_separate_runs(rng):
+    batch = random_batch(rng, 8)
+    with jax.enable_x64(True):
+        model = tiny_resnet(dtype="float64", param_dtype="float64")
+        tx, _ = SGD().build(100, 10)
+        step = functools.partial(train_step, augment=FULL)
+
+        def create(seed):
+            return create_state(model, tx, seed, SHAPE, UNIT_STATS)
+
+        stacked = jax.vmap(create)(jnp.arange(3))
+        together, _ = jax.jit(jax.vmap(step, in_axes=(0, None)))(stacked, batch)
+        for i in range(3):
+            alone, _ = jax.jit(step)(create(i), batch)
+            one = jax.tree.map(lambda x, i=i: x[i], together.params)
+            assert max_difference(alone.params, one) < 1e-12
+
+
+def test_accumulated_gradients_equal_the_whole_batch_without_norms(rng):
+    batch = random_batch(rng, 24)
+    with jax.enable_x64(True):
+        state = make_state(Linear(), max_grad_norm=0.1)
+        whole, sums = jax.jit(functools.partial(train_step, augment=FULL))(state, batch)
+        for accum_steps in (2, 3, 24):
+            step = functools.partial(train_step, augment=FULL, accum_steps=accum_steps)
+            parts, part_sums = jax.jit(step)(state, batch)
+            assert max_difference(whole.params, parts.params) < 1e-7
+            assert max_difference(sums, part_sums) < 1e-4
+
+
+def test_accumulation_runs_the_norms_part_by_part(rng):
+    batch = random_batch(rng, 12)
+    state = make_state()
+    got, _ = jax.jit(functools.partial(train_step, accum_steps=3))(state, batch)
+    stats, grads = state.batch_stats, []
+    for i in range(3):
+        part = jax.tree.map(lambda x, i=i: x[i::3], batch)
+
+        def loss(params, part=part, stats=stats):
+            logits, new = state.apply_fn(
+                {"params": params, "batch_stats": stats},
+                normalize(part["image"], UNIT_STATS), train=True, mutable=["batch_stats"],
+            )  # fmt: skip
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, part["label"])
+            return losses.mean(), new["batch_stats"]
+
+        grad, stats = jax.grad(loss, has_aux=True)(state.params)
+        grads.append(grad)
+    mean = jax.tree.map(lambda *g: sum(g) / 3, *grads)
+    updates, _ = state.tx.update(mean, state.opt_state, state.params)
+    assert max_difference(got.batch_stats, stats) < 1e-5
+    assert max_difference(got.params, optax.apply_updates(state.params, updates)) < 1e-5
+
+
+def test_cut_batch_takes_every_nth_row():
+    cut = cut_batch({"label": jnp.arange(12)}, 3)["label"]
+    assert cut.tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+
+
+def test_step_counts_and_reports_sums(rng):
+    batch = random_batch(rng, 16)
+    state, sums = jax.jit(train_step)(make_state(), batch)
+    assert int(state.step) == 1
+    assert state.step.dtype == jnp.int32
+    assert int(sums["count"]) == 16
+    assert 0 < float(sums["loss"]) / 16 < 10
+
+
+def test_randomness_follows_key_and_step_only(rng):
+    batch = random_batch(rng, 16)
+    step = jax.jit(functools.partial(train_step, augment=FULL))
+    state = make_state()
+    assert_trees_equal(step(state, batch)[0].params, step(state, batch)[0].params)
+    later = step(state.replace(step=jnp.int32(1)), batch)[0].params
+    other_key = step(state.replace(key=state.key + 1), batch)[0].params
+    for changed in (later, other_key):
+        assert max_difference(step(state, batch)[0].params, changed) > 1e-4
+
+
+def test_seeds_give_other_networks_and_the_same_seed_the_same():
+    assert_trees_equal(make_state(seed=3).params, make_state(seed=3).params)
+    assert max_difference(make_state(seed=3).params, make_state(seed=4).params) > 0.1
+
+
+def test_ema_follows_its_recurrence(rng):
+    batches = [random_batch(rng, 8) for _ in range(4)]
+    step = jax.jit(functools.partial(train_step, ema_decay=0.3))
+    state = make_state(ema=True)
+    want = {"params": state.params, "batch_stats": state.batch_stats}
+    for t, batch in enumerate(batches):
+        state, _ = step(state, batch)
+        keep = min(0.3, (2 + t) / (11 + t))
+        now = {"params": state.params, "batch_stats": state.batch_stats}
+        want = jax.tree.map(lambda e, c, k=keep: k * e + (1 - k) * c, want, now)
+    assert max_difference(state.ema, want) < 1e-6
+    assert max_difference(state.ema["params"], state.params) > 1e-3
+    batch = {**batches[0], "mask": np.ones(8, bool)}
+    averaged = state.replace(params=state.ema["params"], batch_stats=state.ema["batch_stats"])
+    assert_trees_equal(eval_step(state, batch), eval_step(averaged.replace(ema=None), batch))
+
+
+def test_soft_targets_mix_and_smooth():
+    batch = {
+        "label": jnp.array([0, 1]),
+        "label_mixed": jnp.array([2, 1]),
+        "mix": jnp.array([0.25, 0.25]),
+    }
+    got = soft_targets(batch, 4, 0.2)
+    want = 0.8 * np.array([[0.25, 0, 0.75, 0], [0, 1, 0, 0]]) + 0.05
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert main_label(batch).tolist() == [2, 1]
+    assert main_label({"label": batch["label"]}).tolist() == [0, 1]
+
+
+def test_bfloat16_step_keeps_float32_state_and_follows_float32(rng):
+    batch = random_batch(rng, 32)
+    full, full_sums = jax.jit(train_step)(make_state(), batch)
+    half, half_sums = jax.jit(train_step)(make_state(tiny_resnet(dtype="bfloat16")), batch)
+    dtypes = {x.dtype for x in jax.tree.leaves((half.params, half.batch_stats, half_sums["loss"]))}
+    assert dtypes == {jnp.dtype("float32")}
+    assert float(half_sums["loss"]) == pytest.approx(float(full_sums["loss"]), rel=0.02)
+    assert 0 < max_difference(half.params, full.params) < 0.05
+
+
+def test_binary_cross_entropy_reaches_the_step(rng):
+    batch = random_batch(rng, 8)
+    _, sums = jax.jit(functools.partial(train_step, loss=metrics.binary_cross_entropy))(
+        make_state(Linear()), batch
+    )
+    logits = Linear().apply(
+        {"params": make_state(Linear()).params}, normalize(batch["image"], UNIT_STATS)
+    )
+    want = optax.sigmoid_binary_cross_entropy(logits, jax.nn.one_hot(batch["label"], 10))
+    assert float(sums["loss"]) == pytest.approx(float(want.mean(-1).sum()), rel=1e-5)
+
+
+def test_eval_step_equals_brute_force_and_skips_the_mask(rng):
+    state = make_state()
+    batch = {**random_batch(rng, 20), "mask": rng.random(20) < 0.6}
+    sums = jax.jit(eval_step)(state, batch)
+    logits = np.asarray(
+        state.apply_fn(
+            {"params": state.params, "batch_stats": state.batch_stats},
+            normalize(batch["image"], UNIT_STATS),
+        )
+    )
+    rows = np.flatnonzero(batch["mask"])
+    right = [logits[i].argmax() == batch["label"][i] for i in rows]
+    losses = [np.log(np.exp(logits[i]).sum()) - logits[i, batch["label"][i]] for i in rows]
+    assert (int(sums["count"]), int(sums["top1"])) == (len(rows), sum(right))
+    assert float(sums["loss"]) == pytest.approx(sum(losses), rel=1e-5)
+    assert int(np.trace(sums["confusion"])) == sum(right)
+    assert int(np.sum(sums["confusion"])) == len(rows)
+
+
+def test_put_replicated_survives_donation(mesh):
+    original = {"x": jnp.arange(4.0)}
+    placed = distributed.put_replicated(mesh, original)
+    jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)(placed)
+    assert original["x"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "advice"), [(12, "use 8 or 16"), (3, "use 8"), (0, "use 8"), (-8, "use 8")]
+)
+def test_batch_sizes_must_divide_over_the_devices(meshes, batch_size, advice):
+    with pytest.raises(ValueError, match=f"batch_size={batch_size} is not .* 8 devices: {advice}"):
+        distributed.check_divisible("batch_size", batch_size, meshes[1])
+    distributed.check_divisible("batch_size", 16, meshes[1])
