@@ -1,0 +1,295 @@
+"""The configuration of a run, and its record in the workdir."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from flax_resnet.augment import Augment, NormalizationKind
+from flax_resnet.checkpoint import CheckpointConfig
+from flax_resnet.data import DataConfig
+from flax_resnet.errors import UserError, did_you_mean
+from flax_resnet.models import cifar_resnet
+from flax_resnet.optim import SGD, Optimizer
+
+# A run may be resumed although these differ: they say where things lie and how often to look.
+FREE = {"free": True}
+RECORDED_PACKAGES = ("flax_resnet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
+                     "tensorflow-datasets", "numpy")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run's numbers. Frozen: ``dataclasses.replace`` makes variants."""
+
+    model: nn.Module = cifar_resnet(20)
+    """The network; any field of the module can be set."""
+    data: DataConfig = DataConfig()
+    """Which images, and how they reach the devices."""
+    augment: Augment = Augment()
+    """Random changes to the training images, made on the device."""
+    normalization: NormalizationKind = "channel"
+    """Statistics to normalise with: of each channel, the CIFAR-10 tutorial's (one mean, a
+    deviation for each pixel), ImageNet's constants, or none."""
+    optimizer: Optimizer = SGD()
+    """The optimizer and its learning-rate schedule."""
+    num_epochs: float = 10.0
+    """Length of the run in epochs."""
+    num_steps: int | None = None
+    """Length of the run in optimizer steps, instead of num_epochs."""
+    batch_size: int = 128
+    """Images in one optimizer step, over all devices."""
+    eval_batch_size: int = 512
+    """Images in one evaluation step, over all devices."""
+    accum_steps: int = 1
+    """Cut each batch in so many parts and add up their gradients, to save memory."""
+    loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    """Softmax cross-entropy, or the mean of a sigmoid cross-entropy for each class."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the classes (Szegedy et al. 2016)."""
+    ema_decay: float | None = None
+    """Evaluate an exponential moving average of the parameters and statistics; None: off."""
+    seed: int = 0
+    """Initialisation, order of the data, augmentation and dropout all follow from it."""
+    eval_every_epochs: float = dataclasses.field(default=1.0, metadata=FREE)
+    """Epochs between evaluations; the last step is always evaluated."""
+    log_every_steps: int = dataclasses.field(default=50, metadata=FREE)
+    """Steps between lines of training metrics."""
+    checkpoint: CheckpointConfig = dataclasses.field(default=CheckpointConfig(), metadata=FREE)
+    """When to save and what to keep."""
+
+    def __post_init__(self) -> None:
+        least = {"batch_size": 1, "eval_batch_size": 1, "accum_steps": 1, "log_every_steps": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise UserError(f"{name}={getattr(self, name)}: expected {bound} or more")
+        if self.num_epochs <= 0 or self.eval_every_epochs <= 0:
+            raise UserError(
+                f"num_epochs={self.num_epochs}, eval_every_epochs={self.eval_every_epochs}: "
+                "expected more than 0"
+            )
+        if self.num_steps is not None and self.num_steps < 1:
+            raise UserError(f"num_steps={self.num_steps}: expected 1 or more, or None")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing={self.label_smoothing}: expected 0 up to 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay}: expected between 0 and 1, or None")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: expected 0 or more")
+        if self.batch_size % self.accum_steps:
+            raise UserError(
+                f"batch_size={self.batch_size} does not divide into accum_steps="
+                f"{self.accum_steps} equal parts: change one"
+            )
+
+
+def module_fields(module: nn.Module) -> list[dataclasses.Field]:
+    """The fields of a linen module that are configuration (all but flax's parent and name)."""
+    return [f for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
+
+
+def to_record(value: Any) -> Any:
+    """A config, or a part of one, as JSON values; dataclasses and modules carry their class."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = module_fields(value) if isinstance(value, nn.Module) else dataclasses.fields(value)
+        return {
+            "class": class_name(type(value)),
+            **{f.name: to_record(getattr(value, f.name)) for f in fields},
+        }
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        return {"class_itself": class_name(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [to_record(v) for v in value]
+    try:
+        return np.dtype(value).name
+    except TypeError as error:
+        raise UserError(
+            f"config value {value!r} cannot be recorded: expected numbers, text, dtypes, modules "
+            "or dataclasses of them"
+        ) from error
+
+
+def from_record(record: Any) -> Any:
+    """Builds what ``to_record`` recorded.
+
+    Raises:
+      UserError: a class or a field is not known here; the line names the nearest.
+    """
+    if isinstance(record, list):
+        return tuple(from_record(v) for v in record)
+    if not isinstance(record, Mapping):
+        return record
+    if "class_itself" in record:
+        return find_class(record["class_itself"])
+    cls = find_class(record["class"])
+    known = {f.name for f in dataclasses.fields(cls)}
+    values = {name: from_record(value) for name, value in record.items() if name != "class"}
+    for name in values:
+        if name not in known:
+            raise UserError(
+                f"{record['class']} has no field {name!r}{did_you_mean(name, known)}: the record "
+                "is of another version, or mistyped"
+            )
+    return cls(**values)
+
+
+def class_name(cls: type) -> str:
+    """``module:Name`` of a class."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def find_class(name: str) -> type:
+    """The dataclass or linen module class that ``module:Name`` names.
+
+    A record may come from anyone, so a name does not import arbitrary modules: only those of
+    this library, and those that the program has imported itself.
+    """
+    module_name, _, qualname = name.partition(":")
+    module = sys.modules.get(module_name)
+    if module is None and module_name.split(".")[0] == "flax_resnet":
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            module = None
+    cls = getattr(module, qualname, None)
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise UserError(
+            f"class {name!r} is not known: expected one of flax_resnet, or one of a module that "
+            "is imported already, as MODULE:NAME"
+        )
+    return cls
+
+
+def flatten(record: Any, prefix: str = "") -> dict[str, Any]:
+    """A record as {dotted field: value}, with a class under its own field's name."""
+    if isinstance(record, Mapping) and "class" in record:
+        flat = {prefix: record["class"].partition(":")[2]} if prefix else {}
+        for name, value in record.items():
+            if name != "class":
+                flat |= flatten(value, f"{prefix}.{name}" if prefix else name)
+        return flat
+    if isinstance(record, Mapping):
+        record = record["class_itself"].partition(":")[2]
+    return {prefix: record}
+
+
+def free_fields(config: Any, prefix: str = "", free: bool = False) -> set[str]:
+    """Dotted names of the fields that a resumed run may change."""
+    names = {prefix} if free else set()
+    if dataclasses.is_dataclass(config) and not isinstance(config, nn.Module):
+        for field in dataclasses.fields(config):
+            name = f"{prefix}.{field.name}" if prefix else field.name
+            inner = free or field.metadata.get("free", False)
+            names |= free_fields(getattr(config, field.name), name, inner)
+    return names
+
+
+def differences(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """What a recorded run and a config disagree on, as ``field: there X, here Y``."""
+    old, new = flatten(there), flatten(to_record(config))
+    absent = "not a field"
+    return [
+        f"{name}: there {old.get(name, absent)}, here {new.get(name, absent)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, absent) != new.get(name, absent) and name not in free_fields(config)
+    ]
+
+
+def check_workdir(workdir: Path, config: TrainConfig) -> None:
+    """Makes sure that a run of ``config`` can live in ``workdir``; writes nothing.
+
+    Raises:
+      UserError: another config's run is there, or it cannot be written.
+    """
+    existing = workdir
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--workdir {workdir} cannot be written ({existing} is "
+            f"{'not writable' if existing.is_dir() else 'not a directory'}): choose another"
+        )
+    path = workdir / "config.json"
+    if not path.exists():
+        if (workdir / "checkpoints").exists():
+            raise UserError(
+                f"--workdir {workdir} holds checkpoints and no config.json: choose another"
+            )
+        return
+    try:
+        there = json.loads(path.read_text())["config"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a run's record ({error!r}): choose another") from error
+    if found := differences(there, config):
+        raise UserError(
+            f"--workdir {workdir} holds a run of another config ({'; '.join(found[:3])}"
+            f"{f'; and {len(found) - 3} more' if len(found) > 3 else ''}): choose another "
+            "workdir, or the same config to resume"
+        )
+
+
+def write_record(workdir: Path, config: TrainConfig) -> None:
+    """Writes config.json: the config, and for each start of the run what it ran on."""
+    path = workdir / "config.json"
+    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "argv": sys.argv,
+        "git": git_state(),
+        "python": sys.version.split()[0],
+        "packages": _versions(),
+        "devices": [d.device_kind for d in jax.devices()],
+        "platform": jax.default_backend(),
+        "processes": jax.process_count(),
+        "cpu_cores": os.cpu_count(),
+    }
+    write_json(path, {"config": to_record(config), "starts": [*starts, start]})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the checkout that this code runs from, and whether it was changed; else None."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

@@ -1,0 +1,206 @@
+"""A config's fields as command-line flags, through tyro; what is wrong comes as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import re
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import docstring_parser
+import jax.numpy as jnp
+import tyro
+from flax import linen as nn
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    StructConstructorSpec,
+    StructFieldSpec,
+)
+
+from flax_resnet import models
+from flax_resnet.config import TrainConfig, class_name, find_class, module_fields
+from flax_resnet.errors import UserError, did_you_mean
+
+Factory = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Invocation:
+    """What a command line asks for."""
+
+    workdir: str
+    """Directory of the run's record. The same command on the same directory resumes."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+def parse(config: TrainConfig, workdir: str, argv: Sequence[str], about: str = "") -> Invocation:
+    """Applies flags to a config.
+
+    ``--model NAME``, ``--optimizer NAME`` and ``--optimizer.schedule NAME`` choose a class, with
+    its defaults; every other flag sets a field of what is chosen.
+
+    Args:
+      config: the defaults.
+      workdir: default of --workdir.
+      argv: flags, in dashes or underscores.
+      about: what --help says first.
+
+    Raises:
+      UserError: an unknown flag, with the nearest, or a value that does not fit.
+    """
+    config, argv = _choose(config, [_dashes(argument) for argument in argv])
+    registry = ConstructorRegistry()
+    registry.struct_rule(_module_rule)
+    registry.primitive_rule(_module_class_rule)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                Invocation,
+                args=argv,
+                default=Invocation(workdir, config),
+                description=about + "\n" + _choices_help(config),
+                registry=registry,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        raise UserError(_one_line(said.getvalue())) from None
+
+
+def _dashes(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def _one_line(box: str) -> str:
+    """What a tyro error box says, without its frame, its help text and its pointer to --help."""
+    sections: list[list[str]] = [[]]
+    for line in (row.strip(" │") for row in box.splitlines() if row.startswith("│")):
+        if set(line) == {"─"}:
+            sections.append([])
+        elif line:
+            sections[-1].append(line)
+    text = " ".join(sections[0])
+    for section in sections[1:]:
+        if section and "Perhaps you meant" in section[0]:
+            near = re.search(r"--[\w.-]+", " ".join(section))
+            text += f" (did you mean {near.group()}?)" if near else ""
+    return f"{text.rstrip('.')}; --help lists every flag"
+
+
+def _model_choices() -> dict[str, Factory]:
+    depths = (20, 32, 44, 56, 110)
+    cifar = {f"resnet{d}": functools.partial(models.cifar_resnet, d) for d in depths}
+    return {"mini": models.MiniModel, **cifar}
+
+
+def _choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
+    """{dotted field: {name: factory}} of the fields that hold one of several classes."""
+    found: dict[str, dict[str, Factory]] = {"model": _model_choices()}
+
+    def visit(value: Any, prefix: str) -> None:
+        for name, hint in typing.get_type_hints(type(value)).items():
+            classes: list[Any] = [c for c in typing.get_args(hint) if dataclasses.is_dataclass(c)]
+            if isinstance(hint, types.UnionType) and len(classes) > 1:
+                found[prefix + name] = {c.__name__.lower(): c for c in classes}
+            inner = getattr(value, name)
+            if dataclasses.is_dataclass(inner) and not isinstance(inner, nn.Module):
+                visit(inner, f"{prefix}{name}.")
+
+    visit(config, "")
+    return found
+
+
+def _choices_help(config: TrainConfig) -> str:
+    lines = [f"--{path} {'|'.join(names)}" for path, names in _choices(config).items()]
+    return "Choose a class, with its defaults: " + "; ".join(lines) + "."
+
+
+def _choose(config: TrainConfig, argv: list[str]) -> tuple[TrainConfig, list[str]]:
+    """Takes ``--FIELD NAME`` out of argv for the fields that hold one of several classes."""
+    for path in ("model", "optimizer", "optimizer.schedule"):
+        choices = _choices(config)[path]
+        for i, argument in enumerate(argv):
+            flag, equals, name = argument.partition("=")
+            if flag != f"--{path}":
+                continue
+            name = name if equals else (argv[i + 1] if i + 1 < len(argv) else "")
+            if name.lower() not in choices:
+                raise UserError(
+                    f"--{path} {name!r}: expected one of {', '.join(choices)}"
+                    f"{did_you_mean(name.lower(), choices)}"
+                )
+            config = _replace(config, path.split("."), choices[name.lower()]())
+            argv = argv[:i] + argv[i + (1 if equals else 2) :]
+            break
+    return config, argv
+
+
+def _replace(config: Any, path: list[str], value: Any) -> Any:
+    """``config`` with the field at ``path`` replaced; an experiment's outer choices stay."""
+    old = getattr(config, path[0])
+    if len(path) > 1:
+        value = _replace(old, path[1:], value)
+    elif isinstance(value, nn.Module):
+        value = value.clone(num_classes=old.num_classes)
+    elif hasattr(value, "schedule"):
+        value = dataclasses.replace(value, schedule=old.schedule)
+    return dataclasses.replace(config, **{path[0]: value})
+
+
+def _module_rule(info: Any) -> StructConstructorSpec | None:
+    """A linen module's fields as flags; helps are the "Attributes:" of its docstring."""
+    module = info.default
+    if not isinstance(module, nn.Module):
+        return None
+    hints = typing.get_type_hints(type(module))
+    about = docstring_parser.parse(type(module).__doc__ or "").params
+    helps = {p.arg_name: " ".join((p.description or "").split()) for p in about}
+    return StructConstructorSpec(
+        instantiate=functools.partial(_clone, module),
+        fields=tuple(
+            StructFieldSpec(f.name, hints[f.name], getattr(module, f.name), helps.get(f.name))
+            for f in module_fields(module)
+        ),
+    )
+
+
+def _clone(module: nn.Module, **values: Any) -> nn.Module:
+    for name, value in values.items():
+        if name.endswith("dtype"):
+            try:
+                jnp.dtype(value)
+            except TypeError as error:
+                raise UserError(
+                    f"--model.{name.replace('_', '-')} {value}: expected a dtype such as float32 "
+                    "or bfloat16"
+                ) from error
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return module.clone(**values)
+
+
+def _module_class_rule(info: Any) -> PrimitiveConstructorSpec | None:
+    """Flags that name a block class: a name in flax_resnet.models, or MODULE:NAME."""
+    if typing.get_origin(info.type) is not type:
+        return None
+
+    def find(words: list[str]) -> type:
+        return find_class(words[0] if ":" in words[0] else f"{models.__name__}:{words[0]}")
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="CLASS",
+        instance_from_str=find,
+        is_instance=lambda value: isinstance(value, type),
+        str_from_instance=lambda cls: [class_name(cls)],
+    )

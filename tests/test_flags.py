@@ -1,0 +1,110 @@
+import dataclasses
+
+import pytest
+
+from flax_resnet.config import TrainConfig
+from flax_resnet.errors import UserError
+from flax_resnet.flags import parse
+from flax_resnet.models import BasicBlock, MiniModel, ResidualUnit, cifar_resnet
+from flax_resnet.optim import SGD, AdamW, Cosine, OneCycle
+
+BASE = TrainConfig(
+    model=cifar_resnet(20, num_classes=7), optimizer=SGD(schedule=Cosine(warmup=0.1))
+)
+
+
+def flags(*argv):
+    return parse(BASE, "runs/x", argv).config
+
+
+def test_no_flags_give_the_config_itself():
+    got = parse(BASE, "runs/x", [])
+    assert (got.workdir, got.config) == ("runs/x", BASE)
+    assert parse(BASE, "runs/x", ["--workdir", "y"]).workdir == "y"
+
+
+def test_any_field_can_be_set():
+    got = flags(
+        "--seed", "5", "--data.image-size", "64", "--augment.flip", "--ema-decay=0.9",
+        "--optimizer.schedule.final", "0.2", "--optimizer.no-nesterov", "--loss",
+        "binary_cross_entropy", "--checkpoint.every-steps", "9", "--num-steps", "None",
+        "--model.stage-sizes", "1", "2", "--model.dtype", "bfloat16", "--model.shortcut", "B",
+    )  # fmt: skip
+    want = dataclasses.replace(
+        BASE,
+        seed=5,
+        data=dataclasses.replace(BASE.data, image_size=64),
+        augment=dataclasses.replace(BASE.augment, flip=True),
+        ema_decay=0.9,
+        optimizer=SGD(schedule=Cosine(warmup=0.1, final=0.2)),
+        loss="binary_cross_entropy",
+        checkpoint=dataclasses.replace(BASE.checkpoint, every_steps=9),
+        model=BASE.model.clone(stage_sizes=(1, 2), dtype="bfloat16", shortcut="B"),
+    )
+    assert got == want
+    assert hash(got.model.stage_sizes)
+
+
+def test_underscores_are_taken_too():
+    assert flags("--data.image_size=8").data.image_size == 8
+
+
+def test_classes_are_chosen_by_name():
+    got = flags("--optimizer", "adamw", "--optimizer.b1", "0.8").optimizer
+    assert got == AdamW(b1=0.8, schedule=Cosine(warmup=0.1))
+    got = flags("--optimizer.schedule=OneCycle", "--optimizer.schedule.rise", "0.5").optimizer
+    assert got == SGD(schedule=OneCycle(rise=0.5))
+    got = flags("--model", "mini", "--model.dropout-rate", "0.5").model
+    assert got == MiniModel(num_classes=7, dropout_rate=0.5)
+    assert flags("--model", "resnet56").model == cifar_resnet(56, num_classes=7)
+
+
+def test_block_classes_are_chosen_by_name():
+    assert flags("--model.block-cls", "ResidualUnit").model.block_cls is ResidualUnit
+    named = "flax_resnet.models.resnet:BasicBlock"
+    assert flags("--model.block-cls", named).model.block_cls is BasicBlock
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch-siz", "3"], r"Unrecognized options: --batch-siz, 3 .*mean --batch-size\?"),
+        (["--optimizer.learning-rat=3"], r"did you mean --optimizer.learning-rate\?"),
+        (["--augment.flop"], r"Unrecognized options: --augment.flop"),
+        (["stray"], "Unrecognized options: stray"),
+        (["--num-epochs", "abc"], "--num-epochs: could not convert string to float: 'abc'"),
+        (
+            ["--normalization", "foo"],
+            r"'foo' for argument '--normalization'. Expected one of \('ch",
+        ),
+        (["--optimizer", "adamm"], r"'adamm': expected one of sgd, .*mean 'adam'\?"),
+        (["--optimizer"], "--optimizer '': expected one of sgd"),
+        (["--model", "resnet21"], r"expected one of mini, resnet20, .*did you mean 'resnet32'"),
+        (["--model.dtype", "float31"], "--model.dtype float31: expected a dtype"),
+        (["--model.block-cls", "Foo"], "'flax_resnet.models:Foo' is not known"),
+        (["--model.block-cls", "os:system"], "'os:system' is not known"),
+        (["--batch-size", "-3"], "batch_size=-3: expected 1 or more"),
+        (["--augment.rotation", "-3"], "augment.rotation=-3.0 is negative"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message):
+    with pytest.raises(UserError, match=message) as caught:
+        flags(*argv)
+    assert "\n" not in str(caught.value)
+    assert "│" not in str(caught.value)
+
+
+def test_help_lists_fields_with_their_meaning_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(BASE, "runs/x", ["--help"], "The claim of the experiment.")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for part in (
+        "The claim of the experiment.",
+        "--optimizer.schedule constant|piecewise|cosine|onecycle|reduceonplateau",
+        "--model.bn-momentum FLOAT share of the running statistics kept at each step",
+        "--batch-size INT Images in one optimizer step, over all devices. (default: 128)",
+        "--augment.cutmix FLOAT Beta parameter of CutMix",
+        "--workdir STR Directory of the run's record.",
+    ):
+        assert part in text
