@@ -1,0 +1,291 @@
+"""The one loop: a config and a workdir in, a trained network and its record out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from flax_resnet import distributed, figures, metrics
+from flax_resnet.augment import statistics, statistics_shape
+from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.config import TrainConfig, check_workdir, to_record, write_json, write_record
+from flax_resnet.data import Data
+from flax_resnet.errors import UserError
+from flax_resnet.optim import learning_rate_at
+from flax_resnet.step import LOSSES, Batch, TrainState, create_state, eval_step, train_step
+
+# Dispatch is asynchronous: without a bound the host would queue every batch of the run.
+MOST_STEPS_IN_FLIGHT = 2
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is set up, and how far it has come."""
+
+    config: TrainConfig
+    workdir: Path
+    mesh: Mesh
+    data: Data
+    num_steps: int
+    steps_per_epoch: int
+    schedule: optax.Schedule
+    state: TrainState
+    step: int = 0
+    seconds: float = 0.0
+    evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
+    confusion: np.ndarray | None = None
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done."""
+        return self.step / self.steps_per_epoch
+
+    def compile(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """(train step compiled for the mesh, its state donated; eval step, jitted)."""
+        config, loss = self.config, LOSSES[self.config.loss]
+        step = functools.partial(
+            train_step,
+            augment=config.augment,
+            loss=loss,
+            label_smoothing=config.label_smoothing,
+            accum_steps=config.accum_steps,
+            ema_decay=config.ema_decay,
+        )
+        whole, split = distributed.replicated(self.mesh), distributed.batch_sharding(self.mesh)
+        image = (config.batch_size, *self.data.image_shape)
+        batch = {
+            "image": jax.ShapeDtypeStruct(image, jnp.uint8, sharding=split),
+            "label": jax.ShapeDtypeStruct(image[:1], jnp.int32, sharding=split),
+        }
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=whole)
+        evaluate = jax.jit(functools.partial(eval_step, loss=loss), out_shardings=whole)
+        return jitted.lower(self.state, batch).compile(), evaluate
+
+    def evaluate(self, step: Callable[..., metrics.Sums]) -> None:
+        """Evaluates the state on the whole evaluation split, every example once."""
+        batches = self.data.eval_batches(self.config.eval_batch_size)
+        self.evaluation, self.confusion = evaluate(step, self.state, batches)
+
+
+def evaluate(
+    step: Callable[..., metrics.Sums], state: TrainState, batches: Iterable[Batch]
+) -> tuple[dict[str, float], np.ndarray]:
+    """Runs an eval step over batches.
+
+    Returns:
+      (means of the metrics over all examples, int (K, K) confusion counts).
+    """
+    sums: list[metrics.Sums] = []
+    confusion: Any = 0
+    for batch in batches:
+        one = step(state, batch)
+        confusion = confusion + one.pop("confusion")
+        sums.append(jax.block_until_ready(one))
+    return metrics.means(sums), np.asarray(confusion)
+
+
+def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
+    """Checks and opens everything that a run needs, and writes nothing to the workdir.
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    distributed.check_divisible("batch_size", config.batch_size, mesh)
+    distributed.check_divisible("eval_batch_size", config.eval_batch_size, mesh)
+    if config.batch_size // mesh.size % config.accum_steps:
+        raise UserError(
+            f"batch_size={config.batch_size} over {mesh.size} devices does not divide into "
+            f"accum_steps={config.accum_steps} equal parts: change one"
+        )
+    data = Data(config.data, mesh, config.model.num_classes)
+    steps_per_epoch = math.ceil(data.num_train / config.batch_size)
+    num_steps = config.num_steps or max(1, round(config.num_epochs * steps_per_epoch))
+    tx, schedule = config.optimizer.build(num_steps, steps_per_epoch)
+    shapes = statistics_shape(config.normalization, data.image_shape)
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    try:
+        state = create_state(
+            config.model, tx, config.seed, data.image_shape, zeros, ema=config.ema_decay is not None
+        )
+    except ValueError as error:
+        name = type(config.model).__name__
+        raise UserError(f"{name} does not take images of {data.image_shape}: {error}") from error
+    state = distributed.put_replicated(mesh, state)
+    return Run(config, workdir, mesh, data, num_steps, steps_per_epoch, schedule, state)
+
+
+def train_and_evaluate(
+    config: TrainConfig, workdir: str | Path, *, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Trains, evaluates, and leaves the record in ``workdir``; resumes a run that is there.
+
+    Args:
+      config: the run.
+      workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/, curves.png,
+        confusion.png and, when the run is finished, result.json.
+      mesh: devices to run on; by default all.
+
+    Returns:
+      What result.json holds.
+
+    Raises:
+      UserError: bad input; the workdir has not been touched then.
+    """
+    workdir = Path(workdir).expanduser()
+    check_workdir(workdir, config)
+    result_path = workdir / "result.json"
+    if result_path.exists():
+        result = json.loads(result_path.read_text())
+        print(
+            f"{workdir} is finished: {result['step']} steps, top-1 {100 * result['top1']:.2f} %. "
+            "Nothing to do; another --workdir trains again."
+        )
+        return result
+    run = set_up(config, workdir, distributed.data_mesh() if mesh is None else mesh)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if distributed.is_lead():
+            write_record(workdir, config)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be written: {error}") from error
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+    try:
+        _restore_or_start(run, checkpoints)
+        log = metrics.RunLog(workdir, run.step, run.num_steps, lead=distributed.is_lead())
+        try:
+            log.message(_opening_line(run))
+            _loop(run, checkpoints, log)
+        finally:
+            log.close()
+        checkpoints.wait()
+    finally:
+        checkpoints.close()
+    return _finish(run) if distributed.is_lead() else {}
+
+
+def _restore_or_start(run: Run, checkpoints: Checkpoints) -> None:
+    """Puts the newest checkpoint into the run, or the statistics of its data at step 0."""
+    data = run.data
+    if checkpoints.latest_step() is None:
+        stats = statistics(run.config.normalization, data.image_shape, data.train_images())
+        like = run.state.normalization
+        stats = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), stats, like)
+        run.state = run.state.replace(normalization=distributed.put_replicated(run.mesh, stats))
+        return
+    arrays, meta = checkpoints.restore(run.state.arrays())
+    if meta["num_train"] != data.num_train:
+        raise UserError(
+            f"{run.workdir} was trained on {meta['num_train']} images and {data.num_train} are "
+            "there now: give the same data, or another --workdir"
+        )
+    run.state = run.state.replace(**arrays)
+    run.step, run.seconds = meta["step"], meta["seconds"]
+
+
+def _loop(run: Run, checkpoints: Checkpoints, log: metrics.RunLog) -> None:
+    """Trains from ``run.step`` to the end; evaluates, logs and saves on the way."""
+    config = run.config
+    began = time.perf_counter() - run.seconds
+    step_fn, eval_fn = run.compile()
+    log.message(f"compiled in {time.perf_counter() - began - run.seconds:.1f} s")
+    eval_every = max(1, round(config.eval_every_epochs * run.steps_per_epoch))
+    batches = run.data.train_batches(config.seed, config.batch_size, run.step, run.num_steps)
+    pending: list[metrics.Sums] = []
+    timer = metrics.Timer()
+    for batch in timer.waiting(batches, config.batch_size):
+        run.state, sums = step_fn(run.state, batch)
+        run.step += 1
+        pending.append(sums)
+        jax.block_until_ready(pending[: -MOST_STEPS_IN_FLIGHT or None][-1:])
+        evaluates = run.step == run.num_steps or run.step % eval_every == 0
+        saves = evaluates or run.step % (config.checkpoint.every_steps or run.num_steps) == 0
+        if saves or run.step % config.log_every_steps == 0:
+            # Saves end an interval too, so that a resumed run logs what an unbroken one does.
+            rate = learning_rate_at(run.schedule, run.state.opt_state, run.step - 1)
+            values = {**metrics.means(pending), "learning_rate": float(rate), **timer.summary()}
+            log.write("train", run.step, run.epoch, values)
+            pending.clear()
+            timer.reset()
+        if evaluates:
+            run.evaluate(eval_fn)
+            log.write("eval", run.step, run.epoch, run.evaluation)
+        if saves:
+            run.seconds = time.perf_counter() - began
+            meta = {
+                "step": run.step,
+                "seconds": run.seconds,
+                "num_train": run.data.num_train,
+                "class_names": list(run.data.class_names),
+                "image_shape": list(run.data.image_shape),
+                "config": to_record(config),
+            }
+            checkpoints.save(
+                run.step, run.state.arrays(), meta, run.evaluation if evaluates else None
+            )
+            timer.reset()
+    if run.confusion is None:  # the last checkpoint was the end, and the record was not written
+        run.evaluate(eval_fn)
+
+
+def _opening_line(run: Run) -> str:
+    data, devices = run.data, run.mesh.devices.flat
+    parameters = sum(x.size for x in jax.tree.leaves(run.state.params))
+    where = run.config.data.folder or run.config.data.name
+    return (
+        f"{type(run.config.model).__name__}, {parameters:,} parameters; {where}: "
+        f"{data.num_train:,} training and {data.num_eval:,} evaluation images of "
+        f"{'x'.join(map(str, data.image_shape))}, {'resident' if data.resident else 'streamed'}; "
+        f"{run.num_steps} steps, {run.steps_per_epoch} an epoch, on {run.mesh.size} x "
+        f"{devices[0].device_kind}" + (f"; resumes at step {run.step}" if run.step else "")
+    )
+
+
+def _finish(run: Run) -> dict[str, Any]:
+    """Draws the figures, prints the closing table, and writes result.json last."""
+    workdir, records = run.workdir, metrics.read_metrics(run.workdir)
+    best = max((r for r in records if r["split"] == "eval"), key=lambda r: r["top1"])
+    last = [r for r in records if r["split"] == "train"][-1]
+    name = f"{type(run.config.model).__name__} on {run.config.data.folder or run.config.data.name}"
+    figures.curves(records, workdir / "curves.png", f"{name}, seed {run.config.seed}")
+    title = f"{name}: top-1 {100 * run.evaluation['top1']:.2f} % of {run.data.num_eval}"
+    assert run.confusion is not None
+    figures.confusion(run.confusion, run.data.class_names, workdir / "confusion.png", title)
+    result = {
+        "step": run.step,
+        "epochs": run.epoch,
+        **run.evaluation,
+        "best_top1": best["top1"],
+        "best_step": best["step"],
+        "train_top1": last["top1"],
+        "train_loss": last["loss"],
+        "seconds": run.seconds,
+        "num_train": run.data.num_train,
+        "num_eval": run.data.num_eval,
+    }
+    metrics.closing_table(
+        name,
+        {
+            "evaluation top-1": f"{100 * result['top1']:.2f} % of {result['num_eval']} images",
+            "evaluation top-5": f"{100 * result['top5']:.2f} %",
+            "evaluation loss": f"{result['loss']:.4f} nats",
+            "best top-1": f"{100 * best['top1']:.2f} % at step {best['step']}",
+            "training top-1": f"{100 * last['top1']:.2f} % (augmented, last interval)",
+            "steps": f"{run.step} ({run.epoch:g} epochs)",
+            "time": f"{run.seconds:.1f} s, compilation and evaluation included",
+            "record": str(workdir),
+        },
+    )
+    write_json(workdir / "result.json", result)
+    return result
