@@ -46,15 +46,11 @@ def statistics(
       {"mean", "std"}: float32, (C,) or, for "pixel", a scalar mean and (H, W, C) std, on the
       0..1 scale.
     """
+    statistics_shape(kind, image_shape)
     channels = image_shape[-1]
     if kind == "none":
         return _stats(np.zeros(channels), np.ones(channels))
     if kind == "imagenet":
-        if channels != 3:
-            raise UserError(
-                f"normalization 'imagenet' is for 3 channels, the images have {channels}: "
-                "use --normalization channel"
-            )
         return _stats(np.array(IMAGENET_MEAN), np.array(IMAGENET_STD))
     total = np.zeros(image_shape, np.int64)
     squares = np.zeros(image_shape, np.int64)
@@ -73,7 +69,16 @@ def statistics(
 def statistics_shape(
     kind: NormalizationKind, image_shape: tuple[int, int, int]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes that ``statistics`` would return, without reading any image."""
+    """The shapes that ``statistics`` would return, without reading any image.
+
+    Raises:
+      UserError: the kind does not fit the images.
+    """
+    if kind == "imagenet" and image_shape[-1] != 3:
+        raise UserError(
+            f"normalization 'imagenet' is for 3 channels, the images have {image_shape[-1]}: use "
+            "--normalization channel"
+        )
     std = image_shape if kind == "pixel" else image_shape[-1:]
     mean = () if kind == "pixel" else std
     return {

@@ -1,0 +1,66 @@
+"""Every experiment's config builds, fits its recipe, and takes a step."""
+
+import dataclasses
+import importlib
+import pkgutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import experiments
+from flax_resnet.config import TrainConfig, from_record, to_record
+from flax_resnet.data import DataConfig
+from flax_resnet.train import train_and_evaluate
+
+NAMES = [module.name for module in pkgutil.iter_modules(experiments.__path__)]
+
+
+@pytest.fixture(params=NAMES)
+def module(request):
+    return importlib.import_module(f"experiments.{request.param}")
+
+
+def test_experiments_are_found():
+    assert {"digits", "cifar10_mini"} <= set(NAMES)
+
+
+def test_docstring_gives_the_command(module):
+    assert f"Command: python -m {module.__name__}" in module.__doc__
+    assert "Claim: " in module.__doc__
+
+
+def test_config_builds_and_records(module):
+    config = module.get_config()
+    assert isinstance(config, TrainConfig)
+    assert from_record(to_record(config)) == config
+
+
+def test_one_step_on_synthetic_images(module, tmp_path, mesh, rng):
+    config = module.get_config()
+    for label in range(config.model.num_classes):
+        directory = tmp_path / "data" / f"class{label}"
+        directory.mkdir(parents=True)
+        for i in range(2):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(directory / f"{i}.png")
+    config = dataclasses.replace(
+        config,
+        model=config.model.clone(stage_sizes=(1,) * len(config.model.stage_sizes)),
+        data=DataConfig(folder=str(tmp_path / "data"), holdout_every=2),
+        batch_size=4,
+        eval_batch_size=4,
+        num_steps=1,
+    )
+    result = train_and_evaluate(config, tmp_path / "w", mesh=mesh)
+    assert (result["step"], result["num_eval"]) == (1, 10)
+    assert np.isfinite(result["loss"])
+
+
+def test_cifar10_mini_is_the_tutorials_recipe():
+    config = importlib.import_module("experiments.cifar10_mini").get_config()
+    steps_per_epoch = -(-50_000 // config.batch_size)
+    assert (steps_per_epoch, config.num_epochs * steps_per_epoch) == (391, 19_550)
+    assert (config.optimizer.learning_rate, config.optimizer.eps) == (1e-3, 1e-7)
+    assert config.augment.width_shift * 32 == 5
+    assert (config.normalization, config.model.dropout_rate) == ("pixel", 0.25)

@@ -1,0 +1,75 @@
+"""Imports go down the levels of the design, never up or sideways, and never to experiments."""
+
+import ast
+import pathlib
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "flax_resnet"
+LEVELS = [
+    {"errors"},
+    {"layers", "distributed", "metrics", "checkpoint", "figures", "datasets.decode"},
+    {"augment", "optim", "models.mini", "models.resnet", "datasets.sources"},
+    {"models", "datasets.prepare", "datasets.sklearn_digits", "datasets", "step"},
+    {"data"},
+    {"config"},
+    {"train", "flags"},
+    {"main"},
+    {"__main__", ""},
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+# A builder is asked for by name, at run time, by the module that builds sets.
+ALLOWED = {("datasets.prepare", "datasets.sklearn_digits")}
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(p for p in parts if p != "__init__")
+
+
+def imports(path):
+    """Names of this library's modules that a file imports, wherever in it."""
+    modules = {module_name(p) for p in PACKAGE.rglob("*.py")}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            assert name.split(".")[0] != "experiments", f"{path} imports {name}"
+            inner = name.removeprefix("flax_resnet").removeprefix(".")
+            if name.startswith("flax_resnet.") and inner in modules:
+                yield inner
+
+
+def edges():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for imported in imports(path):
+            yield module_name(path), imported
+
+
+def test_every_module_has_a_level():
+    modules = {module_name(p) for p in PACKAGE.rglob("*.py")}
+    assert modules == set(LEVEL)
+
+
+def test_imports_go_down():
+    found = list(edges())
+    assert len(found) > 40
+    # A package's own name is imported along with any module inside it.
+    up = [
+        (a, b)
+        for a, b in found
+        if LEVEL[a] <= LEVEL[b] and (a, b) not in ALLOWED and not a.startswith(b + ".")
+    ]
+    assert [(a, b) for a, b in up if b not in ("datasets", "models")] == []
+
+
+def test_only_the_top_sees_the_whole_config():
+    assert {a for a, b in edges() if b == "config"} == {"", "train", "flags", "main"}
+
+
+def test_modules_are_short():
+    lengths = {str(p): len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
+    assert {p: n for p, n in lengths.items() if n > 400} == {}

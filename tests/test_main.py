@@ -1,0 +1,163 @@
+"""The command line as a person uses it: processes, exit status, files."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import assert_trees_equal
+from test_train import saved
+
+from flax_resnet import metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = (
+    "--model.stage-sizes", "1", "--model.num-filters", "8", "--log-every-steps", "2",
+    "--eval-every-epochs", "0.5", "--batch-size", "64",
+)  # fmt: skip
+
+
+@pytest.fixture
+def environment(digits_dir):
+    """One CPU device, the prepared digits, no TensorFlow whatever is installed."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TFDS_"))}
+    return {**kept, "TFDS_DATA_DIR": digits_dir, "JAX_PLATFORMS": "cpu"}
+
+
+def start(environment, *arguments, module="experiments.digits", **kwargs):
+    command = [sys.executable, "-W", "error", "-m", module, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs,
+    )  # fmt: skip
+
+
+def run(environment, *arguments, **kwargs):
+    process = start(environment, *arguments, **kwargs)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def assert_one_line_error(result, message):
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.name", "cifar1o"], "unknown dataset 'cifar1o' (did you mean 'cifar10'?)"),
+        (["--data.name", "cifar100"], "run python -m flax_resnet prepare cifar100"),
+        (["--batch-siz", "3"], "did you mean --batch-size?"),
+        (["--model.num-classes", "5"], "labels 0 to 9: set --model.num-classes 10"),
+        (["--data.folder", "/nowhere"], "--data.folder /nowhere: no such directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(environment, tmp_path, arguments, message):
+    workdir = tmp_path / "w"
+    result = run(environment, "--workdir", workdir, *arguments)
+    assert_one_line_error(result, message)
+    assert not workdir.exists()
+
+
+def test_batch_size_that_does_not_divide_over_the_devices(environment, tmp_path):
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    result = run(environment, "--workdir", tmp_path / "w", "--batch-size", 12)
+    assert_one_line_error(result, "batch_size=12 is not divisible by the 8 devices: use 8 or 16")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("workdir", ["/proc/flax_resnet", "/dev/null/w"])
+def test_a_workdir_that_cannot_be_written(environment, workdir):
+    result = run(environment, "--workdir", workdir, "--num-steps", 1, *SMALL)
+    assert_one_line_error(result, f"--workdir {workdir} cannot be written")
+
+
+def test_another_configs_workdir_is_left_alone(environment, tmp_path):
+    workdir = tmp_path / "w"
+    first = run(environment, "--workdir", workdir, "--num-steps", 2, *SMALL)
+    assert first[0] == 0, first
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+    result = run(environment, "--workdir", workdir, "--num-steps", 2, *SMALL, "--seed", 3)
+    assert_one_line_error(result, "holds a run of another config (seed: there 0, here 3)")
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
+    code, out, _ = run(environment, "--workdir", workdir, "--num-steps", 2, *SMALL)
+    assert code == 0
+    assert out.count("\n") == 1
+    assert "is finished: 2 steps" in out
+
+
+def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(environment, tmp_path):
+    """kill -9 wherever the process is, twice, then the same command to the end."""
+    arguments = (*SMALL, "--num-steps", 60, "--checkpoint.every-steps", 7, "--optimizer", "adam")
+    code, _, err = run(environment, "--workdir", tmp_path / "whole", *arguments)
+    assert code == 0, err
+    workdir = tmp_path / "killed"
+    for target in (16, 40):
+        process = start(environment, "--workdir", workdir, *arguments)
+        deadline = time.monotonic() + 120
+        while max([r["step"] for r in metrics.read_metrics(workdir)], default=0) < target:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (workdir / "result.json").exists()
+    code, out, err = run(environment, "--workdir", workdir, *arguments)
+    assert code == 0, err
+    assert "resumes at step" in out
+    assert_trees_equal(saved(workdir)[0], saved(tmp_path / "whole")[0])
+    steps = [(r["split"], r["step"]) for r in metrics.read_metrics(workdir)]
+    assert steps == [(r["split"], r["step"]) for r in metrics.read_metrics(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_tensorflow_is_never_imported(environment, tmp_path, streams):
+    """A stand-in that leaves a mark when anything imports it, workers included."""
+    marker = tmp_path / "imported"
+    (tmp_path / "site" / "tensorflow").mkdir(parents=True)
+    (tmp_path / "site" / "tensorflow" / "__init__.py").write_text(
+        f"open({str(marker)!r}, 'a').close()\nraise ImportError('TensorFlow was imported')\n"
+    )
+    environment["PYTHONPATH"] = str(tmp_path / "site")
+    extra = ("--data.resident-mb", 0, "--data.num-workers", 1) if streams else ()
+    arguments = ("--workdir", tmp_path / "w", "--num-steps", 6, *SMALL, *extra)
+    code, out, err = run(environment, *arguments)
+    assert code == 0, err
+    assert ("streamed" in out) == streams
+    assert not marker.exists()
+
+
+def test_a_folder_trains_and_its_record_opens(environment, tmp_path, image_folder):
+    workdir = tmp_path / "w"
+    code, out, err = run(
+        environment, "--data.folder", image_folder, "--workdir", workdir, "--num-steps", 3,
+        "--model.num-classes", 2, "--batch-size", 8, "--model.stage-sizes", 1,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "32 training and 8 evaluation images of 8x8x3, resident" in out
+    assert json.loads((workdir / "result.json").read_text())["num_eval"] == 8
+    code, _, err = run(environment, "--data.folder", image_folder / "cat", "--workdir", "x")
+    assert (code, "holds 0 class sub-folders" in err) == (2, True)
+
+
+def test_prepare_prints_where_the_set_is(environment, digits_dir):
+    code, out, _ = run(environment, "prepare", "sklearn_digits", module="flax_resnet")
+    assert (code, out) == (0, f"{digits_dir}/sklearn_digits/1.0.0\n")
+    result = run(environment, "prepare", "sklearn_digitz", module="flax_resnet")
+    assert_one_line_error(result, "unknown dataset 'sklearn_digitz' (did you mean 'sklearn_digits'")
+
+
+def test_a_directory_that_cannot_take_the_digits(environment):
+    result = run(
+        environment, "prepare", "sklearn_digits", "--data-dir", "/proc/x", module="flax_resnet"
+    )
+    assert_one_line_error(result, "give a directory that can be written by --data-dir")

@@ -1,0 +1,221 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from helpers import assert_trees_equal, tiny_resnet
+
+from flax_resnet import metrics, train
+from flax_resnet.augment import Augment
+from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import DataConfig
+from flax_resnet.datasets import sources
+from flax_resnet.datasets.decode import Decoder
+from flax_resnet.errors import UserError
+from flax_resnet.optim import Adam, Cosine
+from flax_resnet.train import train_and_evaluate
+
+
+@pytest.fixture
+def config(digits_dir):
+    """Twelve steps with everything random on, evaluated every four."""
+    return TrainConfig(
+        model=tiny_resnet(),
+        data=DataConfig(data_dir=digits_dir),
+        augment=Augment(rotation=10, width_shift=0.1, cutout=2, mixup=0.2),
+        optimizer=Adam(schedule=Cosine(warmup=0.2)),
+        normalization="pixel",
+        batch_size=360,
+        eval_batch_size=200,
+        num_steps=12,
+        ema_decay=0.9,
+        log_every_steps=3,
+        checkpoint=CheckpointConfig(every_steps=6),
+    )
+
+
+def saved(workdir, which="latest"):
+    """(state arrays, meta) of a workdir's checkpoint, on one device."""
+    reader = Checkpoints(workdir / "checkpoints")
+    step = reader.step(which)
+    tree = reader._manager.item_metadata(step)["state"].tree
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
+    state, meta = reader.restore(template, which)
+    reader.close()
+    return state, meta
+
+
+def timeless(records):
+    """Metrics records without what depends on the clock."""
+    clock = ("images_per_second", "data_wait")
+    return [{k: v for k, v in record.items() if k not in clock} for record in records]
+
+
+def test_a_run_leaves_its_record(config, tmp_path, mesh, capsys):
+    result = train_and_evaluate(config, tmp_path / "w", mesh=mesh)
+    workdir = tmp_path / "w"
+    assert sorted(p.name for p in workdir.iterdir()) == [
+        "checkpoints", "config.json", "confusion.png", "curves.png",
+        "metrics.jsonl", "result.json", "tensorboard",
+    ]  # fmt: skip
+    records = metrics.read_metrics(workdir)
+    assert [(r["split"], r["step"]) for r in records] == [
+        ("train", 3), ("train", 5), ("eval", 5), ("train", 6), ("train", 9),
+        ("train", 10), ("eval", 10), ("train", 12), ("eval", 12),
+    ]  # fmt: skip
+    assert [r["epoch"] for r in records if r["split"] == "eval"] == [1.0, 2.0, 2.4]
+    last = records[-1]
+    assert json.loads((workdir / "result.json").read_text()) == result
+    assert (result["top1"], result["loss"]) == (last["top1"], last["loss"])
+    assert result["step"] == 12
+    assert (result["num_train"], result["num_eval"]) == (1442, 355)
+    assert result["best_top1"] == max(r["top1"] for r in records if r["split"] == "eval")
+    table = capsys.readouterr().out
+    assert f"{100 * result['top1']:.2f} % of 355 images" in table
+    state, meta = saved(workdir)
+    assert int(state["step"]) == meta["step"] == 12
+    assert meta["class_names"] == [str(i) for i in range(10)]
+    assert meta["config"]["seed"] == 0
+
+
+def test_evaluation_of_the_loop_equals_brute_force(config, tmp_path, mesh, digits_dir):
+    result = train_and_evaluate(config, tmp_path / "w", mesh=mesh)
+    state, _ = saved(tmp_path / "w")
+    (test,) = sources.open_tfds("sklearn_digits", digits_dir, ("test",))
+    encoded, labels = test.read(range(355))
+    images = np.stack([Decoder(1)(data) for data in encoded])
+    stats = state["normalization"]
+    logits = np.asarray(
+        config.model.apply(state["ema"], (images / 255 - stats["mean"]) / stats["std"])
+    )
+    rank = np.argsort(-logits, axis=1)
+    assert result["top1"] == np.mean(rank[:, 0] == labels)
+    assert result["top5"] == np.mean((rank[:, :5] == labels[:, None]).any(1))
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert result["loss"] == pytest.approx(-log_p[np.arange(355), labels].mean(), rel=1e-5)
+
+
+class Stop(Exception):
+    """Ends a run in the middle, as a crash would."""
+
+
+@pytest.fixture
+def crash_after(monkeypatch):
+    """Makes the loop crash when it has logged training metrics of a step."""
+
+    def arrange(step):
+        write = metrics.RunLog.write
+
+        def crashing(self, split, at, *rest):
+            write(self, split, at, *rest)
+            if at >= step:
+                raise Stop
+
+        monkeypatch.setattr(metrics.RunLog, "write", crashing)
+
+    yield arrange
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("crash", [3, 9, 12])
+def test_a_resumed_run_equals_an_unbroken_one(
+    config, tmp_path, mesh, crash_after, monkeypatch, capsys, crash
+):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    want = train_and_evaluate(config, whole, mesh=mesh)
+    crash_after(crash)
+    with pytest.raises(Stop):
+        train_and_evaluate(config, broken, mesh=mesh)
+    monkeypatch.undo()
+    got = train_and_evaluate(config, broken, mesh=mesh)
+    resumed = {3: 0, 9: 6, 12: 10}[crash]
+    assert (f"resumes at step {resumed}" in capsys.readouterr().out) == (resumed > 0)
+    assert_trees_equal(saved(broken)[0], saved(whole)[0])
+    assert_trees_equal(saved(broken, "best")[0], saved(whole, "best")[0])
+    assert timeless(metrics.read_metrics(broken)) == timeless(metrics.read_metrics(whole))
+    clock = {"seconds": None}
+    assert {**got, **clock} == {**want, **clock}
+    assert len(json.loads((broken / "config.json").read_text())["starts"]) == 2
+
+
+def test_a_run_cut_off_after_its_last_checkpoint_is_closed(config, tmp_path, mesh, monkeypatch):
+    monkeypatch.setattr(train, "_finish", lambda run: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        train_and_evaluate(config, tmp_path / "w", mesh=mesh)
+    monkeypatch.undo()
+    result = train_and_evaluate(config, tmp_path / "w", mesh=mesh)
+    records = metrics.read_metrics(tmp_path / "w")
+    assert (result["step"], result["top1"]) == (12, records[-1]["top1"])
+    assert (tmp_path / "w" / "confusion.png").exists()
+
+
+def test_a_finished_run_says_so_and_touches_nothing(config, tmp_path, mesh, capsys, monkeypatch):
+    want = train_and_evaluate(config, tmp_path / "w", mesh=mesh)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "w").rglob("*")}
+    capsys.readouterr()
+    monkeypatch.setattr(train, "set_up", lambda *args: pytest.fail("nothing may be set up"))
+    assert train_and_evaluate(config, tmp_path / "w") == want
+    assert "is finished: 12 steps, top-1 " in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "w").rglob("*")} == before
+
+
+def test_a_run_moves_from_eight_devices_to_one(config, tmp_path, meshes, crash_after, monkeypatch):
+    crash_after(9)
+    with pytest.raises(Stop):
+        train_and_evaluate(config, tmp_path / "w", mesh=meshes[1])
+    monkeypatch.undo()
+    result = train_and_evaluate(config, tmp_path / "w", mesh=meshes[0])
+    want = train_and_evaluate(config, tmp_path / "one", mesh=meshes[0])
+    assert result["loss"] == pytest.approx(want["loss"], rel=1e-3)
+
+
+def test_streamed_and_resident_runs_are_bit_identical(config, tmp_path, mesh):
+    train_and_evaluate(config, tmp_path / "resident", mesh=mesh)
+    data = dataclasses.replace(config.data, resident_mb=0, num_workers=0)
+    streamed = dataclasses.replace(config, data=data)
+    train_and_evaluate(streamed, tmp_path / "streamed", mesh=mesh)
+    assert_trees_equal(saved(tmp_path / "streamed")[0], saved(tmp_path / "resident")[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 12}, "batch_size=12 is not divisible by the 8 devices: use 8 or 16"),
+        ({"eval_batch_size": 4}, "eval_batch_size=4 is not divisible by the 8 devices: use 8"),
+        ({"batch_size": 72, "accum_steps": 2}, "over 8 devices does not divide into accum_steps=2"),
+        ({"model": tiny_resnet(num_classes=3)}, "num_classes=3 and the data has labels 0 to 9"),
+        ({"data": DataConfig(name="no_such_set")}, "unknown dataset 'no_such_set'"),
+        ({"normalization": "imagenet"}, "'imagenet' is for 3 channels, the images have 1"),
+    ],
+)
+def test_bad_input_is_found_before_anything_is_written(config, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(dataclasses.replace(config, **change), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_network_too_deep_for_the_image_is_bad_input(config, tmp_path, mesh):
+    from flax_resnet.models import MiniModel
+
+    deep = dataclasses.replace(config, model=MiniModel(stage_sizes=(1,) * 5, num_filters=2))
+    with pytest.raises(UserError, match=r"MiniModel does not take images of \(8, 8, 1\): input is"):
+        train_and_evaluate(deep, tmp_path / "w", mesh=mesh)
+    assert not (tmp_path / "w").exists()
+
+
+def test_other_data_under_the_same_name_is_not_resumed_on(config, tmp_path, mesh, monkeypatch):
+    train_and_evaluate(dataclasses.replace(config, num_steps=2), tmp_path / "w", mesh=mesh)
+    (tmp_path / "w" / "result.json").unlink()
+    monkeypatch.setattr(train.Data, "num_train", 999, raising=False)
+    reader = train.Data.__init__
+
+    def fewer(self, *args):
+        reader(self, *args)
+        self.num_train = 1000
+
+    monkeypatch.setattr(train.Data, "__init__", fewer)
+    with pytest.raises(UserError, match="was trained on 1442 images and 1000 are there now"):
+        train_and_evaluate(dataclasses.replace(config, num_steps=2), tmp_path / "w", mesh=mesh)
