@@ -179,10 +179,11 @@ class Augment:
 def rotate_and_shift(
     images: jax.Array, angle: jax.Array, rows: jax.Array, columns: jax.Array
 ) -> jax.Array:
-    """Rotates and shifts each image as the Keras image generator does.
+    """Rotates and shifts each image, as the Keras image generator does but for its swapped axes.
 
-    The output pixel at offset p from the centre is the bilinear sample of the input at
-    R(angle) (p + (rows, columns)), and the nearest edge pixel where that falls outside.
+    Keras's height_shift_range moves columns, and its width_shift_range rows; here each moves
+    what it says. The output pixel at offset p from the centre is the bilinear sample of the
+    input at R(angle) (p + (rows, columns)), or the nearest edge pixel where that is outside.
 
     Args:
       images: (N, H, W, C).

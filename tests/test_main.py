@@ -94,15 +94,11 @@ def test_another_configs_workdir_is_left_alone(environment, tmp_path):
     assert "is finished: 2 steps" in out
 
 
-def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(environment, tmp_path):
-    """kill -9 wherever the process is, twice, then the same command to the end."""
-    arguments = (*SMALL, "--num-steps", 60, "--checkpoint.every-steps", 7, "--optimizer", "adam")
-    code, _, err = run(environment, "--workdir", tmp_path / "whole", *arguments)
-    assert code == 0, err
-    workdir = tmp_path / "killed"
-    for target in (16, 40):
-        process = start(environment, "--workdir", workdir, *arguments)
-        deadline = time.monotonic() + 120
+def kill_when(environment, workdir, targets, arguments, **kwargs):
+    """Starts the command once for each target step and kills it -9 when it has logged it."""
+    for target in targets:
+        process = start(environment, "--workdir", workdir, *arguments, **kwargs)
+        deadline = time.monotonic() + 240
         while max([r["step"] for r in metrics.read_metrics(workdir)], default=0) < target:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
@@ -111,12 +107,49 @@ def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(environment, tmp_pat
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert not (workdir / "result.json").exists()
-    code, out, err = run(environment, "--workdir", workdir, *arguments)
+
+
+def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(environment, tmp_path):
+    """kill -9 wherever the process is, twice, then the same command to the end."""
+    arguments = (*SMALL, "--num-steps", 60, "--checkpoint.every-steps", 7, "--optimizer", "adam")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, _, err = run(environment, "--workdir", whole, *arguments)
+    assert code == 0, err
+    kill_when(environment, killed, (16, 40), arguments)
+    code, out, err = run(environment, "--workdir", killed, *arguments)
     assert code == 0, err
     assert "resumes at step" in out
-    assert_trees_equal(saved(workdir)[0], saved(tmp_path / "whole")[0])
-    steps = [(r["split"], r["step"]) for r in metrics.read_metrics(workdir)]
-    assert steps == [(r["split"], r["step"]) for r in metrics.read_metrics(tmp_path / "whole")]
+    assert_trees_equal(saved(killed)[0], saved(whole)[0])
+    steps = [(r["split"], r["step"]) for r in metrics.read_metrics(killed)]
+    assert steps == [(r["split"], r["step"]) for r in metrics.read_metrics(whole)]
+
+
+@pytest.mark.slow
+def test_the_digits_reach_98_percent(environment, tmp_path):
+    code, out, err = run(environment, "--workdir", tmp_path / "w")
+    assert code == 0, err
+    result = json.loads((tmp_path / "w" / "result.json").read_text())
+    assert result["top1"] >= 0.98
+    assert f"{100 * result['top1']:.2f} % of 355 images" in out
+
+
+@pytest.mark.slow
+def test_mini_model_learns_real_cifar10_and_survives_kill_9(environment, tmp_path, shared_data):
+    arguments = (
+        "--data.data-dir", shared_data, "--data.eval-split", "test[:512]", "--num-steps", 30,
+        "--batch-size", 64, "--log-every-steps", 5, "--checkpoint.every-steps", 5,
+    )  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    module = "experiments.cifar10_mini"
+    code, _, err = run(environment, "--workdir", whole, *arguments, module=module)
+    assert code == 0, err
+    losses = [r["loss"] for r in metrics.read_metrics(whole) if r["split"] == "train"]
+    assert losses[-1] < 0.85 * losses[0]
+    kill_when(environment, killed, (15,), arguments, module=module)
+    code, out, err = run(environment, "--workdir", killed, *arguments, module=module)
+    assert code == 0, err
+    assert "resumes at step 1" in out
+    assert_trees_equal(saved(killed)[0], saved(whole)[0])
 
 
 @pytest.mark.parametrize("streams", [False, True])

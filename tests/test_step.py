@@ -247,19 +247,3 @@ def test_eval_step_equals_brute_force_and_skips_the_mask(rng):
     assert float(sums["loss"]) == pytest.approx(sum(losses), rel=1e-5)
     assert int(np.trace(sums["confusion"])) == sum(right)
     assert int(np.sum(sums["confusion"])) == len(rows)
-
-
-def test_put_replicated_survives_donation(mesh):
-    original = {"x": jnp.arange(4.0)}
-    placed = distributed.put_replicated(mesh, original)
-    jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)(placed)
-    assert original["x"].tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "advice"), [(12, "use 8 or 16"), (3, "use 8"), (0, "use 8"), (-8, "use 8")]
-)
-def test_batch_sizes_must_divide_over_the_devices(meshes, batch_size, advice):
-    with pytest.raises(ValueError, match=f"batch_size={batch_size} is not .* 8 devices: {advice}"):
-        distributed.check_divisible("batch_size", batch_size, meshes[1])
-    distributed.check_divisible("batch_size", 16, meshes[1])
