@@ -42,8 +42,7 @@ class TrainConfig:
     augment: Augment = Augment()
     """Random changes to the training images, made on the device."""
     normalization: NormalizationKind = "channel"
-    """Statistics to normalise with: of each channel, the CIFAR-10 tutorial's (one mean, a
-    deviation for each pixel), ImageNet's constants, or none."""
+    """Normalise by channel; by one mean and each pixel's deviation; by ImageNet's constants."""
     optimizer: Optimizer = SGD()
     """The optimizer and its learning-rate schedule."""
     num_epochs: float = 10.0

@@ -43,7 +43,7 @@ class DataConfig:
     eval_split: str = "test"
     """Evaluation split."""
     holdout_every: int = 5
-    """A folder without split sub-folders holds out every so-manieth image of a class."""
+    """A folder without split sub-folders holds out one in so many images of each class."""
     image_size: int | None = None
     """Resize to this height and width; None keeps the stored size."""
     crop_ratio: float = 1.0

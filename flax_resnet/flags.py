@@ -39,7 +39,13 @@ class Invocation:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
-def parse(config: TrainConfig, workdir: str, argv: Sequence[str], about: str = "") -> Invocation:
+def parse(
+    config: TrainConfig,
+    workdir: str,
+    argv: Sequence[str],
+    about: str = "",
+    prog: str | None = None,
+) -> Invocation:
     """Applies flags to a config.
 
     ``--model NAME``, ``--optimizer NAME`` and ``--optimizer.schedule NAME`` choose a class, with
@@ -50,6 +56,7 @@ def parse(config: TrainConfig, workdir: str, argv: Sequence[str], about: str = "
       workdir: default of --workdir.
       argv: flags, in dashes or underscores.
       about: what --help says first.
+      prog: the command that --help shows.
 
     Raises:
       UserError: an unknown flag, with the nearest, or a value that does not fit.
@@ -63,6 +70,7 @@ def parse(config: TrainConfig, workdir: str, argv: Sequence[str], about: str = "
         with contextlib.redirect_stderr(said):
             return tyro.cli(
                 Invocation,
+                prog=prog,
                 args=argv,
                 default=Invocation(workdir, config),
                 description=about + "\n" + _choices_help(config),

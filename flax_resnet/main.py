@@ -30,9 +30,10 @@ def main(
       argv: flags; by default the process's.
     """
     argv = sys.argv[1:] if argv is None else argv
-    about = sys.modules[get_config.__module__].__doc__ or ""
+    module = sys.modules[get_config.__module__]
+    prog = f"python -m {module.__spec__.name}" if module.__spec__ else None
     with one_line_errors():
-        chosen = flags.parse(get_config(), workdir, argv, about)
+        chosen = flags.parse(get_config(), workdir, argv, module.__doc__ or "", prog)
         train_and_evaluate(chosen.config, chosen.workdir)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 import jax
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 from PIL import Image
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Many tests compile the same small programs; each worker keeps them for its session.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="flax_resnet_tests_"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 SHARED_DATA = pathlib.Path(
     os.environ.get("FLAX_RESNET_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data")

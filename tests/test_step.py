@@ -117,7 +117,7 @@ def test_accumulated_gradients_equal_the_whole_batch_without_norms(rng):
     with jax.enable_x64(True):
         state = make_state(Linear(), max_grad_norm=0.1)
         whole, sums = jax.jit(functools.partial(train_step, augment=FULL))(state, batch)
-        for accum_steps in (2, 3, 24):
+        for accum_steps in (2, 3):
             step = functools.partial(train_step, augment=FULL, accum_steps=accum_steps)
             parts, part_sums = jax.jit(step)(state, batch)
             assert max_difference(whole.params, parts.params) < 1e-7

@@ -1,0 +1,43 @@
+"""The README's commands and Python run as written."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from experiments import cifar10_mini, digits
+from flax_resnet import flags
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CONFIGS = {"digits": digits.get_config, "cifar10_mini": cifar10_mini.get_config}
+COMMANDS = re.findall(r"python -m experiments\.(\w+)([^\n`|]*)", README)
+
+
+@pytest.mark.parametrize(("name", "arguments"), COMMANDS)
+def test_every_flag_in_the_readme_is_one(name, arguments):
+    argv = arguments.split("#")[0].split(", S =")[0].replace(" S", " 0").split()
+    flags.parse(CONFIGS[name](), "runs/x", argv)
+
+
+def test_there_are_two_commands_that_install_and_run():
+    installs = re.findall(r"^pip install .*", README, re.MULTILINE)
+    assert installs == [
+        "pip install -e . && python -m experiments.digits",
+        "pip install -e '.[test]' && python -m pytest -n auto",
+    ]
+
+
+def test_the_python_runs(tmp_path, digits_dir):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    environment = {**os.environ, "TFDS_DATA_DIR": digits_dir, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout.splitlines()[-1]) <= 1
+    assert (tmp_path / "runs" / "python" / "result.json").exists()
