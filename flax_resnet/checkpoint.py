@@ -153,6 +153,16 @@ class Checkpoints:
         self._manager.close()
 
 
+def has_checkpoint(directory: Path) -> bool:
+    """True where at least one whole checkpoint is in ``directory``; writes nothing."""
+    if not directory.is_dir():
+        return False
+    reader = Checkpoints(directory)
+    step = reader.latest_step()
+    reader.close()
+    return step is not None
+
+
 def _top1(metrics: Any) -> float:
     return metrics["top1"]
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from flax_resnet import distributed
 from flax_resnet.datasets import prepare, sources
@@ -26,6 +27,8 @@ from flax_resnet.datasets.decode import Decoder
 from flax_resnet.errors import UserError
 
 DECODE_CHUNK = 256
+# What Pillow raises on broken files.
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +155,7 @@ def decode_rows(
     for row, data in zip(rows, encoded, strict=True):
         try:
             images.append(decoder(data, next(draws) if draws is not None else None))
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
+        except PILLOW_ERRORS as error:
             raise sources.unreadable(source.describe(int(row)), error) from error
     return np.stack(images), labels
 
@@ -289,8 +292,12 @@ class Data:
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(self._config.num_workers, per_worker_buffer_size=2)
             )
-        for batch in batches:
-            yield distributed.put_batch(self._mesh, batch)
+        iterator = iter(batches)
+        try:
+            for batch in iterator:
+                yield distributed.put_batch(self._mesh, batch)
+        finally:
+            iterator.close()  # ends the workers, also where the caller stops early
 
 
 def _open(config: DataConfig) -> list[Any]:

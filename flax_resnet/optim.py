@@ -7,6 +7,7 @@ and learns the run's length only when it is built: a config cut down to a trial 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -119,6 +120,17 @@ class _Optimizer:
     """Decay BatchNorm scales, offsets and biases too."""
     max_grad_norm: float | None = None
     """Clip the gradient to this global L2 norm; None does not clip."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:  # false for nan too
+                raise UserError(
+                    f"optimizer.{name}={getattr(self, name)}: expected a number of 0 or more"
+                )
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise UserError(
+                f"optimizer.max_grad_norm={self.max_grad_norm}: expected more than 0, or None"
+            )
 
     def build(
         self, num_steps: int, steps_per_epoch: int

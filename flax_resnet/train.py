@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from flax_resnet import distributed, figures, metrics
 from flax_resnet.augment import statistics, statistics_shape
-from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.checkpoint import Checkpoints, has_checkpoint
 from flax_resnet.config import TrainConfig, check_workdir, to_record, write_json, write_record
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
@@ -92,7 +92,8 @@ def evaluate(
     for batch in batches:
         one = step(state, batch)
         confusion = confusion + one.pop("confusion")
-        sums.append(jax.block_until_ready(one))
+        jax.block_until_ready(sums[-1:])
+        sums.append(one)
     return metrics.means(sums), np.asarray(confusion)
 
 
@@ -119,9 +120,11 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
         state = create_state(
             config.model, tx, config.seed, data.image_shape, zeros, ema=config.ema_decay is not None
         )
-    except ValueError as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         name = type(config.model).__name__
-        raise UserError(f"{name} does not take images of {data.image_shape}: {error}") from error
+        raise UserError(
+            f"{name} with the fields given does not take images of {data.image_shape}: {error}"
+        ) from error
     state = distributed.put_replicated(mesh, state)
     return Run(config, workdir, mesh, data, num_steps, steps_per_epoch, schedule, state)
 
@@ -154,6 +157,9 @@ def train_and_evaluate(
         )
         return result
     run = set_up(config, workdir, distributed.data_mesh() if mesh is None else mesh)
+    resumes = has_checkpoint(workdir / "checkpoints")
+    if not resumes:
+        _measure_statistics(run)  # reads images, so before anything is written
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if distributed.is_lead():
@@ -162,7 +168,8 @@ def train_and_evaluate(
         raise UserError(f"--workdir {workdir} cannot be written: {error}") from error
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     try:
-        _restore_or_start(run, checkpoints)
+        if resumes:
+            _restore(run, checkpoints)
         log = metrics.RunLog(workdir, run.step, run.num_steps, lead=distributed.is_lead())
         try:
             log.message(_opening_line(run))
@@ -175,20 +182,21 @@ def train_and_evaluate(
     return _finish(run) if distributed.is_lead() else {}
 
 
-def _restore_or_start(run: Run, checkpoints: Checkpoints) -> None:
-    """Puts the newest checkpoint into the run, or the statistics of its data at step 0."""
-    data = run.data
-    if checkpoints.latest_step() is None:
-        stats = statistics(run.config.normalization, data.image_shape, data.train_images())
-        like = run.state.normalization
-        stats = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), stats, like)
-        run.state = run.state.replace(normalization=distributed.put_replicated(run.mesh, stats))
-        return
+def _measure_statistics(run: Run) -> None:
+    """Puts the normalisation statistics of the training split into the state."""
+    data, like = run.data, run.state.normalization
+    stats = statistics(run.config.normalization, data.image_shape, data.train_images())
+    stats = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), stats, like)
+    run.state = run.state.replace(normalization=distributed.put_replicated(run.mesh, stats))
+
+
+def _restore(run: Run, checkpoints: Checkpoints) -> None:
+    """Puts the newest checkpoint into the run."""
     arrays, meta = checkpoints.restore(run.state.arrays())
-    if meta["num_train"] != data.num_train:
+    if meta["num_train"] != run.data.num_train:
         raise UserError(
-            f"{run.workdir} was trained on {meta['num_train']} images and {data.num_train} are "
-            "there now: give the same data, or another --workdir"
+            f"{run.workdir} was trained on {meta['num_train']} images and {run.data.num_train} "
+            "are there now: give the same data, or another --workdir"
         )
     run.state = run.state.replace(**arrays)
     run.step, run.seconds = meta["step"], meta["seconds"]
@@ -208,7 +216,8 @@ def _loop(run: Run, checkpoints: Checkpoints, log: metrics.RunLog) -> None:
         run.state, sums = step_fn(run.state, batch)
         run.step += 1
         pending.append(sums)
-        jax.block_until_ready(pending[: -MOST_STEPS_IN_FLIGHT or None][-1:])
+        if len(pending) > MOST_STEPS_IN_FLIGHT:
+            jax.block_until_ready(pending[-1 - MOST_STEPS_IN_FLIGHT])
         evaluates = run.step == run.num_steps or run.step % eval_every == 0
         saves = evaluates or run.step % (config.checkpoint.every_steps or run.num_steps) == 0
         if saves or run.step % config.log_every_steps == 0:

@@ -185,6 +185,12 @@ def test_folder_holds_out_every_fifth_of_each_class(image_folder):
     assert labels.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("name", ["3sets", "cifar10:3.0.2/x", "_"])
+def test_names_that_are_not_names(tmp_path, name):
+    with pytest.raises(UserError, match=f"name '{name}' cannot be read: expected NAME, NAME/CONF"):
+        sources.open_tfds(name, str(tmp_path), ("train",))
+
+
 @pytest.mark.parametrize("name", ["test", "val", "validation"])
 def test_folder_with_split_folders_uses_them(image_folder, name):
     root = image_folder.parent / "split"
@@ -236,6 +242,12 @@ def test_decoder_converts_to_its_channels(rng):
     grey = Decoder(1)(png(pixels))
     np.testing.assert_array_equal(grey[..., 0], np.asarray(Image.fromarray(pixels).convert("L")))
     assert Decoder(3)(png(pixels[..., :1])).shape == (5, 7, 3)
+
+
+def test_decoder_keeps_the_upper_byte_of_16_bit_grey(rng):
+    deep = rng.integers(0, 65536, (5, 7), dtype=np.uint16)
+    np.testing.assert_array_equal(Decoder(1)(png(deep))[..., 0], deep >> 8)
+    np.testing.assert_array_equal(Decoder(3)(png(deep))[..., 2], deep >> 8)
 
 
 def test_decoder_resizes_the_centre_crop(rng):

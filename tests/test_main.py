@@ -100,6 +100,10 @@ def test_bad_folders_are_one_line(call, tmp_path, image_folder):
     assert_one_line_error(call(*arguments, image_folder / "cat"), "holds 0 class sub-folders")
     (image_folder / "cat" / "03.png").write_bytes(b"not a picture")
     assert_one_line_error(call(*arguments, image_folder), "unreadable image")
+    header = (image_folder / "cat" / "04.png").read_bytes()[:100]
+    (image_folder / "cat" / "03.png").write_bytes(header)
+    streamed = call(*arguments, image_folder, "--data.resident-mb", 0)
+    assert_one_line_error(streamed, f"unreadable image {image_folder}/cat/03.png")
     assert not (tmp_path / "w").exists()
 
 

@@ -137,6 +137,20 @@ def test_linear_scaling_rule():
     assert optim.linear_scaled_lr(0.1, 8192) == pytest.approx(3.2)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"learning_rate": -0.1},
+        {"learning_rate": float("nan")},
+        {"weight_decay": float("inf")},
+        {"max_grad_norm": 0.0},
+    ],
+)
+def test_numbers_that_are_no_rates_are_refused(fields):
+    with pytest.raises(UserError, match=rf"optimizer\.{next(iter(fields))}="):
+        optim.Adam(**fields)
+
+
 @pytest.mark.parametrize("cls", [optim.SGD, optim.Adam, optim.AdamW, optim.LARS, optim.LAMB])
 def test_optimizers_are_frozen_and_jit(cls):
     optimizer = cls()

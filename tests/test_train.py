@@ -14,6 +14,7 @@ from flax_resnet.data import DataConfig
 from flax_resnet.datasets import sources
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.errors import UserError
+from flax_resnet.models import MiniModel, ResidualUnit
 from flax_resnet.optim import Adam, Cosine
 from flax_resnet.train import train_and_evaluate
 
@@ -188,6 +189,7 @@ def test_streamed_and_resident_runs_are_bit_identical(config, tmp_path, mesh):
         ({"batch_size": 72, "accum_steps": 2}, "over 8 devices does not divide into accum_steps=2"),
         ({"model": tiny_resnet(num_classes=3)}, "num_classes=3 and the data has labels 0 to 9"),
         ({"data": DataConfig(name="no_such_set")}, "unknown dataset 'no_such_set'"),
+        ({"model": tiny_resnet(block_cls=ResidualUnit)}, "ResNet with .* unexpected .*'strides'"),
         ({"normalization": "imagenet"}, "'imagenet' is for 3 channels, the images have 1"),
     ],
 )
@@ -198,10 +200,8 @@ def test_bad_input_is_found_before_anything_is_written(config, tmp_path, change,
 
 
 def test_a_network_too_deep_for_the_image_is_bad_input(config, tmp_path, mesh):
-    from flax_resnet.models import MiniModel
-
     deep = dataclasses.replace(config, model=MiniModel(stage_sizes=(1,) * 5, num_filters=2))
-    with pytest.raises(UserError, match=r"MiniModel does not take images of \(8, 8, 1\): input is"):
+    with pytest.raises(UserError, match=r"MiniModel with .* images of \(8, 8, 1\): input is"):
         train_and_evaluate(deep, tmp_path / "w", mesh=mesh)
     assert not (tmp_path / "w").exists()
 

@@ -31,9 +31,12 @@ class Decoder:
     random_crop: bool = False
 
     def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Decodes one image; raises OSError where the bytes are not a whole image."""
+        """Decodes one image, the first frame of several; OSError where the bytes are not one."""
         with Image.open(io.BytesIO(data)) as stored:
-            image = stored.convert(PIL_MODES[self.channels])
+            # Pillow would clip 16-bit grey at 255: keep its upper byte instead.
+            deep = stored.mode.startswith("I;16")
+            image = Image.fromarray((np.asarray(stored) >> 8).astype(np.uint8)) if deep else stored
+            image = image.convert(PIL_MODES[self.channels])
         if self.size is not None:
             if self.random_crop and rng is not None:
                 box = _random_box(rng, *image.size)

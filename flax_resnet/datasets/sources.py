@@ -115,7 +115,9 @@ def find_builder(name: str, data_dir: str | None) -> Any:
     except tfds.core.DatasetNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"dataset name {name!r} cannot be read: {error}") from error
+        raise UserError(
+            f"dataset name {name!r} cannot be read: expected NAME, NAME/CONFIG or NAME:VERSION"
+        ) from error
 
 
 def data_root(data_dir: str | None) -> str:
