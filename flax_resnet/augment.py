@@ -8,6 +8,7 @@ what a crop pads with is then zero, the mean.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -125,8 +126,8 @@ class Augment:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and value < 0:
-                raise UserError(f"augment.{field.name}={value} is negative: use 0 (off) or more")
+            if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # false for nan too
+                raise UserError(f"augment.{field.name}={value}: expected 0 (off) or more")
 
     def __call__(self, key: jax.Array, batch: Batch) -> Batch:
         """Augments a batch.

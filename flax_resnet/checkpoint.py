@@ -120,21 +120,33 @@ class Checkpoints:
           (state, meta).
 
         Raises:
-          UserError: there is no such checkpoint, or its arrays differ from the template.
+          UserError: there is no such checkpoint, it cannot be read, or its arrays differ from
+            the template.
         """
         step = self.step(which)
-        self._check_shapes(step, template)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore()
-            ),
-        )
-        return restored["state"], restored["meta"]
+        try:
+            self._check_shapes(step, template)
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore()
+                ),
+            )
+            return restored["state"], restored["meta"]
+        except UserError:
+            raise
+        except Exception as error:  # whatever orbax and tensorstore raise on damaged files
+            raise UserError(
+                f"checkpoint {self._manager.directory}/{step} cannot be read ({error!r}): remove "
+                "that directory to go on from the one before"
+            ) from error
 
     def _check_shapes(self, step: int, template: Any) -> None:
         """Orbax casts silently where dtypes differ; here that is an error."""
-        stored = self._manager.item_metadata(step)["state"].tree
+        stored = self._manager.item_metadata(step)["state"]
+        if stored is None:
+            raise FileNotFoundError("it holds no state")
+        stored = stored.tree
         have = {_name(p): (x.shape, str(x.dtype)) for p, x in _leaves(stored)}
         want = {_name(p): (x.shape, str(x.dtype)) for p, x in _leaves(template)}
         for name in sorted(have.keys() | want.keys()):
@@ -151,16 +163,6 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for saves under way and lets go of the directory."""
         self._manager.close()
-
-
-def has_checkpoint(directory: Path) -> bool:
-    """True where at least one whole checkpoint is in ``directory``; writes nothing."""
-    if not directory.is_dir():
-        return False
-    reader = Checkpoints(directory)
-    step = reader.latest_step()
-    reader.close()
-    return step is not None
 
 
 def _top1(metrics: Any) -> float:

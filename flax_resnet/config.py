@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +49,7 @@ class TrainConfig:
     optimizer: Optimizer = SGD()
     """The optimizer and its learning-rate schedule."""
     num_epochs: float = 10.0
-    """Length of the run in epochs."""
+    """Length of the run in epochs, of ceil(training images / batch_size) steps each."""
     num_steps: int | None = None
     """Length of the run in optimizer steps, instead of num_epochs."""
     batch_size: int = 128
@@ -71,23 +74,25 @@ class TrainConfig:
     """When to save and what to keep."""
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "eval_batch_size": 1, "accum_steps": 1, "log_every_steps": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise UserError(f"{name}={getattr(self, name)}: expected {bound} or more")
-        if self.num_epochs <= 0 or self.eval_every_epochs <= 0:
-            raise UserError(
-                f"num_epochs={self.num_epochs}, eval_every_epochs={self.eval_every_epochs}: "
-                "expected more than 0"
-            )
-        if self.num_steps is not None and self.num_steps < 1:
-            raise UserError(f"num_steps={self.num_steps}: expected 1 or more, or None")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"label_smoothing={self.label_smoothing}: expected 0 up to 1")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise UserError(f"ema_decay={self.ema_decay}: expected between 0 and 1, or None")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed}: expected 0 or more")
+        inf = math.inf
+        bounds = {
+            "batch_size": (1, inf),
+            "eval_batch_size": (1, inf),
+            "accum_steps": (1, inf),
+            "log_every_steps": (1, inf),
+            "num_steps": (1, inf),
+            "num_epochs": (1e-9, inf),
+            "eval_every_epochs": (1e-9, inf),
+            "label_smoothing": (0, 1),
+            "ema_decay": (1e-9, 1),
+            "seed": (0, 2**32),
+        }
+        for name, (least, below) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < below:  # false for nan too
+                low = "more than 0" if least == 1e-9 else f"{least} or more"
+                high = "" if below == inf else f", below {below}"
+                raise UserError(f"{name}={value}: expected {low}{high}")
         if self.batch_size % self.accum_steps:
             raise UserError(
                 f"batch_size={self.batch_size} does not divide into accum_steps="
@@ -231,8 +236,9 @@ def check_workdir(workdir: Path, config: TrainConfig) -> None:
             )
         return
     try:
-        there = json.loads(path.read_text())["config"]
-    except (ValueError, KeyError) as error:
+        record = json.loads(path.read_text())
+        there, _ = record["config"], record["starts"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a run's record ({error!r}): choose another") from error
     if found := differences(there, config):
         raise UserError(
@@ -240,6 +246,30 @@ def check_workdir(workdir: Path, config: TrainConfig) -> None:
             f"{f'; and {len(found) - 3} more' if len(found) > 3 else ''}): choose another "
             "workdir, or the same config to resume"
         )
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path, config: TrainConfig) -> Iterator[None]:
+    """Makes the workdir, writes the record, and keeps other runs of this machine out of it.
+
+    Raises:
+      UserError: it cannot be written, or another process is running in it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                directory = os.open(workdir, os.O_RDONLY)
+                stack.callback(os.close, directory)
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process lets go
+                write_record(workdir, config)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--workdir {workdir} is in use by another process: wait for it, or choose another"
+            ) from error
+        except OSError as error:
+            raise UserError(f"--workdir {workdir} cannot be written: {error}") from error
+        yield
 
 
 def write_record(workdir: Path, config: TrainConfig) -> None:

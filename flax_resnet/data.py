@@ -8,27 +8,26 @@ the same batches as one that streams.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
 from flax_resnet import distributed
 from flax_resnet.datasets import prepare, sources
-from flax_resnet.datasets.decode import Decoder
+from flax_resnet.datasets.decode import DECODE_ERRORS, Decoder
 from flax_resnet.errors import UserError
 
-DECODE_CHUNK = 256
-# What Pillow raises on broken files.
-PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# Images are decoded and summed up this many bytes of pixels at a time.
+CHUNK_BYTES = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +56,19 @@ class DataConfig:
     """Sets of up to this many MiB of pixels live on the device; larger ones stream."""
     num_workers: int = dataclasses.field(default=2, metadata={"free": True})
     """Worker processes that decode a streamed set; 0 decodes in threads of this process."""
-    statistics_examples: int = 50_000
-    """Streamed sets: training images, evenly spaced, that normalisation statistics read."""
+    statistics_examples: int = 100_000
+    """Normalisation statistics read at most so many training images, evenly spaced."""
 
     def __post_init__(self) -> None:
         if self.image_size is not None and self.image_size < 1:
             raise UserError(f"data.image_size={self.image_size}: expected a side of 1 or more")
         if not 0 < self.crop_ratio <= 1:
             raise UserError(f"data.crop_ratio={self.crop_ratio}: expected a share in (0, 1]")
+        if self.crop_ratio != 1 and self.image_size is None:
+            raise UserError("data.crop_ratio needs a size: set --data.image-size")
+        for name in ("resident_mb", "num_workers", "statistics_examples"):
+            if getattr(self, name) < (name == "statistics_examples"):
+                raise UserError(f"data.{name}={getattr(self, name)}: expected a count")
         if self.holdout_every < 2:
             raise UserError(f"data.holdout_every={self.holdout_every}: expected 2 or more")
         if self.random_resized_crop and self.image_size is None:
@@ -150,23 +154,35 @@ def decode_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decodes rows of a source: uint8 (n, H, W, C) and int32 labels (n,)."""
     encoded, labels = source.read([int(row) for row in rows])
+    for row, label in zip(rows, labels, strict=True):
+        if not 0 <= label < len(source.class_names):
+            raise UserError(
+                f"{source.describe(int(row))} has label {label}, expected 0 to "
+                f"{len(source.class_names) - 1}: the split is unlabelled or damaged, give another"
+            )
     draws = iter(generators) if generators is not None else None
     images = []
     for row, data in zip(rows, encoded, strict=True):
         try:
             images.append(decoder(data, next(draws) if draws is not None else None))
-        except PILLOW_ERRORS as error:
+        except DECODE_ERRORS as error:
             raise sources.unreadable(source.describe(int(row)), error) from error
     return np.stack(images), labels
 
 
 def decode_chunks(
-    source: sources.Source, decoder: Decoder, rows: np.ndarray
+    source: sources.Source, decoder: Decoder, rows: np.ndarray, chunk: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Decodes rows in order, chunk by chunk, on the machine's cores (Pillow frees the GIL)."""
-    chunks = [rows[i : i + DECODE_CHUNK] for i in range(0, len(rows), DECODE_CHUNK)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(lambda chunk: decode_rows(source, decoder, chunk), chunks)
+    """Decodes rows in order, ``chunk`` at a time, on the machine's cores (Pillow frees the GIL)."""
+    cores = os.cpu_count() or 1
+    ahead: collections.deque[Future] = collections.deque()
+    with ThreadPoolExecutor(cores) as pool:
+        for start in range(0, len(rows), chunk):
+            ahead.append(pool.submit(decode_rows, source, decoder, rows[start : start + chunk]))
+            if len(ahead) > cores:  # no further, or a slow reader would fill the memory
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 class Data:
@@ -190,7 +206,11 @@ class Data:
         self._config, self._mesh = config, mesh
         self._train, self._eval = _open(config)
         self.class_names = self._train.class_names
-        _check_labels(len(self.class_names), num_classes)
+        if len(self.class_names) > num_classes:
+            raise UserError(
+                f"model.num_classes={num_classes} and the data has labels 0 to "
+                f"{len(self.class_names) - 1}: set --model.num-classes {len(self.class_names)}"
+            )
         height, width, channels = self._train.image_shape
         if config.image_size is not None:
             height = width = config.image_size
@@ -205,39 +225,49 @@ class Data:
         for what, count in (("training", self.num_train), ("evaluation", self.num_eval)):
             if not count:
                 raise UserError(f"the {what} split of {config.folder or config.name} is empty")
+        self._chunk = max(1, CHUNK_BYTES // math.prod(self.image_shape))
         pixels = math.prod(self.image_shape) * (self.num_train + self.num_eval)
         self.resident = not config.random_resized_crop and pixels <= config.resident_mb * 2**20
         if self.resident:
             self._resident = {
-                "train": self._to_devices(self._train, num_classes),
-                "eval": self._to_devices(self._eval, num_classes),
+                "train": self._to_devices(self._train),
+                "eval": self._to_devices(self._eval),
             }
             self._take = jax.jit(
                 lambda arrays, rows: {name: array[rows] for name, array in arrays.items()},
                 out_shardings=distributed.batch_sharding(mesh),
             )
 
-    def _to_devices(self, source: sources.Source, num_classes: int) -> dict[str, jax.Array]:
+    def describe(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed, as JSON values."""
+        return {
+            "num_train": self.num_train,
+            "num_eval": self.num_eval,
+            "image_shape": list(self.image_shape),
+            "class_names": list(self.class_names),
+        }
+
+    def _to_devices(self, source: sources.Source) -> dict[str, jax.Array]:
         images = np.empty((len(source), *self.image_shape), np.uint8)
         labels = np.empty(len(source), np.int32)
         start = 0
-        for pixels, chunk_labels in decode_chunks(source, self._decoder, np.arange(len(source))):
+        rows = np.arange(len(source))
+        for pixels, chunk_labels in decode_chunks(source, self._decoder, rows, self._chunk):
             stop = start + len(pixels)
             images[start:stop], labels[start:stop] = pixels, chunk_labels
             start = stop
-        _check_labels(int(labels.max()) + 1, num_classes)
         return distributed.put_replicated(self._mesh, {"image": images, "label": labels})
 
     def train_images(self) -> Iterator[np.ndarray]:
         """Training images for statistics, uint8 (n, H, W, C) a time: all, or an even sample."""
+        count = min(self.num_train, self._config.statistics_examples)
+        rows = np.linspace(0, self.num_train - 1, count).round().astype(np.int32)
         if self.resident:
             images = self._resident["train"]["image"]
-            for start in range(0, self.num_train, 16 * DECODE_CHUNK):
-                yield np.asarray(images[start : start + 16 * DECODE_CHUNK])
+            for start in range(0, count, self._chunk):
+                yield np.asarray(images[rows[start : start + self._chunk]])
             return
-        count = min(self.num_train, self._config.statistics_examples)
-        rows = np.linspace(0, self.num_train - 1, count).round().astype(int)
-        for pixels, _ in decode_chunks(self._train, self._decoder, rows):
+        for pixels, _ in decode_chunks(self._train, self._decoder, rows, self._chunk):
             yield pixels
 
     def train_batches(
@@ -309,14 +339,6 @@ def _open(config: DataConfig) -> list[Any]:
     if config.name == sources.DIGITS:
         prepare.prepare(config.name, config.data_dir)
     return list(sources.open_tfds(config.name, config.data_dir, splits))
-
-
-def _check_labels(classes: int, num_classes: int) -> None:
-    if classes > num_classes:
-        raise UserError(
-            f"model.num_classes={num_classes} and the data has labels 0 to {classes - 1}: set "
-            f"--model.num-classes {classes}"
-        )
 
 
 def _my_part(rows: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ def classification_sums(
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     before = jnp.arange(logits.shape[-1]) < labels[:, None]
     rank = jnp.sum((logits > own) | ((logits == own) & before), axis=-1)
-    finite = jnp.isfinite(own[:, 0])
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
     return {
         "loss": jnp.sum(jnp.where(counted, loss, 0)),
         "top1": jnp.sum(counted & finite & (rank < 1)).astype(jnp.int32),
@@ -129,6 +129,7 @@ class RunLog:
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
+        self._events.flush()  # or a killed run would lose its last two minutes for good
         text = " ".join(f"{k} {_short(k, v)}" for k, v in values.items())
         line = f"step {step}/{self._num_steps} epoch {epoch:.2f} {split}: {text}"
         if self._progress is None:

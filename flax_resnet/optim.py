@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,15 @@ import optax
 import optax.contrib
 
 from flax_resnet.errors import UserError
+
+
+def _check_shares(name: str, values: Sequence[float]) -> None:
+    for value in values:
+        if not 0 <= value < 1:
+            raise UserError(
+                f"schedule.{name}={value}: expected a share of the run, 0 up to 1 (30 of 90 epochs "
+                "is 0.3333)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +38,11 @@ class Constant:
     """Learning rate at step 0 of the warm-up, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"schedule.warmup={self.warmup}: expected a share of the run below 1")
+        _check_shares("warmup", [self.warmup])
 
     def build(self, peak: float, num_steps: int) -> optax.Schedule:
         """The optax schedule, step (int) to learning rate, for a run of ``num_steps``."""
-        warmup_steps = round(self.warmup * num_steps)
+        warmup_steps = min(round(self.warmup * num_steps), num_steps - 1)
         rest = self._after_warmup(peak, num_steps - warmup_steps)
         if not warmup_steps:
             return rest
@@ -52,6 +61,10 @@ class Piecewise(Constant):
     """Where to drop, as shares of the steps after the warm-up."""
     factor: float = 0.1
     """What the rate is multiplied by at each boundary."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_shares("boundaries", self.boundaries)
 
     def _after_warmup(self, peak: float, num_steps: int) -> optax.Schedule:
         drops = {round(share * num_steps): self.factor for share in self.boundaries}
@@ -79,6 +92,9 @@ class OneCycle:
     """The first rate is the peak over this."""
     final_divisor: float = 1e4
     """The last rate is the first over this."""
+
+    def __post_init__(self) -> None:
+        _check_shares("rise", [self.rise])
 
     def build(self, peak: float, num_steps: int) -> optax.Schedule:
         """The optax schedule, step (int) to learning rate, for a run of ``num_steps``."""

@@ -15,14 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from flax_resnet import distributed, figures, metrics
 from flax_resnet.augment import statistics, statistics_shape
-from flax_resnet.checkpoint import Checkpoints, has_checkpoint
-from flax_resnet.config import TrainConfig, check_workdir, to_record, write_json, write_record
+from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.config import TrainConfig, check_workdir, claimed, to_record, write_json
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
+from flax_resnet.layers import as_dtype
 from flax_resnet.optim import learning_rate_at
 from flax_resnet.step import LOSSES, Batch, TrainState, create_state, eval_step, train_step
 
@@ -44,6 +46,7 @@ class Run:
     state: TrainState
     step: int = 0
     seconds: float = 0.0
+    compile_seconds: float = 0.0
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     confusion: np.ndarray | None = None
 
@@ -69,9 +72,12 @@ class Run:
             "image": jax.ShapeDtypeStruct(image, jnp.uint8, sharding=split),
             "label": jax.ShapeDtypeStruct(image[:1], jnp.int32, sharding=split),
         }
+        began = time.perf_counter()
         jitted = jax.jit(step, donate_argnums=0, out_shardings=whole)
+        compiled = jitted.lower(self.state, batch).compile()
+        self.compile_seconds = time.perf_counter() - began
         evaluate = jax.jit(functools.partial(eval_step, loss=loss), out_shardings=whole)
-        return jitted.lower(self.state, batch).compile(), evaluate
+        return compiled, evaluate
 
     def evaluate(self, step: Callable[..., metrics.Sums]) -> None:
         """Evaluates the state on the whole evaluation split, every example once."""
@@ -110,6 +116,7 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
             f"batch_size={config.batch_size} over {mesh.size} devices does not divide into "
             f"accum_steps={config.accum_steps} equal parts: change one"
         )
+    _check_model(config.model)
     data = Data(config.data, mesh, config.model.num_classes)
     steps_per_epoch = math.ceil(data.num_train / config.batch_size)
     num_steps = config.num_steps or max(1, round(config.num_epochs * steps_per_epoch))
@@ -126,7 +133,28 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
             f"{name} with the fields given does not take images of {data.image_shape}: {error}"
         ) from error
     state = distributed.put_replicated(mesh, state)
-    return Run(config, workdir, mesh, data, num_steps, steps_per_epoch, schedule, state)
+    run = Run(config, workdir, mesh, data, num_steps, steps_per_epoch, schedule, state)
+    if not _restore(run):
+        _measure_statistics(run)
+    return run
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raises UserError for fields that this loop cannot honour."""
+    for name in ("dtype", "param_dtype"):
+        if (
+            as_dtype(getattr(model, name, None))
+            == np.float64
+            != jax.dtypes.canonicalize_dtype(np.float64)
+        ):
+            raise UserError(
+                f"model.{name}=float64 needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment"
+            )
+    if getattr(model, "axis_name", None) is not None:
+        raise UserError(
+            f"model.axis_name={model.axis_name}: it is for your own jax.pmap; leave it None here, "
+            "where the statistics are those of the global batch already"
+        )
 
 
 def train_and_evaluate(
@@ -141,7 +169,7 @@ def train_and_evaluate(
       mesh: devices to run on; by default all.
 
     Returns:
-      What result.json holds.
+      What result.json holds; in a process that does not lead, nothing.
 
     Raises:
       UserError: bad input; the workdir has not been touched then.
@@ -157,29 +185,20 @@ def train_and_evaluate(
         )
         return result
     run = set_up(config, workdir, distributed.data_mesh() if mesh is None else mesh)
-    resumes = has_checkpoint(workdir / "checkpoints")
-    if not resumes:
-        _measure_statistics(run)  # reads images, so before anything is written
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if distributed.is_lead():
-            write_record(workdir, config)
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be written: {error}") from error
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
-    try:
-        if resumes:
-            _restore(run, checkpoints)
-        log = metrics.RunLog(workdir, run.step, run.num_steps, lead=distributed.is_lead())
+    steps = run.compile()  # everything that can be wrong has been by now; only then write
+    with claimed(workdir, config):
+        checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
         try:
-            log.message(_opening_line(run))
-            _loop(run, checkpoints, log)
+            log = metrics.RunLog(workdir, run.step, run.num_steps, lead=distributed.is_lead())
+            try:
+                log.message(_opening_line(run))
+                _loop(run, *steps, checkpoints, log)
+            finally:
+                log.close()
+            checkpoints.wait()
         finally:
-            log.close()
-        checkpoints.wait()
-    finally:
-        checkpoints.close()
-    return _finish(run) if distributed.is_lead() else {}
+            checkpoints.close()
+        return _finish(run) if distributed.is_lead() else {}
 
 
 def _measure_statistics(run: Run) -> None:
@@ -190,24 +209,40 @@ def _measure_statistics(run: Run) -> None:
     run.state = run.state.replace(normalization=distributed.put_replicated(run.mesh, stats))
 
 
-def _restore(run: Run, checkpoints: Checkpoints) -> None:
-    """Puts the newest checkpoint into the run."""
-    arrays, meta = checkpoints.restore(run.state.arrays())
-    if meta["num_train"] != run.data.num_train:
-        raise UserError(
-            f"{run.workdir} was trained on {meta['num_train']} images and {run.data.num_train} "
-            "are there now: give the same data, or another --workdir"
-        )
+def _restore(run: Run) -> bool:
+    """Puts the workdir's newest checkpoint into the run; False where there is none."""
+    directory = run.workdir / "checkpoints"
+    if not directory.is_dir():
+        return False
+    reader = Checkpoints(directory)
+    try:
+        if reader.latest_step() is None:
+            return False
+        arrays, meta = reader.restore(run.state.arrays())
+    finally:
+        reader.close()
+    for name, here in run.data.describe().items():
+        if meta[name] != here:
+            raise UserError(
+                f"{run.workdir} was trained on data with {name} {meta[name]} and it is {here} now: "
+                "give the same data, or another --workdir"
+            )
     run.state = run.state.replace(**arrays)
     run.step, run.seconds = meta["step"], meta["seconds"]
+    return True
 
 
-def _loop(run: Run, checkpoints: Checkpoints, log: metrics.RunLog) -> None:
+def _loop(
+    run: Run,
+    step_fn: Callable[..., Any],
+    eval_fn: Callable[..., Any],
+    checkpoints: Checkpoints,
+    log: metrics.RunLog,
+) -> None:
     """Trains from ``run.step`` to the end; evaluates, logs and saves on the way."""
     config = run.config
-    began = time.perf_counter() - run.seconds
-    step_fn, eval_fn = run.compile()
-    log.message(f"compiled in {time.perf_counter() - began - run.seconds:.1f} s")
+    began = time.perf_counter() - run.seconds - run.compile_seconds
+    log.message(f"compiled in {run.compile_seconds:.1f} s")
     eval_every = max(1, round(config.eval_every_epochs * run.steps_per_epoch))
     batches = run.data.train_batches(config.seed, config.batch_size, run.step, run.num_steps)
     pending: list[metrics.Sums] = []
@@ -235,9 +270,7 @@ def _loop(run: Run, checkpoints: Checkpoints, log: metrics.RunLog) -> None:
             meta = {
                 "step": run.step,
                 "seconds": run.seconds,
-                "num_train": run.data.num_train,
-                "class_names": list(run.data.class_names),
-                "image_shape": list(run.data.image_shape),
+                **run.data.describe(),
                 "config": to_record(config),
             }
             checkpoints.save(
@@ -264,7 +297,7 @@ def _opening_line(run: Run) -> str:
 def _finish(run: Run) -> dict[str, Any]:
     """Draws the figures, prints the closing table, and writes result.json last."""
     workdir, records = run.workdir, metrics.read_metrics(run.workdir)
-    best = max((r for r in records if r["split"] == "eval"), key=lambda r: r["top1"])
+    best = max((r for r in records if r["split"] == "eval"), key=lambda r: (r["top1"], r["step"]))
     last = [r for r in records if r["split"] == "train"][-1]
     name = f"{type(run.config.model).__name__} on {run.config.data.folder or run.config.data.name}"
     figures.curves(records, workdir / "curves.png", f"{name}, seed {run.config.seed}")

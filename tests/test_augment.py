@@ -152,7 +152,7 @@ def test_same_key_same_result_and_default_is_identity(images):
 
 
 def test_negative_fields_are_refused():
-    with pytest.raises(UserError, match=r"augment\.pad_crop=-4 is negative"):
+    with pytest.raises(UserError, match=r"augment\.pad_crop=-4: expected 0"):
         Augment(pad_crop=-4)
 
 

@@ -1,4 +1,5 @@
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def checkpoints(tmp_path):
 
 
 def test_newest_and_best_are_kept(checkpoints):
-    for step, top1 in ((1, 0.5), (2, 0.9), (3, None), (4, 0.7), (5, 0.6)):
+    for step, top1 in ((0, 0.9), (1, 0.5), (2, 0.9), (3, None), (4, 0.7), (5, 0.6)):
         checkpoints.save(step, tree(step), {"step": step}, top1 and {"top1": top1})
     checkpoints.wait()
     assert (checkpoints.latest_step(), checkpoints.best_step()) == (5, 2)
@@ -74,9 +75,25 @@ def test_other_shapes_dtypes_and_names_are_refused(checkpoints):
 
 
 def test_reading_creates_nothing(tmp_path):
-    with pytest.raises((UserError, FileNotFoundError, ValueError)):
-        Checkpoints(tmp_path / "none").restore(tree(0))
-    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    reader = Checkpoints(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"no checkpoint 'latest' in .*empty: it holds steps \[\]"):
+        reader.restore(tree(0))
+    reader.close()
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+@pytest.mark.parametrize("lost", ["state", "meta"])
+def test_a_damaged_checkpoint_is_one_line(checkpoints, tmp_path, lost):
+    checkpoints.save(7, tree(1), {}, None)
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "c" / "7" / lost)
+    reader = Checkpoints(tmp_path / "c")
+    with pytest.raises(
+        UserError, match=r"checkpoint .*/7 cannot be read .*: remove that directory"
+    ):
+        reader.restore(tree(0))
+    reader.close()
 
 
 def test_a_state_resumed_on_other_devices_is_bit_equal(checkpoints, meshes, rng):

@@ -12,6 +12,7 @@ from flax_resnet.checkpoint import CheckpointConfig
 from flax_resnet.config import (
     TrainConfig,
     check_workdir,
+    claimed,
     differences,
     find_class,
     flatten,
@@ -120,12 +121,25 @@ def test_workdirs_that_cannot_hold_a_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"holds checkpoints and no config.json"):
         check_workdir(tmp_path / "old", TrainConfig())
     (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"config.json is not a run's record"):
-        check_workdir(tmp_path / "odd", TrainConfig())
+    for text in ("{}", "[]", "", '{"config": {}}'):
+        (tmp_path / "odd" / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config.json is not a run's record"):
+            check_workdir(tmp_path / "odd", TrainConfig())
     monkeypatch.setattr(config_module.os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=r"w cannot be written \(.* is not writable\)"):
         check_workdir(tmp_path / "w", TrainConfig())
+
+
+def test_a_workdir_in_use_is_not_shared(tmp_path):
+    with claimed(tmp_path, TrainConfig()):
+        before = (tmp_path / "config.json").read_text()
+        second = claimed(tmp_path, TrainConfig())
+        with pytest.raises(UserError, match="is in use by another process"), second:
+            pytest.fail("claimed twice")
+        assert (tmp_path / "config.json").read_text() == before
+    with claimed(tmp_path, TrainConfig()):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_the_record_says_what_ran_and_keeps_every_start(tmp_path, monkeypatch):
@@ -159,6 +173,10 @@ def test_the_record_says_what_ran_and_keeps_every_start(tmp_path, monkeypatch):
         {"label_smoothing": 1.0},
         {"ema_decay": 1.0},
         {"seed": -1},
+        {"seed": 2**32},
+        {"num_epochs": float("nan")},
+        {"num_epochs": float("inf")},
+        {"eval_every_epochs": float("inf")},
     ],
 )
 def test_bad_fields(fields):

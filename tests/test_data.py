@@ -75,10 +75,13 @@ def test_streamed_batches_equal_resident_ones(digits, digits_dir, mesh, num_work
     np.testing.assert_array_equal(np.concatenate(list(streamed.train_images())), whole)
 
 
-def test_streamed_statistics_read_an_even_sample(digits_dir, mesh):
-    config = DataConfig(data_dir=digits_dir, resident_mb=0, statistics_examples=100)
+@pytest.mark.parametrize("resident_mb", [0, 64])
+def test_statistics_read_the_same_even_sample_resident_or_streamed(digits_dir, mesh, resident_mb):
+    config = DataConfig(data_dir=digits_dir, resident_mb=resident_mb, statistics_examples=100)
     sample = np.concatenate(list(Data(config, mesh, 10).train_images()))
-    assert sample.shape == (100, 8, 8, 1)
+    (train,) = sources.open_tfds("sklearn_digits", digits_dir, ("train",))
+    rows = np.linspace(0, 1441, 100).round().astype(int)
+    np.testing.assert_array_equal(sample, [Decoder(1)(x) for x in train.read(rows)[0]])
 
 
 @pytest.mark.parametrize("batch_size", [1, 100, 355, 512])
@@ -159,9 +162,26 @@ def test_labels_out_of_range_are_refused(digits_dir, mesh):
         Data(DataConfig(data_dir=digits_dir), mesh, 5)
 
 
+@pytest.mark.parametrize("resident_mb", [0, 64])
+def test_unlabelled_examples_are_refused(image_folder, mesh, monkeypatch, resident_mb):
+    read = sources.FolderSource.read
+
+    def unlabelled(self, indices):
+        encoded, labels = read(self, indices)
+        return encoded, labels - 1
+
+    monkeypatch.setattr(sources.FolderSource, "read", unlabelled)
+    config = DataConfig(folder=str(image_folder), resident_mb=resident_mb, num_workers=0)
+    with pytest.raises(UserError, match=r"png has label -1, expected 0 to 1: the split is unlab"):
+        list(Data(config, mesh, 2).train_batches(0, 32, 0, 1))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"crop_ratio": 0.875}, "data.crop_ratio needs a size"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"statistics_examples": 0}, "statistics_examples=0"),
         ({"image_size": 0}, "image_size=0"),
         ({"crop_ratio": 1.5}, "crop_ratio=1.5"),
         ({"holdout_every": 1}, "holdout_every=1"),

@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -205,6 +206,52 @@ def test_folder_with_split_folders_uses_them(image_folder, name):
     (root / name / "dog").rename(root / name / "wolf")
     with pytest.raises(UserError, match=r"differ in classes \['dog', 'wolf'\]"):
         sources.open_folder(str(root), ("train", "test"), None, 5)
+
+
+@pytest.mark.parametrize("names", [("training", "testing"), ("Train", "Test"), ("train", "x")])
+def test_split_folders_are_never_taken_for_classes(image_folder, names):
+    root = image_folder.parent / "split"
+    for name in names:
+        shutil.copytree(image_folder, root / name)
+    if names == ("training", "testing"):
+        train, _ = sources.open_folder(str(root), names, None, 5)
+        assert train.class_names == ("cat", "dog")
+    with pytest.raises(UserError, match="which look like splits and not like classes"):
+        sources.open_folder(str(root), ("train", "test"), None, 5)
+    with pytest.raises(UserError, match="a folder has no slices"):
+        sources.open_folder(str(root), ("train[:90%]", "test"), None, 5)
+
+
+def test_what_file_managers_and_notebooks_leave_behind_is_no_image(image_folder):
+    shutil.copytree(image_folder / "cat", image_folder / "__MACOSX")
+    shutil.copytree(image_folder / "cat", image_folder / "dog" / ".ipynb_checkpoints")
+    train, test = sources.open_folder(str(image_folder), ("train", "test"), None, 5)
+    assert (len(train), len(test), train.class_names) == (32, 8, ("cat", "dog"))
+
+
+def test_a_picture_too_large_is_one_line(image_folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(UserError, match=r"unreadable image .*00\.png \(Image size \(64 pixels\)"):
+        sources.open_folder(str(image_folder), ("train", "test"), None, 5)
+
+
+def test_float_images_are_refused(tmp_path):
+    data = io.BytesIO()
+    Image.fromarray(np.ones((4, 4), np.float32)).save(data, format="tiff")
+    with pytest.raises(ValueError, match="its mode is F, 8 or 16 bits a channel are expected"):
+        Decoder(1)(data.getvalue())
+
+
+def test_two_that_prepare_at_once_both_succeed(tmp_path, monkeypatch):
+    build = prepare._build
+
+    def slower(name, root):
+        build(name, root)  # the other one, done in the meantime
+        raise OSError("Destination already exists")
+
+    monkeypatch.setattr(prepare, "_build", slower)
+    directory = prepare.prepare("sklearn_digits", str(tmp_path))
+    assert directory == f"{tmp_path}/sklearn_digits/1.0.0"
 
 
 def test_folder_errors(image_folder, tmp_path):

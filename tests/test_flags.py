@@ -84,7 +84,7 @@ def test_block_classes_are_chosen_by_name():
         (["--model.block-cls", "Foo"], "'flax_resnet.models:Foo' is not known"),
         (["--model.block-cls", "os:system"], "'os:system' is not known"),
         (["--batch-size", "-3"], "batch_size=-3: expected 1 or more"),
-        (["--augment.rotation", "-3"], "augment.rotation=-3.0 is negative"),
+        (["--augment.rotation", "-3"], "augment.rotation=-3.0: expected 0"),
     ],
 )
 def test_mistakes_are_one_line(argv, message):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 from helpers import assert_trees_equal
+from tensorboard_events import read_scalars
 from test_train import saved
 
 from experiments import digits
@@ -173,8 +174,12 @@ def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(environment, tmp_pat
     assert code == 0, err
     assert "resumes at step" in out
     assert_trees_equal(saved(killed)[0], saved(whole)[0])
-    steps = [(r["split"], r["step"]) for r in metrics.read_metrics(killed)]
+    records = metrics.read_metrics(killed)
+    steps = [(r["split"], r["step"]) for r in records]
     assert steps == [(r["split"], r["step"]) for r in metrics.read_metrics(whole)]
+    losses = {(f"{r['split']}/loss", r["step"]): pytest.approx(r["loss"]) for r in records}
+    events = read_scalars(killed / "tensorboard")
+    assert {at: value for at, value in events.items() if "/loss" in at[0]} == losses
 
 
 @pytest.mark.slow

@@ -42,9 +42,24 @@ def test_schedules(schedule, rates):
     assert got == pytest.approx(rates, rel=1e-5, abs=1e-6)
 
 
-def test_warmup_is_a_share_of_the_run():
-    with pytest.raises(UserError, match=r"schedule.warmup=1.5: expected a share of the run"):
-        optim.Cosine(warmup=1.5)
+@pytest.mark.parametrize(
+    ("cls", "fields"),
+    [
+        (optim.Cosine, {"warmup": 1.5}),
+        (optim.Constant, {"warmup": float("nan")}),
+        (optim.Piecewise, {"boundaries": (32_000,)}),
+        (optim.OneCycle, {"rise": 1.0}),
+    ],
+)
+def test_schedules_take_shares_of_the_run(cls, fields):
+    with pytest.raises(UserError, match=rf"schedule\.{next(iter(fields))}=.*: expected a share"):
+        cls(**fields)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_a_warmup_leaves_a_step_however_short_the_run(num_steps):
+    built = optim.Cosine(warmup=0.96).build(1.0, num_steps)
+    assert float(built(num_steps - 1)) == 1.0
 
 
 def test_sgd_adds_decay_to_kernels_only_and_keeps_momentum():

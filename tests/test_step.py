@@ -65,7 +65,7 @@ def test_one_device_and_eight_agree_to_1e_10_in_x64_after_5_steps(meshes, rng, a
 def test_one_device_and_eight_agree_to_1e_6_in_float32_after_one_step(meshes, rng):
     batches = [random_batch(rng, 32)]
     runs = [run_on_mesh(mesh, 1, tiny_resnet(), batches, augment=FULL) for mesh in meshes]
-    assert 0 < max_difference(*runs) < 1e-6 or max_difference(*runs) == 0
+    assert max_difference(*runs) < 1e-6
 
 
 def test_pmap_of_the_same_step_equals_jit(meshes, rng):

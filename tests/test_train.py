@@ -206,16 +206,41 @@ def test_a_network_too_deep_for_the_image_is_bad_input(config, tmp_path, mesh):
     assert not (tmp_path / "w").exists()
 
 
-def test_other_data_under_the_same_name_is_not_resumed_on(config, tmp_path, mesh, monkeypatch):
-    train_and_evaluate(dataclasses.replace(config, num_steps=2), tmp_path / "w", mesh=mesh)
+@pytest.mark.parametrize("what", ["num_train", "num_eval", "class_names"])
+def test_other_data_under_the_same_name_is_not_resumed_on(
+    config, tmp_path, mesh, monkeypatch, what
+):
+    short = dataclasses.replace(config, num_steps=2)
+    train_and_evaluate(short, tmp_path / "w", mesh=mesh)
     (tmp_path / "w" / "result.json").unlink()
-    monkeypatch.setattr(train.Data, "num_train", 999, raising=False)
-    reader = train.Data.__init__
+    before = (tmp_path / "w" / "config.json").read_text()
+    describe = train.Data.describe
+    monkeypatch.setattr(train.Data, "describe", lambda self: {**describe(self), what: 7})
+    with pytest.raises(UserError, match=f"was trained on data with {what} .* and it is 7 now"):
+        train_and_evaluate(short, tmp_path / "w", mesh=mesh)
+    assert (tmp_path / "w" / "config.json").read_text() == before
 
-    def fewer(self, *args):
-        reader(self, *args)
-        self.num_train = 1000
 
-    monkeypatch.setattr(train.Data, "__init__", fewer)
-    with pytest.raises(UserError, match="was trained on 1442 images and 1000 are there now"):
-        train_and_evaluate(dataclasses.replace(config, num_steps=2), tmp_path / "w", mesh=mesh)
+def test_equal_evaluations_name_the_checkpoint_that_is_kept(config, tmp_path, mesh, monkeypatch):
+    evaluate = train.evaluate
+
+    def always_the_same(*args):
+        values, confusion = evaluate(*args)
+        return {**values, "top1": 0.5}, confusion
+
+    monkeypatch.setattr(train, "evaluate", always_the_same)
+    result = train_and_evaluate(config, tmp_path / "w", mesh=mesh)
+    assert result["best_step"] == saved(tmp_path / "w", "best")[1]["step"] == 12
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"param_dtype": "float64"}, "model.param_dtype=float64 needs 64-bit JAX"),
+        ({"axis_name": "batch"}, "model.axis_name=batch: it is for your own jax.pmap"),
+    ],
+)
+def test_fields_that_the_loop_cannot_honour(config, tmp_path, fields, message):
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(dataclasses.replace(config, model=tiny_resnet(**fields)), tmp_path / "w")
+    assert not (tmp_path / "w").exists()

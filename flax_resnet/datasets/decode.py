@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# What Pillow, and Decoder, raise on files that are no images they can read.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +33,10 @@ class Decoder:
     random_crop: bool = False
 
     def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Decodes one image, the first frame of several; OSError where the bytes are not one."""
+        """Decodes one image, the first frame of several; one of DECODE_ERRORS otherwise."""
         with Image.open(io.BytesIO(data)) as stored:
+            if stored.mode in ("F", "I"):  # their range is anyone's guess, Pillow clips it
+                raise ValueError(f"its mode is {stored.mode}, 8 or 16 bits a channel are expected")
             # Pillow would clip 16-bit grey at 255: keep its upper byte instead.
             deep = stored.mode.startswith("I;16")
             image = Image.fromarray((np.asarray(stored) >> 8).astype(np.uint8)) if deep else stored

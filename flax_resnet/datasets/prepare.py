@@ -33,6 +33,9 @@ def prepare(name: str, data_dir: str | None = None) -> str:
         elif not sources.is_array_record(builder):
             _convert_tfrecord(builder)
     except OSError as error:
+        ready = sources.find_builder(name, data_dir)
+        if ready is not None and sources.is_array_record(ready):
+            return str(ready.data_path)  # another process was faster
         raise UserError(
             f"dataset {name!r} cannot be prepared in {sources.data_root(data_dir)} ({error}): "
             "give a directory that can be written by --data-dir (--data.data-dir in training), "

@@ -13,10 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from flax_resnet.datasets.decode import DECODE_ERRORS
 from flax_resnet.errors import UserError, did_you_mean
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 DIGITS = "sklearn_digits"
+EVAL_NAMES = ("test", "testing", "val", "valid", "validation", "dev", "eval")
+SPLIT_NAMES = {"train", "training", *EVAL_NAMES}
 
 
 class Source(Protocol):
@@ -195,8 +198,8 @@ def open_folder(
 ) -> list[FolderSource]:
     """Opens a folder of images, one sub-folder a class.
 
-    With sub-folders named after both splits (``folder/train/CLASS/...``; "val", "valid" and
-    "validation" also stand for the second), those are the splits. Otherwise
+    With sub-folders named after both splits (``folder/train/CLASS/...``; "val", "validation" and
+    the like also stand for the second), those are the splits. Otherwise
     ``folder/CLASS/...`` is split: every ``test_every``-th file of a class, by sorted path, is
     evaluation. Images are read as RGB.
 
@@ -214,8 +217,13 @@ def open_folder(
     if not root.is_dir():
         raise UserError(f"--data.folder {folder}: no such directory")
     train_root = root / splits[0]
-    others = [splits[1], "test", "val", "valid", "validation"]
+    others = (splits[1], *EVAL_NAMES)
     test_root = next((root / s for s in others if (root / s).is_dir()), None)
+    if any(mark in split for split in splits for mark in "[+"):
+        raise UserError(
+            f"splits {splits[0]!r} and {splits[1]!r}: a folder has no slices, name sub-folders of "
+            f"{folder}, or set --data.holdout-every"
+        )
     if train_root.is_dir() and test_root is not None:
         names = _class_names(train_root)
         if (test_names := _class_names(test_root)) != names:
@@ -226,6 +234,11 @@ def open_folder(
         groups = [_list_images(train_root, names), _list_images(test_root, names)]
     else:
         names = _class_names(root)
+        if alike := [name for name in names if name.lower() in SPLIT_NAMES]:
+            raise UserError(
+                f"{root} holds {alike}, which look like splits and not like classes: for splits "
+                "name them train and test, for classes give them other names"
+            )
         groups = [[], []]
         for label, paths in enumerate(_by_class(root, names)):
             if len(paths) < test_every:
@@ -243,7 +256,7 @@ def open_folder(
 
 
 def _class_names(root: Path) -> list[str]:
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not _hidden(p.name))
     if len(names) < 2:
         raise UserError(
             f"{root} holds {len(names)} class sub-folders {names}: at least 2 are expected, one "
@@ -252,10 +265,20 @@ def _class_names(root: Path) -> list[str]:
     return names
 
 
+def _hidden(name: str) -> bool:
+    """True for what a file manager or a notebook leaves behind."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _by_class(root: Path, names: Sequence[str]) -> list[list[Path]]:
     classes = []
     for name in names:
-        paths = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        paths = sorted(
+            path
+            for path in (root / name).rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES
+            and not any(map(_hidden, path.relative_to(root).parts))
+        )
         if not paths:
             raise UserError(f"class folder {root / name} holds no images: add some or remove it")
         classes.append(paths)
@@ -273,7 +296,7 @@ def _common_shape(paths: Sequence[Path], image_size: int | None) -> tuple:
         try:
             with Image.open(path) as image:
                 sizes.setdefault(image.size, path)
-        except OSError as error:
+        except DECODE_ERRORS as error:
             raise unreadable(str(path), error) from error
     if len(sizes) == 1:
         ((width, height),) = sizes
