@@ -74,23 +74,23 @@ class TrainConfig:
     """When to save and what to keep."""
 
     def __post_init__(self) -> None:
-        inf = math.inf
+        inf, positive = math.inf, math.ulp(0.0)
         bounds = {
             "batch_size": (1, inf),
             "eval_batch_size": (1, inf),
             "accum_steps": (1, inf),
             "log_every_steps": (1, inf),
             "num_steps": (1, inf),
-            "num_epochs": (1e-9, inf),
-            "eval_every_epochs": (1e-9, inf),
+            "num_epochs": (positive, inf),
+            "eval_every_epochs": (positive, inf),
             "label_smoothing": (0, 1),
-            "ema_decay": (1e-9, 1),
+            "ema_decay": (positive, 1),
             "seed": (0, 2**32),
         }
         for name, (least, below) in bounds.items():
             value = getattr(self, name)
             if value is not None and not least <= value < below:  # false for nan too
-                low = "more than 0" if least == 1e-9 else f"{least} or more"
+                low = "more than 0" if least == positive else f"{least} or more"
                 high = "" if below == inf else f", below {below}"
                 raise UserError(f"{name}={value}: expected {low}{high}")
         if self.batch_size % self.accum_steps:

@@ -141,12 +141,9 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
 
 def _check_model(model: nn.Module) -> None:
     """Raises UserError for fields that this loop cannot honour."""
+    narrow = jax.dtypes.canonicalize_dtype(np.float64) != np.float64
     for name in ("dtype", "param_dtype"):
-        if (
-            as_dtype(getattr(model, name, None))
-            == np.float64
-            != jax.dtypes.canonicalize_dtype(np.float64)
-        ):
+        if narrow and as_dtype(getattr(model, name, None)) == np.float64:
             raise UserError(
                 f"model.{name}=float64 needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment"
             )
@@ -185,7 +182,7 @@ def train_and_evaluate(
         )
         return result
     run = set_up(config, workdir, distributed.data_mesh() if mesh is None else mesh)
-    steps = run.compile()  # everything that can be wrong has been by now; only then write
+    steps = run.compile()  # what can be wrong has been by now; only then is anything written
     with claimed(workdir, config):
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
         try:
