@@ -8,7 +8,6 @@ what a crop pads with is then zero, the mean.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
-from flax_resnet.errors import UserError
+from flax_resnet.errors import UserError, check_range
 
 NormalizationKind = Literal["channel", "pixel", "imagenet", "none"]
 Statistics = dict[str, np.ndarray]
@@ -126,8 +125,8 @@ class Augment:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # false for nan too
-                raise UserError(f"augment.{field.name}={value}: expected 0 (off) or more")
+            if isinstance(value, (int, float)):
+                check_range(f"augment.{field.name}", value, 0)
 
     def __call__(self, key: jax.Array, batch: Batch) -> Batch:
         """Augments a batch.

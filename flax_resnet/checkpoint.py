@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from flax_resnet.errors import UserError
+from flax_resnet.errors import UserError, check_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +25,8 @@ class CheckpointConfig:
     """Checkpoints to keep by evaluation top-1."""
 
     def __post_init__(self) -> None:
-        if self.keep_last < 1:
-            raise UserError(f"checkpoint.keep_last={self.keep_last}: expected 1 or more")
-        if self.keep_best < 0:
-            raise UserError(f"checkpoint.keep_best={self.keep_best}: expected 0 or more")
-        if self.every_steps is not None and self.every_steps < 1:
-            raise UserError(
-                f"checkpoint.every_steps={self.every_steps}: expected 1 or more, or None"
-            )
+        for name, least in {"every_steps": 1, "keep_last": 1, "keep_best": 0}.items():
+            check_range(f"checkpoint.{name}", getattr(self, name), least)
 
 
 class Checkpoints:

@@ -23,13 +23,12 @@ from flax import linen as nn
 
 from flax_resnet.augment import Augment, NormalizationKind
 from flax_resnet.checkpoint import CheckpointConfig
-from flax_resnet.data import DataConfig
-from flax_resnet.errors import UserError, did_you_mean
+from flax_resnet.data import FREE, DataConfig
+from flax_resnet.errors import POSITIVE, UserError, check_range, did_you_mean
+from flax_resnet.files import replacing
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD, Optimizer
 
-# A run may be resumed although these differ: they say where things lie and how often to look.
-FREE = {"free": True}
 RECORDED_PACKAGES = ("flax_resnet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
                      "tensorflow-datasets", "numpy")  # fmt: skip
 
@@ -74,25 +73,21 @@ class TrainConfig:
     """When to save and what to keep."""
 
     def __post_init__(self) -> None:
-        inf, positive = math.inf, math.ulp(0.0)
+        inf = math.inf
         bounds = {
             "batch_size": (1, inf),
             "eval_batch_size": (1, inf),
             "accum_steps": (1, inf),
             "log_every_steps": (1, inf),
             "num_steps": (1, inf),
-            "num_epochs": (positive, inf),
-            "eval_every_epochs": (positive, inf),
+            "num_epochs": (POSITIVE, inf),
+            "eval_every_epochs": (POSITIVE, inf),
             "label_smoothing": (0, 1),
-            "ema_decay": (positive, 1),
+            "ema_decay": (POSITIVE, 1),
             "seed": (0, 2**32),
         }
         for name, (least, below) in bounds.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value < below:  # false for nan too
-                low = "more than 0" if least == positive else f"{least} or more"
-                high = "" if below == inf else f", below {below}"
-                raise UserError(f"{name}={value}: expected {low}{high}")
+            check_range(name, getattr(self, name), least, below)
         if self.batch_size % self.accum_steps:
             raise UserError(
                 f"batch_size={self.batch_size} does not divide into accum_steps="
@@ -205,12 +200,12 @@ def free_fields(config: Any, prefix: str = "", free: bool = False) -> set[str]:
 
 def differences(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
     """What a recorded run and a config disagree on, as ``field: there X, here Y``."""
-    old, new = flatten(there), flatten(to_record(config))
+    old, new, free = flatten(there), flatten(to_record(config)), free_fields(config)
     absent = "not a field"
     return [
         f"{name}: there {old.get(name, absent)}, here {new.get(name, absent)}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name, absent) != new.get(name, absent) and name not in free_fields(config)
+        if old.get(name, absent) != new.get(name, absent) and name not in free
     ]
 
 
@@ -292,9 +287,8 @@ def write_record(workdir: Path, config: TrainConfig) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def git_state() -> dict[str, Any] | None:

@@ -24,10 +24,13 @@ from jax.sharding import Mesh
 from flax_resnet import distributed
 from flax_resnet.datasets import prepare, sources
 from flax_resnet.datasets.decode import DECODE_ERRORS, Decoder
-from flax_resnet.errors import UserError
+from flax_resnet.errors import UserError, check_range
 
 # Images are decoded and summed up this many bytes of pixels at a time.
 CHUNK_BYTES = 2**24
+# Metadata of fields that a resumed run may change: they say where things lie, how to get at them
+# and how often to look, and decide no number.
+FREE = {"free": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class DataConfig:
 
     name: str = sources.DIGITS
     """A tfds image-classification set: "cifar10", "mnist", "imagenet2012", "NAME:VERSION"."""
-    data_dir: str | None = dataclasses.field(default=None, metadata={"free": True})
+    data_dir: str | None = dataclasses.field(default=None, metadata=FREE)
     """Directory that holds NAME/VERSION; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     folder: str | None = None
     """Read this folder of images, one sub-folder a class, instead of a tfds set."""
@@ -52,27 +55,33 @@ class DataConfig:
     """With image_size: side of the centre crop over the shorter side (ImageNet: 0.875)."""
     random_resized_crop: bool = False
     """With image_size: train on a random area and aspect of each image (Szegedy et al. 2015)."""
-    resident_mb: int = dataclasses.field(default=2048, metadata={"free": True})
+    resident_mb: int = dataclasses.field(default=2048, metadata=FREE)
     """Sets of up to this many MiB of pixels live on the device; larger ones stream."""
-    num_workers: int = dataclasses.field(default=2, metadata={"free": True})
+    num_workers: int = dataclasses.field(default=2, metadata=FREE)
     """Worker processes that decode a streamed set; 0 decodes in threads of this process."""
     statistics_examples: int = 100_000
     """Normalisation statistics read at most so many training images, evenly spaced."""
 
     def __post_init__(self) -> None:
-        if self.image_size is not None and self.image_size < 1:
-            raise UserError(f"data.image_size={self.image_size}: expected a side of 1 or more")
+        for name, least in {
+            "image_size": 1,
+            "holdout_every": 2,
+            "resident_mb": 0,
+            "num_workers": 0,
+            "statistics_examples": 1,
+        }.items():
+            check_range(f"data.{name}", getattr(self, name), least)
         if not 0 < self.crop_ratio <= 1:
             raise UserError(f"data.crop_ratio={self.crop_ratio}: expected a share in (0, 1]")
         if self.crop_ratio != 1 and self.image_size is None:
             raise UserError("data.crop_ratio needs a size: set --data.image-size")
-        for name in ("resident_mb", "num_workers", "statistics_examples"):
-            if getattr(self, name) < (name == "statistics_examples"):
-                raise UserError(f"data.{name}={getattr(self, name)}: expected a count")
-        if self.holdout_every < 2:
-            raise UserError(f"data.holdout_every={self.holdout_every}: expected 2 or more")
         if self.random_resized_crop and self.image_size is None:
             raise UserError("data.random_resized_crop needs a size: set --data.image-size")
+
+    @property
+    def title(self) -> str:
+        """What to call the data: the folder, or the set's name."""
+        return self.folder or self.name
 
 
 @functools.lru_cache(maxsize=2)
@@ -120,8 +129,7 @@ class BatchReader:
             rows, mask = eval_rows(step, self.batch_size, n)
         else:
             rows, mask = batch_rows(self.seed, step, self.batch_size, n), None
-        index, count = self.shard
-        mine = slice(index * len(rows) // count, (index + 1) * len(rows) // count)
+        mine = shard_slice(len(rows), *self.shard)
         images, labels = decode_rows(
             self.source, self.decoder, rows[mine], self._generators(step, mine)
         )
@@ -137,6 +145,11 @@ class BatchReader:
             np.random.Generator(np.random.Philox(key=[self.seed, position], counter=1))
             for position in range(first + mine.start, first + mine.stop)
         )
+
+
+def shard_slice(n: int, index: int, count: int) -> slice:
+    """The rows of part ``index`` where n rows are cut into ``count`` equal parts."""
+    return slice(index * n // count, (index + 1) * n // count)
 
 
 def eval_rows(step: int, batch_size: int, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -216,15 +229,14 @@ class Data:
             height = width = config.image_size
         if height is None or width is None:
             raise UserError(
-                f"images of {config.folder or config.name} differ in size: set "
-                "--data.image-size, for example 224"
+                f"images of {config.title} differ in size: set --data.image-size, for example 224"
             )
         self.image_shape = (height, width, channels)
         self._decoder = Decoder(channels, config.image_size, config.crop_ratio)
         self.num_train, self.num_eval = len(self._train), len(self._eval)
         for what, count in (("training", self.num_train), ("evaluation", self.num_eval)):
             if not count:
-                raise UserError(f"the {what} split of {config.folder or config.name} is empty")
+                raise UserError(f"the {what} split of {config.title} is empty")
         self._chunk = max(1, CHUNK_BYTES // math.prod(self.image_shape))
         pixels = math.prod(self.image_shape) * (self.num_train + self.num_eval)
         self.resident = not config.random_resized_crop and pixels <= config.resident_mb * 2**20
@@ -343,8 +355,7 @@ def _open(config: DataConfig) -> list[Any]:
 
 def _my_part(rows: np.ndarray) -> np.ndarray:
     """This process's equal part of a global batch's rows."""
-    index, count = jax.process_index(), jax.process_count()
-    return rows[index * len(rows) // count : (index + 1) * len(rows) // count]
+    return rows[shard_slice(len(rows), jax.process_index(), jax.process_count())]
 
 
 def _mark_flags_parsed() -> None:

@@ -1,9 +1,13 @@
-"""The one exception for bad input, and the search for the name that was meant."""
+"""The one exception for bad input, the check of a number, and the name that was meant."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+
+# The least float above 0, as a bound.
+POSITIVE = math.ulp(0.0)
 
 
 class UserError(ValueError):
@@ -15,6 +19,14 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+def check_range(name: str, value: float | None, least: float, below: float = math.inf) -> None:
+    """Raises UserError unless ``value`` is None or least <= value < below; NaN never is."""
+    if value is not None and not least <= value < below:
+        low = "more than 0" if least == POSITIVE else f"{least} or more"
+        high = "" if below == math.inf else f", below {below}"
+        raise UserError(f"{name}={value}: expected {low}{high}")
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -136,8 +136,7 @@ def _choices_help(config: TrainConfig) -> str:
 
 def _choose(config: TrainConfig, argv: list[str]) -> tuple[TrainConfig, list[str]]:
     """Takes ``--FIELD NAME`` out of argv for the fields that hold one of several classes."""
-    for path in ("model", "optimizer", "optimizer.schedule"):
-        choices = _choices(config)[path]
+    for path, choices in _choices(config).items():  # outer fields come before inner ones
         for i, argument in enumerate(argv):
             flag, equals, name = argument.partition("=")
             if flag != f"--{path}":

@@ -7,7 +7,6 @@ size, shard or padding add up to the exact mean.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -22,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from tensorboardX import SummaryWriter
+
+from flax_resnet.files import replacing
 
 Sums = dict[str, jax.Array]
 
@@ -108,9 +109,8 @@ class RunLog:
         if not lead:
             return
         kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
-        partial = self._path.with_name("metrics.jsonl.partial")
-        partial.write_text("".join(_line(record) for record in kept))
-        partial.replace(self._path)
+        with replacing(self._path) as partial:
+            partial.write_text("".join(_line(record) for record in kept))
         self._file = self._path.open("a")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
         self._console = Console(highlight=False)
@@ -161,9 +161,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _short(name: str, value: float) -> str:
-    if name in ("images_per_second",):
-        return f"{value:.0f}"
-    return f"{value:.4g}" if math.isfinite(value) else str(value)
+    return f"{value:.0f}" if name == "images_per_second" else f"{value:.4g}"
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

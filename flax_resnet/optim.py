@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from flax_resnet.errors import UserError
+from flax_resnet.errors import POSITIVE, UserError, check_range
 
 
 def _check_shares(name: str, values: Sequence[float]) -> None:
@@ -138,15 +138,10 @@ class _Optimizer:
     """Clip the gradient to this global L2 norm; None does not clip."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:  # false for nan too
-                raise UserError(
-                    f"optimizer.{name}={getattr(self, name)}: expected a number of 0 or more"
-                )
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise UserError(
-                f"optimizer.max_grad_norm={self.max_grad_norm}: expected more than 0, or None"
-            )
+        check_range("optimizer.learning_rate", self.learning_rate, 0)
+        check_range("optimizer.weight_decay", self.weight_decay, 0)
+        if self.max_grad_norm != math.inf:  # clips nothing, as None does
+            check_range("optimizer.max_grad_norm", self.max_grad_norm, POSITIVE)
 
     def build(
         self, num_steps: int, steps_per_epoch: int

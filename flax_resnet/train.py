@@ -281,9 +281,8 @@ def _loop(
 def _opening_line(run: Run) -> str:
     data, devices = run.data, run.mesh.devices.flat
     parameters = sum(x.size for x in jax.tree.leaves(run.state.params))
-    where = run.config.data.folder or run.config.data.name
     return (
-        f"{type(run.config.model).__name__}, {parameters:,} parameters; {where}: "
+        f"{type(run.config.model).__name__}, {parameters:,} parameters; {run.config.data.title}: "
         f"{data.num_train:,} training and {data.num_eval:,} evaluation images of "
         f"{'x'.join(map(str, data.image_shape))}, {'resident' if data.resident else 'streamed'}; "
         f"{run.num_steps} steps, {run.steps_per_epoch} an epoch, on {run.mesh.size} x "
@@ -296,7 +295,7 @@ def _finish(run: Run) -> dict[str, Any]:
     workdir, records = run.workdir, metrics.read_metrics(run.workdir)
     best = max((r for r in records if r["split"] == "eval"), key=lambda r: (r["top1"], r["step"]))
     last = [r for r in records if r["split"] == "train"][-1]
-    name = f"{type(run.config.model).__name__} on {run.config.data.folder or run.config.data.name}"
+    name = f"{type(run.config.model).__name__} on {run.config.data.title}"
     figures.curves(records, workdir / "curves.png", f"{name}, seed {run.config.seed}")
     title = f"{name}: top-1 {100 * run.evaluation['top1']:.2f} % of {run.data.num_eval}"
     assert run.confusion is not None

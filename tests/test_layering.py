@@ -5,7 +5,7 @@ import pathlib
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_resnet"
 LEVELS = [
-    {"errors"},
+    {"errors", "files"},
     {"layers", "distributed", "metrics", "checkpoint", "figures", "datasets.decode"},
     {"augment", "optim", "models.mini", "models.resnet", "datasets.sources"},
     {"models", "datasets.prepare", "datasets.sklearn_digits", "datasets", "step"},

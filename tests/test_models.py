@@ -124,12 +124,16 @@ def test_mini_model_drops_a_quarter_of_the_final_map_in_training_only():
     x = jnp.ones((1, 64, 64, 3))
     variables = model.init(jax.random.key(0), x)
     assert np.array_equal(model.apply(variables, x), model.apply(variables, x))
-    outs, _ = model.apply(
-        variables, x, True, mutable=["batch_stats", "intermediates"],
-        capture_intermediates=True, rngs={"dropout": jax.random.key(1)},
-    ), None  # fmt: skip
-    dropped = outs[1]["intermediates"]["Dropout_0"]["__call__"][0]
-    active = np.asarray(outs[1]["intermediates"]["final_norm"]["__call__"][0]) > 0
+    _, state = model.apply(
+        variables,
+        x,
+        True,
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=True,
+        rngs={"dropout": jax.random.key(1)},
+    )
+    dropped = state["intermediates"]["Dropout_0"]["__call__"][0]
+    active = np.asarray(state["intermediates"]["final_norm"]["__call__"][0]) > 0
     assert np.mean(np.asarray(dropped)[active] == 0) == pytest.approx(0.25, abs=0.03)
 
 

@@ -17,10 +17,22 @@ CONFIGS = {"digits": digits.get_config, "cifar10_mini": cifar10_mini.get_config}
 COMMANDS = re.findall(r"python -m experiments\.(\w+)([^\n`|]*)", README)
 
 
+def parse(name, arguments):
+    argv = re.sub(r"\bS\b", "0", arguments).split()
+    return flags.parse(CONFIGS[name](), f"runs/{name}", argv)
+
+
 @pytest.mark.parametrize(("name", "arguments"), COMMANDS)
 def test_every_flag_in_the_readme_is_one(name, arguments):
-    argv = arguments.split("#")[0].split(", S =")[0].replace(" S", " 0").split()
-    flags.parse(CONFIGS[name](), "runs/x", argv)
+    parse(name, arguments)
+
+
+def test_commands_followed_in_order_do_not_meet_another_configs_workdir():
+    configs = {}
+    for name, arguments in COMMANDS:
+        chosen = parse(name, arguments)
+        assert configs.setdefault(chosen.workdir, chosen.config) == chosen.config
+    assert len(configs) >= 8
 
 
 def test_there_are_two_commands_that_install_and_run():
