@@ -9,10 +9,30 @@ from flax_resnet.data import DataConfig as DataConfig
 from flax_resnet.distributed import data_mesh as data_mesh
 from flax_resnet.errors import UserError as UserError
 from flax_resnet.models import BasicBlock as BasicBlock
+from flax_resnet.models import Block as Block
+from flax_resnet.models import BottleneckBlock as BottleneckBlock
+from flax_resnet.models import ConvSpec as ConvSpec
+from flax_resnet.models import DropBlockResNet as DropBlockResNet
+from flax_resnet.models import Feature as Feature
+from flax_resnet.models import HighwayLayer as HighwayLayer
 from flax_resnet.models import MiniModel as MiniModel
+from flax_resnet.models import PreActBasicBlock as PreActBasicBlock
+from flax_resnet.models import PreActBottleneckBlock as PreActBottleneckBlock
 from flax_resnet.models import ResidualUnit as ResidualUnit
 from flax_resnet.models import ResNet as ResNet
+from flax_resnet.models import cifar_preact as cifar_preact
 from flax_resnet.models import cifar_resnet as cifar_resnet
+from flax_resnet.models import create as create
+from flax_resnet.models import highway_net as highway_net
+from flax_resnet.models import imagenet_resnet as imagenet_resnet
+from flax_resnet.models import keras_resnet as keras_resnet
+from flax_resnet.models import load as load
+from flax_resnet.models import names as names
+from flax_resnet.models import replace_head as replace_head
+from flax_resnet.models import stack_blocks as stack_blocks
+from flax_resnet.models import trainable as trainable
+from flax_resnet.models import unstack_blocks as unstack_blocks
+from flax_resnet.models import wide_resnet as wide_resnet
 from flax_resnet.optim import LAMB as LAMB
 from flax_resnet.optim import LARS as LARS
 from flax_resnet.optim import SGD as SGD
@@ -24,10 +44,14 @@ from flax_resnet.optim import OneCycle as OneCycle
 from flax_resnet.optim import Piecewise as Piecewise
 from flax_resnet.optim import ReduceOnPlateau as ReduceOnPlateau
 from flax_resnet.optim import linear_scaled_lr as linear_scaled_lr
+from flax_resnet.regularize import DropBlock as DropBlock
+from flax_resnet.regularize import drop_block as drop_block
+from flax_resnet.regularize import drop_path as drop_path
 from flax_resnet.step import TrainState as TrainState
 from flax_resnet.step import create_state as create_state
 from flax_resnet.step import eval_step as eval_step
 from flax_resnet.step import train_step as train_step
+from flax_resnet.summary import summarize as summarize
 from flax_resnet.train import train_and_evaluate as train_and_evaluate
 
 __version__ = "0.1.0"

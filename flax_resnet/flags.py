@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import docstring_parser
-import jax.numpy as jnp
 import tyro
 from flax import linen as nn
 from tyro.constructors import (
@@ -106,15 +105,11 @@ def _one_line(box: str) -> str:
     return f"{text.rstrip('.')}; --help lists every flag"
 
 
-def _model_choices() -> dict[str, Factory]:
-    depths = (20, 32, 44, 56, 110)
-    cifar = {f"resnet{d}": functools.partial(models.cifar_resnet, d) for d in depths}
-    return {"mini": models.MiniModel, **cifar}
-
-
 def _choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
     """{dotted field: {name: factory}} of the fields that hold one of several classes."""
-    found: dict[str, dict[str, Factory]] = {"model": _model_choices()}
+    found: dict[str, dict[str, Factory]] = {
+        "model": {name: functools.partial(models.create, name) for name in models.names()}
+    }
 
     def visit(value: Any, prefix: str) -> None:
         for name, hint in typing.get_type_hints(type(value)).items():
@@ -130,7 +125,9 @@ def _choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
 
 
 def _choices_help(config: TrainConfig) -> str:
-    lines = [f"--{path} {'|'.join(names)}" for path, names in _choices(config).items()]
+    choices = {path: "|".join(names) for path, names in _choices(config).items()}
+    choices["model"] = "NAME (python -m flax_resnet names lists them)"
+    lines = [f"--{path} {names}" for path, names in choices.items()]
     return "Choose a class, with its defaults: " + "; ".join(lines) + "."
 
 
@@ -142,12 +139,15 @@ def _choose(config: TrainConfig, argv: list[str]) -> tuple[TrainConfig, list[str
             if flag != f"--{path}":
                 continue
             name = name if equals else (argv[i + 1] if i + 1 < len(argv) else "")
-            if name.lower() not in choices:
+            name = name if name in choices else name.lower()  # networks' names have cases
+            if name not in choices:
+                names = ", ".join(choices)
+                if path == "model":
+                    names = "the names that `python -m flax_resnet names` lists"
                 raise UserError(
-                    f"--{path} {name!r}: expected one of {', '.join(choices)}"
-                    f"{did_you_mean(name.lower(), choices)}"
+                    f"--{path} {name!r}: expected one of {names}{did_you_mean(name, choices)}"
                 )
-            config = _replace(config, path.split("."), choices[name.lower()]())
+            config = _replace(config, path.split("."), choices[name]())
             argv = argv[:i] + argv[i + (1 if equals else 2) :]
             break
     return config, argv
@@ -185,13 +185,7 @@ def _module_rule(info: Any) -> StructConstructorSpec | None:
 def _clone(module: nn.Module, **values: Any) -> nn.Module:
     for name, value in values.items():
         if name.endswith("dtype"):
-            try:
-                jnp.dtype(value)
-            except TypeError as error:
-                raise UserError(
-                    f"--model.{name.replace('_', '-')} {value}: expected a dtype such as float32 "
-                    "or bfloat16"
-                ) from error
+            models.check_dtype(value)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return module.clone(**values)
 

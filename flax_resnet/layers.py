@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -9,80 +11,143 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 Dtype = Any  # a numpy dtype, or its name: "float32", "bfloat16", "float64"
-ShortcutKind = Literal["A", "B", "C"]
+ShortcutKind = Literal["A", "B", "C", "D"]
+NormKind = Literal["batch", "none"]
+BiasKind = Literal["none", "unnormalized", "all"]
+InitKind = Literal["he_normal", "glorot_uniform"]
 
 # He et al. 2015, "Delving Deep into Rectifiers", section 2.2, the backward (fan-out) form.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+glorot_uniform = nn.initializers.xavier_uniform()
+_KERNEL_INITS = {"he_normal": he_normal_fan_out, "glorot_uniform": glorot_uniform}
 
 
-def conv(
-    filters: int,
-    kernel_size: int,
-    strides: int = 1,
-    *,
-    use_bias: bool = False,
-    kernel_init: nn.initializers.Initializer = he_normal_fan_out,
-    dtype: Dtype = None,
-    param_dtype: Dtype = "float32",
-    name: str | None = None,
-) -> nn.Conv:
-    """A square 2-D convolution with explicit symmetric padding of ``kernel_size // 2``.
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Makes a network's convolutions, norms and dense layers, all with the same constants.
 
-    At stride 2 this is what torch and the papers compute; ``'SAME'`` has the same output
-    shape there and other numbers, since it pads only at the far edge of an even input.
+    One bundle is handed from a network to its blocks, so that what holds for every layer is
+    said once.
 
-    Args:
-      filters: output channels.
-      kernel_size: height and width of the kernel, odd.
-      strides: step in both directions.
-      use_bias: add one bias a channel.
-      kernel_init: initialiser of the (k, k, in, filters) kernel.
+    Attributes:
+      norm_kind: "batch", or "none" for networks without normalisation.
+      bn_momentum: share of the running statistics kept at each step (torch's 0.1 is 0.9 here).
+      bn_epsilon: added to the variance.
+      conv_bias: convolutions with a bias: "none", "unnormalized" (those whose output no norm
+        takes directly) or "all". Without normalisation all have one.
+      kernel_init: "he_normal" (fan-out; dense layers LeCun normal) or "glorot_uniform" (Keras).
       dtype: computation dtype; None keeps the promotion of input and parameters.
-      param_dtype: storage dtype of kernel and bias.
-      name: submodule name.
+      param_dtype: storage dtype of the parameters.
+      axis_name: mapped axis to share batch statistics over, under jax.pmap only.
     """
-    pad = kernel_size // 2
-    return nn.Conv(
-        filters,
-        (kernel_size, kernel_size),
-        strides=(strides, strides),
-        padding=((pad, pad), (pad, pad)),
-        use_bias=use_bias,
-        kernel_init=kernel_init,
-        dtype=as_dtype(dtype),
-        param_dtype=as_dtype(param_dtype),
-        name=name,
-    )
+
+    norm_kind: NormKind = "batch"
+    bn_momentum: float = 0.9
+    bn_epsilon: float = 1e-5
+    conv_bias: BiasKind = "none"
+    kernel_init: InitKind = "he_normal"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+    axis_name: str | None = None
+
+    def with_dtypes(self, dtype: Dtype, param_dtype: Dtype, axis_name: str | None) -> Layers:
+        """The same with the dtypes and the mapped axis of a network."""
+        return dataclasses.replace(self, dtype=dtype, param_dtype=param_dtype, axis_name=axis_name)
+
+    def conv(
+        self,
+        filters: int,
+        kernel_size: int,
+        strides: int = 1,
+        *,
+        name: str | None = None,
+        normed: bool = True,
+        groups: int = 1,
+        dilation: int = 1,
+        zero: bool = False,
+        bias: float | None = None,
+    ) -> nn.Conv:
+        """A square convolution with explicit symmetric padding of ``dilation * (k // 2)``.
+
+        At stride 2 this is what torch and the papers compute; ``'SAME'`` has the same output
+        shape there and other numbers, since it pads only at the far edge of an even input.
+
+        Args:
+          filters: output channels.
+          kernel_size: height and width k of the kernel, odd.
+          strides: step in both directions.
+          name: submodule name.
+          normed: a norm takes the output directly; ``conv_bias`` goes by it.
+          groups: channel groups that do not see each other.
+          dilation: distance between the taps of the kernel.
+          zero: start the kernel at zero.
+          bias: have a bias whatever ``conv_bias`` says, and start it here.
+        """
+        pad = dilation * (kernel_size // 2)
+        biased = {"none": False, "unnormalized": not normed, "all": True}[self.conv_bias]
+        return nn.Conv(
+            filters,
+            (kernel_size, kernel_size),
+            strides=(strides, strides),
+            padding=((pad, pad), (pad, pad)),
+            kernel_dilation=(dilation, dilation),
+            feature_group_count=groups,
+            use_bias=biased or self.norm_kind == "none" or bias is not None,
+            kernel_init=nn.initializers.zeros if zero else _KERNEL_INITS[self.kernel_init],
+            bias_init=nn.initializers.constant(bias or 0.0),
+            dtype=as_dtype(self.dtype),
+            param_dtype=as_dtype(self.param_dtype),
+            name=name,
+        )
+
+    def norm(
+        self, train: bool, *, name: str | None = None, zero: bool = False
+    ) -> Callable[[jax.Array], jax.Array]:
+        """Batch normalisation (Ioffe and Szegedy 2015) over every axis but the channels.
+
+        Statistics are computed in at least float32 whatever ``dtype`` is. Under ``jax.jit``
+        with a sharded batch they cover the global batch; ``axis_name`` asks for the same
+        under ``jax.pmap``.
+
+        Args:
+          train: normalise by the batch and update the running statistics; else by these.
+          name: submodule name.
+          zero: start the scale at zero.
+        """
+        if self.norm_kind == "none":
+            return lambda x: x
+        return nn.BatchNorm(
+            use_running_average=not train,
+            momentum=self.bn_momentum,
+            epsilon=self.bn_epsilon,
+            scale_init=nn.initializers.zeros if zero else nn.initializers.ones,
+            axis_name=self.axis_name if train else None,
+            dtype=as_dtype(self.dtype),
+            param_dtype=as_dtype(self.param_dtype),
+            name=name,
+        )
+
+    def dense(self, features: int, *, name: str | None = None) -> nn.Dense:
+        """A dense layer of ``features`` outputs, with a bias."""
+        glorot = self.kernel_init == "glorot_uniform"
+        return nn.Dense(
+            features,
+            kernel_init=glorot_uniform if glorot else nn.initializers.lecun_normal(),
+            dtype=as_dtype(self.dtype),
+            param_dtype=as_dtype(self.param_dtype),
+            name=name,
+        )
 
 
-def batch_norm(
-    *,
-    train: bool,
-    momentum: float = 0.9,
-    epsilon: float = 1e-5,
-    scale_init: nn.initializers.Initializer = nn.initializers.ones,
-    axis_name: str | None = None,
-    dtype: Dtype = None,
-    param_dtype: Dtype = "float32",
-    name: str | None = None,
-) -> nn.BatchNorm:
-    """Batch normalisation (Ioffe and Szegedy 2015) over every axis but the channels.
+# Keras's own: convolutions with biases, Glorot, and its BatchNorm's constants.
+KERAS_DEFAULTS = Layers(
+    bn_momentum=0.99, bn_epsilon=1e-3, conv_bias="all", kernel_init="glorot_uniform"
+)
 
-    ``momentum`` is the share of the running statistic that is kept, so 0.9 here is 0.1 in
-    torch. Statistics are computed in at least float32 whatever ``dtype`` is. Under
-    ``jax.jit`` with a sharded batch they cover the global batch; ``axis_name`` asks for
-    the same under ``jax.pmap``.
-    """
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=momentum,
-        epsilon=epsilon,
-        scale_init=scale_init,
-        axis_name=axis_name if train else None,
-        dtype=as_dtype(dtype),
-        param_dtype=as_dtype(param_dtype),
-        name=name,
-    )
+
+def max_pool(x: jax.Array, window: int, strides: int, pad: int = 0) -> jax.Array:
+    """Square max-pool; ``pad`` rows and columns of minus infinity on each side."""
+    return nn.max_pool(x, (window, window), strides=(strides, strides), padding=((pad, pad),) * 2)
 
 
 def shortcut_a(x: jax.Array, filters: int, strides: int) -> jax.Array:
@@ -101,6 +166,15 @@ def shortcut_a(x: jax.Array, filters: int, strides: int) -> jax.Array:
         raise ValueError(f"shortcut A cannot shrink {x.shape[-1]} channels to {filters}; use B")
     x = x[:, ::strides, ::strides, :]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
+
+
+def average_pool_2(x: jax.Array) -> jax.Array:
+    """2x2 averages at stride 2; at an odd far edge, of the pixels that are there.
+
+    Maps (N, H, W, C) to (N, ceil(H / 2), ceil(W / 2), C).
+    """
+    odd = tuple((0, size % 2) for size in x.shape[1:3])
+    return nn.avg_pool(x, (2, 2), strides=(2, 2), padding=odd, count_include_pad=False)
 
 
 def as_dtype(dtype: Dtype) -> Any:

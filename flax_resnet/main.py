@@ -7,11 +7,12 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from flax_resnet import flags
+from flax_resnet import flags, models, summary
 from flax_resnet.config import TrainConfig
 from flax_resnet.datasets.prepare import prepare
-from flax_resnet.errors import UserError
+from flax_resnet.errors import UserError, check_range
 from flax_resnet.train import train_and_evaluate
 
 EXIT_BAD_INPUT = 2
@@ -52,9 +53,47 @@ def command(argv: Sequence[str] | None = None) -> None:
     )
     preparing.add_argument("name", help='tfds name, such as "cifar10" or "imagenet2012"')
     preparing.add_argument("--data-dir", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
+    preparing.set_defaults(run=lambda given: print(prepare(given.name, given.data_dir)))
+    listing = commands.add_parser("names", help="list the networks that have a name")
+    listing.set_defaults(run=lambda given: print("\n".join(models.names())))
+    _add_summary(commands)
     arguments = parser.parse_args(argv)
     with one_line_errors():
-        print(prepare(arguments.name, arguments.data_dir))
+        arguments.run(arguments)
+
+
+def _add_summary(commands: Any) -> None:
+    parser = commands.add_parser(
+        "summary",
+        help="show a network's layers and what they cost",
+        description="Prints a network's layers with output shapes, parameters, multiply-adds and "
+        "the memory of a batch, and the totals. Nothing is computed.",
+    )
+    parser.add_argument("name", help="one that `python -m flax_resnet names` lists")
+    parser.add_argument("--num-classes", type=int, help="default: the network's own")
+    parser.add_argument("--input-shape", type=int, nargs=3, metavar=("H", "W", "C"),
+                        help="default: 224 224 3, of CIFAR nets 32 32 3")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=1, help="default: 1")
+    parser.add_argument("--dtype", default="float32", help="of the computation; default: float32")
+    parser.add_argument("--no-top", action="store_true", help="leave out the head")
+    parser.add_argument(
+        "--parts", action="store_true", help="a line for each block, not each layer"
+    )
+    parser.set_defaults(run=_summary)
+
+
+def _summary(given: argparse.Namespace) -> None:
+    fields: dict[str, Any] = {"dtype": models.check_dtype(given.dtype)}
+    if given.num_classes is not None:
+        fields["num_classes"] = given.num_classes
+    if given.no_top:
+        fields["include_top"] = False
+    check_range("--batch-size", given.batch_size, 1)
+    module = models.create(given.name, **fields)
+    shape = models.check_shape(given.input_shape or models.default_shape(module))
+    counted = summary.summarize(module, shape, given.batch_size)
+    size = "x".join(map(str, shape))
+    summary.show(f"{given.name}, input {size}", counted, parts=given.parts)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from flax.training import train_state
 
 from flax_resnet import metrics
 from flax_resnet.augment import Augment, normalize
+from flax_resnet.models import trainable
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -61,7 +62,8 @@ def create_state(
 
     Args:
       model: called as ``model.apply(variables, images, train=...)``.
-      tx: optimizer; its update may take ``value=``, the loss.
+      tx: optimizer; its update may take ``value=``, the loss. Parts of the model that are
+        frozen are kept from it.
       seed: initialisation follows from it, and the key of all steps.
       image_shape: (H, W, C).
       normalization: {"mean", "std"}, as augment.statistics gives; with float64 parameters it
@@ -72,6 +74,9 @@ def create_state(
     images = jnp.zeros((1, *image_shape), jnp.float32)
     variables = jax.jit(functools.partial(model.init, train=False))(init_key, images)
     params = variables["params"]
+    if not all(jax.tree.leaves(trainable(model, params))):
+        # Frozen parameters get no gradient; without this, weight decay would still move them.
+        tx = optax.masked(tx, functools.partial(trainable, model))
     # Flax starts running statistics in float32 and would widen them in the first step.
     widest = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
     batch_stats, normalization = jax.tree.map(

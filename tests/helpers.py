@@ -35,9 +35,12 @@ def assert_trees_equal(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
+def shapes_of(module, shape):
+    """Shapes of a module's variables on images of ``shape`` (H, W, C), computing none."""
+    images = jnp.zeros((1, *shape))
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), images, train=False))
+
+
 def count_parameters(module, shape):
     """Parameters of a module on images of ``shape`` (H, W, C), without computing any."""
-    variables = jax.eval_shape(
-        lambda: module.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False)
-    )
-    return sum(x.size for x in jax.tree.leaves(variables["params"]))
+    return sum(x.size for x in jax.tree.leaves(shapes_of(module, shape)["params"]))

@@ -46,7 +46,7 @@ def test_a_record_gives_the_config_back_through_json(config):
 def test_dtypes_and_classes_are_recorded_by_name():
     record = to_record(tiny_resnet(dtype=jnp.bfloat16))
     assert record["dtype"] == "bfloat16"
-    assert record["block_cls"] == {"class_itself": "flax_resnet.models.resnet:BasicBlock"}
+    assert record["block_cls"] == {"class_itself": "flax_resnet.models.blocks:BasicBlock"}
     assert "parent" not in record
 
 

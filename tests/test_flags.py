@@ -5,7 +5,13 @@ import pytest
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.flags import parse
-from flax_resnet.models import BasicBlock, MiniModel, ResidualUnit, cifar_resnet
+from flax_resnet.models import (
+    BasicBlock,
+    MiniModel,
+    PreActBasicBlock,
+    cifar_resnet,
+    keras_resnet,
+)
 from flax_resnet.optim import SGD, AdamW, Cosine, OneCycle
 
 BASE = TrainConfig(
@@ -57,11 +63,13 @@ def test_classes_are_chosen_by_name():
     got = flags("--model", "mini", "--model.dropout-rate", "0.5").model
     assert got == MiniModel(num_classes=7, dropout_rate=0.5)
     assert flags("--model", "resnet56").model == cifar_resnet(56, num_classes=7)
+    assert flags("--model=ResNet50V2").model == keras_resnet(50, "v2", num_classes=7)
 
 
 def test_block_classes_are_chosen_by_name():
-    assert flags("--model.block-cls", "ResidualUnit").model.block_cls is ResidualUnit
-    named = "flax_resnet.models.resnet:BasicBlock"
+    got = flags("--model.block-cls", "PreActBasicBlock", "--model.connection", "highway").model
+    assert (got.block_cls, got.connection) == (PreActBasicBlock, "highway")
+    named = "flax_resnet.models.blocks:BasicBlock"
     assert flags("--model.block-cls", named).model.block_cls is BasicBlock
 
 
@@ -79,8 +87,9 @@ def test_block_classes_are_chosen_by_name():
         ),
         (["--optimizer", "adamm"], r"'adamm': expected one of sgd, .*mean 'adam'\?"),
         (["--optimizer"], "--optimizer '': expected one of sgd"),
-        (["--model", "resnet21"], r"expected one of mini, resnet20, .*did you mean 'resnet32'"),
-        (["--model.dtype", "float31"], "--model.dtype float31: expected a dtype"),
+        (["--model", "resnet21"], r"the names that .* names` lists \(did you mean 'resnet\d+'"),
+        (["--model.dtype", "float31"], "dtype 'float31': expected one such as float32"),
+        (["--model.block-cls", "ResidualUnit"], "block_cls=.*Unit.*: expected a subclass of Block"),
         (["--model.block-cls", "Foo"], "'flax_resnet.models:Foo' is not known"),
         (["--model.block-cls", "os:system"], "'os:system' is not known"),
         (["--batch-size", "-3"], "batch_size=-3: expected 1 or more"),

@@ -6,10 +6,13 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_resnet"
 LEVELS = [
     {"errors", "files"},
-    {"layers", "distributed", "metrics", "checkpoint", "figures", "datasets.decode"},
-    {"augment", "optim", "models.mini", "models.resnet", "datasets.sources"},
-    {"models", "datasets.prepare", "datasets.sklearn_digits", "datasets", "step"},
-    {"data"},
+    {"layers", "distributed", "metrics", "checkpoint", "figures", "regularize", "datasets.decode"},
+    {"augment", "optim", "models.blocks", "models.mini", "models.dropblock_resnet"},
+    {"models.resnet", "datasets.sources"},
+    {"models.highway", "models.surgery"},
+    {"models.zoo"},
+    {"models", "datasets.prepare", "datasets.sklearn_digits", "datasets"},
+    {"data", "step", "summary"},
     {"config"},
     {"train", "flags"},
     {"main"},

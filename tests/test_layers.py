@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flax_resnet.layers import as_dtype, batch_norm, conv, shortcut_a
+from flax_resnet.layers import Layers, as_dtype, average_pool_2, max_pool, shortcut_a
+
+LAYERS = Layers()
 
 
 def naive_conv(x, kernel, stride, pad):
@@ -23,7 +25,7 @@ def naive_conv(x, kernel, stride, pad):
 @pytest.mark.parametrize(("kernel_size", "strides"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
 def test_conv_pads_symmetrically(rng, kernel_size, strides):
     x = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
-    layer = conv(4, kernel_size, strides)
+    layer = LAYERS.conv(4, kernel_size, strides)
     variables = layer.init(jax.random.key(0), x)
     want = naive_conv(x, np.asarray(variables["params"]["kernel"]), strides, kernel_size // 2)
     np.testing.assert_allclose(layer.apply(variables, x), want, rtol=1e-4, atol=1e-5)
@@ -31,7 +33,7 @@ def test_conv_pads_symmetrically(rng, kernel_size, strides):
 
 def test_same_padding_would_give_other_numbers_at_stride_2(rng):
     x = rng.normal(size=(1, 8, 8, 3)).astype(np.float32)
-    ours = conv(4, 3, 2)
+    ours = LAYERS.conv(4, 3, 2)
     variables = ours.init(jax.random.key(0), x)
     same = nn.Conv(4, (3, 3), strides=(2, 2), padding="SAME", use_bias=False)
     a, b = ours.apply(variables, x), same.apply(variables, x)
@@ -40,7 +42,7 @@ def test_same_padding_would_give_other_numbers_at_stride_2(rng):
 
 
 def test_conv_kernels_start_with_he_fan_out_variance():
-    variables = conv(256, 3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 64)))
+    variables = LAYERS.conv(256, 3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 64)))
     want = np.sqrt(2 / (9 * 256))
     assert np.std(variables["params"]["kernel"]) == pytest.approx(want, rel=0.01)
 
@@ -59,24 +61,86 @@ def test_shortcut_a_refuses_to_shrink():
         shortcut_a(jnp.zeros((1, 4, 4, 8)), 4, 1)
 
 
-def test_batch_norm_normalises_and_keeps_its_momentum_share(rng):
+def test_dilated_conv_is_a_conv_with_a_spread_kernel(rng):
+    x = rng.normal(size=(1, 9, 9, 2)).astype(np.float32)
+    layer = LAYERS.conv(3, 3, dilation=2)
+    variables = layer.init(jax.random.key(0), x)
+    spread = np.zeros((5, 5, 2, 3), np.float32)
+    spread[::2, ::2] = variables["params"]["kernel"]
+    want = naive_conv(x, spread, 1, 2)
+    np.testing.assert_allclose(layer.apply(variables, x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_grouped_conv_sees_its_group_only(rng):
+    x = rng.normal(size=(1, 4, 4, 4)).astype(np.float32)
+    layer = LAYERS.conv(6, 3, groups=2)
+    variables = layer.init(jax.random.key(0), x)
+    kernel = np.asarray(variables["params"]["kernel"])
+    assert kernel.shape == (3, 3, 2, 6)
+    halves = [
+        naive_conv(x[..., :2], kernel[..., :3], 1, 1),
+        naive_conv(x[..., 2:], kernel[..., 3:], 1, 1),
+    ]
+    want = np.concatenate(halves, axis=-1)
+    np.testing.assert_allclose(layer.apply(variables, x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "normed", "biased"),
+    [
+        ({}, True, False),
+        ({}, False, False),
+        ({"conv_bias": "unnormalized"}, True, False),
+        ({"conv_bias": "unnormalized"}, False, True),
+        ({"conv_bias": "all"}, True, True),
+        ({"norm_kind": "none"}, True, True),
+    ],
+)
+def test_biases_are_where_conv_bias_says(fields, normed, biased):
+    assert Layers(**fields).conv(4, 3, normed=normed).use_bias is biased
+
+
+def test_glorot_kernels_fill_keras_range():
+    layers = Layers(kernel_init="glorot_uniform")
+    for layer, fans in ((layers.conv(256, 3), 9 * (64 + 256)), (layers.dense(256), 64 + 256)):
+        kernel = layer.init(jax.random.key(0), jnp.zeros((1, 4, 4, 64)))["params"]["kernel"]
+        assert np.max(np.abs(kernel)) == pytest.approx(np.sqrt(6 / fans), rel=0.01)
+
+
+def test_norm_normalises_and_keeps_its_momentum_share(rng):
     x = rng.normal(3, 2, size=(16, 4, 4, 5)).astype(np.float32)
-    variables = batch_norm(train=True).init(jax.random.key(0), x)
-    out, new = batch_norm(train=True, momentum=0.9, epsilon=0.5).apply(
-        variables, x, mutable=["batch_stats"]
-    )
+    layer = Layers(bn_momentum=0.9, bn_epsilon=0.5).norm(True)
+    out, new = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
     mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
     np.testing.assert_allclose(out, (x - mean) / np.sqrt(var + 0.5), atol=1e-5)
     np.testing.assert_allclose(new["batch_stats"]["mean"], 0.1 * mean, rtol=1e-5)
     np.testing.assert_allclose(new["batch_stats"]["var"], 0.9 + 0.1 * var, rtol=1e-5)
 
 
-def test_batch_norm_statistics_stay_float32_in_bfloat16(rng):
+def test_norm_statistics_stay_float32_in_bfloat16(rng):
     x = rng.normal(size=(8, 4, 4, 5)).astype(jnp.bfloat16)
-    layer = batch_norm(train=True, dtype="bfloat16")
+    layer = Layers(dtype="bfloat16").norm(True)
     out, new = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
     assert out.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype("float32")}
+
+
+def test_norm_of_kind_none_is_the_identity(rng):
+    x = rng.normal(size=(2, 3))
+    assert Layers(norm_kind="none").norm(True)(x) is x
+
+
+def test_max_pool_pads_with_minus_infinity():
+    x = -jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)
+    np.testing.assert_array_equal(max_pool(x, 3, 2, pad=1)[0, ..., 0], [[-1, -2], [-5, -6]])
+
+
+def test_average_pool_2_leaves_missing_pixels_out(rng):
+    x = rng.normal(size=(2, 5, 4, 3)).astype(np.float32)
+    out = np.asarray(average_pool_2(x))
+    assert out.shape == (2, 3, 2, 3)
+    np.testing.assert_allclose(out[:, 0, 1], x[:, :2, 2:].mean((1, 2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out[:, 2, 0], x[:, 4, :2].mean(1), rtol=1e-5, atol=1e-6)
 
 
 def test_as_dtype_takes_names_and_none():

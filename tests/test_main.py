@@ -88,7 +88,7 @@ def test_bad_input_ends_a_process_with_status_2_and_one_line(environment, tmp_pa
         (["--model.num-classes", "5"], "labels 0 to 9: set --model.num-classes 10"),
         (["--data.folder", "/nowhere"], "--data.folder /nowhere: no such directory"),
         (["--batch-size", "12"], "batch_size=12 is not divisible by the 8 devices: use 8 or 16"),
-        (["--model", "resnet21"], "expected one of mini, resnet20"),
+        (["--model", "resnet21"], "expected one of the names that `python -m flax_resnet names`"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(call, tmp_path, arguments, message):

@@ -1,128 +1,441 @@
+"""The networks: shapes, what each field changes, and what it leaves."""
+
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import count_parameters, tiny_resnet
+from helpers import assert_trees_equal, max_difference, shapes_of, tiny_resnet
 
-from flax_resnet.models import BasicBlock, MiniModel, ResidualUnit, ResNet, cifar_resnet
+from flax_resnet.models import (
+    BasicBlock,
+    BottleneckBlock,
+    DropBlockResNet,
+    HighwayLayer,
+    MiniModel,
+    PreActBasicBlock,
+    PreActBottleneckBlock,
+    ResidualUnit,
+    cifar_resnet,
+    create,
+    highway_net,
+    stack_blocks,
+    unstack_blocks,
+)
 
-CIFAR = (32, 32, 3)
+BLOCKS = (BasicBlock, BottleneckBlock, PreActBasicBlock, PreActBottleneckBlock)
+KEY = jax.random.key(0)
 
 
-def test_mini_model_has_the_tutorials_parameters():
-    assert count_parameters(MiniModel(num_classes=10), CIFAR) == 4_368_714
+def images(rng, n=4, size=8, channels=3):
+    return rng.normal(size=(n, size, size, channels)).astype(np.float32)
 
 
+def run(module, variables, x, train=False, **kwargs):
+    """(output, new statistics)."""
+    out, new = module.apply(variables, x, train, mutable=["batch_stats"], **kwargs)
+    return out, new.get("batch_stats", {})
+
+
+# --- shapes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_cls", BLOCKS)
 @pytest.mark.parametrize(
-    ("depth", "shortcut", "parameters"),
+    ("fields", "strides"),
     [
-        (20, "A", 269_722),
-        (32, "A", 464_154),
-        (44, "A", 658_586),
-        (56, "A", 853_018),
-        (110, "A", 1_727_962),
-        (20, "B", 272_474),
-        (32, "B", 466_906),
-        (44, "B", 661_338),
-        (56, "B", 855_770),
-        (110, "B", 1_730_714),
+        ({"stem": "cifar"}, (1, 2, 4)),
+        ({"stem": "imagenet"}, (4, 8, 16)),
+        ({"stem": "deep"}, (4, 8, 16)),
+        ({"stem": "imagenet", "output_stride": 8}, (4, 8, 8)),
+        ({"stem": "cifar", "output_stride": 1}, (1, 1, 1)),
+        ({"stem": "cifar", "stride_block": "last"}, (2, 4, 4)),
+        ({"stem": "cifar", "stride_block": "last", "output_stride": 2}, (2, 2, 2)),
     ],
 )
-def test_cifar_resnets_have_the_papers_parameters(depth, shortcut, parameters):
-    assert count_parameters(cifar_resnet(depth, shortcut=shortcut), CIFAR) == parameters
+def test_features_are_each_stages_map_with_its_stride_and_width(block_cls, fields, strides):
+    model = tiny_resnet(block_cls=block_cls, stage_sizes=(2, 2, 2), **fields)
+    x = jax.ShapeDtypeStruct((2, 40, 31, 3), jnp.float32)
+    variables = shapes_of(model, (40, 31, 3))
+    apply = functools.partial(model.apply, method="features")
+    features = jax.eval_shape(apply, variables, x)
+    assert [f.name for f in features] == ["stage1", "stage2", "stage3"]
+    assert tuple(f.stride for f in features) == strides
+    assert [f.width for f in features] == [8 * block_cls.expansion * 2**s for s in range(3)]
+    for f in features:
+        assert f.map.shape == (2, -(-40 // f.stride), -(-31 // f.stride), f.width)
+    assert model.num_features == features[-1].width
+
+
+def test_the_last_feature_is_what_the_head_sees(rng):
+    x = images(rng)
+    for block_cls in (BasicBlock, PreActBasicBlock):
+        model = tiny_resnet(block_cls=block_cls)
+        variables = model.init(KEY, x)
+        last = jax.jit(functools.partial(model.apply, method="features"))(variables, x)[-1].map
+        head = variables["params"]["head"]
+        logits = jnp.mean(last, axis=(1, 2)) @ head["kernel"] + head["bias"]
+        np.testing.assert_allclose(model.apply(variables, x), logits, rtol=1e-5, atol=1e-5)
+        assert np.min(last) >= 0  # a pre-activated net's last map has had its final ReLU
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_any_number_of_channels_goes_in(channels):
+    shapes = shapes_of(create("resnet18"), (32, 45, channels))
+    assert shapes["params"]["stem_conv"]["kernel"].shape == (7, 7, channels, 64)
+
+
+# --- dilation: the strided net's map is every other pixel of the dilated one's -------------------
+
+
+@pytest.mark.parametrize("stride_conv", ["1x1", "3x3"])
+@pytest.mark.parametrize("block_cls", BLOCKS)
+def test_a_dilated_net_computes_the_strided_one_between_its_pixels(rng, block_cls, stride_conv):
+    fields = {"block_cls": block_cls, "stage_sizes": (1, 2, 2), "stride_conv": stride_conv}
+    strided = tiny_resnet(num_filters=4, **fields)
+    dilated = strided.clone(output_stride=1)
+    x = images(rng, n=2, size=16)
+    variables = strided.init(KEY, x)
+    want = strided.apply(variables, x, method="features")[-1]
+    got = dilated.apply(variables, x, method="features")[-1]
+    assert (want.stride, got.stride) == (4, 1)
+    np.testing.assert_allclose(got.map[:, ::4, ::4], want.map, rtol=1e-4, atol=1e-4)
+
+
+# --- shortcuts and connections -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("stage_sizes", "parameters"), [((2, 2, 2, 2), 11_689_512), ((3, 4, 6, 3), 21_797_672)]
+    ("shortcut", "projecting"),
+    [
+        ("A", set()),
+        ("B", {"stage2_block1"}),
+        ("D", {"stage2_block1"}),
+        ("C", {"stage1_block1", "stage1_block2", "stage2_block1"}),
+    ],
 )
-def test_imagenet_basic_resnets_have_the_published_parameters(stage_sizes, parameters):
-    assert count_parameters(ResNet(stage_sizes), (224, 224, 3)) == parameters
+def test_shortcut_projects_where_its_letter_says(shortcut, projecting):
+    params = shapes_of(tiny_resnet(stage_sizes=(2, 1), shortcut=shortcut), (8, 8, 3))["params"]
+    assert {name for name, value in params.items() if "shortcut_conv" in value} == projecting
 
 
-@pytest.mark.parametrize(("depth", "near"), [(21, 20), (3, 8), (57, 56)])
-def test_cifar_resnet_refuses_other_depths(depth, near):
-    with pytest.raises(
-        ValueError, match=f"depth {depth} is not 6n . 2; the nearest that is: {near}"
+def test_a_late_stride_subsamples_what_it_carries(rng):
+    model = tiny_resnet(stage_sizes=(3, 2), stride_block="last", zero_init_last=True,
+                        block_cls=PreActBottleneckBlock)  # fmt: skip
+    x = images(rng)
+    features = model.apply(model.init(KEY, x), x, method="features")
+    _, state = model.apply(
+        model.init(KEY, x), x, capture_intermediates=True, mutable="intermediates"
+    )
+    maps = {k: v["__call__"][0] for k, v in state["intermediates"].items() if "block" in k}
+    np.testing.assert_array_equal(maps["stage1_block3"], maps["stage1_block2"][:, ::2, ::2])
+    np.testing.assert_array_equal(features[0].map, maps["stage1_block3"])
+
+
+def test_plain_and_residual_differ_by_a_field_and_by_the_shortcuts():
+    plain, residual = create("plain56"), create("resnet56")
+    assert residual.clone(connection="plain") == plain
+    a, b = (shapes_of(m, (32, 32, 3)) for m in (plain, residual))
+    assert a == b  # shortcut A has no parameters
+
+
+@pytest.mark.parametrize("block_cls", [*BLOCKS, HighwayLayer])
+def test_a_plain_block_is_its_branch(rng, block_cls):
+    x = images(rng, channels=8 * block_cls.expansion)
+    plain, residual = (block_cls(8, connection=c) for c in ("plain", "residual"))
+    variables = residual.init(KEY, x)
+    h, _ = run(plain, variables, x, True)
+    both, _ = run(residual, variables, x, True)
+    if block_cls.preactivation:
+        np.testing.assert_allclose(both - x, h, atol=1e-5)
+    else:  # both end in a ReLU: compare where the branch is positive
+        np.testing.assert_allclose(both[h > 0], np.maximum(h + x, 0)[h > 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("block_cls", [*BLOCKS, HighwayLayer])
+def test_a_highway_block_is_plain_with_its_gate_open_and_the_identity_with_it_shut(rng, block_cls):
+    x = images(rng, channels=8 * block_cls.expansion)
+    gated = {bias: block_cls(8, connection="highway", gate_bias=bias) for bias in (-200, 0, 200)}
+    variables = gated[0].init(KEY, x)
+
+    def biased(bias):
+        params = {**variables["params"], "gate": dict(variables["params"]["gate"])}
+        params["gate"]["bias"] = jnp.full_like(params["gate"]["bias"], bias)
+        return {**variables, "params": params}
+
+    started = gated[-200].init(KEY, x)["params"]["gate"]["bias"]
+    np.testing.assert_array_equal(started, -200)
+    plain, _ = run(block_cls(8, connection="plain"), variables, x, True)
+    np.testing.assert_array_equal(run(gated[0], biased(200), x, True)[0], plain)
+    np.testing.assert_array_equal(run(gated[0], biased(-200), x, True)[0], x)
+    gate = jax.nn.sigmoid(
+        gated[0].layers.conv(8 * block_cls.expansion, gated[0].convs()[0].kernel_size, bias=0.0)
+        .apply({"params": variables["params"]["gate"]}, x)
+    )  # fmt: skip
+    mixed = gate * plain + (1 - gate) * x
+    np.testing.assert_allclose(run(gated[0], variables, x, True)[0], mixed, rtol=1e-4, atol=1e-5)
+
+
+def test_a_highway_net_with_open_gates_is_the_plain_net(rng):
+    x = images(rng)
+    highway = highway_net(5, num_filters=4, gate_bias=200.0)
+    variables = highway.init(KEY, x)
+    want = highway.clone(connection="plain").apply(variables, x)
+    np.testing.assert_array_equal(highway.apply(variables, x), want)
+    shut = highway_net(5, num_filters=4, gate_bias=-200.0)
+    features = shut.apply(shut.init(KEY, x), x, method="features")
+    carried = features[0].map[:, ::4, ::4]  # all that the later stages do is to subsample and pad
+    np.testing.assert_array_equal(features[-1].map[..., 6:10], carried)
+
+
+# --- initialisation ------------------------------------------------------------------------------
+
+
+def test_kernels_start_he_normal_by_fan_out_and_norms_as_the_identity():
+    variables = cifar_resnet(8, num_filters=64).init(KEY, jnp.zeros((1, 8, 8, 3)))
+    block = variables["params"]["stage2_block1"]
+    assert np.std(block["conv1"]["kernel"]) == pytest.approx(np.sqrt(2 / (9 * 128)), rel=0.01)
+    np.testing.assert_array_equal(block["norm2"]["scale"], 1)
+    np.testing.assert_array_equal(block["norm2"]["bias"], 0)
+    head = variables["params"]["head"]
+    assert np.std(head["kernel"]) == pytest.approx(np.sqrt(1 / 256), rel=0.05)
+    np.testing.assert_array_equal(head["bias"], 0)
+
+
+@pytest.mark.parametrize("norm_kind", ["batch", "none"])
+@pytest.mark.parametrize("block_cls", BLOCKS)
+def test_zero_init_last_starts_a_block_as_its_shortcut_and_lets_it_learn(rng, block_cls, norm_kind):
+    x = images(rng, channels=8 * block_cls.expansion)
+    layers = tiny_resnet(norm_kind=norm_kind).layers
+    block = block_cls(8, zero_init_last=True, layers=layers)
+    variables = block.init(KEY, x)
+    want = x if block_cls.preactivation else np.maximum(x, 0)
+    np.testing.assert_array_equal(run(block, variables, x, True)[0], want)
+    usual = block_cls(8, layers=layers)
+    assert np.max(np.abs(run(usual, usual.init(KEY, x), x, True)[0] - want)) > 0.5
+
+    def loss(params):
+        return jnp.sum(run(block, {**variables, "params": params}, x, True)[0] * x)
+
+    last = f"conv{len(block.convs())}"
+    grads = jax.grad(loss)(variables["params"])
+    zeroed = grads[last.replace("conv", "norm")]["scale"] if (
+        norm_kind == "batch" and not block_cls.preactivation
+    ) else grads[last]["kernel"]  # fmt: skip
+    assert np.min(np.max(np.abs(zeroed.reshape(-1, zeroed.shape[-1])), axis=0)) > 0
+
+
+def test_nets_without_norms_have_biases_and_no_statistics():
+    shapes = shapes_of(tiny_resnet(norm_kind="none"), (8, 8, 3))
+    assert set(shapes) == {"params"}
+    assert set(shapes["params"]["stage1_block1"]["conv1"]) == {"kernel", "bias"}
+    assert "stem_norm" not in shapes["params"]
+
+
+# --- regularisation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scan_blocks", [False, True])
+def test_stochastic_depth_drops_branch_l_of_L_at_l_over_L_of_the_rate(scan_blocks):
+    """Branch l gives 2^l times its keep probability everywhere, so the sum says which were kept."""
+    model = tiny_resnet(stage_sizes=(4,), norm_kind="none", block_cls=PreActBasicBlock,
+                        drop_path_rate=0.8, scan_blocks=scan_blocks)  # fmt: skip
+    x, rates = jnp.zeros((1000, 4, 4, 1)), 0.8 * np.arange(1, 5) / 4
+    unrolled = model.clone(scan_blocks=False)
+    params = jax.tree.map(jnp.zeros_like, unrolled.init(KEY, x)["params"])
+    for i, rate in enumerate(rates):
+        params[f"stage1_block{i + 1}"]["conv2"]["bias"] += 2**i * (1 - rate)
+    if scan_blocks:
+        params = stack_blocks(model, params)
+    out = model.apply({"params": params}, x, True, rngs={"dropout": KEY}, method="features")[0].map
+    sums = np.asarray(out)[:, 0, 0, 0]
+    np.testing.assert_allclose(out, np.broadcast_to(sums[:, None, None, None], out.shape))
+    np.testing.assert_allclose(sums, np.round(sums), atol=1e-5)
+    kept = np.round(sums).astype(int)[:, None] >> np.arange(4) & 1
+    np.testing.assert_allclose(kept.mean(0), 1 - rates, atol=0.05)
+    whole = model.apply({"params": params}, x[:1], method="features")[0].map
+    np.testing.assert_allclose(whole, sum(2**i * (1 - r) for i, r in enumerate(rates)), rtol=1e-6)
+
+
+def test_dropblock_acts_in_the_last_two_stages_and_its_rate_is_passed_in(rng):
+    model = tiny_resnet(stage_sizes=(1, 1, 1), dropblock_size=3)
+    x = images(rng, size=16)
+    variables = model.init(KEY, x)
+
+    @jax.jit
+    def features(rate):
+        out, _ = model.apply(variables, x, True, dropblock_rate=rate, method="features",
+                             mutable=["batch_stats"], rngs={"dropout": KEY})  # fmt: skip
+        return [f.map for f in out]
+
+    exact, none, some, more = ([np.asarray(m) for m in features(r)] for r in (0, 0.0, 0.1, 0.4))
+    plain, _ = model.apply(variables, x, True, method="features", mutable=["batch_stats"])
+    assert features._cache_size() == 2  # a Python int's type, and a float's: no rate compiles
+    for a, b, c in zip(exact, none, plain, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, c.map, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(some[0], none[0])
+    assert all(np.any(s != n) for s, n in zip(some[1:], none[1:], strict=True))
+    zeros = [[np.mean(m == 0) for m in maps] for maps in (none, some, more)]
+    assert zeros[2][2] - zeros[0][2] > zeros[1][2] - zeros[0][2] > 0
+    field = model.clone(dropblock_rate=0.1)
+    out, _ = field.apply(variables, x, True, method="features", mutable=["batch_stats"],
+                         rngs={"dropout": KEY})  # fmt: skip
+    np.testing.assert_allclose(out[-1].map, some[-1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(field.apply(variables, x), model.apply(variables, x))
+
+
+def test_block_dropout_acts_before_the_last_convolution(rng):
+    x = images(rng, n=16, size=16, channels=8)
+    block = PreActBasicBlock(8, dropout_rate=0.3)
+    variables = block.init(KEY, x)
+    assert_trees_equal(variables, PreActBasicBlock(8).init(KEY, x))
+    _, state = block.apply(variables, x, True, rngs={"dropout": KEY}, capture_intermediates=True,
+                           mutable=["batch_stats", "intermediates"])  # fmt: skip
+    seen = state["intermediates"]["Dropout_0"]["__call__"][0]
+    active = np.asarray(state["intermediates"]["norm2"]["__call__"][0]) > 0
+    assert np.mean(np.asarray(seen)[active] == 0) == pytest.approx(0.3, abs=0.02)
+    np.testing.assert_array_equal(
+        block.apply(variables, x), PreActBasicBlock(8).apply(variables, x)
+    )
+
+
+def test_squeeze_and_excite_scales_each_channel_by_its_gate(rng):
+    x = images(rng, channels=32)
+    block = PreActBasicBlock(32, se_reduction=16, connection="plain")
+    variables = block.init(KEY, x)
+    bare, _ = run(block.clone(se_reduction=None), variables, x, True)
+    se = variables["params"]["se"]
+    assert se["reduce"]["kernel"].shape == (32, 2)
+    inner = np.maximum(bare.mean((1, 2)) @ se["reduce"]["kernel"] + se["reduce"]["bias"], 0)
+    gates = jax.nn.sigmoid(inner @ se["expand"]["kernel"] + se["expand"]["bias"])
+    np.testing.assert_allclose(
+        run(block, variables, x, True)[0], bare * gates[:, None, None], rtol=1e-4, atol=1e-5
+    )
+
+
+# --- scanning, remat -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"block_cls": BasicBlock, "shortcut": "A", "stage_sizes": (3,)},
+        {"block_cls": PreActBottleneckBlock, "stride_block": "last", "stage_sizes": (4, 2)},
+        {"block_cls": HighwayLayer, "connection": "highway", "stage_sizes": (1, 3)},
+    ],
+)
+def test_scanned_and_rematted_nets_equal_the_unrolled_one(rng, fields):
+    unrolled = tiny_resnet(num_filters=4, num_classes=3, **fields)
+    scanned = unrolled.clone(scan_blocks=True)
+    x = images(rng)
+    variables = unrolled.init(KEY, x)
+    stacked = stack_blocks(unrolled, variables)
+    assert shapes_of(scanned, x.shape[1:]) == jax.eval_shape(lambda: stacked)
+    assert_trees_equal(unstack_blocks(unrolled, stacked), variables)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(model, variables):
+        def loss(params):
+            out, stats = run(model, {**variables, "params": params}, x, True)
+            return jnp.sum(out**2), stats
+
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    grads, stats = gradients(unrolled, variables)
+    largest = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads))
+    for model, given in (
+        (scanned.clone(remat=True), stacked),
+        (unrolled.clone(remat=True), variables),
     ):
-        cifar_resnet(depth)
+        its_grads, its_stats = unstack_blocks(model, gradients(model, given))
+        assert max_difference(its_stats, stats) < 1e-5
+        assert max_difference(its_grads, grads) < 1e-4 * largest
+    want = unrolled.apply(variables, x)
+    np.testing.assert_allclose(scanned.apply(stacked, x), want, rtol=1e-4, atol=1e-5)
 
 
-def test_stages_halve_the_map_and_double_the_filters():
-    model = tiny_resnet(stage_sizes=(1, 1, 1))
-    x = jnp.zeros((2, 16, 16, 3))
-    _, state = model.apply(
-        model.init(jax.random.key(0), x), x, capture_intermediates=True, mutable=["intermediates"]
+def test_scanned_blocks_start_apart_from_each_other():
+    kernel = tiny_resnet(stage_sizes=(3,), scan_blocks=True).init(KEY, jnp.zeros((1, 8, 8, 3)))[
+        "params"
+    ]["stage1_blocks"]["conv1"]["kernel"]
+    assert kernel.shape == (2, 3, 3, 8, 8)
+    assert np.min(np.abs(kernel[0] - kernel[1]).max()) > 0.01
+    assert np.std(kernel[1]) == pytest.approx(np.sqrt(2 / 72), rel=0.1)
+
+
+# --- freezing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_cls", [BasicBlock, PreActBasicBlock])
+def test_frozen_parts_keep_their_statistics_and_have_no_backward_pass(rng, block_cls):
+    model = tiny_resnet(stage_sizes=(1, 1), block_cls=block_cls)
+    x = images(rng)
+    variables = model.init(KEY, x)
+
+    def outcome(frozen):
+        frozen_model = model.clone(frozen_stages=frozen)
+
+        def loss(params):
+            out, stats = run(frozen_model, {**variables, "params": params}, x, True)
+            return jnp.sum(out), stats
+
+        gradient = jax.grad(loss, has_aux=True)
+        grads, stats = gradient(variables["params"])
+        before = variables["batch_stats"]
+        moved = {name for name, new in stats.items() if max_difference(new, before[name])}
+        learning = {n for n, g in grads.items() if any(np.any(leaf) for leaf in jax.tree.leaves(g))}
+        convolutions = str(jax.make_jaxpr(gradient)(variables["params"])).count(
+            " conv_general_dilated["
+        )
+        return learning, moved, convolutions
+
+    final = {"final_norm"} if block_cls.preactivation else set()
+    norms = set() if block_cls.preactivation else {"stem_norm"}
+    stem, stages = {"stem_conv"} | norms, [{"stage1_block1"}, {"stage2_block1"}]
+    # Forward 1 + 2 + 3 convolutions; backward one for each kernel that learns, and one for each
+    # input below which something does: a pre-activated block's first norm does, images do not.
+    early = block_cls.preactivation
+    assert outcome(-1) == (
+        stem | stages[0] | stages[1] | final | {"head"},
+        norms | stages[0] | stages[1] | final,
+        6 + 6 + 5,
     )
-    shapes = {
-        name: value["__call__"][0].shape
-        for name, value in state["intermediates"].items()
-        if "block" in name
-    }
-    assert shapes == {
-        "stage1_block1": (2, 16, 16, 8),
-        "stage2_block1": (2, 8, 8, 16),
-        "stage3_block1": (2, 4, 4, 32),
-    }
-
-
-def test_imagenet_stem_quarters_the_map():
-    model = tiny_resnet(stem="imagenet")
-    x = jnp.zeros((1, 64, 64, 3))
-    _, state = model.apply(
-        model.init(jax.random.key(0), x), x, capture_intermediates=True, mutable=["intermediates"]
+    assert outcome(0) == (
+        stages[0] | stages[1] | final | {"head"},
+        stages[0] | stages[1] | final,
+        6 + 5 + (5 if early else 4),
     )
-    assert state["intermediates"]["stage1_block1"]["__call__"][0].shape == (1, 16, 16, 8)
-
-
-@pytest.mark.parametrize("shortcut", ["A", "B", "C"])
-def test_shortcut_projects_where_its_letter_says(shortcut):
-    model = tiny_resnet(stage_sizes=(2, 1), shortcut=shortcut)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    with_projection = {
-        name for name, value in variables["params"].items() if "shortcut_conv" in value
-    }
-    assert (
-        with_projection
-        == {
-            "A": set(),
-            "B": {"stage2_block1"},
-            "C": {"stage1_block1", "stage1_block2", "stage2_block1"},
-        }[shortcut]
+    assert outcome(1) == (
+        stages[1] | final | {"head"},
+        stages[1] | final,
+        6 + 3 + (3 if early else 1),
     )
+    assert outcome(2) == ({"head"}, set(), 6)
 
 
-def test_zero_init_last_starts_a_block_as_relu_of_its_input(rng):
-    x = rng.normal(size=(4, 8, 8, 8)).astype(np.float32)
-    block = BasicBlock(8, zero_init_last=True)
-    out, _ = block.apply(block.init(jax.random.key(0), x), x, True, mutable=["batch_stats"])
-    np.testing.assert_array_equal(out, np.maximum(x, 0))
-    plain = BasicBlock(8)
-    out, _ = plain.apply(plain.init(jax.random.key(0), x), x, True, mutable=["batch_stats"])
-    assert np.max(np.abs(out - np.maximum(x, 0))) > 0.5
+# --- the tutorials' networks ---------------------------------------------------------------------
 
 
 def test_mini_unit_without_residual_lacks_only_the_sum(rng):
-    x = rng.normal(size=(2, 8, 8, 8)).astype(np.float32)
+    x = images(rng, channels=8)
     unit = ResidualUnit(8)
-    variables = unit.init(jax.random.key(0), x)
+    variables = unit.init(KEY, x)
     plain = ResidualUnit(8, residual=False).apply(variables, x)
     np.testing.assert_allclose(unit.apply(variables, x), plain + x, rtol=1e-6)
 
 
 def test_mini_unit_refuses_channels_that_do_not_add_up():
     with pytest.raises(ValueError, match="input of 4 channels to 8 filters; set pool=True"):
-        ResidualUnit(8).init(jax.random.key(0), jnp.zeros((1, 8, 8, 4)))
-
-
-def test_mini_model_refuses_an_input_that_pools_away():
-    with pytest.raises(ValueError, match="input is 4x4, the least is 8x8"):
-        MiniModel().init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+        ResidualUnit(8).init(KEY, jnp.zeros((1, 8, 8, 4)))
 
 
 def test_mini_model_drops_a_quarter_of_the_final_map_in_training_only():
     model = MiniModel(stage_sizes=(1,), num_filters=4)
     x = jnp.ones((1, 64, 64, 3))
-    variables = model.init(jax.random.key(0), x)
+    variables = model.init(KEY, x)
     assert np.array_equal(model.apply(variables, x), model.apply(variables, x))
     _, state = model.apply(
         variables,
@@ -137,11 +450,69 @@ def test_mini_model_drops_a_quarter_of_the_final_map_in_training_only():
     assert np.mean(np.asarray(dropped)[active] == 0) == pytest.approx(0.25, abs=0.03)
 
 
-@pytest.mark.parametrize("model", [MiniModel(stage_sizes=(1, 1), num_filters=4), tiny_resnet()])
+def test_dropblock_resnet_is_the_tutorials_to_the_layer():
+    params = shapes_of(DropBlockResNet(), (32, 32, 3))["params"]
+    widths, total = (3, 128, 256, 512, 1024), 0
+    for stage, (inputs, filters) in enumerate(itertools.pairwise(widths), start=1):
+        for unit, width in ((1, inputs), (2, filters)):
+            part = params[f"stage{stage}_unit{unit}"]
+            assert part["conv1"]["kernel"].shape == (3, 3, width, filters)
+            assert part["conv2"]["kernel"].shape == (3, 3, filters, filters)
+            assert part["norm1"]["scale"].shape == (width,)
+            total += 9 * filters * (width + filters) + 2 * filters + 2 * (width + filters)
+    assert params["dense1"]["kernel"].shape == (2 * 2 * 1024, 4096)
+    assert params["dense2"]["kernel"].shape == (4096, 4096)
+    total += 2 * (4096 * 4096 + 4096) + 4096 * 100 + 100
+    assert sum(x.size for x in jax.tree.leaves(params)) == total
+
+
+def test_dropblock_resnet_drops_what_it_is_told(rng):
+    model = DropBlockResNet(stage_filters=(4, 4), dense_features=(8,), num_classes=3,
+                            dropblock_size=5, dropout_rate=0.0)  # fmt: skip
+    x = images(rng)
+    variables = model.init(KEY, x)
+    seen = []
+
+    @jax.jit
+    def train(rate):
+        seen.append(rate)
+        return run(model, variables, x, True, dropblock_rate=rate, rngs={"dropout": KEY})[0]
+
+    exact, _ = run(model.clone(dropblock_rate=0.0), variables, x, True)
+    np.testing.assert_allclose(train(0.0), exact, rtol=1e-5, atol=1e-5)
+    outs = [train(rate) for rate in (0.1, 0.2, 0.3)]
+    assert len(seen) == 1
+    assert all(np.any(out != exact) for out in outs)
+    np.testing.assert_array_equal(
+        model.apply(variables, x), model.clone(dropblock_rate=0.0).apply(variables, x)
+    )
+
+
+def test_dropblock_resnets_last_map_is_left_alone_where_that_is_asked_for(rng):
+    rates = {"dropblock_rate": 0.5, "dropout_rate": 0.0}
+    model = DropBlockResNet(3, (4,), (8,), dropblock_clamp=False, **rates)
+    x = images(rng, size=4)
+    variables = model.init(KEY, x)
+    rngs = {"rngs": {"dropout": KEY}}
+    exact, _ = run(model.clone(dropblock_rate=0.0), variables, x, True)
+    np.testing.assert_array_equal(run(model, variables, x, True, **rngs)[0], exact)
+    clamped = run(model.clone(dropblock_clamp=True), variables, x, True, **rngs)[0]
+    assert np.any(clamped != exact)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        MiniModel(stage_sizes=(1, 1), num_filters=4),
+        tiny_resnet(),
+        tiny_resnet(block_cls=PreActBottleneckBlock, connection="highway", se_reduction=8),
+        DropBlockResNet(stage_filters=(4,), dense_features=(8,)),
+    ],
+)
 def test_bfloat16_computes_in_bfloat16_and_stores_float32(model, rng):
-    x = rng.normal(size=(4, 8, 8, 3)).astype(np.float32)
+    x = images(rng)
     half = model.clone(dtype="bfloat16")
-    variables = half.init(jax.random.key(0), x)
+    variables = half.init(KEY, x)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     out, full = half.apply(variables, x), model.apply(variables, x)
     assert out.dtype == jnp.bfloat16

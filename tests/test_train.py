@@ -14,7 +14,7 @@ from flax_resnet.data import DataConfig
 from flax_resnet.datasets import sources
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.errors import UserError
-from flax_resnet.models import MiniModel, ResidualUnit
+from flax_resnet.models import MiniModel
 from flax_resnet.optim import Adam, Cosine
 from flax_resnet.train import train_and_evaluate
 
@@ -189,7 +189,7 @@ def test_streamed_and_resident_runs_are_bit_identical(config, tmp_path, mesh):
         ({"batch_size": 72, "accum_steps": 2}, "over 8 devices does not divide into accum_steps=2"),
         ({"model": tiny_resnet(num_classes=3)}, "num_classes=3 and the data has labels 0 to 9"),
         ({"data": DataConfig(name="no_such_set")}, "unknown dataset 'no_such_set'"),
-        ({"model": tiny_resnet(block_cls=ResidualUnit)}, "ResNet with .* unexpected .*'strides'"),
+        ({"model": tiny_resnet(groups=4)}, "ResNet with .* BasicBlock with groups=4, width_per"),
         ({"normalization": "imagenet"}, "'imagenet' is for 3 channels, the images have 1"),
     ],
 )

@@ -1,7 +1,31 @@
 """The networks. Each is a flax linen module called as ``module.apply(variables, x, train=...)``."""
 
+from flax_resnet.models.blocks import BasicBlock as BasicBlock
+from flax_resnet.models.blocks import Block as Block
+from flax_resnet.models.blocks import BottleneckBlock as BottleneckBlock
+from flax_resnet.models.blocks import ConvSpec as ConvSpec
+from flax_resnet.models.blocks import PreActBasicBlock as PreActBasicBlock
+from flax_resnet.models.blocks import PreActBottleneckBlock as PreActBottleneckBlock
+from flax_resnet.models.blocks import SqueezeExcite as SqueezeExcite
+from flax_resnet.models.dropblock_resnet import DropBlockResNet as DropBlockResNet
+from flax_resnet.models.highway import HighwayLayer as HighwayLayer
+from flax_resnet.models.highway import highway_net as highway_net
 from flax_resnet.models.mini import MiniModel as MiniModel
 from flax_resnet.models.mini import ResidualUnit as ResidualUnit
-from flax_resnet.models.resnet import BasicBlock as BasicBlock
+from flax_resnet.models.resnet import Feature as Feature
 from flax_resnet.models.resnet import ResNet as ResNet
-from flax_resnet.models.resnet import cifar_resnet as cifar_resnet
+from flax_resnet.models.surgery import replace_head as replace_head
+from flax_resnet.models.surgery import stack_blocks as stack_blocks
+from flax_resnet.models.surgery import trainable as trainable
+from flax_resnet.models.surgery import unstack_blocks as unstack_blocks
+from flax_resnet.models.zoo import check_dtype as check_dtype
+from flax_resnet.models.zoo import check_shape as check_shape
+from flax_resnet.models.zoo import cifar_preact as cifar_preact
+from flax_resnet.models.zoo import cifar_resnet as cifar_resnet
+from flax_resnet.models.zoo import create as create
+from flax_resnet.models.zoo import default_shape as default_shape
+from flax_resnet.models.zoo import imagenet_resnet as imagenet_resnet
+from flax_resnet.models.zoo import keras_resnet as keras_resnet
+from flax_resnet.models.zoo import load as load
+from flax_resnet.models.zoo import names as names
+from flax_resnet.models.zoo import wide_resnet as wide_resnet

@@ -16,11 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_resnet.layers import Dtype, as_dtype, batch_norm, conv
-
-BN_MOMENTUM = 0.99
-BN_EPSILON = 1e-3
-glorot_uniform = nn.initializers.xavier_uniform()
+from flax_resnet.errors import UserError
+from flax_resnet.layers import KERAS_DEFAULTS, Dtype, Layers, max_pool
 
 
 class ResidualUnit(nn.Module):
@@ -31,17 +28,13 @@ class ResidualUnit(nn.Module):
       pool: halve height and width: 2x2 max-pool on the branch, 1x1 convolution of
         stride 2 on the shortcut.
       residual: False leaves the shortcut out, the plain unit that the tutorial compares with.
-      dtype: computation dtype.
-      param_dtype: storage dtype of the parameters.
-      axis_name: mapped axis to share batch statistics over, under jax.pmap only.
+      layers: makes convolutions and norms.
     """
 
     filters: int
     pool: bool = False
     residual: bool = True
-    dtype: Dtype = "float32"
-    param_dtype: Dtype = "float32"
-    axis_name: str | None = None
+    layers: Layers = KERAS_DEFAULTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -51,42 +44,17 @@ class ResidualUnit(nn.Module):
                 f"a unit without pool adds its input of {x.shape[-1]} channels to "
                 f"{self.filters} filters; set pool=True or filters={x.shape[-1]}"
             )
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-
-        def norm_relu_conv(h: jax.Array, index: int) -> jax.Array:
-            h = batch_norm(
-                train=train,
-                momentum=BN_MOMENTUM,
-                epsilon=BN_EPSILON,
-                axis_name=self.axis_name,
-                name=f"norm{index}",
-                **dtypes,
-            )(h)
-            return conv(
-                self.filters,
-                3,
-                use_bias=True,
-                kernel_init=glorot_uniform,
-                name=f"conv{index}",
-                **dtypes,
-            )(nn.relu(h))
-
-        shortcut, branch = x, x
+        shortcut, h = x, x
         if self.pool:
-            branch = nn.max_pool(x, (2, 2), strides=(2, 2))
+            h = max_pool(x, 2, 2)
             if self.residual:
                 # 'VALID', as Keras computes a strided 1x1 convolution of an even map.
-                shortcut = conv(
-                    self.filters,
-                    1,
-                    2,
-                    use_bias=True,
-                    kernel_init=glorot_uniform,
-                    name="shortcut",
-                    **dtypes,
-                )(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
-        branch = norm_relu_conv(norm_relu_conv(branch, 1), 2)
-        return branch + shortcut if self.residual else branch
+                even = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
+                shortcut = self.layers.conv(self.filters, 1, 2, name="shortcut")(even)
+        for i in (1, 2):
+            h = nn.relu(self.layers.norm(train, name=f"norm{i}")(h))
+            h = self.layers.conv(self.filters, 3, name=f"conv{i}")(h)
+        return h + shortcut if self.residual else h
 
 
 class MiniModel(nn.Module):
@@ -115,45 +83,28 @@ class MiniModel(nn.Module):
     param_dtype: Dtype = "float32"
     axis_name: str | None = None
 
+    @property
+    def layers(self) -> Layers:
+        """What makes this network's convolutions, norms and dense layers."""
+        return KERAS_DEFAULTS.with_dtypes(self.dtype, self.param_dtype, self.axis_name)
+
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps images (N, H, W, C) to logits (N, num_classes)."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        layers = self.layers
         least = 2 ** (len(self.stage_sizes) - 1)
         if min(x.shape[1:3]) < least:
-            raise ValueError(f"input is {x.shape[1]}x{x.shape[2]}, the least is {least}x{least}")
-        x = conv(
-            self.num_filters,
-            3,
-            use_bias=True,
-            kernel_init=glorot_uniform,
-            name="stem_conv",
-            **dtypes,
-        )(x)
+            raise UserError(f"input is {x.shape[1]}x{x.shape[2]}, the least is {least}x{least}")
+        x = layers.conv(self.num_filters, 3, name="stem_conv")(x)
         for stage, num_units in enumerate(self.stage_sizes):
             for unit in range(num_units):
                 x = ResidualUnit(
                     self.num_filters * 2**stage,
                     pool=stage > 0 and unit == 0,
                     residual=self.residual,
-                    axis_name=self.axis_name,
+                    layers=layers,
                     name=f"stage{stage + 1}_unit{unit + 1}",
-                    **dtypes,
                 )(x, train)
-        x = batch_norm(
-            train=train,
-            momentum=BN_MOMENTUM,
-            epsilon=BN_EPSILON,
-            axis_name=self.axis_name,
-            name="final_norm",
-            **dtypes,
-        )(x)
-        x = nn.Dropout(self.dropout_rate, deterministic=not train)(nn.relu(x))
-        x = jnp.mean(x, axis=(1, 2))
-        return nn.Dense(
-            self.num_classes,
-            kernel_init=glorot_uniform,
-            name="head",
-            dtype=as_dtype(self.dtype),
-            param_dtype=as_dtype(self.param_dtype),
-        )(x)
+        x = nn.relu(layers.norm(train, name="final_norm")(x))
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        return layers.dense(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)))

@@ -1,0 +1,321 @@
+"""The networks that have a name, and ``load``, which gives one with its variables."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flax_resnet.errors import UserError, did_you_mean
+from flax_resnet.layers import Dtype, as_dtype
+from flax_resnet.models.blocks import (
+    BasicBlock,
+    Block,
+    BottleneckBlock,
+    PreActBasicBlock,
+    PreActBottleneckBlock,
+)
+from flax_resnet.models.dropblock_resnet import DropBlockResNet
+from flax_resnet.models.highway import highway_net
+from flax_resnet.models.mini import MiniModel
+from flax_resnet.models.resnet import ResNet
+from flax_resnet.models.surgery import match_variables
+
+Variables = Mapping[str, Any]
+
+IMAGENET_STAGES = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+}
+LEAST_BOTTLENECK = 50
+
+
+def imagenet_resnet(
+    depth: int, version: Literal["v1", "v1.5", "v2"] = "v1.5", **fields: Any
+) -> ResNet:
+    """ResNet-18 to 200 (He et al. 2016, table 1; 200: He et al. 2016b).
+
+    Args:
+      depth: 18, 34, 50, 101, 152 or 200.
+      version: "v1" strides in a bottleneck's first 1x1, "v1.5" in its 3x3, "v2" is v1.5
+        pre-activated. Below 50 layers v1 and v1.5 are the same.
+      **fields: any field of ResNet, over these.
+
+    Raises:
+      UserError: another depth, or version.
+    """
+    blocks: dict[str, tuple[type[Block], type[Block]]] = {
+        "v1": (BasicBlock, BottleneckBlock),
+        "v1.5": (BasicBlock, BottleneckBlock),
+        "v2": (PreActBasicBlock, PreActBottleneckBlock),
+    }
+    if depth not in IMAGENET_STAGES or version not in blocks:
+        raise UserError(
+            f"depth {depth}, version {version!r}: expected a depth of "
+            f"{', '.join(map(str, IMAGENET_STAGES))} and a version of {', '.join(blocks)}"
+        )
+    own = {
+        "stage_sizes": IMAGENET_STAGES[depth],
+        "block_cls": blocks[version][depth >= LEAST_BOTTLENECK],
+        "stride_conv": "1x1" if version == "v1" else "3x3",
+    }
+    return ResNet(**{**own, **fields})
+
+
+def keras_resnet(depth: int, version: Literal["v1", "v2"] = "v1", **fields: Any) -> ResNet:
+    """The residual networks of keras.applications, to the last bias; the output is logits.
+
+    V1 has a bias in every convolution and strides in the first 1x1. V2 strides in the last
+    block of a stage, past which the input is max-pooled with a window of 1, pads its stem's
+    pool with zeros, and has biases where no BatchNorm follows.
+
+    Args:
+      depth: 50, 101 or 152 in Keras.
+      version: "v1" or "v2".
+      **fields: any field of ResNet, over these.
+    """
+    own: dict[str, Any] = {
+        "bn_momentum": 0.99,
+        "bn_epsilon": 1.001e-5,
+        "kernel_init": "glorot_uniform",
+    }
+    if version == "v1":
+        own |= {"conv_bias": "all"}
+    else:
+        own |= {"conv_bias": "unnormalized", "stride_block": "last", "stem_pool_zeros": True}
+    return imagenet_resnet(depth, version, **{**own, **fields})
+
+
+def cifar_resnet(depth: int, **fields: Any) -> ResNet:
+    """The CIFAR network of He et al. 2016, section 4.2: three stages of n blocks, shortcut A.
+
+    Args:
+      depth: weighted layers, 6n + 2 with two convolutions in a block (20, 32, 44, 56, 110 and
+        1202 in the paper), 9n + 2 with three (164 and 1001 in He et al. 2016b).
+      **fields: any field of ResNet, over the paper's.
+
+    Raises:
+      UserError: ``depth`` does not fit the block.
+    """
+    paper = {"num_filters": 16, "num_classes": 10, "stem": "cifar", "shortcut": "A"}
+    fields = {"block_cls": BasicBlock, **paper, **fields}
+    blocks = _blocks_a_stage(depth, 2, fields["block_cls"])
+    return ResNet(**{"stage_sizes": (blocks,) * 3, **fields})
+
+
+def cifar_preact(depth: int, **fields: Any) -> ResNet:
+    """The pre-activated CIFAR networks of He et al. 2016b: 110, and bottlenecked 164 and 1001.
+
+    Bottlenecks stride in the first 1x1 and project where the shape changes, as in the
+    paper's code; two-layer blocks have shortcut A.
+
+    Args:
+      depth: 9n + 2 gives bottlenecks, other depths of 6n + 2 two-layer blocks.
+      **fields: any field of ResNet, over the paper's.
+
+    Raises:
+      UserError: ``depth`` is neither.
+    """
+    own: dict[str, Any] = {"block_cls": PreActBasicBlock}
+    if (depth - 2) % 9 == 0:
+        own = {"block_cls": PreActBottleneckBlock, "shortcut": "B", "stride_conv": "1x1"}
+    return cifar_resnet(depth, **{**own, **fields})
+
+
+def wide_resnet(depth: int, width: int, **fields: Any) -> ResNet:
+    """WRN-depth-width for CIFAR (Zagoruyko and Komodakis 2016, table 1).
+
+    Args:
+      depth: 6n + 4, as the paper counts (28 in WRN-28-10).
+      width: widening factor k; stages have 16k, 32k and 64k channels.
+      **fields: any field of ResNet, over the paper's.
+
+    Raises:
+      UserError: ``depth`` is not 6n + 4.
+    """
+    blocks = _blocks_a_stage(depth, 4, PreActBasicBlock)
+    own = {
+        "block_cls": PreActBasicBlock,
+        "num_filters": 16 * width,
+        "stem_filters": 16,
+        "num_classes": 10,
+        "stem": "cifar",
+    }
+    return ResNet(**{"stage_sizes": (blocks,) * 3, **own, **fields})
+
+
+def _blocks_a_stage(depth: int, extra: int, block_cls: type[Block]) -> int:
+    """Blocks in each of three stages of a network of ``depth`` layers, ``extra`` outside them."""
+    period = 3 * len(block_cls(filters=64).convs())
+    n, rest = divmod(depth - extra, period)
+    if rest or n < 1:
+        near = max(1, round((depth - extra) / period)) * period + extra
+        raise UserError(
+            f"depth {depth} is not {period}n + {extra}, as stages of {block_cls.__name__} make it; "
+            f"the nearest that is: {near}"
+        )
+    return n
+
+
+def _named() -> dict[str, Callable[..., nn.Module]]:
+    """{name: what makes the network from fields}."""
+    part = functools.partial
+    found: dict[str, Callable[..., nn.Module]] = {}
+    for depth in IMAGENET_STAGES:
+        found[f"resnet{depth}"] = part(imagenet_resnet, depth)
+        found[f"resnet{depth}_v1"] = part(imagenet_resnet, depth, "v1")
+        found[f"resnet{depth}_v2"] = part(imagenet_resnet, depth, "v2")
+        found[f"resnet{depth}d"] = part(imagenet_resnet, depth, stem="deep", shortcut="D")
+        found[f"seresnet{depth}"] = part(imagenet_resnet, depth, se_reduction=16)
+    for depth in (18, 34):
+        found[f"plain{depth}"] = part(imagenet_resnet, depth, connection="plain")
+    for depth in (50, 101, 152):
+        found[f"ResNet{depth}"] = part(keras_resnet, depth, "v1")
+        found[f"ResNet{depth}V2"] = part(keras_resnet, depth, "v2")
+    for depth, groups, width in ((50, 32, 4), (101, 32, 8), (101, 64, 4)):
+        found[f"resnext{depth}_{groups}x{width}d"] = part(
+            imagenet_resnet, depth, groups=groups, width_per_group=width
+        )
+    for depth in (50, 101):
+        found[f"wide_resnet{depth}_2"] = part(imagenet_resnet, depth, width_per_group=128)
+    for depth in (20, 32, 44, 56, 110, 1202):
+        found[f"resnet{depth}"] = part(cifar_resnet, depth)
+        found[f"plain{depth}"] = part(cifar_resnet, depth, connection="plain")
+    for depth in (110, 164, 1001):
+        found[f"preresnet{depth}"] = part(cifar_preact, depth)
+    for depth, width in ((16, 4), (16, 8), (28, 10), (40, 2), (40, 4)):
+        found[f"wrn_{depth}_{width}"] = part(wide_resnet, depth, width)
+    for depth in (19, 32):
+        found[f"highway{depth}"] = part(highway_net, depth)
+    return {**found, "mini": MiniModel, "dropblock_resnet": DropBlockResNet}
+
+
+def names() -> tuple[str, ...]:
+    """The names that ``create`` and ``load`` know.
+
+    ``resnet50`` is torchvision's (v1.5), ``resnet50_v1`` and ``resnet50_v2`` the papers',
+    ``ResNet50`` and ``ResNet50V2`` Keras's; the depths 20, 32, 44, 56, 110, 164, 1001 and 1202
+    are CIFAR's.
+    """
+    return tuple(_named())
+
+
+def create(name: str, **fields: Any) -> nn.Module:
+    """The network called ``name``, with any of its fields set.
+
+    Raises:
+      UserError: the name or a field is not known; the line has the nearest.
+    """
+    known = _named()
+    if name not in known:
+        raise UserError(
+            f"network {name!r} is not known{did_you_mean(name, known)}; "
+            "python -m flax_resnet names lists them"
+        )
+    try:
+        return known[name](**fields)
+    except TypeError:
+        module = type(known[name]())
+        allowed = set(inspect.signature(module).parameters) - {"parent", "name"}
+        for field in fields:
+            if field not in allowed:
+                raise UserError(
+                    f"{name} has no field {field!r}{did_you_mean(field, allowed)}"
+                ) from None
+        raise
+
+
+def default_shape(module: nn.Module) -> tuple[int, int, int]:
+    """The image shape (H, W, C) that a network was made for."""
+    imagenet = isinstance(module, ResNet) and module.stem != "cifar"
+    return (224, 224, 3) if imagenet else (32, 32, 3)
+
+
+def load(
+    name: str,
+    *,
+    weights: Variables | None = None,
+    include_top: bool = True,
+    pooling: Literal["avg", "max"] | None = None,
+    num_classes: int | None = None,
+    classes: int | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    dtype: Dtype = "float32",
+    seed: int = 0,
+    **fields: Any,
+) -> tuple[nn.Module, Variables]:
+    """A network by name, and its variables: fresh, or those given.
+
+    Args:
+      name: one of ``names()``; Keras's spellings (``ResNet152V2``) give Keras's networks.
+      weights: variables of this network ({"params", "batch_stats"}), of blocks stacked or not;
+        None starts afresh. A head in them is dropped where ``include_top`` is False.
+      include_top: end with the dense head; its output is logits.
+      pooling: without the top: None gives the last map (N, h, w, C), "avg" and "max" its
+        global pool (N, C).
+      num_classes: width of the head; by default the network's own: 1000, of CIFAR nets 10.
+      classes: Keras's word for num_classes.
+      input_shape: (H, W, C); by default (224, 224, 3), of CIFAR nets (32, 32, 3).
+      dtype: computation dtype.
+      seed: of the initialisation.
+      **fields: any other field of the network.
+
+    Returns:
+      (module, variables).
+
+    Raises:
+      UserError: an unknown name or field, an input too small, or weights that do not fit.
+    """
+    if classes is not None:
+        if num_classes not in (None, classes):
+            raise UserError(f"num_classes={num_classes} and classes={classes}: give one of them")
+        num_classes = classes
+    top = {"include_top": include_top, "pooling": pooling}
+    fields |= {key: value for key, value in top.items() if value not in (True, None)}
+    if num_classes is not None:
+        fields["num_classes"] = num_classes
+    module = create(name, dtype=check_dtype(dtype), **fields)
+    shape = check_shape(default_shape(module) if input_shape is None else input_shape)
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    init = functools.partial(module.init, train=False)
+    if weights is None:
+        zeros = jnp.zeros(images.shape, images.dtype)
+        return module, jax.jit(init)(jax.random.key(seed), zeros)
+    want = jax.eval_shape(init, jax.random.key(seed), images)
+    return module, match_variables(module, want, weights)
+
+
+def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """``shape`` as (H, W, C).
+
+    Raises:
+      UserError: it is not three whole numbers above 0.
+    """
+    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise UserError(f"input shape {tuple(shape)}: expected height, width and channels")
+    height, width, channels = shape
+    return height, width, channels
+
+
+def check_dtype(dtype: Dtype) -> Dtype:
+    """``dtype``, where it is a floating-point dtype or the name of one.
+
+    Raises:
+      UserError: it is not.
+    """
+    try:
+        floats = jnp.issubdtype(as_dtype(dtype), jnp.floating)
+    except TypeError:
+        floats = False
+    if not floats:
+        raise UserError(f"dtype {dtype!r}: expected one such as float32 or bfloat16")
+    return dtype

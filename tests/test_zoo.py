@@ -1,0 +1,305 @@
+"""The named networks: published sizes, and what ``load`` does with a name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_trees_equal, count_parameters, shapes_of
+
+import flax_resnet
+from flax_resnet import summary
+from flax_resnet.errors import UserError
+from flax_resnet.models import (
+    BottleneckBlock,
+    PreActBasicBlock,
+    ResNet,
+    cifar_preact,
+    cifar_resnet,
+    create,
+    highway_net,
+    imagenet_resnet,
+    keras_resnet,
+    load,
+    names,
+    replace_head,
+    stack_blocks,
+    wide_resnet,
+)
+
+IMAGENET, CIFAR = (224, 224, 3), (32, 32, 3)
+
+# He et al., torchvision, timm (d, se) and Keras; ../shared/references.md has most of them.
+PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "resnet50_v1": 25_557_032,
+    "resnet18_v2": 11_687_720,
+    "resnet34_v2": 21_795_880,
+    "resnet50_v2": 25_549_352,
+    "resnet101_v2": 44_541_480,
+    "resnet152_v2": 60_185_128,
+    "resnet200_v2": 64_666_152,
+    "resnext50_32x4d": 25_028_904,
+    "resnext101_32x8d": 88_791_336,
+    "resnext101_64x4d": 83_455_272,
+    "wide_resnet50_2": 68_883_240,
+    "wide_resnet101_2": 126_886_696,
+    "resnet50d": 25_576_264,
+    "seresnet50": 28_088_024,
+    "resnet20": 269_722,
+    "resnet32": 464_154,
+    "resnet44": 658_586,
+    "resnet56": 853_018,
+    "resnet110": 1_727_962,
+    "resnet1202": 19_421_274,
+    "wrn_28_10": 36_479_194,
+    "mini": 4_368_714,
+}
+KERAS_VALUES = {
+    "ResNet50": 25_636_712,
+    "ResNet101": 44_707_176,
+    "ResNet152": 60_419_944,
+    "ResNet50V2": 25_613_800,
+    "ResNet101V2": 44_675_560,
+    "ResNet152V2": 60_380_648,
+}
+PROJECTED = {20: 272_474, 32: 466_906, 44: 661_338, 56: 855_770, 110: 1_730_714}
+# torchvision's table; resnet50_v1 and seresnet50 from Hu et al. 2018, table 2.
+GMACS = {
+    "resnet18": 1.814,
+    "resnet34": 3.664,
+    "resnet50": 4.089,
+    "resnet101": 7.801,
+    "resnet152": 11.514,
+    "resnext50_32x4d": 4.23,
+    "resnext101_32x8d": 16.414,
+    "resnext101_64x4d": 15.46,
+    "wide_resnet50_2": 11.398,
+    "wide_resnet101_2": 22.753,
+    "resnet50_v1": 3.86,
+    "seresnet50_v1": 3.87,  # not a name: the paper's net strides where v1 does
+}
+
+
+def scanned(name):
+    """The network by its name; a very deep one with its blocks scanned, to be traced soon."""
+    module = create(name)
+    deep = isinstance(module, ResNet) and sum(module.stage_sizes) > 50
+    return module.clone(scan_blocks=True) if deep else module
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_the_published_ones(name):
+    shape = CIFAR if name in names()[names().index("resnet20") :] else IMAGENET
+    assert count_parameters(scanned(name), shape) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", KERAS_VALUES)
+def test_keras_nets_hold_as_many_values_as_keras(name):
+    shapes = shapes_of(scanned(name), IMAGENET)
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == KERAS_VALUES[name]
+
+
+@pytest.mark.parametrize("depth", PROJECTED)
+def test_projecting_cifar_resnets_have_the_papers_parameters(depth):
+    model = cifar_resnet(depth, shortcut="B", scan_blocks=True)
+    assert count_parameters(model, CIFAR) == PROJECTED[depth]
+
+
+@pytest.mark.parametrize("name", GMACS)
+def test_multiply_adds_are_the_published_ones(name):
+    unnamed = {"seresnet50_v1": imagenet_resnet(50, "v1", se_reduction=16)}
+    module = unnamed[name] if name in unnamed else create(name)
+    macs = summary.count_layers(module, IMAGENET)[0]
+    assert sum(row.macs for row in macs) / 1e9 == pytest.approx(GMACS[name], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        (lambda: cifar_preact(110), 110),
+        (lambda: cifar_preact(164), 164),
+        (lambda: highway_net(19), 19),
+        (lambda: highway_net(32), 32),
+        (lambda: highway_net(50), 50),
+        (lambda: create("plain56"), 56),
+        (lambda: create("plain34"), 34),
+        (lambda: imagenet_resnet(152), 152),
+        (lambda: wide_resnet(28, 10), 26),  # the paper's 28 counts two projections
+    ],
+)
+def test_a_net_is_as_deep_as_its_name(model, layers):
+    rows = summary.count_layers(model(), (64, 64, 3))[0]
+    weighted = [r for r in rows if r.macs and not r.name.endswith(("shortcut_conv", "gate"))]
+    assert len(weighted) == layers
+
+
+def test_every_name_makes_a_network():
+    assert len(set(names())) == len(names()) >= 60
+    for name in names():
+        module = create(name, num_classes=7)
+        assert module.num_classes == 7
+        if isinstance(module, ResNet):  # one block of each kind is enough to trace
+            module = module.clone(stage_sizes=(2,) * len(module.stage_sizes), num_filters=64)
+        shapes = shapes_of(module, (32, 32, 3))
+        assert shapes["params"]["head"]["kernel"].shape[1] == 7
+
+
+def test_a_depth_is_cut_into_blocks_by_the_blocks_convolutions():
+    assert cifar_resnet(110).stage_sizes == (18, 18, 18)
+    assert cifar_resnet(110, block_cls=BottleneckBlock).stage_sizes == (12, 12, 12)
+    assert cifar_preact(1001).stage_sizes == (111, 111, 111)
+    assert highway_net(19).stage_sizes == (6, 6, 5)
+
+
+def test_versions_differ_in_stride_and_order_only():
+    v1, v15, v2 = (imagenet_resnet(50, version) for version in ("v1", "v1.5", "v2"))
+    assert v1.clone(stride_conv="3x3") == v15
+    assert (v15.block_cls.preactivation, v2.block_cls.preactivation) == (False, True)
+    assert imagenet_resnet(34).clone(stride_conv="1x1") == imagenet_resnet(34, "v1")
+    assert keras_resnet(50).stride_conv == "1x1"
+
+
+def test_load_gives_a_network_and_its_variables():
+    module, variables = load("resnet20", num_classes=5, input_shape=(8, 8, 1), dtype="bfloat16")
+    assert module == cifar_resnet(20, num_classes=5, dtype="bfloat16")
+    out = module.apply(variables, jnp.zeros((2, 8, 8, 1)))
+    assert (out.shape, out.dtype) == ((2, 5), jnp.bfloat16)
+    again = load("resnet20", num_classes=5, input_shape=(8, 8, 1))[1]
+    assert_trees_equal(variables, again)
+    other = load("resnet20", num_classes=5, input_shape=(8, 8, 1), seed=1)[1]
+    assert np.any(other["params"]["head"]["kernel"] != variables["params"]["head"]["kernel"])
+
+
+def test_load_understands_keras(rng):
+    one_block = {"stage_sizes": (2, 2, 2, 2), "num_filters": 8}
+    module, variables = load("ResNet152V2", classes=10, input_shape=(32, 32, 1), **one_block)
+    assert module == keras_resnet(152, "v2", num_classes=10, **one_block)
+    assert variables["params"]["stem_conv"]["kernel"].shape == (7, 7, 1, 8)
+    assert variables["params"]["head"]["kernel"].shape == (256, 10)
+
+
+def test_load_without_the_top_pools_as_it_is_told(rng):
+    x = rng.normal(size=(2, 16, 16, 3)).astype(np.float32)
+    module, variables = load("resnet20", include_top=False)
+    assert "head" not in variables["params"]
+    maps = module.apply(variables, x)
+    assert maps.shape == (2, 4, 4, 64)
+    for pooling, pool in (("avg", np.mean), ("max", np.max)):
+        module, _ = load("resnet20", include_top=False, pooling=pooling, weights=variables)
+        np.testing.assert_allclose(
+            module.apply(variables, x), pool(maps, axis=(1, 2)), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_given_weights_are_the_variables(rng):
+    module, variables = load("resnet20", num_classes=3)
+    assert_trees_equal(load("resnet20", num_classes=3, weights=variables)[1], variables)
+    headless = load("resnet20", include_top=False, weights=variables)[1]
+    assert headless["params"].keys() == variables["params"].keys() - {"head"}
+    stacked = load("resnet20", num_classes=3, weights=variables, scan_blocks=True)[1]
+    assert_trees_equal(stacked, stack_blocks(module, variables))
+    back = load("resnet20", num_classes=3, weights=stacked)[1]
+    assert_trees_equal(back, variables)
+
+
+@pytest.fixture(scope="module")
+def resnet20():
+    return load("resnet20")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("resnet51", {}, r"network 'resnet51' is not known \(did you mean 'resnet5\d|18|01'\?\)"),
+        ("ResNet152v2", {}, r"not known \(did you mean 'ResNet152V2'\?\); .* names lists them"),
+        ("resnet18", {"shortcuts": "A"}, r"resnet18 has no field 'shortcuts' .*'shortcut'\?"),
+        ("mini", {"pooling": "avg"}, "mini has no field 'pooling'"),
+        ("resnet18", {"input_shape": (31, 64, 3)}, "input is 31x64, the least for 4 .* is 32x32"),
+        ("ResNet50", {"input_shape": (16, 16, 3)}, "input is 16x16, the least .* is 32x32"),
+        ("mini", {"input_shape": (7, 8, 3)}, "input is 7x8, the least is 8x8"),
+        ("dropblock_resnet", {"input_shape": (8, 8, 3)}, "input is 8x8, the least is 16x16"),
+        ("resnet18", {"input_shape": (224, 224)}, r"shape \(224, 224\): expected height, width"),
+        ("resnet18", {"dtype": "float31"}, "dtype 'float31': expected one such as float32"),
+        ("resnet18", {"classes": 5, "num_classes": 6}, "num_classes=6 and classes=5: give one"),
+        (
+            "resnet18",
+            {"output_stride": 3},
+            r"output_stride=3: expected .* \[4, 8, 16, 32\]",
+        ),
+        ("resnet18", {"frozen_stages": 5}, "frozen_stages=5: expected -1 to 4"),
+        ("resnet18", {"drop_path_rate": 1.0}, "drop_path_rate=1.0: expected 0 or more, below 1"),
+        ("resnet18", {"stage_sizes": (2, 0)}, r"stage_sizes=\(2, 0\): expected one or more whole"),
+        ("resnet18", {"stage_sizes": ()}, r"stage_sizes=\(\): expected one or more whole"),
+        ("ResNet50V2", {"stage_sizes": (1, 2)}, "with stride_block='last' a stage needs 2 blocks"),
+        ("resnet18", {"groups": 32}, "BasicBlock with groups=32, .* expected 1 and 64"),
+        ("resnet18", {"block_cls": int}, "block_cls=.*int.*: expected a subclass of Block"),
+    ],
+)
+def test_bad_input_is_one_line(name, fields, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load(name, **fields)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("resnet20", {"num_classes": 7}, "num_classes=7, the weights' head has 10: say num_cl"),
+        ("resnet20", {"input_shape": (32, 32, 1)}, "has 1 channels, the weights' stem takes 3"),
+        ("resnet32", {}, r"not this ResNet's: \d+ missing \(batch_stats/stage1_block4/norm1/"),
+        ("resnet20", {"shortcut": "B"}, r"10 missing \(.*shortcut_norm/mean.*, and 7 more\)$"),
+        ("resnet20", {"num_filters": 8}, r"of another shape \(batch_stats/stage1_block1/norm1/"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_are_one_line(resnet20, name, fields, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load(name, weights=resnet20, **fields)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: cifar_resnet(21), r"21 is not 6n \+ 2, .* BasicBlock make it; .* is: 20"),
+        (lambda: cifar_resnet(57), r"57 is not 6n \+ 2, .*; the nearest that is: 56"),
+        (lambda: cifar_resnet(3), r"3 is not 6n \+ 2, .*: 8"),
+        (lambda: cifar_resnet(32, block_cls=BottleneckBlock), r"32 is not 9n \+ 2, .* BottleneckB"),
+        (lambda: cifar_preact(163), r"163 is not 6n \+ 2, .* PreActBasicBlock make it; .*: 164"),
+        (lambda: cifar_preact(1001, block_cls=PreActBasicBlock), r"1001 is not 6n \+ 2, .*: 998"),
+        (lambda: wide_resnet(27, 10), r"27 is not 6n \+ 4, .*: 28"),
+        (lambda: highway_net(4), "depth 4: expected 5 or more"),
+        (lambda: imagenet_resnet(51), "depth 51, .*: expected a depth of 18, 34, 50"),
+        (lambda: imagenet_resnet(50, "v3"), "version 'v3': expected .* version of v1, v1.5, v2"),
+    ],
+)
+def test_depths_that_do_not_fit_the_block_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_input_of_other_channels_than_the_weights_is_refused(resnet20):
+    with pytest.raises(UserError, match="input has 1 channels, the weights' stem takes 3"):
+        create("resnet20").apply(resnet20, jnp.zeros((1, 32, 32, 1)))
+    with pytest.raises(UserError, match=r"shape \(32, 32, 3\): expected images \(N, H, W, C\)"):
+        create("resnet20").apply(resnet20, jnp.zeros((32, 32, 3)))
+
+
+def test_a_replaced_head_leaves_the_rest(resnet20):
+    module, variables = replace_head(create("resnet20"), resnet20, num_classes=4)
+    assert variables["params"]["head"]["kernel"].shape == (64, 4)
+    assert module.apply(variables, jnp.zeros((1, 8, 8, 3))).shape == (1, 4)
+    rest = {k: v for k, v in variables["params"].items() if k != "head"}
+    assert_trees_equal(rest, {k: resnet20["params"][k] for k in rest})
+    headless, bare = load("resnet20", include_top=False, weights=resnet20)
+    again, full = replace_head(headless, bare, num_classes=4)
+    assert again == module
+    assert_trees_equal(full, variables)
+
+
+def test_the_package_has_load_and_names():
+    assert flax_resnet.load is load
+    assert flax_resnet.names is names
