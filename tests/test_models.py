@@ -81,6 +81,18 @@ def test_the_last_feature_is_what_the_head_sees(rng):
         assert np.min(last) >= 0  # a pre-activated net's last map has had its final ReLU
 
 
+def test_blocks_taken_alone_chain_to_the_features(rng):
+    model = tiny_resnet(stage_sizes=(1, 2))
+    x = images(rng)
+    variables = model.init(KEY, x)
+    first, second = model.apply(variables, x, method="features")
+    h = first.map
+    for index in range(2):
+        part = {c: tree[f"stage2_block{index + 1}"] for c, tree in variables.items()}
+        h = model.block(1, index).apply(part, h)
+    np.testing.assert_allclose(h, second.map, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_any_number_of_channels_goes_in(channels):
     shapes = shapes_of(create("resnet18"), (32, 45, channels))

@@ -10,6 +10,7 @@ from helpers import UNIT_STATS, assert_trees_equal, max_difference, random_batch
 
 from flax_resnet import distributed, metrics
 from flax_resnet.augment import Augment, normalize
+from flax_resnet.models import cifar_preact, cifar_resnet
 from flax_resnet.optim import SGD
 from flax_resnet.step import (
     create_state,
@@ -247,3 +248,29 @@ def test_eval_step_equals_brute_force_and_skips_the_mask(rng):
     assert float(sums["loss"]) == pytest.approx(sum(losses), rel=1e-5)
     assert int(np.trace(sums["confusion"])) == sum(right)
     assert int(np.sum(sums["confusion"])) == len(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        (functools.partial(cifar_resnet, 1202), 1202),
+        (functools.partial(cifar_preact, 2000), 2000),
+    ],
+)
+def test_a_thousand_layers_and_two_take_a_training_step(rng, make, layers):
+    model = make(scan_blocks=True)
+    blocks = sum(model.stage_sizes)
+    assert blocks * len(model.block(0, 0).convs()) + 2 == layers
+    tx, _ = SGD(0.01).build(10, 5)
+    state = create_state(model, tx, 0, SHAPE, UNIT_STATS)
+    after, sums = jax.jit(train_step)(state, random_batch(rng, n=4))
+    assert np.isfinite(float(sums["loss"]))
+    moved = jax.tree.map(
+        lambda a, b: np.any(a != b, axis=tuple(range(1, a.ndim))), after.params, state.params
+    )
+    for stage in (1, 2, 3):  # every one of the scanned blocks has learned
+        kernel = moved[f"stage{stage}_blocks"]["conv1"]["kernel"]
+        assert kernel.shape == (blocks // 3 - 1,)
+        assert kernel.all()
+    assert jax.tree.all(jax.tree.map(lambda x: bool(np.all(np.isfinite(x))), after.params))

@@ -235,6 +235,8 @@ def resnet20():
         ("resnet18", {"stage_sizes": (2, 0)}, r"stage_sizes=\(2, 0\): expected one or more whole"),
         ("resnet18", {"stage_sizes": ()}, r"stage_sizes=\(\): expected one or more whole"),
         ("ResNet50V2", {"stage_sizes": (1, 2)}, "with stride_block='last' a stage needs 2 blocks"),
+        ("resnet18", {"weights": "imagenet"}, "weights='imagenet': expected None or variables"),
+        ("resnet18", {"weights": {"kernel": 3}}, "weights={'kernel': 3}: expected None or var"),
         ("resnet18", {"groups": 32}, "BasicBlock with groups=32, .* expected 1 and 64"),
         ("resnet18", {"block_cls": int}, "block_cls=.*int.*: expected a subclass of Block"),
     ],

@@ -207,8 +207,12 @@ class ResNet(nn.Module):
         """
         return self._forward(x, train, dropblock_rate, False)[0]
 
+    @nn.nowrap
     def block(self, stage: int, index: int, name: str | None = None) -> Block:
-        """Block ``index`` of ``stage``, both counted from 0, as a module of its own."""
+        """Block ``index`` of ``stage``, both counted from 0, as a module of its own.
+
+        Outside the network it can be applied alone, to ``params[block_name(stage, index)]``.
+        """
         strides, before, after, _ = self._geometry(stage)
         last = self.stage_sizes[stage] - 1
         at = 0 if self.stride_block == "first" else last
@@ -234,10 +238,12 @@ class ResNet(nn.Module):
             name=name or block_name(stage, index),
         )
 
+    @nn.nowrap
     def equal_blocks(self, stage: int) -> range:
         """Indices of the blocks that ``scan_blocks`` makes one: all but those that change shape."""
         return range(1, self.stage_sizes[stage] - (self.stride_block == "last"))
 
+    @nn.nowrap
     def _geometry(self, stage: int) -> tuple[int, int, int, int]:
         """(stride of the stage's striding block, dilation before it, after it, stride so far)."""
         stride, dilation = self.stem_stride, 1
