@@ -1,28 +1,14 @@
 """Equality with Keras and torch, block by block; installed by the [parity] extra."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from parity_helpers import assert_close, channels_first, keras, torch, torch_layout
 
 from flax_resnet import augment, optim
 from flax_resnet.models import BasicBlock, MiniModel, ResidualUnit, cifar_resnet
-
-os.environ["KERAS_BACKEND"] = "jax"
-keras = pytest.importorskip("keras", reason="keras is not installed (the [parity] extra)")
-torch = pytest.importorskip("torch", reason="torch is not installed (the [parity] extra)")
-
-RTOL = 1e-4
-
-
-def assert_close(got, want, rtol=RTOL):
-    """Relative to the largest value, as rounding errors are."""
-    got, want = np.asarray(got), np.asarray(want)
-    assert got.shape == want.shape
-    assert np.max(np.abs(got - want)) <= rtol * np.max(np.abs(want))
 
 
 def randomized(variables, rng):
@@ -234,19 +220,13 @@ class TorchResNet(torch.nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-TORCH_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias",
-               "mean": "running_mean", "var": "running_var"}  # fmt: skip
-
-
 def torch_names(variables):
     """{torch parameter name: value in torch's layout} of our variables."""
     named = {}
     for path, value in jax.tree_util.tree_leaves_with_path(variables):
         *modules, leaf = [part.key for part in path[1:]]
-        value = np.asarray(value)
-        if leaf == "kernel":
-            value = value.transpose((3, 2, 0, 1) if value.ndim == 4 else (1, 0))
-        named[".".join([*modules, TORCH_NAMES[leaf]])] = value
+        leaf, value = torch_layout(leaf, value)
+        named[".".join([*modules, leaf])] = value
     return named
 
 
@@ -255,10 +235,6 @@ def load_torch(module, variables):
     missing = module.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys
     assert all("num_batches_tracked" in name for name in missing.missing_keys)
-
-
-def channels_first(x):
-    return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("train", [False, True])
