@@ -10,7 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import docstring_parser
 import tyro
@@ -27,6 +27,7 @@ from flax_resnet.config import TrainConfig, class_name, find_class, module_field
 from flax_resnet.errors import UserError, did_you_mean
 
 Factory = Callable[[], Any]
+Settings = TypeVar("Settings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +65,40 @@ def parse(
     registry = ConstructorRegistry()
     registry.struct_rule(_module_rule)
     registry.primitive_rule(_module_class_rule)
+    return cli(
+        Invocation,
+        argv,
+        about + "\n" + _choices_help(config),
+        prog,
+        default=Invocation(workdir, config),
+        registry=registry,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def cli(
+    settings: type[Settings],
+    argv: Sequence[str] | None,
+    about: str,
+    prog: str | None,
+    **options: Any,
+) -> Settings:
+    """A dataclass whose fields are flags, from a command line.
+
+    Args:
+      settings: the dataclass.
+      argv: flags; None reads the process's.
+      about: what --help says first.
+      prog: the command that --help shows.
+      **options: tyro.cli's others.
+
+    Raises:
+      UserError: an unknown flag, or a value that does not fit.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                Invocation,
-                prog=prog,
-                args=argv,
-                default=Invocation(workdir, config),
-                description=about + "\n" + _choices_help(config),
-                registry=registry,
-                config=(tyro.conf.AvoidSubcommands,),
-            )
+            return tyro.cli(settings, prog=prog, args=argv, description=about, **options)
     except SystemExit as stop:
         if not stop.code:
             raise  # --help

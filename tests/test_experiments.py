@@ -13,21 +13,28 @@ from flax_resnet.config import TrainConfig, from_record, to_record
 from flax_resnet.data import DataConfig
 from flax_resnet.train import train_and_evaluate
 
-NAMES = [module.name for module in pkgutil.iter_modules(experiments.__path__)]
+MODULES = {
+    name: importlib.import_module(f"experiments.{name}")
+    for _, name, is_package in pkgutil.iter_modules(experiments.__path__)
+    if not is_package
+}
+NAMES = [name for name, module in MODULES.items() if hasattr(module, "get_config")]
 
 
 @pytest.fixture(params=NAMES)
 def module(request):
-    return importlib.import_module(f"experiments.{request.param}")
+    return MODULES[request.param]
 
 
 def test_experiments_are_found():
     assert {"digits", "cifar10_mini"} <= set(NAMES)
+    assert "gradient_flow" in set(MODULES) - set(NAMES)
 
 
-def test_docstring_gives_the_command(module):
-    assert f"Command: python -m {module.__name__}" in module.__doc__
-    assert "Claim: " in module.__doc__
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_gives_the_command(name):
+    assert f"Command: python -m experiments.{name}" in MODULES[name].__doc__
+    assert "Claim: " in MODULES[name].__doc__
 
 
 def test_config_builds_and_records(module):

@@ -285,7 +285,7 @@ def load(
         fields["num_classes"] = num_classes
     module = create(name, dtype=check_dtype(dtype), **fields)
     shape = check_shape(default_shape(module) if input_shape is None else input_shape)
-    if not (weights is None or isinstance(weights, Mapping) and "params" in weights):
+    if not (weights is None or (isinstance(weights, Mapping) and "params" in weights)):
         raise UserError(
             f"weights={weights!r:.50}: expected None or variables, a dict with 'params' and "
             "'batch_stats'; files and published weights cannot be read yet"

@@ -1,0 +1,92 @@
+"""What measurements share: the hardware's record, times with their spread, and tables."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+Result = TypeVar("Result")
+
+
+def hardware() -> dict[str, Any]:
+    """The device, the processor and the version of jax that a measurement was made with."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+    }
+
+
+def _processor() -> str:
+    """The processor's name; where there is no /proc/cpuinfo, its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of something done ``n`` times."""
+
+    median: float
+    least: float
+    most: float
+    n: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """Sums up single measurements, one or more."""
+        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.least:.3g}-{self.most:.3g})"
+
+
+def timed(function: Callable[..., Result], *args: Any) -> tuple[Result, float]:
+    """(what ``function(*args)`` returns, seconds until its arrays are computed)."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    return result, time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def no_compilation_cache() -> Iterator[None]:
+    """Within it every compilation is done, whatever persistent cache the process has."""
+    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax asks whether there is a cache once, and remembers
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
+def print_json(record: Mapping[str, Any]) -> None:
+    """Prints one line of JSON at once, so that a stopped measurement leaves what it has."""
+    print(json.dumps(record), flush=True)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text in columns, aligned to the right."""
+    lines = [tuple(header), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,132 @@
+"""The compile benchmark's rows, and what benchmarks share."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import count_parameters
+from jax.experimental.compilation_cache import compilation_cache
+
+from experiments.benchmarks import common, compile
+from flax_resnet.models import cifar_preact
+
+SMALL = compile.Settings(depths=(20,), image_size=4, batch_size=2, compile_repeats=1, steps=2)
+TIMES = ("trace_lower_seconds", "compile_seconds", "step_seconds")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    with common.no_compilation_cache():
+        return {row["mode"]: row for row in compile.measure(20, SMALL)}
+
+
+def test_rows_have_the_networks_parameters_whatever_the_mode(rows):
+    assert list(rows) == ["unrolled", "scanned"]
+    want = count_parameters(cifar_preact(20), (4, 4, 3))
+    assert {(row["depth"], row["parameters"]) for row in rows.values()} == {(20, want)}
+
+
+def test_rows_have_times_and_memory(rows):
+    for row in rows.values():
+        assert all(0 < row[name]["least"] <= row[name]["median"] for name in TIMES)
+        assert [row[name]["n"] for name in TIMES] == [1, 1, 2]
+        assert row["temp_megabytes"] > 0
+
+
+def test_both_modes_take_the_same_step(rows):
+    first = rows["unrolled"]["first_loss"]
+    assert 1 < first < 5
+    assert rows["scanned"]["first_loss"] == pytest.approx(first, rel=1e-4)
+
+
+def test_modes_go_by_depth_and_flags():
+    assert compile.Settings().modes(164) == ["unrolled", "scanned"]
+    assert compile.Settings(remat=True).modes(173) == ["scanned", "scanned+remat"]
+
+
+def fake_row(depth, mode, seconds):
+    times = {name: {"median": seconds, "least": seconds, "most": seconds, "n": 1} for name in TIMES}
+    return {"depth": depth, "mode": mode, "parameters": 1000, "temp_megabytes": None, **times}
+
+
+def test_ratios_compare_depths_and_modes():
+    lines = compile.ratios(
+        [fake_row(20, "unrolled", 6.0), fake_row(20, "scanned", 2.0), fake_row(56, "scanned", 3.0)]
+    )
+    assert lines == [
+        "scanned, depth 56 / depth 20: trace+lower 1.50, compile 1.50, step 1.50, memory nan",
+        "unrolled / scanned, depth 20: trace+lower 3.00, compile 3.00, step 3.00, memory nan",
+    ]
+
+
+def test_command_prints_a_line_of_json_a_row_and_then_the_table(monkeypatch, capfd):
+    def measure(depth, settings):
+        return [fake_row(depth, mode, depth / 10) for mode in settings.modes(depth)]
+
+    monkeypatch.setattr(compile, "measure", measure)
+    compile.main(["--depths", "20", "164", "1001", "--batch-size", "4"])
+    out, err = capfd.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(row["depth"], row["mode"]) for row in rows] == [
+        (20, "unrolled"), (20, "scanned"), (164, "unrolled"), (164, "scanned"), (1001, "scanned"),
+    ]  # fmt: skip
+    assert rows[-1]["compile_seconds"]["median"] == 100.1
+    assert rows[0]["hardware"] == common.hardware()
+    assert rows[0]["hardware"]["jax"] == jax.__version__
+    table = [line.split() for line in err.splitlines()]
+    assert ["1001", "unrolled", "not", "run"] in table
+    assert ["20", "scanned", "1,000", *["2", "(2-2)"] * 3, "not", "known"] in table
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--depths", "12"], "--depths 12: expected 9n + 2; the nearest is 11"),
+        (["--depths", "2"], "--depths 2: expected 9n + 2; the nearest is 11"),
+        (["--steps", "0"], "--steps=0: expected 1 or more"),
+        (["--step", "3"], "did you mean --steps?"),
+        (["--image-size", "3"], "input is 3x3"),
+    ],
+)
+def test_bad_input_is_one_line(argv, line, capfd):
+    with pytest.raises(SystemExit) as stop:
+        compile.main(argv)
+    assert stop.value.code == 2
+    error = capfd.readouterr().err
+    assert line in error
+    assert error.count("\n") == 1
+
+
+def test_module_says_how_it_is_run():
+    assert "Command: python -m experiments.benchmarks.compile" in compile.__doc__
+
+
+def test_nothing_is_cached_within_no_compilation_cache(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        with common.no_compilation_cache():
+            jax.jit(lambda x: jnp.sin(x) * 3)(1.0)
+        assert list(tmp_path.iterdir()) == []
+        jax.jit(lambda x: jnp.sin(x) * 5)(1.0)
+        assert list(tmp_path.iterdir()) != []
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
+def test_timing_is_the_median_with_its_spread():
+    timing = common.Timing.of([0.5, 0.1, 0.25])
+    assert timing == common.Timing(median=0.25, least=0.1, most=0.5, n=3)
+    assert str(timing) == "0.25 (0.1-0.5)"
+
+
+def test_timed_waits_for_the_result():
+    result, seconds = common.timed(lambda x: x + 1, jnp.ones(3))
+    assert result.tolist() == [2, 2, 2]
+    assert seconds > 0
+
+
+def test_table_is_aligned_to_the_right():
+    assert common.table(["a", "bb"], [["100", "2"]]) == "  a  bb\n100   2"

@@ -1,0 +1,178 @@
+"""Gradient norms are those of jax.grad, and what the docstring claims holds on small networks."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import tiny_resnet
+from PIL import Image
+
+from experiments import gradient_flow
+from experiments.gradient_flow import Settings, digits_batch, gradient_norms, measure
+from flax_resnet.models import cifar_resnet, stack_blocks
+
+SMALL = Settings(seeds=1, batch_size=8, image_size=8)
+
+
+def init(module, batch):
+    return module.init(jax.random.key(0), batch["image"])
+
+
+def test_norms_equal_brute_force():
+    batch = digits_batch(0, 6, 8)
+    module = tiny_resnet(num_filters=4)
+    variables = init(module, batch)
+
+    def loss(params):
+        logits, _ = module.apply(
+            {**variables, "params": params}, batch["image"], train=True, mutable=["batch_stats"]
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return jnp.mean(losses), logits
+
+    grads, logits = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    norms = gradient_norms(module, variables, batch)
+    ends = ("conv1/kernel", "conv2/kernel", "output")
+    assert [name for name, _ in norms] == [f"stage1_block1/{end}" for end in ends]
+    for name, norm in norms:
+        if name.endswith("kernel"):
+            block, conv, _ = name.split("/")
+            want = jnp.linalg.norm(grads[block][conv]["kernel"].ravel())
+            assert norm == pytest.approx(float(want), rel=1e-4)
+    # The last block's output goes through a mean over its 8x8 pixels and the head.
+    error = (jax.nn.softmax(logits) - jax.nn.one_hot(batch["label"], 10)) / 6
+    by_features = error @ variables["params"]["head"]["kernel"].T
+    by_output = jnp.broadcast_to(by_features[:, None, None] / 64, (6, 8, 8, 4))
+    assert norms[-1][1] == pytest.approx(float(jnp.linalg.norm(by_output.ravel())), rel=1e-4)
+
+
+def test_stacked_variables_give_the_same_norms():
+    batch = digits_batch(0, 4, 8)
+    module = tiny_resnet(stage_sizes=(12,), num_filters=2, norm_kind="none")
+    variables = init(module, batch)
+    scanned = module.clone(scan_blocks=True)
+    norms = gradient_norms(module, variables, batch)
+    assert gradient_norms(scanned, stack_blocks(module, variables), batch) == norms
+    blocks = [name.split("/")[0] for name, _ in norms if name.endswith("output")]
+    assert blocks == [f"stage1_block{i}" for i in range(1, 13)]
+
+
+@pytest.fixture(scope="module")
+def summaries():
+    """{(norm, connection): {quantity: summary}} of six blocks on 8x8 digits."""
+    nets = [("none", c) for c in ("plain", "residual", "highway")]
+    found = {}
+    for norm, connection in [*nets, ("batch", "plain"), ("batch", "residual")]:
+        module = tiny_resnet(
+            stage_sizes=(6,),
+            connection=connection,
+            norm_kind=norm,
+            kernel_init=gradient_flow.INITS[norm],
+        )
+        runs = measure(module, SMALL)
+        found[norm, connection] = {
+            q: gradient_flow.summary(gradient_flow.profile(runs, q)) for q in ("kernel", "output")
+        }
+    return found
+
+
+def test_without_norms_the_signal_vanishes_in_the_plain_network(summaries):
+    plain, residual, highway = (
+        summaries["none", c]["output"]["first_over_last"] for c in ("plain", "residual", "highway")
+    )
+    assert plain < 0.1 < highway
+    assert highway < residual
+    assert 0.1 < residual < 10
+
+
+def test_without_norms_all_kernels_of_the_plain_network_have_next_to_no_gradient(summaries):
+    plain, residual = (summaries["none", c]["kernel"] for c in ("plain", "residual"))
+    assert 0.1 < plain["first_over_last"] < 10
+    for place in ("first", "middle", "last"):
+        assert plain[place] < 0.1 * residual[place]
+
+
+@pytest.mark.parametrize("quantity", ["kernel", "output"])
+def test_with_batchnorm_the_plain_network_does_not_vanish_but_grows(summaries, quantity):
+    plain, residual = (summaries["batch", c][quantity] for c in ("plain", "residual"))
+    assert plain["first_over_last"] > 1.3 * residual["first_over_last"] > 1.3
+
+
+def test_seeds_differ_and_repeat():
+    settings = Settings(seeds=2, batch_size=4, image_size=8)
+    module = cifar_resnet(8, num_filters=2, norm_kind="none")
+    first, second = measure(module, settings)
+    assert first != second
+    assert measure(module, settings) == [first, second]
+
+
+def test_digits_are_normalised_and_enlarged_by_repeating():
+    small, large = digits_batch(3, 500, 8), digits_batch(3, 500, 24)
+    assert large["image"].shape == (500, 24, 24, 1)
+    np.testing.assert_array_equal(large["image"][:, ::3, 2::3], small["image"])
+    assert abs(small["image"].mean()) < 0.05
+    assert abs(small["image"].std() - 1) < 0.05
+    assert (digits_batch(4, 500, 8)["label"] != small["label"]).any()
+
+
+def test_summary_is_geometric():
+    norms = np.array([[1.0, 3.0, 100.0], [100.0, 3.0, 1.0]])
+    assert gradient_flow.summary(norms) == pytest.approx(
+        {"first": 10, "middle": 3, "last": 10, "first_over_last": 1,
+         "least_ratio": 0.01, "most_ratio": 100, "n": 2}
+    )  # fmt: skip
+
+
+def test_command_writes_figure_norms_and_summary(tmp_path, monkeypatch, capfd):
+    run = [("stage1_block1/conv1/kernel", 8.0), ("stage1_block1/output", 4.0),
+           ("stage1_block2/conv1/kernel", 2.0), ("stage1_block2/output", 0.5)]  # fmt: skip
+    monkeypatch.setattr(gradient_flow, "measure", lambda module, settings: [run] * settings.seeds)
+    gradient_flow.main(["--workdir", str(tmp_path / "w"), "--depths", "8", "14", "--seeds", "2"])
+    out = capfd.readouterr().out.splitlines()
+    assert out[2].split() == ["batch", "he_normal", "plain", "8", "8.00e+00", "2.00e+00",
+                              "2.00e+00", "4.00e+00", "4.0e+00", "to", "4.0e+00"]  # fmt: skip
+    assert len(out) == 2 * (2 + 12) + 1
+    with (tmp_path / "w" / "gradient_norms.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 * 2 * len(run)
+    assert rows[-1] == {
+        "norm": "none", "init": "glorot_uniform", "connection": "highway", "depth": "14",
+        "seed": "1", "name": "stage1_block2/output", "gradient_norm": "0.5",
+    }  # fmt: skip
+    record = json.loads((tmp_path / "w" / "result.json").read_text())
+    assert record["settings"]["depths"] == [8, 14]
+    ratios = [network["output"]["first_over_last"] for network in record["networks"]]
+    assert ratios == pytest.approx([8.0] * 12)
+    with Image.open(tmp_path / "w" / "gradient_flow.png") as image:
+        assert image.size == (1650, 1200)
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--depths", "9"], "depth 9 is not 6n + 2"),
+        (["--depths"], "--depths: expected one or more"),
+        (["--seeds", "0"], "--seeds=0: expected 1 or more"),
+        (["--image-size", "12"], "--image-size 12: expected a multiple of 8"),
+        (["--sedes", "1"], "did you mean --seeds?"),
+    ],
+)
+def test_bad_input_is_one_line(argv, line, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        gradient_flow.main(["--workdir", str(tmp_path), *argv])
+    assert stop.value.code == 2
+    error = capfd.readouterr().err
+    assert line in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path, capfd):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        gradient_flow.main(["--workdir", str(tmp_path / "file")])
+    assert "cannot be made: File exists" in capfd.readouterr().err
