@@ -3,9 +3,9 @@
 Claim: without normalisation, from Glorot's initialisation, the gradient vanishes on its way down a
 plain network of 110 layers: by the first block's output it is 4e-18 of that by the last block's. In
 a residual network it grows, 200 times; in a highway network it falls to 7e-4. With BatchNorm and
-He's initialisation, as the residual papers train, it does not vanish in the plain network either
-(He et al. 2016, section 4.1, say so): it explodes, 3e7 times, and so it does in a highway network,
-2e6 times. In a residual network it grows 40 times.
+He's initialisation, as the residual papers train, it does not vanish in the plain network (He et
+al. 2016, section 4.1, say so): it explodes, 3e7 times, and so it does in a highway network, 2e6
+times. In a residual network it grows 40 times.
 
 A kernel's gradient is that signal times the activations from below. In the plain network without
 normalisation the activations vanish upwards as the signal does downwards, so the gradients of all
@@ -13,7 +13,7 @@ its kernels are alike, and next to nothing: 1e-20 to 1e-19 at 110 layers. Their 
 last shows no vanishing, their size does.
 
 All this is at initialisation, on digits enlarged to 32x32 in batches of 32: geometric means of 3
-seeds, which differ by up to some 3 times. It says nothing of how well a network trains.
+seeds, each within some 3 times of them. It says nothing of how well a network trains.
 
 Command: python -m experiments.gradient_flow
 """

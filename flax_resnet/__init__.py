@@ -25,6 +25,7 @@ from flax_resnet.models import cifar_resnet as cifar_resnet
 from flax_resnet.models import create as create
 from flax_resnet.models import highway_net as highway_net
 from flax_resnet.models import imagenet_resnet as imagenet_resnet
+from flax_resnet.models import initialize as initialize
 from flax_resnet.models import keras_resnet as keras_resnet
 from flax_resnet.models import load as load
 from flax_resnet.models import names as names

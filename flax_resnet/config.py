@@ -110,6 +110,8 @@ def to_record(value: Any) -> Any:
         }
     if isinstance(value, type) and issubclass(value, nn.Module):
         return {"class_itself": class_name(value)}
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):

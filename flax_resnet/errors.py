@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
+import typing
 from collections.abc import Iterable
+from typing import Any
 
 # The least float above 0, as a bound.
 POSITIVE = math.ulp(0.0)
@@ -27,6 +30,30 @@ def check_range(name: str, value: float | None, least: float, below: float = mat
         low = "more than 0" if least == POSITIVE else f"{least} or more"
         high = "" if below == math.inf else f", below {below}"
         raise UserError(f"{name}={value}: expected {low}{high}")
+
+
+def check_choices(owner: Any) -> None:
+    """Raises UserError where a field annotated as a Literal holds none of its values."""
+    for name, allowed in _choices(type(owner)).items():  # type: ignore[arg-type]
+        value = getattr(owner, name)
+        if value not in allowed:
+            near = did_you_mean(str(value), [a for a in allowed if a is not None])
+            raise UserError(
+                f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}{near}"
+            )
+
+
+@functools.cache
+def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
+    """{field: its values} of the fields that are a Literal, or one or None."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        parts = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else (hint,)
+        literals = [p for p in parts if typing.get_origin(p) is typing.Literal]
+        if literals:
+            values = [v for p in literals for v in typing.get_args(p)]
+            found[name] = (*values, *([None] if type(None) in parts else []))
+    return found
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -25,6 +25,7 @@ from tyro.constructors import (
 from flax_resnet import models
 from flax_resnet.config import TrainConfig, class_name, find_class, module_fields
 from flax_resnet.errors import UserError, did_you_mean
+from flax_resnet.layers import check_dtype
 
 Factory = Callable[[], Any]
 Settings = TypeVar("Settings")
@@ -115,8 +116,10 @@ def _dashes(argument: str) -> str:
 def _one_line(box: str) -> str:
     """What a tyro error box says, without its frame, its help text and its pointer to --help."""
     sections: list[list[str]] = [[]]
-    for line in (row.strip(" │") for row in box.splitlines() if row.startswith("│")):
-        if set(line) == {"─"}:
+    rows = [row for row in box.splitlines() if row.startswith("│")]
+    rows = rows or box.splitlines()[2:]  # where the terminal is not UTF-8 the box has no frame
+    for line in (row.strip(" │") for row in rows):
+        if line and set(line) <= {"─", "-"}:
             sections.append([])
         elif line:
             sections[-1].append(line)
@@ -162,7 +165,8 @@ def _choose(config: TrainConfig, argv: list[str]) -> tuple[TrainConfig, list[str
             if flag != f"--{path}":
                 continue
             name = name if equals else (argv[i + 1] if i + 1 < len(argv) else "")
-            name = name if name in choices else name.lower()  # networks' names have cases
+            if path != "model":  # networks' names have cases
+                name = name.lower()
             if name not in choices:
                 names = ", ".join(choices)
                 if path == "model":
@@ -208,7 +212,7 @@ def _module_rule(info: Any) -> StructConstructorSpec | None:
 def _clone(module: nn.Module, **values: Any) -> nn.Module:
     for name, value in values.items():
         if name.endswith("dtype"):
-            models.check_dtype(value)
+            check_dtype(value)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return module.clone(**values)
 

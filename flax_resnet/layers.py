@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from flax_resnet.errors import UserError, check_choices
 
 Dtype = Any  # a numpy dtype, or its name: "float32", "bfloat16", "float64"
 ShortcutKind = Literal["A", "B", "C", "D"]
@@ -49,6 +52,9 @@ class Layers:
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
     axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     def with_dtypes(self, dtype: Dtype, param_dtype: Dtype, axis_name: str | None) -> Layers:
         """The same with the dtypes and the mapped axis of a network."""
@@ -145,9 +151,13 @@ KERAS_DEFAULTS = Layers(
 )
 
 
-def max_pool(x: jax.Array, window: int, strides: int, pad: int = 0) -> jax.Array:
-    """Square max-pool; ``pad`` rows and columns of minus infinity on each side."""
-    return nn.max_pool(x, (window, window), strides=(strides, strides), padding=((pad, pad),) * 2)
+def max_pool(x: jax.Array, window: int, strides: int, pad: int | Literal["SAME"] = 0) -> jax.Array:
+    """Square max-pool; ``pad`` rows and columns of minus infinity on each side.
+
+    "SAME" is TensorFlow's padding: at stride 2 of an even map, at the far edges only.
+    """
+    padding = pad if isinstance(pad, str) else ((pad, pad), (pad, pad))
+    return nn.max_pool(x, (window, window), strides=(strides, strides), padding=padding)
 
 
 def shortcut_a(x: jax.Array, filters: int, strides: int) -> jax.Array:
@@ -168,13 +178,72 @@ def shortcut_a(x: jax.Array, filters: int, strides: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
 
 
-def average_pool_2(x: jax.Array) -> jax.Array:
-    """2x2 averages at stride 2; at an odd far edge, of the pixels that are there.
+def average_pool_2(x: jax.Array, strides: int = 2, dilation: int = 1) -> jax.Array:
+    """2x2 averages; at the far edges, of the pixels that are there.
 
-    Maps (N, H, W, C) to (N, ceil(H / 2), ceil(W / 2), C).
+    Args:
+      x: (N, H, W, C).
+      strides: step in both directions.
+      dilation: distance between the pixels that are averaged.
+
+    Returns:
+      (N, ceil(H / strides), ceil(W / strides), C).
     """
-    odd = tuple((0, size % 2) for size in x.shape[1:3])
-    return nn.avg_pool(x, (2, 2), strides=(2, 2), padding=odd, count_include_pad=False)
+    for axis in (1, 2):
+        size = x.shape[axis]
+        near = jax.lax.slice_in_dim(x, 0, size, strides, axis)
+        far = jnp.pad(x, [(0, dilation if a == axis else 0) for a in range(4)])
+        far = jax.lax.slice_in_dim(far, dilation, dilation + size, strides, axis)
+        count = 1 + (jnp.arange(0, size, strides) + dilation < size)
+        x = (near + far) / jnp.expand_dims(count, [a for a in range(4) if a != axis]).astype(
+            x.dtype
+        )
+    return x
+
+
+def check_images(x: jax.Array, least: int, remedy: str) -> None:
+    """Raises UserError unless ``x`` is images (N, H, W, C) of ``least`` pixels or more a side."""
+    if x.ndim != 4:
+        raise UserError(f"input of shape {x.shape}: expected images (N, H, W, C)")
+    if min(x.shape[1:3]) < least:
+        raise UserError(
+            f"input is {x.shape[1]}x{x.shape[2]}, the least for this network is {least}x{least}: "
+            f"enlarge the images, or choose {remedy}"
+        )
+
+
+def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+    """``values`` as a tuple of ints, each 1 or more.
+
+    Raises:
+      UserError: they are not, or there are none.
+    """
+    try:
+        numbers = tuple(operator.index(n) for n in values)
+    except TypeError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"{name}={values!r}: expected one or more whole numbers above 0")
+    return numbers
+
+
+def check_dtype(dtype: Dtype) -> Dtype:
+    """``dtype``, where it is a floating-point dtype, or the name of one, that this jax has.
+
+    Raises:
+      UserError: it is not.
+    """
+    try:
+        floats = jnp.issubdtype(as_dtype(dtype), jnp.floating)
+    except TypeError:
+        floats = False
+    if not floats:
+        raise UserError(f"dtype {dtype!r}: expected one such as float32 or bfloat16")
+    if jax.dtypes.canonicalize_dtype(as_dtype(dtype)) != as_dtype(dtype):
+        raise UserError(
+            f"dtype {dtype!r} needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment"
+        )
+    return dtype
 
 
 def as_dtype(dtype: Dtype) -> Any:

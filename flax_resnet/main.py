@@ -83,7 +83,7 @@ def _add_summary(commands: Any) -> None:
 
 
 def _summary(given: argparse.Namespace) -> None:
-    fields: dict[str, Any] = {"dtype": models.check_dtype(given.dtype)}
+    fields: dict[str, Any] = {"dtype": given.dtype}
     if given.num_classes is not None:
         fields["num_classes"] = given.num_classes
     if given.no_top:

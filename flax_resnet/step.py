@@ -14,7 +14,8 @@ from flax.training import train_state
 
 from flax_resnet import metrics
 from flax_resnet.augment import Augment, normalize
-from flax_resnet.models import trainable
+from flax_resnet.layers import as_dtype
+from flax_resnet.models import initialize, trainable
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -71,14 +72,15 @@ def create_state(
       ema: keep averaged variables beside the trained ones.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    images = jnp.zeros((1, *image_shape), jnp.float32)
-    variables = jax.jit(functools.partial(model.init, train=False))(init_key, images)
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = initialize(model, init_key, images)
     params = variables["params"]
     if not all(jax.tree.leaves(trainable(model, params))):
         # Frozen parameters get no gradient; without this, weight decay would still move them.
         tx = optax.masked(tx, functools.partial(trainable, model))
     # Flax starts running statistics in float32 and would widen them in the first step.
-    widest = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+    computed = as_dtype(getattr(model, "dtype", None)) or jnp.float32
+    widest = jnp.result_type(jnp.float32, computed, *jax.tree.leaves(params))
     batch_stats, normalization = jax.tree.map(
         lambda x: jnp.asarray(x, widest), (variables.get("batch_stats", {}), normalization)
     )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.extend.core import Var
 from rich.console import Console
 from rich.table import Table
 
@@ -52,7 +53,8 @@ class Summary:
       outputs: values in the outputs of the rows, for one image.
       output_bytes: bytes of one of these values.
       kept_bytes: what reverse-mode differentiation keeps for the backward pass of one batch,
-        before XLA fuses or recomputes anything; parameters and input are not in it.
+        before XLA fuses or recomputes anything; parameters, copies of them, and the input are
+        not in it.
       batch_size: images in that batch.
     """
 
@@ -160,9 +162,14 @@ def _kept_bytes(module: nn.Module, variables: Any, batch: jax.ShapeDtypeStruct) 
         return jax.tree.leaves(backward)
 
     program = jax.make_jaxpr(kept)(variables["params"], rest, batch).jaxpr
-    given = set(map(id, program.invars))
-    arrays = {id(v): v.aval for v in program.outvars if id(v) not in given}
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays.values())
+    # What does not come from the images is parameters, or copies of them in another dtype.
+    batched = {program.invars[-1]}
+    for equation in program.eqns:
+        if any(isinstance(v, Var) and v in batched for v in equation.invars):
+            batched.update(equation.outvars)
+    kept_arrays = {v for v in program.outvars if isinstance(v, Var) and v in batched}
+    arrays: list[Any] = [v.aval for v in kept_arrays - set(program.invars)]
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
 
 
 def by_part(rows: tuple[Row, ...]) -> tuple[Row, ...]:

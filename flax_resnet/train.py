@@ -25,7 +25,7 @@ from flax_resnet.config import TrainConfig, check_workdir, claimed, to_record, w
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
 from flax_resnet.layers import as_dtype
-from flax_resnet.optim import learning_rate_at
+from flax_resnet.optim import LAMB, LARS, learning_rate_at
 from flax_resnet.step import LOSSES, Batch, TrainState, create_state, eval_step, train_step
 
 # Dispatch is asynchronous: without a bound the host would queue every batch of the run.
@@ -117,6 +117,11 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
             f"accum_steps={config.accum_steps} equal parts: change one"
         )
     _check_model(config.model)
+    if isinstance(config.optimizer, (LARS, LAMB)) and getattr(config.model, "scan_blocks", False):
+        raise UserError(
+            f"{type(config.optimizer).__name__} with model.scan_blocks: its trust ratios are by "
+            "layer, and scanned blocks share one array; use SGD, Adam or AdamW, or unrolled blocks"
+        )
     data = Data(config.data, mesh, config.model.num_classes)
     steps_per_epoch = math.ceil(data.num_train / config.batch_size)
     num_steps = config.num_steps or max(1, round(config.num_epochs * steps_per_epoch))
@@ -132,6 +137,7 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
         raise UserError(
             f"{name} with the fields given does not take images of {data.image_shape}: {error}"
         ) from error
+    _check_output(config.model, state, data.image_shape)
     state = distributed.put_replicated(mesh, state)
     run = Run(config, workdir, mesh, data, num_steps, steps_per_epoch, schedule, state)
     if not _restore(run):
@@ -151,6 +157,17 @@ def _check_model(model: nn.Module) -> None:
         raise UserError(
             f"model.axis_name={model.axis_name}: it is for your own jax.pmap; leave it None here, "
             "where the statistics are those of the global batch already"
+        )
+
+
+def _check_output(model: nn.Module, state: TrainState, image_shape: tuple[int, ...]) -> None:
+    """Raises UserError unless the model gives one logit for each class."""
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    out = jax.eval_shape(state.apply_fn, state.variables(), images)
+    if getattr(out, "shape", None) != (2, model.num_classes):
+        raise UserError(
+            f"{type(model).__name__} gives {getattr(out, 'shape', type(out))} for two images, "
+            f"expected (2, {model.num_classes}) logits: train it with include_top=True"
         )
 
 

@@ -9,10 +9,10 @@ from helpers import count_parameters
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments.benchmarks import common, compile
-from flax_resnet.models import cifar_preact
+from flax_resnet.models import PreActBottleneckBlock, cifar_preact
 
 SMALL = compile.Settings(depths=(20,), image_size=4, batch_size=2, compile_repeats=1, steps=2)
-TIMES = ("trace_lower_seconds", "compile_seconds", "step_seconds")
+TIMES = ("trace_lower_seconds", "compile_seconds", "compile_cpu_seconds", "step_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +23,16 @@ def rows():
 
 def test_rows_have_the_networks_parameters_whatever_the_mode(rows):
     assert list(rows) == ["unrolled", "scanned"]
-    want = count_parameters(cifar_preact(20), (4, 4, 3))
+    want = count_parameters(cifar_preact(20, block_cls=PreActBottleneckBlock), (4, 4, 3))
     assert {(row["depth"], row["parameters"]) for row in rows.values()} == {(20, want)}
 
 
 def test_rows_have_times_and_memory(rows):
     for row in rows.values():
         assert all(0 < row[name]["least"] <= row[name]["median"] for name in TIMES)
-        assert [row[name]["n"] for name in TIMES] == [1, 1, 2]
+        assert [row[name]["n"] for name in TIMES] == [1, 1, 1, 2]
         assert row["temp_megabytes"] > 0
+        assert row["instructions"] > 1000
 
 
 def test_both_modes_take_the_same_step(rows):
@@ -47,7 +48,8 @@ def test_modes_go_by_depth_and_flags():
 
 def fake_row(depth, mode, seconds):
     times = {name: {"median": seconds, "least": seconds, "most": seconds, "n": 1} for name in TIMES}
-    return {"depth": depth, "mode": mode, "parameters": 1000, "temp_megabytes": None, **times}
+    other = {"parameters": 1000, "instructions": 2000, "temp_megabytes": None}
+    return {"depth": depth, "mode": mode, **other, **times}
 
 
 def test_ratios_compare_depths_and_modes():
@@ -55,8 +57,10 @@ def test_ratios_compare_depths_and_modes():
         [fake_row(20, "unrolled", 6.0), fake_row(20, "scanned", 2.0), fake_row(56, "scanned", 3.0)]
     )
     assert lines == [
-        "scanned, depth 56 / depth 20: trace+lower 1.50, compile 1.50, step 1.50, memory nan",
-        "unrolled / scanned, depth 20: trace+lower 3.00, compile 3.00, step 3.00, memory nan",
+        "scanned, depth 56 / depth 20: trace+lower 1.50, compile 1.50, compile CPU 1.50, "
+        "instructions 1.00, step 1.50, memory nan",
+        "unrolled / scanned, depth 20: trace+lower 3.00, compile 3.00, compile CPU 3.00, "
+        "instructions 1.00, step 3.00, memory nan",
     ]
 
 
@@ -76,7 +80,7 @@ def test_command_prints_a_line_of_json_a_row_and_then_the_table(monkeypatch, cap
     assert rows[0]["hardware"]["jax"] == jax.__version__
     table = [line.split() for line in err.splitlines()]
     assert ["1001", "unrolled", "not", "run"] in table
-    assert ["20", "scanned", "1,000", *["2", "(2-2)"] * 3, "not", "known"] in table
+    assert ["20", "scanned", *["2", "(2-2)"] * 4, "2,000", "not", "known", "1,000"] in table
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import json
 import pathlib
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import tiny_resnet
 
@@ -36,6 +37,13 @@ CONFIGS = [
         num_steps=3,
     ),
 ]
+
+
+def test_numpy_scalars_are_recorded_as_their_values():
+    """As names of their dtypes two different configs would look the same."""
+    assert to_record(np.int64(7)) == 7
+    assert to_record(np.float32(0.5)) == 0.5
+    assert to_record(jnp.dtype("bfloat16")) == "bfloat16"
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 
 import pytest
 
@@ -88,6 +89,7 @@ def test_block_classes_are_chosen_by_name():
         (["--optimizer", "adamm"], r"'adamm': expected one of sgd, .*mean 'adam'\?"),
         (["--optimizer"], "--optimizer '': expected one of sgd"),
         (["--model", "resnet21"], r"the names that .* names` lists \(did you mean 'resnet\d+'"),
+        (["--model", "Resnet50"], "'Resnet50': expected one of the names"),
         (["--model.dtype", "float31"], "dtype 'float31': expected one such as float32"),
         (["--model.block-cls", "ResidualUnit"], "block_cls=.*Unit.*: expected a subclass of Block"),
         (["--model.block-cls", "Foo"], "'flax_resnet.models:Foo' is not known"),
@@ -101,6 +103,12 @@ def test_mistakes_are_one_line(argv, message):
         flags(*argv)
     assert "\n" not in str(caught.value)
     assert "│" not in str(caught.value)
+
+
+def test_a_mistake_is_told_in_a_terminal_that_is_not_utf_8(monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(UserError, match=r"Unrecognized options: --batch-siz, 3 .*--batch-size\?"):
+        flags("--batch-siz", "3")
 
 
 def test_help_lists_fields_with_their_meaning_and_default(capsys):

@@ -135,6 +135,21 @@ def test_max_pool_pads_with_minus_infinity():
     np.testing.assert_array_equal(max_pool(x, 3, 2, pad=1)[0, ..., 0], [[-1, -2], [-5, -6]])
 
 
+def test_max_pool_pads_as_tensorflow_where_that_is_asked_for():
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    np.testing.assert_array_equal(max_pool(x, 3, 2, pad="SAME")[0, ..., 0], [[10, 11], [14, 15]])
+    np.testing.assert_array_equal(max_pool(x, 3, 2, pad=1)[0, ..., 0], [[5, 7], [13, 15]])
+
+
+def test_dilated_averages_hold_the_strided_ones(rng):
+    x = rng.normal(size=(2, 10, 8, 3)).astype(np.float32)
+    for d in (1, 2, 4):
+        dense = average_pool_2(x, 1, d)
+        assert dense.shape == x.shape
+        want = average_pool_2(x[:, ::d, ::d])
+        np.testing.assert_allclose(dense[:, :: 2 * d, :: 2 * d], want, rtol=1e-6)
+
+
 def test_average_pool_2_leaves_missing_pixels_out(rng):
     x = rng.normal(size=(2, 5, 4, 3)).astype(np.float32)
     out = np.asarray(average_pool_2(x))

@@ -102,10 +102,18 @@ def test_any_number_of_channels_goes_in(channels):
 # --- dilation: the strided net's map is every other pixel of the dilated one's -------------------
 
 
-@pytest.mark.parametrize("stride_conv", ["1x1", "3x3"])
-@pytest.mark.parametrize("block_cls", BLOCKS)
-def test_a_dilated_net_computes_the_strided_one_between_its_pixels(rng, block_cls, stride_conv):
-    fields = {"block_cls": block_cls, "stage_sizes": (1, 2, 2), "stride_conv": stride_conv}
+@pytest.mark.parametrize(
+    ("block_cls", "fields"),
+    [
+        (BasicBlock, {"shortcut": "D"}),
+        (BottleneckBlock, {"stride_conv": "1x1"}),
+        (BottleneckBlock, {"stride_conv": "3x3", "shortcut": "D"}),
+        (PreActBasicBlock, {"shortcut": "A"}),
+        (PreActBottleneckBlock, {"stride_conv": "3x3"}),
+    ],
+)
+def test_a_dilated_net_computes_the_strided_one_between_its_pixels(rng, block_cls, fields):
+    fields = {"block_cls": block_cls, "stage_sizes": (1, 2, 2), **fields}
     strided = tiny_resnet(num_filters=4, **fields)
     dilated = strided.clone(output_stride=1)
     x = images(rng, n=2, size=16)
@@ -267,6 +275,8 @@ def test_stochastic_depth_drops_branch_l_of_L_at_l_over_L_of_the_rate(scan_block
     np.testing.assert_allclose(sums, np.round(sums), atol=1e-5)
     kept = np.round(sums).astype(int)[:, None] >> np.arange(4) & 1
     np.testing.assert_allclose(kept.mean(0), 1 - rates, atol=0.05)
+    # Each block draws for itself.
+    np.testing.assert_allclose(np.corrcoef(kept.T), np.eye(4), atol=0.15)
     whole = model.apply({"params": params}, x[:1], method="features")[0].map
     np.testing.assert_allclose(whole, sum(2**i * (1 - r) for i, r in enumerate(rates)), rtol=1e-6)
 
@@ -297,6 +307,21 @@ def test_dropblock_acts_in_the_last_two_stages_and_its_rate_is_passed_in(rng):
                          rngs={"dropout": KEY})  # fmt: skip
     np.testing.assert_allclose(out[-1].map, some[-1], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(field.apply(variables, x), model.apply(variables, x))
+
+
+def test_dropblock_drops_both_paths_and_a_quarter_as_much_a_stage_before(rng):
+    """Branches of zero leave what the shortcuts carry: what is dropped there is zero."""
+    model = tiny_resnet(stage_sizes=(1, 1, 1), stem_filters=32, num_filters=32, shortcut="A",
+                        zero_init_last=True, dropblock_size=1, dropblock_rate=0.4)  # fmt: skip
+    x = images(rng, n=16, size=16)
+    variables = model.init(KEY, x)
+    maps = {}
+    for name, module in (("dropped", model), ("exact", model.clone(dropblock_rate=0.0))):
+        features, _ = module.apply(variables, x, True, mutable=["batch_stats"], method="features",
+                                   rngs={"dropout": KEY})  # fmt: skip
+        maps[name] = [np.asarray(f.map) for f in features]
+    shares = [np.mean(d[e > 0] == 0) for d, e in zip(*maps.values(), strict=True)]
+    np.testing.assert_allclose(shares, [0, 0.1, 1 - 0.9 * 0.6], atol=0.02)
 
 
 def test_block_dropout_acts_before_the_last_convolution(rng):

@@ -55,7 +55,10 @@ def test_memory_goes_with_the_batch_and_the_dtype_and_remat_saves_it():
     # Each convolution's input at least: 12 of them, 8 channels of 16x16 float32.
     assert few > 12 * 4 * 8 * 16 * 16 * 4
     assert kept(8, remat=True) < 0.4 * many
-    assert kept(8, dtype="bfloat16") < 0.8 * many
+    assert kept(8, dtype="bfloat16") < 0.9 * many  # what makes the statistics stays float32
+    wide = tiny_resnet(num_filters=128)  # copies of the parameters in bfloat16 are no activations
+    full = summary.summarize(wide, (8, 8, 3)).kept_bytes
+    assert summary.summarize(wide.clone(dtype="bfloat16"), (8, 8, 3)).kept_bytes < full
     half = summary.summarize(deep.clone(dtype="bfloat16"), (16, 16, 3))
     assert half.output_bytes == 2
 
@@ -97,8 +100,14 @@ def test_the_command_prints_a_named_network(capsys):
     ("argv", "message"),
     [
         (["resnt50"], "network 'resnt50' is not known (did you mean 'resnet50'?)"),
-        (["resnet50", "--input-shape", "16", "16", "3"], "input is 16x16, the least for 4 stages"),
-        (["resnet50", "--input-shape", "0", "16", "3"], "input shape (0, 16, 3): expected height"),
+        (
+            ["resnet50", "--input-shape", "16", "16", "3"],
+            "input is 16x16, the least for this network is",
+        ),
+        (
+            ["resnet50", "--input-shape", "0", "16", "3"],
+            "input_shape=[0, 16, 3]: expected one or more",
+        ),
         (["resnet50", "--batch-size", "0"], "--batch-size=0: expected 1 or more"),
         (["resnet50", "--dtype", "int8"], "dtype 'int8': expected one such as float32"),
         (["mini", "--no-top"], "mini has no field 'include_top'"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from helpers import (
     UNIT_STATS,
     assert_trees_equal,
@@ -89,6 +90,25 @@ def test_frozen_parts_are_kept_from_the_optimizer(rng):
         assert max_difference(after.params[name], state.params[name]) > 0.01
     moments = [x for x in jax.tree.leaves(after.opt_state) if x.shape == (3, 3, 8, 8)]
     assert moments == []  # and take no memory there
+
+
+class Classifier(nn.Module):
+    """Somebody's own network around a frozen one."""
+
+    backbone: nn.Module
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(10, name="stage_of_mine")(self.backbone(x, train))
+
+
+def test_a_frozen_network_inside_another_is_kept_from_the_optimizer_too(rng):
+    backbone = tiny_resnet(include_top=False, pooling="avg", frozen_stages=1)
+    tx, _ = optim.AdamW(learning_rate=0.1, weight_decay=0.5).build(10, 5)
+    state = create_state(Classifier(backbone), tx, 0, (8, 8, 3), UNIT_STATS)
+    after, _ = jax.jit(train_step)(state, random_batch(rng))
+    assert_trees_equal(after.params["backbone"], state.params["backbone"])
+    assert max_difference(after.params["stage_of_mine"], state.params["stage_of_mine"]) > 0.01
 
 
 def test_trainable_says_what_frozen_stages_freezes():

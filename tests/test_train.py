@@ -15,7 +15,7 @@ from flax_resnet.datasets import sources
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.errors import UserError
 from flax_resnet.models import MiniModel
-from flax_resnet.optim import Adam, Cosine
+from flax_resnet.optim import LARS, Adam, Cosine
 from flax_resnet.train import train_and_evaluate
 
 
@@ -190,6 +190,18 @@ def test_streamed_and_resident_runs_are_bit_identical(config, tmp_path, mesh):
         ({"model": tiny_resnet(num_classes=3)}, "num_classes=3 and the data has labels 0 to 9"),
         ({"data": DataConfig(name="no_such_set")}, "unknown dataset 'no_such_set'"),
         ({"model": tiny_resnet(groups=4)}, "ResNet with .* BasicBlock with groups=4, width_per"),
+        (
+            {"model": tiny_resnet(include_top=False, pooling="avg")},
+            r"ResNet gives \(2, 8\) for two images, expected \(2, 10\) logits: .*include_top=True",
+        ),
+        (
+            {"model": tiny_resnet(include_top=False)},
+            r"ResNet gives \(2, 8, 8, 8\) for two images",
+        ),
+        (
+            {"model": tiny_resnet(scan_blocks=True), "optimizer": LARS()},
+            "LARS with model.scan_blocks: its trust ratios are by layer",
+        ),
         ({"normalization": "imagenet"}, "'imagenet' is for 3 channels, the images have 1"),
     ],
 )

@@ -12,6 +12,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.models import (
     BottleneckBlock,
     PreActBasicBlock,
+    PreActBottleneckBlock,
     ResNet,
     cifar_preact,
     cifar_resnet,
@@ -151,7 +152,15 @@ def test_every_name_makes_a_network():
 def test_a_depth_is_cut_into_blocks_by_the_blocks_convolutions():
     assert cifar_resnet(110).stage_sizes == (18, 18, 18)
     assert cifar_resnet(110, block_cls=BottleneckBlock).stage_sizes == (12, 12, 12)
-    assert cifar_preact(1001).stage_sizes == (111, 111, 111)
+    for depth, block_cls, blocks in (
+        (110, PreActBasicBlock, 18),
+        (164, PreActBottleneckBlock, 18),
+        (1001, PreActBottleneckBlock, 111),
+    ):
+        model = cifar_preact(depth)
+        assert (model.block_cls, model.stage_sizes) == (block_cls, (blocks,) * 3)
+    assert (cifar_preact(110).shortcut, model.shortcut, model.stride_conv) == ("A", "B", "1x1")
+    assert cifar_preact(20, block_cls=PreActBottleneckBlock).stage_sizes == (2, 2, 2)
     assert highway_net(19).stage_sizes == (6, 6, 5)
 
 
@@ -218,11 +227,15 @@ def resnet20():
         ("ResNet152v2", {}, r"not known \(did you mean 'ResNet152V2'\?\); .* names lists them"),
         ("resnet18", {"shortcuts": "A"}, r"resnet18 has no field 'shortcuts' .*'shortcut'\?"),
         ("mini", {"pooling": "avg"}, "mini has no field 'pooling'"),
-        ("resnet18", {"input_shape": (31, 64, 3)}, "input is 31x64, the least for 4 .* is 32x32"),
+        (
+            "resnet18",
+            {"input_shape": (31, 64, 3)},
+            "input is 31x64, the least for .* is 32x32",
+        ),
         ("ResNet50", {"input_shape": (16, 16, 3)}, "input is 16x16, the least .* is 32x32"),
-        ("mini", {"input_shape": (7, 8, 3)}, "input is 7x8, the least is 8x8"),
-        ("dropblock_resnet", {"input_shape": (8, 8, 3)}, "input is 8x8, the least is 16x16"),
-        ("resnet18", {"input_shape": (224, 224)}, r"shape \(224, 224\): expected height, width"),
+        ("mini", {"input_shape": (7, 8, 3)}, "input is 7x8, the least for .* is 8x8: enl"),
+        ("dropblock_resnet", {"input_shape": (8, 8, 3)}, "input is 8x8, the least for .* is 16x16"),
+        ("resnet18", {"input_shape": (224, 224)}, r"shape=\(224, 224\): expected height, width"),
         ("resnet18", {"dtype": "float31"}, "dtype 'float31': expected one such as float32"),
         ("resnet18", {"classes": 5, "num_classes": 6}, "num_classes=6 and classes=5: give one"),
         (
@@ -237,6 +250,30 @@ def resnet20():
         ("ResNet50V2", {"stage_sizes": (1, 2)}, "with stride_block='last' a stage needs 2 blocks"),
         ("resnet18", {"weights": "imagenet"}, "weights='imagenet': expected None or variables"),
         ("resnet18", {"weights": {"kernel": 3}}, "weights={'kernel': 3}: expected None or var"),
+        (
+            "resnet18",
+            {"connection": "Residual"},
+            r"connection='Residual': .*mean 'residual'",
+        ),
+        (
+            "resnet18",
+            {"pooling": "maximum"},
+            "'maximum': expected one of 'avg', 'max', None",
+        ),
+        ("resnet18", {"stem": "Cifar"}, r"stem='Cifar': expected .* \(did you mean 'cifar'\?\)"),
+        ("resnet18", {"kernel_init": "he"}, "kernel_init='he': expected one of 'he_normal', 'gl"),
+        ("resnet18", {"num_classes": 0}, "num_classes=0: expected 1 or more"),
+        ("mini", {"num_classes": 0}, "num_classes=0: expected 1 or more"),
+        ("resnet18", {"num_filters": -3}, "num_filters=-3: expected 1 or more"),
+        ("resnet18", {"se_reduction": 0}, "se_reduction=0: expected 1 or more"),
+        ("resnext50_32x4d", {"num_filters": 8}, "a convolution is left without channels"),
+        ("resnet18", {"param_dtype": "junk"}, "dtype 'junk': expected one such as float32"),
+        ("resnet18", {"dtype": "float64"}, "dtype 'float64' needs 64-bit JAX: set JAX_ENABLE"),
+        ("resnet18", {"stage_sizes": 5}, "stage_sizes=5: expected one or more whole numbers"),
+        ("resnet18", {"input_shape": 32}, "input_shape=32: expected one or more whole numbers"),
+        ("plain20", {"drop_path_rate": 0.1}, "drop_path_rate=0.1 with connection='plain'"),
+        ("Resnet50", {}, "did you mean 'resnet50' or 'ResNet50'"),
+        (50, {}, "network 50 is not known"),
         ("resnet18", {"groups": 32}, "BasicBlock with groups=32, .* expected 1 and 64"),
         ("resnet18", {"block_cls": int}, "block_cls=.*int.*: expected a subclass of Block"),
     ],
@@ -270,7 +307,7 @@ def test_weights_that_do_not_fit_are_one_line(resnet20, name, fields, message):
         (lambda: cifar_resnet(57), r"57 is not 6n \+ 2, .*; the nearest that is: 56"),
         (lambda: cifar_resnet(3), r"3 is not 6n \+ 2, .*: 8"),
         (lambda: cifar_resnet(32, block_cls=BottleneckBlock), r"32 is not 9n \+ 2, .* BottleneckB"),
-        (lambda: cifar_preact(163), r"163 is not 6n \+ 2, .* PreActBasicBlock make it; .*: 164"),
+        (lambda: cifar_preact(163), r"163 is not 9n \+ 2, .* PreActBottleneckBlock .*: 164"),
         (lambda: cifar_preact(1001, block_cls=PreActBasicBlock), r"1001 is not 6n \+ 2, .*: 998"),
         (lambda: wide_resnet(27, 10), r"27 is not 6n \+ 4, .*: 28"),
         (lambda: highway_net(4), "depth 4: expected 5 or more"),
@@ -300,6 +337,41 @@ def test_a_replaced_head_leaves_the_rest(resnet20):
     again, full = replace_head(headless, bare, num_classes=4)
     assert again == module
     assert_trees_equal(full, variables)
+
+
+def test_weights_are_cast_to_the_networks_dtype_and_must_be_floats(resnet20):
+    half = jax.tree.map(lambda x: np.asarray(x, np.float16), resnet20)
+    assert {x.dtype for x in jax.tree.leaves(load("resnet20", weights=half)[1])} == {
+        jnp.dtype("float32")
+    }
+    whole = jax.tree.map(lambda x: np.asarray(x, np.int32), resnet20)
+    with pytest.raises(UserError, match="not floating-point"):
+        load("resnet20", weights=whole)
+    with pytest.raises(UserError, match=r"hold what is no array: params/head/kernel$"):
+        load("resnet20", weights={"params": {"head": {"kernel": [1, 2]}}})
+
+
+def test_stacked_weights_of_another_depth_are_refused():
+    """Indexing past the end of a jax array repeats its last row."""
+    for theirs, ours in (("resnet20", "resnet56"), ("resnet32", "resnet20")):
+        _, variables = load(theirs, scan_blocks=True)
+        with pytest.raises(UserError, match=r"stage1_blocks holds arrays .* another depth"):
+            load(ours, weights=variables)
+
+
+def test_a_seed_gives_the_same_weights_scanned_or_not():
+    _, variables = load("resnet20", seed=3)
+    module, stacked = load("resnet20", seed=3, scan_blocks=True)
+    assert_trees_equal(stack_blocks(module, variables), stacked)
+
+
+def test_sizes_may_be_lists_or_numpy():
+    want = create("resnet20", stage_sizes=(1, 1))
+    for sizes in ([1, 1], np.array([1, 1])):
+        assert create("resnet20", stage_sizes=sizes) == want
+        assert hash(create("resnet20", stage_sizes=sizes)) == hash(want)
+    shapes = jax.eval_shape(lambda: load("resnet20", input_shape=np.array([8, 8, 1]))[1])
+    assert shapes["params"]["stem_conv"]["kernel"].shape == (3, 3, 1, 16)
 
 
 def test_the_package_has_load_and_names():

@@ -14,11 +14,11 @@ from flax_resnet.models.mini import MiniModel as MiniModel
 from flax_resnet.models.mini import ResidualUnit as ResidualUnit
 from flax_resnet.models.resnet import Feature as Feature
 from flax_resnet.models.resnet import ResNet as ResNet
+from flax_resnet.models.surgery import initialize as initialize
 from flax_resnet.models.surgery import replace_head as replace_head
 from flax_resnet.models.surgery import stack_blocks as stack_blocks
 from flax_resnet.models.surgery import trainable as trainable
 from flax_resnet.models.surgery import unstack_blocks as unstack_blocks
-from flax_resnet.models.zoo import check_dtype as check_dtype
 from flax_resnet.models.zoo import check_shape as check_shape
 from flax_resnet.models.zoo import cifar_preact as cifar_preact
 from flax_resnet.models.zoo import cifar_resnet as cifar_resnet

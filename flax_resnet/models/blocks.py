@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_resnet.errors import UserError
+from flax_resnet.errors import UserError, check_choices
 from flax_resnet.layers import Layers, ShortcutKind, average_pool_2, shortcut_a
 from flax_resnet.regularize import DropBlock, Rate, drop_path, is_zero
 
@@ -63,7 +63,7 @@ class Block(nn.Module):
       dilation: dilation of those after it.
       layers: makes convolutions and norms.
       shortcut: "A" pads new channels with zeros, "B" projects where the shape changes, "C"
-        projects in every block (He et al. 2016, section 3.3), "D" is B with 2x2 averages in
+        projects in every block (He et al. 2016, section 4.1), "D" is B with 2x2 averages in
         place of the projection's stride (He et al. 2019, section 4.2).
       connection: "residual" adds the shortcut, "plain" has none, "highway" mixes branch and
         shortcut by a learned gate (Srivastava et al. 2015).
@@ -102,7 +102,11 @@ class Block(nn.Module):
     """Norm and ReLU before each convolution rather than after."""
 
     def convs(self) -> tuple[ConvSpec, ...]:
-        """The convolutions of the branch, in order."""
+        """The convolutions of the branch, in order.
+
+        Those with a kernel above 1x1 take ``first_dilation`` up to the strided one and with
+        it, ``dilation`` after it, or ``output_stride`` has no effect on them.
+        """
         raise NotImplementedError
 
     @nn.compact
@@ -126,7 +130,7 @@ class Block(nn.Module):
         last = (lambda y: y) if self.preactivation else nn.relu
         if self.connection == "plain":
             return last(h)
-        carried = self._shortcut(x, source, train, dropblock_rate)
+        carried = self._drop_block(self._shortcut(x, source, train), train, dropblock_rate)
         if self.connection == "residual":
             return last(h + carried)
         gate = self._gate(x)
@@ -159,21 +163,20 @@ class Block(nn.Module):
                 h = nn.relu(h)
         return h
 
-    def _shortcut(
-        self, x: jax.Array, source: jax.Array, train: bool, dropblock_rate: Rate
-    ) -> jax.Array:
+    def _shortcut(self, x: jax.Array, source: jax.Array, train: bool) -> jax.Array:
         """What is carried past the branch; a projection sees what the branch sees (``source``)."""
         width, kind, strides = self.filters * self.expansion, self.shortcut, self.strides
         changes = strides != 1 or x.shape[-1] != width
         if kind == "A" or not (changes or kind == "C"):
             return shortcut_a(x, width, strides) if changes else x
-        if kind == "D" and strides == 2:
-            source, strides = average_pool_2(source), 1
+        if kind == "D" and (strides != 1 or self.dilation != self.first_dilation):
+            # Where the stride has become dilation, the averages are taken at every pixel.
+            source, strides = average_pool_2(source, strides, self.first_dilation), 1
         normed = not self.preactivation
         h = self.layers.conv(width, 1, strides, normed=normed, name="shortcut_conv")(source)
         if normed:
             h = self.layers.norm(train, name="shortcut_norm")(h)
-        return self._drop_block(h, train, dropblock_rate)
+        return h
 
     def _gate(self, x: jax.Array) -> jax.Array:
         """The transform gate, a convolution shaped like the block's first (section 2)."""
@@ -186,6 +189,13 @@ class Block(nn.Module):
         return DropBlock(self.dropblock_size)(h, rate, train)
 
     def _check(self) -> None:
+        check_choices(self)
+        for spec in self.convs():
+            if spec.filters < 1:
+                raise UserError(
+                    f"{type(self).__name__} with filters={self.filters}, width_per_group="
+                    f"{self.width_per_group}: a convolution is left without channels; use more"
+                )
         if not self.grouped and (self.groups, self.width_per_group) != (1, 64):
             raise UserError(
                 f"{type(self).__name__} with groups={self.groups}, width_per_group="

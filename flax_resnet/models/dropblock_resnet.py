@@ -2,7 +2,8 @@
 
 A block is two units of BN, ReLU, 3x3 convolution, BN, ReLU, 3x3 convolution, the first taken
 through a ReLU, the second added to it: h1 = ReLU(unit1(x)), h = ReLU(h1 + unit2(h1)). Then
-DropBlock (Ghiasi et al. 2018) with blocks of 5, and a 3x3 max-pool of stride 2. The tutorial
+DropBlock (Ghiasi et al. 2018) with blocks of 5, and a 3x3 max-pool of stride 2, padded as
+TensorFlow does for "SAME". The tutorial
 normalises the input before the network; here the training step does.
 """
 
@@ -13,8 +14,15 @@ from collections.abc import Sequence
 import jax
 from flax import linen as nn
 
-from flax_resnet.errors import UserError
-from flax_resnet.layers import KERAS_DEFAULTS, Dtype, Layers, max_pool
+from flax_resnet.errors import check_range
+from flax_resnet.layers import (
+    KERAS_DEFAULTS,
+    Dtype,
+    Layers,
+    check_images,
+    max_pool,
+    whole_numbers,
+)
 from flax_resnet.regularize import DropBlock, Rate
 
 
@@ -66,6 +74,13 @@ class DropBlockResNet(nn.Module):
     param_dtype: Dtype = "float32"
     axis_name: str | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("stage_filters", "dense_features"):
+            object.__setattr__(self, name, whole_numbers(name, getattr(self, name)))
+        check_range("num_classes", self.num_classes, 1)
+        check_range("dropblock_size", self.dropblock_size, 1)
+
     @property
     def layers(self) -> Layers:
         """What makes this network's convolutions, norms and dense layers."""
@@ -85,15 +100,14 @@ class DropBlockResNet(nn.Module):
             compiles again.
         """
         least = 2 ** len(self.stage_filters)
-        if min(x.shape[1:3]) < least:
-            raise UserError(f"input is {x.shape[1]}x{x.shape[2]}, the least is {least}x{least}")
+        check_images(x, least, "fewer stage_filters")
         layers = self.layers
         rate = self.dropblock_rate if dropblock_rate is None else dropblock_rate
         for stage, filters in enumerate(self.stage_filters, start=1):
             h = nn.relu(ConvUnit(filters, layers, name=f"stage{stage}_unit1")(x, train))
             x = nn.relu(h + ConvUnit(filters, layers, name=f"stage{stage}_unit2")(h, train))
             x = DropBlock(self.dropblock_size, self.dropblock_clamp)(x, rate, train)
-            x = max_pool(x, 3, 2, pad=1)
+            x = max_pool(x, 3, 2, pad="SAME")
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.dense_features, start=1):
             x = nn.relu(layers.dense(width, name=f"dense{i}")(x))

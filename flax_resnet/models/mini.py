@@ -16,8 +16,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_resnet.errors import UserError
-from flax_resnet.layers import KERAS_DEFAULTS, Dtype, Layers, max_pool
+from flax_resnet.errors import check_range
+from flax_resnet.layers import (
+    KERAS_DEFAULTS,
+    Dtype,
+    Layers,
+    check_images,
+    max_pool,
+    whole_numbers,
+)
 
 
 class ResidualUnit(nn.Module):
@@ -83,6 +90,11 @@ class MiniModel(nn.Module):
     param_dtype: Dtype = "float32"
     axis_name: str | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "stage_sizes", whole_numbers("stage_sizes", self.stage_sizes))
+        check_range("num_classes", self.num_classes, 1)
+
     @property
     def layers(self) -> Layers:
         """What makes this network's convolutions, norms and dense layers."""
@@ -93,8 +105,7 @@ class MiniModel(nn.Module):
         """Maps images (N, H, W, C) to logits (N, num_classes)."""
         layers = self.layers
         least = 2 ** (len(self.stage_sizes) - 1)
-        if min(x.shape[1:3]) < least:
-            raise UserError(f"input is {x.shape[1]}x{x.shape[2]}, the least is {least}x{least}")
+        check_images(x, least, "fewer stages")
         x = layers.conv(self.num_filters, 3, name="stem_conv")(x)
         for stage, num_units in enumerate(self.stage_sizes):
             for unit in range(num_units):

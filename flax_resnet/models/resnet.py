@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from flax_resnet.errors import UserError, check_range
+from flax_resnet.errors import UserError, check_choices, check_range
 from flax_resnet.layers import (
     BiasKind,
     Dtype,
@@ -22,7 +22,9 @@ from flax_resnet.layers import (
     Layers,
     NormKind,
     ShortcutKind,
+    check_images,
     max_pool,
+    whole_numbers,
 )
 from flax_resnet.models.blocks import BasicBlock, Block, Connection, StrideConv
 from flax_resnet.regularize import Rate, is_zero
@@ -134,9 +136,10 @@ class ResNet(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes, stages = self.stage_sizes, len(self.stage_sizes)
-        if not stages or not all(isinstance(n, int) and n > 0 for n in sizes):
-            raise UserError(f"stage_sizes={sizes}: expected one or more whole numbers above 0")
+        sizes = whole_numbers("stage_sizes", self.stage_sizes)
+        object.__setattr__(self, "stage_sizes", sizes)  # a list would not hash
+        stages = len(sizes)
+        check_choices(self)
         if not (isinstance(self.block_cls, type) and issubclass(self.block_cls, Block)):
             raise UserError(
                 f"block_cls={self.block_cls}: expected a subclass of Block, such as BasicBlock"
@@ -153,8 +156,16 @@ class ResNet(nn.Module):
             raise UserError(
                 f"output_stride={self.output_stride}: expected None or one of {strides}"
             )
-        for name in ("dropout_rate", "drop_path_rate", "dropblock_rate"):
+        if self.connection == "plain" and self.drop_path_rate:
+            raise UserError(
+                f"drop_path_rate={self.drop_path_rate} with connection='plain': nothing would be "
+                "left of a dropped block; use 0, or another connection"
+            )
+        for name in ("dropout_rate", "drop_path_rate", "dropblock_rate", "bn_momentum"):
             check_range(name, getattr(self, name), 0, 1)
+        for name in ("num_classes", "num_filters", "stem_filters", "groups", "width_per_group",
+                     "se_reduction", "dropblock_size"):  # fmt: skip
+            check_range(name, getattr(self, name), 1)
 
     @property
     def layers(self) -> Layers:
@@ -326,7 +337,7 @@ class ResNet(nn.Module):
             elif index == equal[0]:
                 scan = nn.scan(
                     nn.remat(run, prevent_cse=False) if self.remat else run,
-                    variable_axes={"params": 0, "batch_stats": 0},
+                    variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
                     split_rngs={"params": True, "dropout": True},
                     length=len(equal),
                 )
@@ -335,15 +346,8 @@ class ResNet(nn.Module):
         return x
 
     def _check_input(self, x: jax.Array) -> None:
-        if x.ndim != 4:
-            raise UserError(f"input of shape {x.shape}: expected images (N, H, W, C)")
         least = self.stem_stride * 2 ** (len(self.stage_sizes) - 1)
-        if min(x.shape[1:3]) < least:
-            raise UserError(
-                f"input is {x.shape[1]}x{x.shape[2]}, the least for {len(self.stage_sizes)} stages "
-                f"and this stem is {least}x{least}: enlarge the images, or choose stem='cifar' or "
-                "fewer stages"
-            )
+        check_images(x, least, "stem='cifar' or fewer stages")
         first = "stem_conv1" if self.stem == "deep" else "stem_conv"
         kernel = self.variables.get("params", {}).get(first, {}).get("kernel")
         if kernel is not None and kernel.shape[2] != x.shape[3]:

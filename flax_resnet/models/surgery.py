@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_resnet.errors import UserError
+from flax_resnet.errors import UserError, check_range
 from flax_resnet.models.resnet import ResNet, block_name, blocks_name
 
 
@@ -24,7 +24,8 @@ def stack_blocks(module: ResNet, tree: Any) -> Any:
 
     Returns:
       The same with ``stageI_block2``, ... in one ``stageI_blocks`` of arrays with a leading axis.
-      What is stacked already stays so.
+      What is stacked already stays so. Of several seeds at once, ``jax.vmap`` it; of shapes,
+      ``jax.eval_shape`` it.
     """
 
     def stack(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,8 +47,14 @@ def unstack_blocks(module: ResNet, tree: Any) -> Any:
         node = dict(node)
         for stage in range(len(module.stage_sizes)):
             if blocks_name(stage) in node:
-                stacked = node.pop(blocks_name(stage))
-                for at, index in enumerate(module.equal_blocks(stage)):
+                stacked, equal = node.pop(blocks_name(stage)), module.equal_blocks(stage)
+                for leaf in jax.tree.leaves(stacked):
+                    if leaf.shape[:1] != (len(equal),):
+                        raise UserError(
+                            f"{blocks_name(stage)} holds arrays of {leaf.shape}, this network has "
+                            f"{len(equal)} equal blocks there: they are of another depth"
+                        )
+                for at, index in enumerate(equal):
                     node[block_name(stage, index)] = jax.tree.map(lambda x, at=at: x[at], stacked)
         return node
 
@@ -61,6 +68,27 @@ def _map_levels(change: Callable[[Mapping[str, Any]], dict[str, Any]], tree: Any
         return isinstance(node, Mapping) and block_name(0, 0) in node
 
     return jax.tree.map(lambda n: change(n) if is_level(n) else n, tree, is_leaf=is_level)
+
+
+def initialize(module: nn.Module, key: jax.Array, images: Any) -> dict[str, Any]:
+    """Fresh variables of a network.
+
+    A ResNet's are the same for one key whether its blocks are scanned or not: they are drawn
+    in the scanned form, which compiles in seconds at any depth.
+
+    Args:
+      module: the network.
+      key: random key.
+      images: (N, H, W, C), or their shape and dtype; only the shape matters.
+    """
+
+    def init(key: jax.Array) -> Any:
+        zeros = jnp.zeros(images.shape, images.dtype)
+        if not isinstance(module, ResNet) or module.scan_blocks:
+            return module.init(key, zeros, train=False)
+        return unstack_blocks(module, module.clone(scan_blocks=True).init(key, zeros, train=False))
+
+    return jax.jit(init)(key)
 
 
 def replace_head(
@@ -77,6 +105,7 @@ def replace_head(
     Returns:
       (module, variables).
     """
+    check_range("num_classes", num_classes, 1)
     params = dict(variables["params"])
     if isinstance(module, ResNet):
         module, width = module.clone(include_top=True), module.num_features
@@ -88,17 +117,30 @@ def replace_head(
 
 
 def trainable(module: nn.Module, params: Mapping[str, Any]) -> Any:
-    """A tree of bools like ``params``: False in the parts that ``frozen_stages`` freezes."""
+    """A tree of bools like ``params``: False in the parts that ``frozen_stages`` freezes.
+
+    A network may be a field of the module, ``backbone`` of your own classifier, say.
+    """
     frozen = getattr(module, "frozen_stages", -1)
+    inner = {name: getattr(module, name, None) for name in params}
 
     def trains(name: str) -> bool:
+        if frozen < 0:
+            return True
         if name.startswith("stem_"):
-            return frozen < 0
+            return False
         if name.startswith("stage"):
             return int(name.removeprefix("stage").partition("_")[0]) > frozen
         return name != "final_norm" or frozen < len(module.stage_sizes)
 
-    return {name: jax.tree.map(lambda _, t=trains(name): t, part) for name, part in params.items()}
+    tree = {}
+    for name, part in params.items():
+        field = inner[name]
+        if isinstance(field, nn.Module):
+            tree[name] = trainable(field, part)
+        else:
+            tree[name] = jax.tree.map(lambda _, t=trains(name): t, part)
+    return tree
 
 
 def match_variables(module: nn.Module, want: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,6 +157,8 @@ def match_variables(module: nn.Module, want: Any, given: Mapping[str, Any]) -> d
     if isinstance(module, ResNet):
         given = (stack_blocks if module.scan_blocks else unstack_blocks)(module, given)
     have, need = (flatten_dict(dict(tree), sep="/") for tree in (given, want))
+    if lists := [key for key, x in have.items() if not hasattr(x, "shape")]:
+        raise UserError(f"the weights hold what is no array: {_some(lists)}")
     if not any(key.startswith("params/head/") for key in need):
         have = {key: x for key, x in have.items() if not key.startswith("params/head/")}
     _check_ends(have, need)
@@ -126,13 +170,17 @@ def match_variables(module: nn.Module, want: Any, given: Mapping[str, Any]) -> d
             for key in sorted(need.keys() & have.keys())
             if have[key].shape != need[key].shape
         ],
+        "not floating-point": sorted(
+            key for key, x in have.items() if not jnp.issubdtype(x.dtype, jnp.floating)
+        ),
     }
     if any(problems.values()):
         raise UserError(
             f"the weights are not this {type(module).__name__}'s: "
             + "; ".join(f"{len(v)} {k} ({_some(v)})" for k, v in problems.items() if v)
         )
-    return unflatten_dict({key: jnp.asarray(have[key]) for key in need}, sep="/")
+    cast = {key: jnp.asarray(have[key], need[key].dtype) for key in need}
+    return unflatten_dict(cast, sep="/")
 
 
 def _check_ends(have: Mapping[str, Any], need: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_resnet.errors import UserError, did_you_mean
-from flax_resnet.layers import Dtype, as_dtype
+from flax_resnet.layers import Dtype, check_dtype, whole_numbers
 from flax_resnet.models.blocks import (
     BasicBlock,
     Block,
@@ -24,7 +24,7 @@ from flax_resnet.models.dropblock_resnet import DropBlockResNet
 from flax_resnet.models.highway import highway_net
 from flax_resnet.models.mini import MiniModel
 from flax_resnet.models.resnet import ResNet
-from flax_resnet.models.surgery import match_variables
+from flax_resnet.models.surgery import initialize, match_variables
 
 Variables = Mapping[str, Any]
 
@@ -37,6 +37,7 @@ IMAGENET_STAGES = {
     200: (3, 24, 36, 3),
 }
 LEAST_BOTTLENECK = 50
+DEEPEST_BASIC_PREACT = 110
 
 
 def imagenet_resnet(
@@ -116,19 +117,23 @@ def cifar_preact(depth: int, **fields: Any) -> ResNet:
     """The pre-activated CIFAR networks of He et al. 2016b: 110, and bottlenecked 164 and 1001.
 
     Bottlenecks stride in the first 1x1 and project where the shape changes, as in the
-    paper's code; two-layer blocks have shortcut A.
+    paper's code; two-layer blocks have shortcut A. An identity shortcut of the very first block
+    carries the stem's output as it is, as torch code commonly has it; the paper's appendix
+    normalises and rectifies it first.
 
     Args:
-      depth: 9n + 2 gives bottlenecks, other depths of 6n + 2 two-layer blocks.
+      depth: to 110 of two-layer blocks, 6n + 2; deeper of bottlenecks, 9n + 2; another
+        ``block_cls`` may be given at any depth.
       **fields: any field of ResNet, over the paper's.
 
     Raises:
-      UserError: ``depth`` is neither.
+      UserError: ``depth`` does not fit the block.
     """
-    own: dict[str, Any] = {"block_cls": PreActBasicBlock}
-    if (depth - 2) % 9 == 0:
-        own = {"block_cls": PreActBottleneckBlock, "shortcut": "B", "stride_conv": "1x1"}
-    return cifar_resnet(depth, **{**own, **fields})
+    deep = PreActBottleneckBlock if depth > DEEPEST_BASIC_PREACT else PreActBasicBlock
+    own = {"block_cls": deep, **fields}
+    if issubclass(own["block_cls"], BottleneckBlock):
+        own = {"shortcut": "B", "stride_conv": "1x1", **own}
+    return cifar_resnet(depth, **own)
 
 
 def wide_resnet(depth: int, width: int, **fields: Any) -> ResNet:
@@ -217,10 +222,13 @@ def create(name: str, **fields: Any) -> nn.Module:
     """
     known = _named()
     if name not in known:
+        cases = [repr(n) for n in known if n.lower() == str(name).lower()]
+        near = f" (did you mean {' or '.join(cases)}?)" if cases else did_you_mean(str(name), known)
         raise UserError(
-            f"network {name!r} is not known{did_you_mean(name, known)}; "
-            "python -m flax_resnet names lists them"
+            f"network {name!r} is not known{near}; python -m flax_resnet names lists them"
         )
+    for field in ("dtype", "param_dtype"):
+        check_dtype(fields.get(field, "float32"))
     try:
         return known[name](**fields)
     except TypeError:
@@ -283,7 +291,7 @@ def load(
     fields |= {key: value for key, value in top.items() if value not in (True, None)}
     if num_classes is not None:
         fields["num_classes"] = num_classes
-    module = create(name, dtype=check_dtype(dtype), **fields)
+    module = create(name, dtype=dtype, **fields)
     shape = check_shape(default_shape(module) if input_shape is None else input_shape)
     if not (weights is None or (isinstance(weights, Mapping) and "params" in weights)):
         raise UserError(
@@ -291,11 +299,10 @@ def load(
             "'batch_stats'; files and published weights cannot be read yet"
         )
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    init = functools.partial(module.init, train=False)
+    key = jax.random.key(seed)
     if weights is None:
-        zeros = jnp.zeros(images.shape, images.dtype)
-        return module, jax.jit(init)(jax.random.key(seed), zeros)
-    want = jax.eval_shape(init, jax.random.key(seed), images)
+        return module, initialize(module, key, images)
+    want = jax.eval_shape(functools.partial(module.init, train=False), key, images)
     return module, match_variables(module, want, weights)
 
 
@@ -305,22 +312,8 @@ def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     Raises:
       UserError: it is not three whole numbers above 0.
     """
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise UserError(f"input shape {tuple(shape)}: expected height, width and channels")
-    height, width, channels = shape
+    sizes = whole_numbers("input_shape", shape)
+    if len(sizes) != 3:
+        raise UserError(f"input_shape={sizes}: expected height, width and channels")
+    height, width, channels = sizes
     return height, width, channels
-
-
-def check_dtype(dtype: Dtype) -> Dtype:
-    """``dtype``, where it is a floating-point dtype or the name of one.
-
-    Raises:
-      UserError: it is not.
-    """
-    try:
-        floats = jnp.issubdtype(as_dtype(dtype), jnp.floating)
-    except TypeError:
-        floats = False
-    if not floats:
-        raise UserError(f"dtype {dtype!r}: expected one such as float32 or bfloat16")
-    return dtype
