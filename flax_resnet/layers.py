@@ -239,11 +239,16 @@ def check_dtype(dtype: Dtype) -> Dtype:
         floats = False
     if not floats:
         raise UserError(f"dtype {dtype!r}: expected one such as float32 or bfloat16")
-    if jax.dtypes.canonicalize_dtype(as_dtype(dtype)) != as_dtype(dtype):
+    if needs_x64(dtype):
         raise UserError(
             f"dtype {dtype!r} needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment"
         )
     return dtype
+
+
+def needs_x64(dtype: Dtype) -> bool:
+    """True for a dtype, or its name, that this jax would silently narrow."""
+    return dtype is not None and jax.dtypes.canonicalize_dtype(as_dtype(dtype)) != as_dtype(dtype)
 
 
 def as_dtype(dtype: Dtype) -> Any:

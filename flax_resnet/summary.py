@@ -96,9 +96,7 @@ def count_layers(
     module: nn.Module, input_shape: tuple[int, int, int]
 ) -> tuple[tuple[Row, ...], Any]:
     """(a row for each convolution, norm and dense layer as they are called, variables' shapes)."""
-    plain = _unrolled(module)
-    if isinstance(plain, ResNet):
-        plain = plain.clone(remat=False)
+    plain = _unrolled(module, remat=False)
     images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     rows: list[Row] = []
     with nn.intercept_methods(_recorder(rows)):
@@ -106,8 +104,8 @@ def count_layers(
     return tuple(rows), variables
 
 
-def _unrolled(module: nn.Module) -> nn.Module:
-    return module.clone(scan_blocks=False) if isinstance(module, ResNet) else module
+def _unrolled(module: nn.Module, **fields: Any) -> nn.Module:
+    return module.clone(scan_blocks=False, **fields) if isinstance(module, ResNet) else module
 
 
 def _recorder(rows: list[Row]) -> Callable[..., Any]:
@@ -118,26 +116,25 @@ def _recorder(rows: list[Row]) -> Callable[..., Any]:
         layer = context.module
         if isinstance(layer, COUNTED) and context.method_name == "__call__":
             params, shape, macs = layer.variables["params"], out.shape[1:], 0
-            kind = type(layer).__name__
             if "kernel" in params:
                 macs = math.prod(params["kernel"].shape) * math.prod(shape[:-1])
-            if isinstance(layer, nn.Conv):
-                conv: Any = layer
-                kind += " {}x{}".format(*params["kernel"].shape[:2])
-                kind += "".join(
-                    f"{label}{value}"
-                    for label, value in {
-                        " /": conv.strides[0],
-                        " groups ": conv.feature_group_count,
-                        " dilation ": conv.kernel_dilation[0],
-                    }.items()
-                    if value != 1
-                )
+            kind = _conv_kind(layer) if isinstance(layer, nn.Conv) else type(layer).__name__
             name = ".".join(layer.path)
             rows.append(Row(name, kind, shape, _size(params), macs, math.prod(shape)))
         return out
 
     return record
+
+
+def _conv_kind(conv: Any) -> str:
+    """Such as "Conv 3x3 /2 groups 32"."""
+    fields = {
+        " /": conv.strides[0],
+        " groups ": conv.feature_group_count,
+        " dilation ": conv.kernel_dilation[0],
+    }
+    others = "".join(f"{label}{value}" for label, value in fields.items() if value != 1)
+    return "Conv {}x{}".format(*conv.kernel_size) + others
 
 
 def _size(tree: Any) -> int:

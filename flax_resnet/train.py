@@ -24,7 +24,7 @@ from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, to_record, write_json
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
-from flax_resnet.layers import as_dtype
+from flax_resnet.layers import needs_x64
 from flax_resnet.optim import LAMB, LARS, learning_rate_at
 from flax_resnet.step import LOSSES, Batch, TrainState, create_state, eval_step, train_step
 
@@ -147,9 +147,8 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
 
 def _check_model(model: nn.Module) -> None:
     """Raises UserError for fields that this loop cannot honour."""
-    narrow = jax.dtypes.canonicalize_dtype(np.float64) != np.float64
     for name in ("dtype", "param_dtype"):
-        if narrow and as_dtype(getattr(model, name, None)) == np.float64:
+        if needs_x64(getattr(model, name, None)):
             raise UserError(
                 f"model.{name}=float64 needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment"
             )

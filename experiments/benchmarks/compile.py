@@ -9,7 +9,7 @@ Claim: compiling a scanned network hardly takes longer with depth. From 56 to 20
 compiled program has the same number of instructions, and took 6 to 10 CPU seconds (16x16 images,
 batches of 8, two shared CPU cores); at 20 layers a stage has one equal block, and no loop is left.
 Unrolled, instructions grow in proportion to depth. Compiling 164 layers took as long either way.
-A step took 3 to 8 times as long scanned: a CPU is slow at convolutions in a loop.
+A step took 2 to 8 times as long scanned: a CPU is slow at convolutions in a loop.
 
 Standard output has one line of JSON a row, standard error the table. On a busy machine compare CPU
 seconds and instructions rather than seconds.

@@ -39,7 +39,7 @@ def highway_net(depth: int, **fields: Any) -> ResNet:
     """
     if depth < 5:
         raise UserError(f"depth {depth}: expected 5 or more, three layers, a stem and a head")
-    sizes = tuple((depth - 2 + 2 - stage) // 3 for stage in range(3))
+    sizes = tuple((depth - stage) // 3 for stage in range(3))
     own = {
         "block_cls": HighwayLayer,
         "connection": "highway",

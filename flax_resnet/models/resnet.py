@@ -171,14 +171,14 @@ class ResNet(nn.Module):
     def layers(self) -> Layers:
         """What makes this network's convolutions, norms and dense layers."""
         return Layers(
-            self.norm_kind,
-            self.bn_momentum,
-            self.bn_epsilon,
-            self.conv_bias,
-            self.kernel_init,
-            self.dtype,
-            self.param_dtype,
-            self.axis_name,
+            norm_kind=self.norm_kind,
+            bn_momentum=self.bn_momentum,
+            bn_epsilon=self.bn_epsilon,
+            conv_bias=self.conv_bias,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            axis_name=self.axis_name,
         )
 
     @property

@@ -122,7 +122,6 @@ def trainable(module: nn.Module, params: Mapping[str, Any]) -> Any:
     A network may be a field of the module, ``backbone`` of your own classifier, say.
     """
     frozen = getattr(module, "frozen_stages", -1)
-    inner = {name: getattr(module, name, None) for name in params}
 
     def trains(name: str) -> bool:
         if frozen < 0:
@@ -135,7 +134,7 @@ def trainable(module: nn.Module, params: Mapping[str, Any]) -> Any:
 
     tree = {}
     for name, part in params.items():
-        field = inner[name]
+        field = getattr(module, name, None)
         if isinstance(field, nn.Module):
             tree[name] = trainable(field, part)
         else:
