@@ -20,6 +20,7 @@ from flax_resnet.models import PreActBasicBlock as PreActBasicBlock
 from flax_resnet.models import PreActBottleneckBlock as PreActBottleneckBlock
 from flax_resnet.models import ResidualUnit as ResidualUnit
 from flax_resnet.models import ResNet as ResNet
+from flax_resnet.models import WeightsError as WeightsError
 from flax_resnet.models import cifar_preact as cifar_preact
 from flax_resnet.models import cifar_resnet as cifar_resnet
 from flax_resnet.models import create as create
@@ -27,7 +28,6 @@ from flax_resnet.models import highway_net as highway_net
 from flax_resnet.models import imagenet_resnet as imagenet_resnet
 from flax_resnet.models import initialize as initialize
 from flax_resnet.models import keras_resnet as keras_resnet
-from flax_resnet.models import load as load
 from flax_resnet.models import names as names
 from flax_resnet.models import replace_head as replace_head
 from flax_resnet.models import stack_blocks as stack_blocks
@@ -45,6 +45,12 @@ from flax_resnet.optim import OneCycle as OneCycle
 from flax_resnet.optim import Piecewise as Piecewise
 from flax_resnet.optim import ReduceOnPlateau as ReduceOnPlateau
 from flax_resnet.optim import linear_scaled_lr as linear_scaled_lr
+from flax_resnet.preprocess import Preprocessing as Preprocessing
+from flax_resnet.pretrained import load as load
+from flax_resnet.pretrained import preprocessing as preprocessing
+from flax_resnet.pretrained import read_weights as read_weights
+from flax_resnet.pretrained import tags as tags
+from flax_resnet.pretrained import write_weights as write_weights
 from flax_resnet.regularize import DropBlock as DropBlock
 from flax_resnet.regularize import drop_block as drop_block
 from flax_resnet.regularize import drop_path as drop_path

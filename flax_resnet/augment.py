@@ -18,7 +18,7 @@ from jax.scipy.ndimage import map_coordinates
 
 from flax_resnet.errors import UserError, check_range
 
-NormalizationKind = Literal["channel", "pixel", "imagenet", "none"]
+NormalizationKind = Literal["channel", "pixel", "imagenet", "none", "weights"]
 Statistics = dict[str, np.ndarray]
 Batch = dict[str, jax.Array]
 
@@ -37,7 +37,8 @@ def statistics(
     Args:
       kind: "channel" is mean and deviation of each channel; "pixel" is the one mean of the
         whole set and the deviation of each pixel over the images (the CIFAR-10 tutorial's);
-        "imagenet" the published constants; "none" leaves the 0..1 scale.
+        "imagenet" the published constants; "none" leaves the 0..1 scale. ("weights", what
+        pretrained weights want, is theirs to say.)
       image_shape: (H, W, C).
       batches: uint8 arrays (N, H, W, C); read only where the kind needs them. Sums are in
         integers, so the result does not depend on how the images are batched.
@@ -95,7 +96,15 @@ def _stats(mean: np.ndarray, std: np.ndarray) -> Statistics:
 
 
 def normalize(images: jax.Array, stats: dict[str, jax.Array]) -> jax.Array:
-    """uint8 (N, H, W, C) to the dtype of the statistics: ``(images / 255 - mean) / std``."""
+    """uint8 (N, H, W, C) to the dtype of the statistics: ``(images / 255 - mean) / std``.
+
+    Where the statistics have an "order", the channels are put in it first. What is not uint8 has
+    been normalised: features that a frozen trunk has given already.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.integer):
+        return images
+    if "order" in stats:
+        images = images[..., stats["order"]]
     return (images.astype(stats["std"].dtype) / 255 - stats["mean"]) / stats["std"]
 
 

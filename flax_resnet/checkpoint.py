@@ -135,6 +135,23 @@ class Checkpoints:
                 "that directory to go on from the one before"
             ) from error
 
+    def read(
+        self, which: int | Literal["latest", "best"] = "latest"
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads a checkpoint as it was stored: (state as nested dicts of numpy arrays, meta).
+
+        Raises:
+          UserError: there is no such checkpoint, or it cannot be read.
+        """
+        step = self.step(which)
+        stored = self._manager.item_metadata(step)["state"]
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        template = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored and stored.tree
+        )
+        state, meta = self.restore(template, step)
+        return jax.device_get(state), meta
+
     def _check_shapes(self, step: int, template: Any) -> None:
         """Orbax casts silently where dtypes differ; here that is an error."""
         stored = self._manager.item_metadata(step)["state"]

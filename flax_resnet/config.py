@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import importlib
 import importlib.metadata
 import json
 import math
@@ -18,16 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from flax import linen as nn
 
 from flax_resnet.augment import Augment, NormalizationKind
 from flax_resnet.checkpoint import CheckpointConfig
 from flax_resnet.data import FREE, DataConfig
-from flax_resnet.errors import POSITIVE, UserError, check_range, did_you_mean
+from flax_resnet.errors import POSITIVE, UserError, check_range
 from flax_resnet.files import replacing
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD, Optimizer
+from flax_resnet.record import flatten, to_record
 
 RECORDED_PACKAGES = ("flax_resnet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
                      "tensorflow-datasets", "numpy")  # fmt: skip
@@ -44,7 +43,15 @@ class TrainConfig:
     augment: Augment = Augment()
     """Random changes to the training images, made on the device."""
     normalization: NormalizationKind = "channel"
-    """Normalise by channel; by one mean and each pixel's deviation; by ImageNet's constants."""
+    """Normalise by channel; by one mean and each pixel's deviation; by ImageNet's constants; as
+    the pretrained weights want it."""
+    weights: str | None = None
+    """Start from these: a tag such as "imagenet", a weight file, or a run's directory. A head of
+    another width starts afresh."""
+    measure_norms: bool = False
+    """Measure BatchNorm's statistics anew on the training split before the first step."""
+    cache_features: bool = dataclasses.field(default=False, metadata=FREE)
+    """Of a network frozen up to its head, compute the features once and train the head on them."""
     optimizer: Optimizer = SGD()
     """The optimizer and its learning-rate schedule."""
     num_epochs: float = 10.0
@@ -93,100 +100,6 @@ class TrainConfig:
                 f"batch_size={self.batch_size} does not divide into accum_steps="
                 f"{self.accum_steps} equal parts: change one"
             )
-
-
-def module_fields(module: nn.Module) -> list[dataclasses.Field]:
-    """The fields of a linen module that are configuration (all but flax's parent and name)."""
-    return [f for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
-
-
-def to_record(value: Any) -> Any:
-    """A config, or a part of one, as JSON values; dataclasses and modules carry their class."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = module_fields(value) if isinstance(value, nn.Module) else dataclasses.fields(value)
-        return {
-            "class": class_name(type(value)),
-            **{f.name: to_record(getattr(value, f.name)) for f in fields},
-        }
-    if isinstance(value, type) and issubclass(value, nn.Module):
-        return {"class_itself": class_name(value)}
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [to_record(v) for v in value]
-    try:
-        return np.dtype(value).name
-    except TypeError as error:
-        raise UserError(
-            f"config value {value!r} cannot be recorded: expected numbers, text, dtypes, modules "
-            "or dataclasses of them"
-        ) from error
-
-
-def from_record(record: Any) -> Any:
-    """Builds what ``to_record`` recorded.
-
-    Raises:
-      UserError: a class or a field is not known here; the line names the nearest.
-    """
-    if isinstance(record, list):
-        return tuple(from_record(v) for v in record)
-    if not isinstance(record, Mapping):
-        return record
-    if "class_itself" in record:
-        return find_class(record["class_itself"])
-    cls = find_class(record["class"])
-    known = {f.name for f in dataclasses.fields(cls)}
-    values = {name: from_record(value) for name, value in record.items() if name != "class"}
-    for name in values:
-        if name not in known:
-            raise UserError(
-                f"{record['class']} has no field {name!r}{did_you_mean(name, known)}: the record "
-                "is of another version, or mistyped"
-            )
-    return cls(**values)
-
-
-def class_name(cls: type) -> str:
-    """``module:Name`` of a class."""
-    return f"{cls.__module__}:{cls.__qualname__}"
-
-
-def find_class(name: str) -> type:
-    """The dataclass or linen module class that ``module:Name`` names.
-
-    A record may come from anyone, so a name does not import arbitrary modules: only those of
-    this library, and those that the program has imported itself.
-    """
-    module_name, _, qualname = name.partition(":")
-    module = sys.modules.get(module_name)
-    if module is None and module_name.split(".")[0] == "flax_resnet":
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError:
-            module = None
-    cls = getattr(module, qualname, None)
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise UserError(
-            f"class {name!r} is not known: expected one of flax_resnet, or one of a module that "
-            "is imported already, as MODULE:NAME"
-        )
-    return cls
-
-
-def flatten(record: Any, prefix: str = "") -> dict[str, Any]:
-    """A record as {dotted field: value}, with a class under its own field's name."""
-    if isinstance(record, Mapping) and "class" in record:
-        flat = {prefix: record["class"].partition(":")[2]} if prefix else {}
-        for name, value in record.items():
-            if name != "class":
-                flat |= flatten(value, f"{prefix}.{name}" if prefix else name)
-        return flat
-    if isinstance(record, Mapping):
-        record = record["class_itself"].partition(":")[2]
-    return {prefix: record}
 
 
 def free_fields(config: Any, prefix: str = "", free: bool = False) -> set[str]:

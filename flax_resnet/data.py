@@ -8,23 +8,30 @@ the same batches as one that streams.
 
 from __future__ import annotations
 
-import collections
+import copy
 import dataclasses
-import functools
+import hashlib
 import math
-import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import jax
 import numpy as np
+import PIL
 from jax.sharding import Mesh
 
 from flax_resnet import distributed
 from flax_resnet.datasets import prepare, sources
-from flax_resnet.datasets.decode import DECODE_ERRORS, Decoder
-from flax_resnet.errors import UserError, check_range
+from flax_resnet.datasets.decode import Decoder
+from flax_resnet.datasets.rows import (
+    BatchReader,
+    batch_rows,
+    decode_chunks,
+    eval_rows,
+    shard_slice,
+)
+from flax_resnet.errors import UserError, check_choices, check_range
+from flax_resnet.files import digest
 
 # Images are decoded and summed up this many bytes of pixels at a time.
 CHUNK_BYTES = 2**24
@@ -53,6 +60,10 @@ class DataConfig:
     """Resize to this height and width; None keeps the stored size."""
     crop_ratio: float = 1.0
     """With image_size: side of the centre crop over the shorter side (ImageNet: 0.875)."""
+    pad: int = 0
+    """Pad with so many pixels of zero on every side (MNIST's 28 to 32: 2)."""
+    channels: Literal[1, 3, 4] | None = None
+    """Convert to grey, RGB or RGBA (3 repeats a grey channel); None keeps what is stored."""
     random_resized_crop: bool = False
     """With image_size: train on a random area and aspect of each image (Szegedy et al. 2015)."""
     resident_mb: int = dataclasses.field(default=2048, metadata=FREE)
@@ -69,8 +80,10 @@ class DataConfig:
             "resident_mb": 0,
             "num_workers": 0,
             "statistics_examples": 1,
+            "pad": 0,
         }.items():
             check_range(f"data.{name}", getattr(self, name), least)
+        check_choices(self)
         if not 0 < self.crop_ratio <= 1:
             raise UserError(f"data.crop_ratio={self.crop_ratio}: expected a share in (0, 1]")
         if self.crop_ratio != 1 and self.image_size is None:
@@ -78,124 +91,18 @@ class DataConfig:
         if self.random_resized_crop and self.image_size is None:
             raise UserError("data.random_resized_crop needs a size: set --data.image-size")
 
+    def decoder(self, channels: int) -> Decoder:
+        """What turns stored bytes into pixels of so many channels, without random crops."""
+        return Decoder(channels, self.image_size, self.crop_ratio, pad=self.pad)
+
     @property
     def title(self) -> str:
         """What to call the data: the folder, or the set's name."""
         return self.folder or self.name
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of the n training examples in an epoch (read-only)."""
-    rows = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
-    rows.setflags(write=False)
-    return rows
-
-
-def batch_rows(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
-    """The training examples of batch ``step``: (batch_size,) row numbers below n."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = positions // n
-    return np.concatenate(
-        [
-            epoch_permutation(seed, int(epoch), n)[positions[epochs == epoch] % n]
-            for epoch in np.unique(epochs)
-        ]
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchReader:
-    """Reads and decodes this process's rows of batch ``step``; picklable, for worker processes.
-
-    Attributes:
-      source: the split.
-      decoder: bytes to pixels.
-      batch_size: rows of the global batch.
-      seed: shuffles by (seed, epoch); None reads in file order and pads the last batch.
-      shard: (index, count): which equal part of each batch to read.
-    """
-
-    source: sources.Source
-    decoder: Decoder
-    batch_size: int
-    seed: int | None = None
-    shard: tuple[int, int] = (0, 1)
-
-    def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """{"image" uint8 (n, H, W, C), "label" int32 (n,)}; without a seed also "mask" bool."""
-        step, n = int(step), len(self.source)
-        if self.seed is None:
-            rows, mask = eval_rows(step, self.batch_size, n)
-        else:
-            rows, mask = batch_rows(self.seed, step, self.batch_size, n), None
-        mine = shard_slice(len(rows), *self.shard)
-        images, labels = decode_rows(
-            self.source, self.decoder, rows[mine], self._generators(step, mine)
-        )
-        batch = {"image": images, "label": labels}
-        return batch if mask is None else {**batch, "mask": mask[mine]}
-
-    def _generators(self, step: int, mine: slice) -> Iterator[np.random.Generator] | None:
-        """One generator an example, by its position in training, whoever reads it."""
-        if self.seed is None or not self.decoder.random_crop:
-            return None
-        first = step * self.batch_size
-        return (
-            np.random.Generator(np.random.Philox(key=[self.seed, position], counter=1))
-            for position in range(first + mine.start, first + mine.stop)
-        )
-
-
-def shard_slice(n: int, index: int, count: int) -> slice:
-    """The rows of part ``index`` where n rows are cut into ``count`` equal parts."""
-    return slice(index * n // count, (index + 1) * n // count)
-
-
-def eval_rows(step: int, batch_size: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of evaluation batch ``step`` in file order, and the mask of those that count."""
-    rows = np.arange(step * batch_size, (step + 1) * batch_size)
-    mask = rows < n
-    return np.where(mask, rows, 0), mask
-
-
-def decode_rows(
-    source: sources.Source,
-    decoder: Decoder,
-    rows: np.ndarray,
-    generators: Iterable[np.random.Generator] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes rows of a source: uint8 (n, H, W, C) and int32 labels (n,)."""
-    encoded, labels = source.read([int(row) for row in rows])
-    for row, label in zip(rows, labels, strict=True):
-        if not 0 <= label < len(source.class_names):
-            raise UserError(
-                f"{source.describe(int(row))} has label {label}, expected 0 to "
-                f"{len(source.class_names) - 1}: the split is unlabelled or damaged, give another"
-            )
-    draws = iter(generators) if generators is not None else None
-    images = []
-    for row, data in zip(rows, encoded, strict=True):
-        try:
-            images.append(decoder(data, next(draws) if draws is not None else None))
-        except DECODE_ERRORS as error:
-            raise sources.unreadable(source.describe(int(row)), error) from error
-    return np.stack(images), labels
-
-
-def decode_chunks(
-    source: sources.Source, decoder: Decoder, rows: np.ndarray, chunk: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Decodes rows in order, ``chunk`` at a time, on the machine's cores (Pillow frees the GIL)."""
-    cores = os.cpu_count() or 1
-    ahead: collections.deque[Future] = collections.deque()
-    with ThreadPoolExecutor(cores) as pool:
-        for start in range(0, len(rows), chunk):
-            ahead.append(pool.submit(decode_rows, source, decoder, rows[start : start + chunk]))
-            if len(ahead) > cores:  # no further, or a slow reader would fill the memory
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+Split = Literal["train", "eval"]
+SPLITS: tuple[Split, ...] = ("train", "eval")
 
 
 class Data:
@@ -231,8 +138,9 @@ class Data:
             raise UserError(
                 f"images of {config.title} differ in size: set --data.image-size, for example 224"
             )
-        self.image_shape = (height, width, channels)
-        self._decoder = Decoder(channels, config.image_size, config.crop_ratio)
+        channels = config.channels or channels
+        self.image_shape = (height + 2 * config.pad, width + 2 * config.pad, channels)
+        self._decoder = config.decoder(channels)
         self.num_train, self.num_eval = len(self._train), len(self._eval)
         for what, count in (("training", self.num_train), ("evaluation", self.num_eval)):
             if not count:
@@ -241,14 +149,7 @@ class Data:
         pixels = math.prod(self.image_shape) * (self.num_train + self.num_eval)
         self.resident = not config.random_resized_crop and pixels <= config.resident_mb * 2**20
         if self.resident:
-            self._resident = {
-                "train": self._to_devices(self._train),
-                "eval": self._to_devices(self._eval),
-            }
-            self._take = jax.jit(
-                lambda arrays, rows: {name: array[rows] for name, array in arrays.items()},
-                out_shardings=distributed.batch_sharding(mesh),
-            )
+            self._keep({"train": self._decoded(self._train), "eval": self._decoded(self._eval)})
 
     def describe(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as JSON values."""
@@ -259,7 +160,7 @@ class Data:
             "class_names": list(self.class_names),
         }
 
-    def _to_devices(self, source: sources.Source) -> dict[str, jax.Array]:
+    def _decoded(self, source: sources.Source) -> dict[str, np.ndarray]:
         images = np.empty((len(source), *self.image_shape), np.uint8)
         labels = np.empty(len(source), np.int32)
         start = 0
@@ -268,7 +169,7 @@ class Data:
             stop = start + len(pixels)
             images[start:stop], labels[start:stop] = pixels, chunk_labels
             start = stop
-        return distributed.put_replicated(self._mesh, {"image": images, "label": labels})
+        return {"image": images, "label": labels}
 
     def train_images(self) -> Iterator[np.ndarray]:
         """Training images for statistics, uint8 (n, H, W, C) a time: all, or an even sample."""
@@ -299,16 +200,57 @@ class Data:
 
     def eval_batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         """The evaluation split once, in order; "mask" is False on the padding of the last batch."""
-        num_steps = -(-self.num_eval // batch_size)
+        yield from self.in_order("eval", batch_size)
+
+    def in_order(self, split: Split, batch_size: int) -> Iterator[dict[str, jax.Array]]:
+        """A split once, in order; "mask" is False on the padding of the last batch."""
+        source = self._train if split == "train" else self._eval
+        num_steps = -(-len(source) // batch_size)
         if not self.resident:
-            yield from self._stream(self._eval, self._decoder, batch_size, None, 0, num_steps)
+            yield from self._stream(source, self._decoder, batch_size, None, 0, num_steps)
             return
         for step in range(num_steps):
-            rows, mask = eval_rows(step, batch_size, self.num_eval)
-            batch = self._gather("eval", rows)
+            rows, mask = eval_rows(step, batch_size, len(source))
+            batch = self._gather(split, rows)
             yield {**batch, "mask": distributed.put_batch(self._mesh, _my_part(mask))}
 
-    def _gather(self, split: str, rows: np.ndarray) -> dict[str, jax.Array]:
+    def fingerprint(self, split: Split) -> str:
+        """A hash of a split's images, as they are decoded, and of its labels."""
+        if self.resident:
+            arrays = self._resident[split]
+            return digest([repr(self.image_shape), *map(np.asarray, arrays.values())])
+        # Decoding takes longer than the rest of the work: what is decoded, and how, says the same.
+        source = self._train if split == "train" else self._eval
+        found = hashlib.sha256(f"{self._decoder} Pillow {PIL.__version__}".encode())
+        for start in range(0, len(source), 256):
+            encoded, labels = source.read(range(start, min(start + 256, len(source))))
+            found.update(digest([labels, *encoded]).encode())
+        return found.hexdigest()
+
+    def with_features(self, features: Mapping[Split, np.ndarray], labels: Any) -> Data:
+        """The same splits with each image's features (N, F) in its place, on the devices.
+
+        Args:
+          features: of each split, in its order.
+          labels: likewise, int32 (N,).
+        """
+        other = copy.copy(self)
+        other.image_shape = features["train"].shape[1:]
+        other.resident = True
+        other._keep({split: {"image": features[split], "label": labels[split]} for split in SPLITS})
+        return other
+
+    def _keep(self, arrays: Mapping[Split, dict[str, np.ndarray]]) -> None:
+        """Puts the splits on the devices."""
+        self._resident = {
+            split: distributed.put_replicated(self._mesh, part) for split, part in arrays.items()
+        }
+        self._take = jax.jit(
+            lambda arrays, rows: {name: array[rows] for name, array in arrays.items()},
+            out_shardings=distributed.batch_sharding(self._mesh),
+        )
+
+    def _gather(self, split: Split, rows: np.ndarray) -> dict[str, jax.Array]:
         mine = _my_part(rows.astype(np.int32))
         return self._take(self._resident[split], distributed.put_batch(self._mesh, mine))
 

@@ -1,10 +1,13 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, a hash of arrays."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -13,3 +16,17 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.partial")
     yield partial
     partial.replace(path)
+
+
+def digest(parts: Iterable[np.ndarray | bytes | str]) -> str:
+    """sha256 of arrays (their dtypes, shapes and values), bytes and texts, in order."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            found.update(f"{part.dtype} {part.shape} ".encode())
+            found.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+        else:
+            data = part.encode() if isinstance(part, str) else part
+            found.update(f"{len(data)} ".encode())
+            found.update(data)
+    return found.hexdigest()

@@ -23,9 +23,10 @@ from tyro.constructors import (
 )
 
 from flax_resnet import models
-from flax_resnet.config import TrainConfig, class_name, find_class, module_fields
+from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError, did_you_mean
 from flax_resnet.layers import check_dtype
+from flax_resnet.record import class_name, find_class, module_fields
 
 Factory = Callable[[], Any]
 Settings = TypeVar("Settings")

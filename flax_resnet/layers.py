@@ -15,7 +15,7 @@ from flax_resnet.errors import UserError, check_choices
 
 Dtype = Any  # a numpy dtype, or its name: "float32", "bfloat16", "float64"
 ShortcutKind = Literal["A", "B", "C", "D"]
-NormKind = Literal["batch", "none"]
+NormKind = Literal["batch", "frozen", "none"]
 BiasKind = Literal["none", "unnormalized", "all"]
 InitKind = Literal["he_normal", "glorot_uniform"]
 
@@ -33,7 +33,8 @@ class Layers:
     said once.
 
     Attributes:
-      norm_kind: "batch", or "none" for networks without normalisation.
+      norm_kind: "batch"; "frozen" normalises by the running statistics in training too, and
+        leaves them as they are (scale and offset train); "none" is without normalisation.
       bn_momentum: share of the running statistics kept at each step (torch's 0.1 is 0.9 here).
       bn_epsilon: added to the variance.
       conv_bias: convolutions with a bias: "none", "unnormalized" (those whose output no norm
@@ -122,6 +123,7 @@ class Layers:
         """
         if self.norm_kind == "none":
             return lambda x: x
+        train = train and self.norm_kind != "frozen"
         return nn.BatchNorm(
             use_running_average=not train,
             momentum=self.bn_momentum,

@@ -20,7 +20,6 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
 
 from flax_resnet.files import replacing
 
@@ -112,7 +111,7 @@ class RunLog:
         with replacing(self._path) as partial:
             partial.write_text("".join(_line(record) for record in kept))
         self._file = self._path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._events = _summary_writer()(str(workdir / "tensorboard"), purge_step=start_step + 1)
         self._console = Console(highlight=False)
         if self._console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -154,6 +153,23 @@ class RunLog:
             self._progress.stop()
         self._file.close()
         self._events.close()
+
+
+def _summary_writer() -> Any:
+    """tensorboardX's SummaryWriter, imported without torch.
+
+    It imports torch wherever that is installed, for tensors that it never sees here: seconds of
+    start-up, and a framework in the process that nobody asked for.
+    """
+    hides = "torch" not in sys.modules
+    if hides:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hides:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _line(record: Mapping[str, Any]) -> str:

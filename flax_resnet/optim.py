@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +19,15 @@ import optax.contrib
 
 from flax_resnet.errors import POSITIVE, UserError, check_range
 
+# A stage's number that no network has.
+LAST = 10**6
 
-def _check_shares(name: str, values: Sequence[float]) -> None:
+
+def _check_shares(name: str, values: Sequence[float], owner: str = "schedule") -> None:
     for value in values:
         if not 0 <= value < 1:
             raise UserError(
-                f"schedule.{name}={value}: expected a share of the run, 0 up to 1 (30 of 90 epochs "
+                f"{owner}.{name}={value}: expected a share of the run, 0 up to 1 (30 of 90 epochs "
                 "is 0.3333)"
             )
 
@@ -136,12 +140,20 @@ class _Optimizer:
     """Decay BatchNorm scales, offsets and biases too."""
     max_grad_norm: float | None = None
     """Clip the gradient to this global L2 norm; None does not clip."""
+    stage_decay: float = 1.0
+    """Learning rate of each stage over that of the next; the head has the full one, and the stem
+    the smallest (Howard and Ruder 2018, section 3.2, discriminative fine-tuning)."""
+    unfreeze: tuple[float, ...] = ()
+    """Shares of the run at which the last stage, the one before it, ... and the stem begin to
+    move; those not named never do. Empty: all from the start (section 3.3, gradual unfreezing)."""
 
     def __post_init__(self) -> None:
         check_range("optimizer.learning_rate", self.learning_rate, 0)
         check_range("optimizer.weight_decay", self.weight_decay, 0)
         if self.max_grad_norm != math.inf:  # clips nothing, as None does
             check_range("optimizer.max_grad_norm", self.max_grad_norm, POSITIVE)
+        check_range("optimizer.stage_decay", self.stage_decay, 0)
+        _check_shares("unfreeze", self.unfreeze, "optimizer")
 
     def build(
         self, num_steps: int, steps_per_epoch: int
@@ -171,6 +183,9 @@ class _Optimizer:
                     min_scale=self.schedule.min_scale,
                 )
             )
+        if self.stage_decay != 1 or self.unfreeze:
+            starts = tuple(round(share * num_steps) for share in self.unfreeze)
+            parts.append(scale_by_stage(self.stage_decay, starts))
         return optax.with_extra_args_support(optax.chain(*parts)), schedule
 
     def _core(self, schedule: optax.Schedule, mask: Any) -> list[optax.GradientTransformation]:
@@ -273,6 +288,52 @@ def is_kernel(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: getattr(path[-1], "key", None) == "kernel", params
     )
+
+
+def scale_by_stage(decay: float, starts: Sequence[int] = ()) -> optax.GradientTransformation:
+    """Scales the updates of a stage by its distance from the head; last in a chain.
+
+    Args:
+      decay: the scale is decay ** d, with d 0 for the head, 1 for the last stage (and a last
+        norm), and so on to the stem.
+      starts: steps from which d = 1, 2, ... are updated; those beyond the end never are. Empty:
+        all from the start. Moments are gathered before that too.
+    """
+
+    def init(params: Any) -> Any:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        numbers = [_stage(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
+        stages = max((n for n in numbers if n is not None and n != LAST), default=0)
+
+        def scaled(path: Any, update: jax.Array) -> jax.Array:
+            stage = _stage(path)
+            distance = 0 if stage is None else stages + 1 - min(stage, stages)
+            scale = jnp.asarray(decay**distance, update.dtype)
+            if distance and starts:
+                late = distance > len(starts)
+                moves = False if late else state.count >= starts[distance - 1]
+                scale = jnp.where(moves, scale, 0).astype(update.dtype)
+            return scale * update
+
+        count = optax.safe_increment(state.count)
+        return jax.tree_util.tree_map_with_path(scaled, updates), state._replace(count=count)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _stage(path: Any) -> int | None:
+    """Stage of a parameter: 0 the stem, None the top; a last norm is past every stage."""
+    for key in path:
+        name = str(getattr(key, "key", ""))
+        if found := re.match(r"stage(\d+)_", name):
+            return int(found[1])
+        if name.startswith("stem_"):
+            return 0
+        if name == "final_norm":
+            return LAST
+    return None
 
 
 def learning_rate_at(schedule: optax.Schedule, opt_state: Any, step: int) -> jax.Array:

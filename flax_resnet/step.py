@@ -58,6 +58,7 @@ def create_state(
     normalization: Any,
     *,
     ema: bool = False,
+    init: Callable[[jax.Array, Any], Any] | None = None,
 ) -> TrainState:
     """The state at step 0.
 
@@ -70,10 +71,12 @@ def create_state(
       normalization: {"mean", "std"}, as augment.statistics gives; with float64 parameters it
         is float64, and so are the images.
       ema: keep averaged variables beside the trained ones.
+      init: gives the variables from a key and the images' shape; by default fresh ones.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = initialize(model, init_key, images)
+    init = init or functools.partial(initialize, model)
+    variables = init(init_key, images)
     params = variables["params"]
     if not all(jax.tree.leaves(trainable(model, params))):
         # Frozen parameters get no gradient; without this, weight decay would still move them.
@@ -82,7 +85,8 @@ def create_state(
     computed = as_dtype(getattr(model, "dtype", None)) or jnp.float32
     widest = jnp.result_type(jnp.float32, computed, *jax.tree.leaves(params))
     batch_stats, normalization = jax.tree.map(
-        lambda x: jnp.asarray(x, widest), (variables.get("batch_stats", {}), normalization)
+        lambda x: jnp.asarray(x, widest if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype),
+        (variables.get("batch_stats", {}), normalization),
     )
     averaged = {"params": params, "batch_stats": batch_stats} if ema else None
     return TrainState(

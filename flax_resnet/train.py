@@ -18,14 +18,16 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from flax_resnet import distributed, figures, metrics
-from flax_resnet.augment import statistics, statistics_shape
+from flax_resnet import distributed, figures, metrics, transfer
+from flax_resnet.augment import Augment, statistics, statistics_shape
 from flax_resnet.checkpoint import Checkpoints
-from flax_resnet.config import TrainConfig, check_workdir, claimed, to_record, write_json
+from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
 from flax_resnet.layers import needs_x64
 from flax_resnet.optim import LAMB, LARS, learning_rate_at
+from flax_resnet.pretrained import Pretrained
+from flax_resnet.record import to_record
 from flax_resnet.step import LOSSES, Batch, TrainState, create_state, eval_step, train_step
 
 # Dispatch is asynchronous: without a bound the host would queue every batch of the run.
@@ -68,8 +70,9 @@ class Run:
         )
         whole, split = distributed.replicated(self.mesh), distributed.batch_sharding(self.mesh)
         image = (config.batch_size, *self.data.image_shape)
+        kind = jnp.float32 if config.cache_features else jnp.uint8
         batch = {
-            "image": jax.ShapeDtypeStruct(image, jnp.uint8, sharding=split),
+            "image": jax.ShapeDtypeStruct(image, kind, sharding=split),
             "label": jax.ShapeDtypeStruct(image[:1], jnp.int32, sharding=split),
         }
         began = time.perf_counter()
@@ -117,6 +120,13 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
             f"accum_steps={config.accum_steps} equal parts: change one"
         )
     _check_model(config.model)
+    transfer.check(
+        config.model,
+        cache_features=config.cache_features,
+        images_change=config.augment != Augment() or config.data.random_resized_crop,
+        measure_norms=config.measure_norms,
+        unfreezes=bool(config.optimizer.unfreeze),
+    )
     if isinstance(config.optimizer, (LARS, LAMB)) and getattr(config.model, "scan_blocks", False):
         raise UserError(
             f"{type(config.optimizer).__name__} with model.scan_blocks: its trust ratios are by "
@@ -126,23 +136,51 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
     steps_per_epoch = math.ceil(data.num_train / config.batch_size)
     num_steps = config.num_steps or max(1, round(config.num_epochs * steps_per_epoch))
     tx, schedule = config.optimizer.build(num_steps, steps_per_epoch)
-    shapes = statistics_shape(config.normalization, data.image_shape)
-    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-    try:
-        state = create_state(
-            config.model, tx, config.seed, data.image_shape, zeros, ema=config.ema_decay is not None
-        )
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        name = type(config.model).__name__
-        raise UserError(
-            f"{name} with the fields given does not take images of {data.image_shape}: {error}"
-        ) from error
-    _check_output(config.model, state, data.image_shape)
-    state = distributed.put_replicated(mesh, state)
+    opened = None if config.weights is None else transfer.open_for(config.model, config.weights)
+    state = distributed.put_replicated(mesh, _first_state(config, tx, data.image_shape, opened))
     run = Run(config, workdir, mesh, data, num_steps, steps_per_epoch, schedule, state)
     if not _restore(run):
         _measure_statistics(run)
+    if config.cache_features:
+        run.data = transfer.with_cached_features(
+            run.state, config.model, data, config.eval_batch_size, _say
+        )
+        classify = functools.partial(config.model.apply, method="classify")
+        run.state = run.state.replace(apply_fn=classify)
     return run
+
+
+def _say(line: str) -> None:
+    if distributed.is_lead():
+        print(line, flush=True)
+
+
+def _first_state(
+    config: TrainConfig,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    opened: Pretrained | None,
+) -> TrainState:
+    """The state at step 0, but for statistics that are measured on the data."""
+    model = config.model
+    init = transfer.initializer(model, opened, config.weights, _say)
+    if config.normalization == "weights":
+        stats = transfer.normalization_of(opened, config.weights)
+    else:
+        shapes = statistics_shape(config.normalization, image_shape)
+        stats = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    ema = config.ema_decay is not None
+    try:
+        state = create_state(model, tx, config.seed, image_shape, stats, ema=ema, init=init)
+    except UserError:
+        raise
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        name = type(model).__name__
+        raise UserError(
+            f"{name} with the fields given does not take images of {image_shape}: {error}"
+        ) from error
+    _check_output(model, state, image_shape)
+    return state
 
 
 def _check_model(model: nn.Module) -> None:
@@ -215,11 +253,18 @@ def train_and_evaluate(
 
 
 def _measure_statistics(run: Run) -> None:
-    """Puts the normalisation statistics of the training split into the state."""
-    data, like = run.data, run.state.normalization
-    stats = statistics(run.config.normalization, data.image_shape, data.train_images())
-    stats = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), stats, like)
-    run.state = run.state.replace(normalization=distributed.put_replicated(run.mesh, stats))
+    """Puts what is measured on the training split into the state."""
+    config, data, like = run.config, run.data, run.state.normalization
+    if config.normalization != "weights":
+        stats = statistics(config.normalization, data.image_shape, data.train_images())
+        stats = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), stats, like)
+        run.state = run.state.replace(normalization=distributed.put_replicated(run.mesh, stats))
+    if config.measure_norms:
+        norms = transfer.measure_norms(run.state, config.model, data, config.eval_batch_size)
+        run.state = run.state.replace(batch_stats=distributed.put_replicated(run.mesh, norms))
+        if run.state.ema is not None:
+            ema = {**run.state.ema, "batch_stats": jax.tree.map(jnp.copy, run.state.batch_stats)}
+            run.state = run.state.replace(ema=ema)
 
 
 def _restore(run: Run) -> bool:

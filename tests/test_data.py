@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_resnet import data
+from flax_resnet.datasets import rows
 from flax_resnet.data import BatchReader, Data, DataConfig, batch_rows
 from flax_resnet.datasets import sources
 from flax_resnet.datasets.decode import Decoder
@@ -37,7 +37,7 @@ def test_every_epoch_holds_every_example_once_across_batch_edges():
 
 def test_order_is_a_function_of_seed_and_epoch():
     def epoch(seed, index):
-        return data.epoch_permutation(seed, index, 50).tolist()
+        return rows.epoch_permutation(seed, index, 50).tolist()
 
     assert epoch(1, 0) == epoch(1, 0)
     assert len({tuple(epoch(seed, index)) for seed in range(4) for index in range(4)}) == 16

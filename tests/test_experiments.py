@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 import experiments
-from flax_resnet.config import TrainConfig, from_record, to_record
+from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
+from flax_resnet.record import from_record, to_record
 from flax_resnet.train import train_and_evaluate
 
 MODULES = {

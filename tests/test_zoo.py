@@ -20,12 +20,12 @@ from flax_resnet.models import (
     highway_net,
     imagenet_resnet,
     keras_resnet,
-    load,
     names,
     replace_head,
     stack_blocks,
     wide_resnet,
 )
+from flax_resnet.pretrained import load
 
 IMAGENET, CIFAR = (224, 224, 3), (32, 32, 3)
 
@@ -248,8 +248,11 @@ def resnet20():
         ("resnet18", {"stage_sizes": (2, 0)}, r"stage_sizes=\(2, 0\): expected one or more whole"),
         ("resnet18", {"stage_sizes": ()}, r"stage_sizes=\(\): expected one or more whole"),
         ("ResNet50V2", {"stage_sizes": (1, 2)}, "with stride_block='last' a stage needs 2 blocks"),
-        ("resnet18", {"weights": "imagenet"}, "weights='imagenet': expected None or variables"),
-        ("resnet18", {"weights": {"kernel": 3}}, "weights={'kernel': 3}: expected None or var"),
+        ("resnet18", {"weights": 7}, "weights=7: expected None, a tag, a path, or variables"),
+        ("resnet18", {"weights": "imagenot"}, "'imagenot' of resnet18 are not known"),
+        ("resnet20", {"weights": "imagenet"}, "'resnet20' has no published weights"),
+        ("resnet18", {"weights": "./net.pth"}, "net.pth"),
+        ("resnet18", {"weights": {"kernel": 3}}, "weights={'kernel': 3}: expected None, a tag"),
         (
             "resnet18",
             {"connection": "Residual"},
@@ -290,7 +293,7 @@ def test_bad_input_is_one_line(name, fields, message):
         ("resnet20", {"num_classes": 7}, "num_classes=7, the weights' head has 10: say num_cl"),
         ("resnet20", {"input_shape": (32, 32, 1)}, "has 1 channels, the weights' stem takes 3"),
         ("resnet32", {}, r"not this ResNet's: \d+ missing \(batch_stats/stage1_block4/norm1/"),
-        ("resnet20", {"shortcut": "B"}, r"10 missing \(.*shortcut_norm/mean.*, and 7 more\)$"),
+        ("resnet20", {"shortcut": "B"}, r"10 missing \(.*shortcut_norm/mean.*, and 2 more\)$"),
         ("resnet20", {"num_filters": 8}, r"of another shape \(batch_stats/stage1_block1/norm1/"),
     ],
 )  # fmt: skip

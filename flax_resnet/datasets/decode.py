@@ -14,6 +14,21 @@ PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
+def open_image(data: bytes, channels: int) -> Image.Image:
+    """Decodes one image, the first frame of several, to 1, 3 or 4 channels of 8 bits.
+
+    Raises:
+      one of DECODE_ERRORS: it is no image that Pillow reads.
+    """
+    with Image.open(io.BytesIO(data)) as stored:
+        if stored.mode in ("F", "I"):  # their range is anyone's guess, Pillow clips it
+            raise ValueError(f"its mode is {stored.mode}, 8 or 16 bits a channel are expected")
+        # Pillow would clip 16-bit grey at 255: keep its upper byte instead.
+        deep = stored.mode.startswith("I;16")
+        image = Image.fromarray((np.asarray(stored) >> 8).astype(np.uint8)) if deep else stored
+        return image.convert(PIL_MODES[channels])
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """Encoded bytes to a uint8 image (H, W, channels).
@@ -25,22 +40,18 @@ class Decoder:
         ImageNet's 224 of 256).
       random_crop: with ``size``, crop an area of 8 to 100 % at an aspect of 3/4 to 4/3
         instead (Szegedy et al. 2015), drawn from the generator passed in.
+      pad: pixels of zero to put on every side in the end.
     """
 
     channels: int
     size: int | None = None
     crop_ratio: float = 1.0
     random_crop: bool = False
+    pad: int = 0
 
     def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
         """Decodes one image, the first frame of several; one of DECODE_ERRORS otherwise."""
-        with Image.open(io.BytesIO(data)) as stored:
-            if stored.mode in ("F", "I"):  # their range is anyone's guess, Pillow clips it
-                raise ValueError(f"its mode is {stored.mode}, 8 or 16 bits a channel are expected")
-            # Pillow would clip 16-bit grey at 255: keep its upper byte instead.
-            deep = stored.mode.startswith("I;16")
-            image = Image.fromarray((np.asarray(stored) >> 8).astype(np.uint8)) if deep else stored
-            image = image.convert(PIL_MODES[self.channels])
+        image = open_image(data, self.channels)
         if self.size is not None:
             if self.random_crop and rng is not None:
                 box = _random_box(rng, *image.size)
@@ -51,7 +62,8 @@ class Decoder:
                     (self.size, self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0
                 )
         pixels = np.asarray(image)
-        return pixels if pixels.ndim == 3 else pixels[..., None]
+        pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+        return np.pad(pixels, ((self.pad,) * 2,) * 2 + ((0, 0),)) if self.pad else pixels
 
 
 def _centre_box(ratio: float, width: int, height: int) -> tuple[float, float, float, float]:

@@ -14,11 +14,15 @@ from flax_resnet.models.mini import MiniModel as MiniModel
 from flax_resnet.models.mini import ResidualUnit as ResidualUnit
 from flax_resnet.models.resnet import Feature as Feature
 from flax_resnet.models.resnet import ResNet as ResNet
+from flax_resnet.models.surgery import WeightsError as WeightsError
 from flax_resnet.models.surgery import initialize as initialize
+from flax_resnet.models.surgery import match_variables as match_variables
 from flax_resnet.models.surgery import replace_head as replace_head
 from flax_resnet.models.surgery import stack_blocks as stack_blocks
 from flax_resnet.models.surgery import trainable as trainable
 from flax_resnet.models.surgery import unstack_blocks as unstack_blocks
+from flax_resnet.models.surgery import variable_shapes as variable_shapes
+from flax_resnet.models.zoo import architecture as architecture
 from flax_resnet.models.zoo import check_shape as check_shape
 from flax_resnet.models.zoo import cifar_preact as cifar_preact
 from flax_resnet.models.zoo import cifar_resnet as cifar_resnet
@@ -26,6 +30,6 @@ from flax_resnet.models.zoo import create as create
 from flax_resnet.models.zoo import default_shape as default_shape
 from flax_resnet.models.zoo import imagenet_resnet as imagenet_resnet
 from flax_resnet.models.zoo import keras_resnet as keras_resnet
-from flax_resnet.models.zoo import load as load
+from flax_resnet.models.zoo import name_of as name_of
 from flax_resnet.models.zoo import names as names
 from flax_resnet.models.zoo import wide_resnet as wide_resnet

@@ -75,7 +75,8 @@ class ResNet(nn.Module):
       width_per_group: a bottleneck's channels in one group for each 64 filters.
       se_reduction: squeeze-and-excitation with this reduction, 16 in the paper; None: none.
       zero_init_last: start each branch at zero.
-      norm_kind: "batch", or "none" (convolutions have biases then).
+      norm_kind: "batch"; "frozen", whose statistics stay those that the network was given; or
+        "none" (convolutions have biases then).
       bn_momentum: share of the running statistics kept at each step (torch's 0.1 is 0.9 here).
       bn_epsilon: added to the variance.
       conv_bias: convolutions with a bias: "none", "unnormalized" (no norm follows) or "all".
@@ -86,6 +87,7 @@ class ResNet(nn.Module):
       dropblock_rate: share of zeros by DropBlock in the last stage, a quarter of it in the
         stage before (Ghiasi et al. 2018, section 4.1).
       dropblock_size: side of DropBlock's blocks.
+      hidden_units: widths of dense layers with ReLU between the global average and the head.
       include_top: end with the head; without it, with ``pooling``.
       pooling: without the top: None gives the last map, "avg" or "max" its global pool.
       output_stride: dilate in place of striding once the map is this much smaller than the
@@ -124,6 +126,7 @@ class ResNet(nn.Module):
     drop_path_rate: float = 0.0
     dropblock_rate: float = 0.0
     dropblock_size: int = 7
+    hidden_units: Sequence[int] = ()
     include_top: bool = True
     pooling: Literal["avg", "max"] | None = None
     output_stride: int | None = None
@@ -138,6 +141,8 @@ class ResNet(nn.Module):
         super().__post_init__()
         sizes = whole_numbers("stage_sizes", self.stage_sizes)
         object.__setattr__(self, "stage_sizes", sizes)  # a list would not hash
+        hidden = self.hidden_units and whole_numbers("hidden_units", self.hidden_units)
+        object.__setattr__(self, "hidden_units", tuple(hidden))
         stages = len(sizes)
         check_choices(self)
         if not (isinstance(self.block_cls, type) and issubclass(self.block_cls, Block)):
@@ -268,11 +273,25 @@ class ResNet(nn.Module):
                 stride *= 2
         return here, before, dilation, stride
 
+    def classify(self, features: jax.Array, train: bool = False) -> jax.Array:
+        """The top alone, as ``module.apply(variables, features, method="classify")``.
+
+        Args:
+          features: (N, num_features), what ``include_top=False, pooling="avg"`` gives.
+          train: changes nothing; the loop that trains a top on features says it.
+
+        Returns:
+          Logits (N, num_classes).
+        """
+        return self._forward(features, train, None, True)[1]
+
     @nn.compact
     def _forward(
         self, x: jax.Array, train: bool, dropblock_rate: Rate | None, top: bool
     ) -> tuple[tuple[Feature, ...], jax.Array]:
-        """(every stage's features, output)."""
+        """(every stage's features, output); pooled features (N, C) go to the top at once."""
+        if x.ndim == 2 and x.shape[1] == self.num_features:
+            return (), self._top(x)
         self._check_input(x)
         stages, found = len(self.stage_sizes), []
         x = self._freeze(self._stem(x, train and self.frozen_stages < 0), 0)
@@ -285,10 +304,15 @@ class ResNet(nn.Module):
             stride = self._geometry(stage)[-1]
             found.append(Feature(x, f"stage{stage + 1}", stride, x.shape[-1]))
         if top:
-            x = self.layers.dense(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)))
+            x = self._top(jnp.mean(x, axis=(1, 2)))
         elif self.pooling is not None:
             x = (jnp.max if self.pooling == "max" else jnp.mean)(x, axis=(1, 2))
         return tuple(found), x
+
+    def _top(self, x: jax.Array) -> jax.Array:
+        for i, width in enumerate(self.hidden_units, start=1):
+            x = nn.relu(self.layers.dense(width, name=f"hidden{i}")(x))
+        return self.layers.dense(self.num_classes, name="head")(x)
 
     def _freeze(self, x: jax.Array, part: int) -> jax.Array:
         return jax.lax.stop_gradient(x) if part == self.frozen_stages else x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,6 +70,16 @@ def _map_levels(change: Callable[[Mapping[str, Any]], dict[str, Any]], tree: Any
     return jax.tree.map(lambda n: change(n) if is_level(n) else n, tree, is_leaf=is_level)
 
 
+def variable_shapes(module: nn.Module, images: Any) -> Any:
+    """Shapes and dtypes of a network's variables, computing none.
+
+    Args:
+      module: the network.
+      images: (N, H, W, C) as an array, or its shape and dtype.
+    """
+    return jax.eval_shape(_init(module, images), jax.random.key(0))
+
+
 def initialize(module: nn.Module, key: jax.Array, images: Any) -> dict[str, Any]:
     """Fresh variables of a network.
 
@@ -81,6 +91,11 @@ def initialize(module: nn.Module, key: jax.Array, images: Any) -> dict[str, Any]
       key: random key.
       images: (N, H, W, C), or their shape and dtype; only the shape matters.
     """
+    return jax.jit(_init(module, images))(key)
+
+
+def _init(module: nn.Module, images: Any) -> Callable[[jax.Array], Any]:
+    """key -> variables, by way of the scanned form."""
 
     def init(key: jax.Array) -> Any:
         zeros = jnp.zeros(images.shape, images.dtype)
@@ -88,13 +103,15 @@ def initialize(module: nn.Module, key: jax.Array, images: Any) -> dict[str, Any]
             return module.init(key, zeros, train=False)
         return unstack_blocks(module, module.clone(scan_blocks=True).init(key, zeros, train=False))
 
-    return jax.jit(init)(key)
+    return init
 
 
 def replace_head(
     module: Any, variables: Mapping[str, Any], num_classes: int, seed: int = 0
 ) -> tuple[Any, dict[str, Any]]:
     """The network with a new head of ``num_classes``, freshly started; all else is kept.
+
+    Hidden layers before the head (``hidden_units``) are kept where the variables have them.
 
     Args:
       module: a network of this library; a ResNet without its top gets one.
@@ -106,14 +123,17 @@ def replace_head(
       (module, variables).
     """
     check_range("num_classes", num_classes, 1)
-    params = dict(variables["params"])
+    params, key = dict(variables["params"]), jax.random.key(seed)
     if isinstance(module, ResNet):
-        module, width = module.clone(include_top=True), module.num_features
+        module = module.clone(include_top=True, num_classes=num_classes)
+        features = jnp.zeros((1, module.num_features))
+        fresh = module.init(key, features, method="classify")["params"]
     else:
-        width = params["head"]["kernel"].shape[0]
-    head = module.layers.dense(num_classes)
-    params["head"] = head.init(jax.random.key(seed), jnp.zeros((1, width)))["params"]
-    return module.clone(num_classes=num_classes), {**variables, "params": params}
+        module = module.clone(num_classes=num_classes)
+        features = jnp.zeros((1, params["head"]["kernel"].shape[0]))
+        fresh = {"head": module.layers.dense(num_classes).init(key, features)["params"]}
+    params = {**fresh, **params, "head": fresh["head"]}
+    return module, {**variables, "params": params}
 
 
 def trainable(module: nn.Module, params: Mapping[str, Any]) -> Any:
@@ -142,6 +162,35 @@ def trainable(module: nn.Module, params: Mapping[str, Any]) -> Any:
     return tree
 
 
+class WeightsError(UserError):
+    """Weights that do not fit a network.
+
+    Attributes:
+      missing: names that the network has and the weights lack.
+      unexpected: names that the weights have and the network lacks.
+      misshaped: {name: (shape there, shape in the network)}.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        missing: Collection[str],
+        unexpected: Collection[str],
+        misshaped: Mapping[str, tuple[Any, Any]],
+        advice: str = "",
+    ):
+        self.missing, self.unexpected = tuple(sorted(missing)), tuple(sorted(unexpected))
+        self.misshaped = dict(sorted(misshaped.items()))
+        shapes = [f"{name} {have} for {want}" for name, (have, want) in self.misshaped.items()]
+        found = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "of another shape": shapes,
+        }
+        lists = [f"{len(names)} {k} ({_some(names)})" for k, names in found.items() if names]
+        super().__init__(f"{what}: {'; '.join(lists)}{advice}")
+
+
 def match_variables(module: nn.Module, want: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """``given`` in the form that ``module`` takes.
 
@@ -151,7 +200,8 @@ def match_variables(module: nn.Module, want: Any, given: Mapping[str, Any]) -> d
       given: variables, of blocks stacked or not; a head that is not wanted is dropped.
 
     Raises:
-      UserError: what is missing, left over or of another shape.
+      WeightsError: what is missing, left over or of another shape.
+      UserError: what is no array, or not floating-point.
     """
     if isinstance(module, ResNet):
         given = (stack_blocks if module.scan_blocks else unstack_blocks)(module, given)
@@ -159,25 +209,24 @@ def match_variables(module: nn.Module, want: Any, given: Mapping[str, Any]) -> d
     if lists := [key for key, x in have.items() if not hasattr(x, "shape")]:
         raise UserError(f"the weights hold what is no array: {_some(lists)}")
     if not any(key.startswith("params/head/") for key in need):
-        have = {key: x for key, x in have.items() if not key.startswith("params/head/")}
+        top = ("params/head/", "params/hidden")
+        have = {key: x for key, x in have.items() if not key.startswith(top)}
     _check_ends(have, need)
-    problems = {
-        "missing": sorted(need.keys() - have.keys()),
-        "unexpected": sorted(have.keys() - need.keys()),
-        "of another shape": [
-            f"{key} {have[key].shape} for {need[key].shape}"
-            for key in sorted(need.keys() & have.keys())
-            if have[key].shape != need[key].shape
-        ],
-        "not floating-point": sorted(
-            key for key, x in have.items() if not jnp.issubdtype(x.dtype, jnp.floating)
-        ),
+    misshaped = {
+        key: (have[key].shape, need[key].shape)
+        for key in need.keys() & have.keys()
+        if have[key].shape != need[key].shape
     }
-    if any(problems.values()):
-        raise UserError(
-            f"the weights are not this {type(module).__name__}'s: "
-            + "; ".join(f"{len(v)} {k} ({_some(v)})" for k, v in problems.items() if v)
+    if need.keys() != have.keys() or misshaped:
+        raise WeightsError(
+            f"the weights are not this {type(module).__name__}'s",
+            need.keys() - have.keys(),
+            have.keys() - need.keys(),
+            misshaped,
         )
+    whole = sorted(key for key, x in have.items() if not jnp.issubdtype(x.dtype, jnp.floating))
+    if whole:
+        raise UserError(f"the weights are not floating-point: {_some(whole)}")
     cast = {key: jnp.asarray(have[key], need[key].dtype) for key in need}
     return unflatten_dict(cast, sep="/")
 
@@ -202,6 +251,6 @@ def _check_ends(have: Mapping[str, Any], need: Mapping[str, Any]) -> None:
         )
 
 
-def _some(items: list[str], most: int = 3) -> str:
+def _some(items: Sequence[str], most: int = 8) -> str:
     more = f", and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more

@@ -7,12 +7,10 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_resnet.errors import UserError, did_you_mean
-from flax_resnet.layers import Dtype, check_dtype, whole_numbers
+from flax_resnet.layers import check_dtype, whole_numbers
 from flax_resnet.models.blocks import (
     BasicBlock,
     Block,
@@ -24,7 +22,6 @@ from flax_resnet.models.dropblock_resnet import DropBlockResNet
 from flax_resnet.models.highway import highway_net
 from flax_resnet.models.mini import MiniModel
 from flax_resnet.models.resnet import ResNet
-from flax_resnet.models.surgery import initialize, match_variables
 
 Variables = Mapping[str, Any]
 
@@ -242,68 +239,40 @@ def create(name: str, **fields: Any) -> nn.Module:
         raise
 
 
+# What a ResNet computes in evaluation, but for its classes and the form of its output.
+_ARCHITECTURE = ("stage_sizes", "block_cls", "num_filters", "stem", "stem_filters",
+                 "stem_pool_zeros", "shortcut", "connection", "stride_conv", "stride_block",
+                 "groups", "width_per_group", "se_reduction", "norm_kind", "bn_epsilon",
+                 "conv_bias")  # fmt: skip
+
+
+def architecture(module: ResNet) -> dict[str, Any]:
+    """The fields that decide what published weights fit: all but the top and how it is run."""
+    found = {name: getattr(module, name) for name in _ARCHITECTURE}
+    found["stem_filters"] = found["stem_filters"] or module.num_filters
+    if found["norm_kind"] == "frozen":  # the same weights, statistics kept
+        found["norm_kind"] = "batch"
+    if not module.block_cls.grouped:
+        found["stride_conv"] = "3x3"  # there is no other place
+    return found
+
+
+def name_of(module: nn.Module) -> str | None:
+    """The first of ``names()`` whose network computes what ``module`` does; None where none."""
+    if not isinstance(module, ResNet):
+        return next((name for name, cls in _named().items() if cls is type(module)), None)
+    wanted = architecture(module)
+    for name, build in _named().items():
+        other = build()
+        if isinstance(other, ResNet) and architecture(other) == wanted:
+            return name
+    return None
+
+
 def default_shape(module: nn.Module) -> tuple[int, int, int]:
     """The image shape (H, W, C) that a network was made for."""
     imagenet = isinstance(module, ResNet) and module.stem != "cifar"
     return (224, 224, 3) if imagenet else (32, 32, 3)
-
-
-def load(
-    name: str,
-    *,
-    weights: Variables | None = None,
-    include_top: bool = True,
-    pooling: Literal["avg", "max"] | None = None,
-    num_classes: int | None = None,
-    classes: int | None = None,
-    input_shape: tuple[int, int, int] | None = None,
-    dtype: Dtype = "float32",
-    seed: int = 0,
-    **fields: Any,
-) -> tuple[nn.Module, Variables]:
-    """A network by name, and its variables: fresh, or those given.
-
-    Args:
-      name: one of ``names()``; Keras's spellings (``ResNet152V2``) give Keras's networks.
-      weights: variables of this network ({"params", "batch_stats"}), of blocks stacked or not;
-        None starts afresh. A head in them is dropped where ``include_top`` is False.
-      include_top: end with the dense head; its output is logits.
-      pooling: without the top: None gives the last map (N, h, w, C), "avg" and "max" its
-        global pool (N, C).
-      num_classes: width of the head; by default the network's own: 1000, of CIFAR nets 10.
-      classes: Keras's word for num_classes.
-      input_shape: (H, W, C); by default (224, 224, 3), of CIFAR nets (32, 32, 3).
-      dtype: computation dtype.
-      seed: of the initialisation.
-      **fields: any other field of the network.
-
-    Returns:
-      (module, variables).
-
-    Raises:
-      UserError: an unknown name or field, an input too small, or weights that do not fit.
-    """
-    if classes is not None:
-        if num_classes not in (None, classes):
-            raise UserError(f"num_classes={num_classes} and classes={classes}: give one of them")
-        num_classes = classes
-    top = {"include_top": include_top, "pooling": pooling}
-    fields |= {key: value for key, value in top.items() if value not in (True, None)}
-    if num_classes is not None:
-        fields["num_classes"] = num_classes
-    module = create(name, dtype=dtype, **fields)
-    shape = check_shape(default_shape(module) if input_shape is None else input_shape)
-    if not (weights is None or (isinstance(weights, Mapping) and "params" in weights)):
-        raise UserError(
-            f"weights={weights!r:.50}: expected None or variables, a dict with 'params' and "
-            "'batch_stats'; files and published weights cannot be read yet"
-        )
-    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    key = jax.random.key(seed)
-    if weights is None:
-        return module, initialize(module, key, images)
-    want = jax.eval_shape(functools.partial(module.init, train=False), key, images)
-    return module, match_variables(module, want, weights)
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:

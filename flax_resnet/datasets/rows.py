@@ -1,0 +1,130 @@
+"""Which examples make batch k, and their decoding."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from flax_resnet.datasets import sources
+from flax_resnet.datasets.decode import DECODE_ERRORS, Decoder
+from flax_resnet.errors import UserError
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of the n training examples in an epoch (read-only)."""
+    rows = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+    rows.setflags(write=False)
+    return rows
+
+
+def batch_rows(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
+    """The training examples of batch ``step``: (batch_size,) row numbers below n."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // n
+    return np.concatenate(
+        [
+            epoch_permutation(seed, int(epoch), n)[positions[epochs == epoch] % n]
+            for epoch in np.unique(epochs)
+        ]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchReader:
+    """Reads and decodes this process's rows of batch ``step``; picklable, for worker processes.
+
+    Attributes:
+      source: the split.
+      decoder: bytes to pixels.
+      batch_size: rows of the global batch.
+      seed: shuffles by (seed, epoch); None reads in file order and pads the last batch.
+      shard: (index, count): which equal part of each batch to read.
+    """
+
+    source: sources.Source
+    decoder: Decoder
+    batch_size: int
+    seed: int | None = None
+    shard: tuple[int, int] = (0, 1)
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """{"image" uint8 (n, H, W, C), "label" int32 (n,)}; without a seed also "mask" bool."""
+        step, n = int(step), len(self.source)
+        if self.seed is None:
+            rows, mask = eval_rows(step, self.batch_size, n)
+        else:
+            rows, mask = batch_rows(self.seed, step, self.batch_size, n), None
+        mine = shard_slice(len(rows), *self.shard)
+        images, labels = decode_rows(
+            self.source, self.decoder, rows[mine], self._generators(step, mine)
+        )
+        batch = {"image": images, "label": labels}
+        return batch if mask is None else {**batch, "mask": mask[mine]}
+
+    def _generators(self, step: int, mine: slice) -> Iterator[np.random.Generator] | None:
+        """One generator an example, by its position in training, whoever reads it."""
+        if self.seed is None or not self.decoder.random_crop:
+            return None
+        first = step * self.batch_size
+        return (
+            np.random.Generator(np.random.Philox(key=[self.seed, position], counter=1))
+            for position in range(first + mine.start, first + mine.stop)
+        )
+
+
+def shard_slice(n: int, index: int, count: int) -> slice:
+    """The rows of part ``index`` where n rows are cut into ``count`` equal parts."""
+    return slice(index * n // count, (index + 1) * n // count)
+
+
+def eval_rows(step: int, batch_size: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of evaluation batch ``step`` in file order, and the mask of those that count."""
+    rows = np.arange(step * batch_size, (step + 1) * batch_size)
+    mask = rows < n
+    return np.where(mask, rows, 0), mask
+
+
+def decode_rows(
+    source: sources.Source,
+    decoder: Decoder,
+    rows: np.ndarray,
+    generators: Iterable[np.random.Generator] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes rows of a source: uint8 (n, H, W, C) and int32 labels (n,)."""
+    encoded, labels = source.read([int(row) for row in rows])
+    for row, label in zip(rows, labels, strict=True):
+        if not 0 <= label < len(source.class_names):
+            raise UserError(
+                f"{source.describe(int(row))} has label {label}, expected 0 to "
+                f"{len(source.class_names) - 1}: the split is unlabelled or damaged, give another"
+            )
+    draws = iter(generators) if generators is not None else None
+    images = []
+    for row, data in zip(rows, encoded, strict=True):
+        try:
+            images.append(decoder(data, next(draws) if draws is not None else None))
+        except DECODE_ERRORS as error:
+            raise sources.unreadable(source.describe(int(row)), error) from error
+    return np.stack(images), labels
+
+
+def decode_chunks(
+    source: sources.Source, decoder: Decoder, rows: np.ndarray, chunk: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Decodes rows in order, ``chunk`` at a time, on the machine's cores (Pillow frees the GIL)."""
+    cores = os.cpu_count() or 1
+    ahead: collections.deque[Future] = collections.deque()
+    with ThreadPoolExecutor(cores) as pool:
+        for start in range(0, len(rows), chunk):
+            ahead.append(pool.submit(decode_rows, source, decoder, rows[start : start + chunk]))
+            if len(ahead) > cores:  # no further, or a slow reader would fill the memory
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

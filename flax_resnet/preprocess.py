@@ -1,0 +1,154 @@
+"""What published weights want done to a photograph: resize, crop, channel order, scale."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from flax_resnet.augment import IMAGENET_MEAN, IMAGENET_STD, Statistics
+from flax_resnet.datasets.decode import Decoder, open_image
+from flax_resnet.errors import UserError, check_choices, check_range
+
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """From an encoded photograph to what a network was trained on.
+
+    Resampling is Pillow's own, which torchvision, timm and Keras's ``load_img`` use too.
+    """
+
+    size: int = 224
+    """Height and width of the result, in pixels."""
+    resize: int | None = 256
+    """Shorter side before the centre crop; None: squeeze the whole image to ``size``."""
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    """Of the resizing."""
+    channels: int = 3
+    """Input channels of the network."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Subtracted on the 0..1 scale: one number, or one a channel as the network sees them."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Then divided by: one number a channel, or one a pixel and channel, rows first."""
+    bgr: bool = False
+    """Feed blue first, as Caffe did."""
+    decoder: Decoder | None = None
+    """Of weights trained here: decode as their data were, whatever the fields above say."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_range("preprocessing.size", self.size, 1)
+        if self.resize is not None and self.resize < self.size:
+            raise UserError(
+                f"preprocessing.resize={self.resize} is below size={self.size}: the crop would "
+                "stick out; use None or a larger one"
+            )
+        counts = (self.channels, math.prod(self.shape))
+        if len(self.mean) not in (1, self.channels) or len(self.std) not in counts:
+            raise UserError(
+                f"preprocessing.mean has {len(self.mean)} numbers, std {len(self.std)}: expected "
+                f"one for each of {self.channels} channels"
+            )
+        for value in self.std:
+            check_range("preprocessing.std", value, 1e-9)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the result."""
+        side = self.size if self.decoder is None else self.decoder.size or self.size
+        return side, side, self.channels
+
+    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Decodes one image to uint8 (size, size, channels), RGB; ``rng`` is not used.
+
+        Raises:
+          one of datasets.decode.DECODE_ERRORS: it is no image that Pillow reads.
+        """
+        if self.decoder is not None:
+            return self.decoder(data)
+        image = self._resized(data)
+        if self.resize is None:
+            return _pixels(image)
+        return _pixels(_crop(image, self.size, *_centre(image.size, self.size)))
+
+    def ten_crops(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Corners and centre, each also mirrored: uint8 (10, size, size, channels).
+
+        Krizhevsky et al. 2012, section 4.1, in torchvision's order.
+
+        Raises:
+          UserError: there is nothing to crop from.
+          one of datasets.decode.DECODE_ERRORS: it is no image that Pillow reads.
+        """
+        if self.decoder is not None or self.resize in (None, self.size):
+            raise UserError(
+                f"ten crops of {self.size} pixels need a larger image, the weights' preprocessing "
+                f"resizes to {self.resize or self.size}: evaluate with one"
+            )
+        image = self._resized(data)
+        width, height = image.size
+        right, low = width - self.size, height - self.size
+        corners = [(0, 0), (right, 0), (0, low), (right, low), _centre(image.size, self.size)]
+        mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.stack(
+            [_pixels(_crop(i, self.size, *at)) for i in (image, mirrored) for at in corners]
+        )
+
+    def statistics(self) -> Statistics:
+        """What augment.normalize takes: {"mean", "std"}, with ``bgr`` also {"order"}."""
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        if len(std) != self.channels:
+            std = std.reshape(self.shape)
+        stats = {"mean": mean if len(mean) == self.channels else mean[0], "std": std}
+        return stats | ({"order": np.array([2, 1, 0], np.int32)} if self.bgr else {})
+
+    def _resized(self, data: bytes) -> Image.Image:
+        image, how = open_image(data, self.channels), _RESAMPLING[self.interpolation]
+        width, height = image.size
+        if self.resize is None:
+            new = (self.size, self.size)
+        else:
+            # The longer side is cut off, not rounded, as torchvision does.
+            short = min(width, height)
+            new = (int(self.resize * width / short), int(self.resize * height / short))
+        if math.prod(new) > Image.MAX_IMAGE_PIXELS:  # type: ignore[operator]
+            raise ValueError(f"at {width}x{height} it is too long and thin to resize")
+        return image if new == image.size else image.resize(new, how)
+
+
+def _centre(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(left, top) of a centred crop; halves round to even, as torchvision's do."""
+    width, height = size
+    return round((width - side) / 2.0), round((height - side) / 2.0)
+
+
+def _crop(image: Image.Image, side: int, left: int, top: int) -> Image.Image:
+    return image.crop((left, top, left + side, top + side))
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+TORCH = Preprocessing()
+"""torchvision's first weights: shorter side to 256, centre 224, ImageNet's mean and deviation."""
+KERAS_V1 = Preprocessing(
+    resize=None,
+    interpolation="nearest",
+    mean=(103.939 / 255, 116.779 / 255, 123.68 / 255),
+    std=(1 / 255,) * 3,
+    bgr=True,
+)
+"""Keras's ResNet ("caffe"): ``load_img``'s squeeze to 224, blue first, less the mean in BGR."""
+KERAS_V2 = Preprocessing(resize=None, interpolation="nearest", mean=(0.5,) * 3, std=(0.5,) * 3)
+"""Keras's ResNetV2 ("tf"): ``load_img``'s squeeze to 224, then -1 to 1."""

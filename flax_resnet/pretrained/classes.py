@@ -1,0 +1,22 @@
+"""What the 1000 outputs of a network trained on ImageNet stand for."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from importlib import resources
+
+
+@functools.cache
+def imagenet_classes() -> tuple[str, ...]:
+    """One name a class, each once, in the order of the outputs: by WordNet's number.
+
+    A first name that two classes share gives way to the second one: "crane bird" and
+    "construction crane", "maillot" and "tank suit".
+    """
+    text = resources.files("flax_resnet").joinpath("imagenet_classes.txt").read_text("utf-8")
+    rows = [line.split("\t")[1].split(", ") for line in text.splitlines()]
+    shared = collections.Counter(names[0] for names in rows)
+    return tuple(
+        names[1] if shared[names[0]] > 1 and len(names) > 1 else names[0] for names in rows
+    )

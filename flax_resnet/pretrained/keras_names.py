@@ -1,0 +1,192 @@
+"""Keras's residual networks: its layers' names and order, and the network that a file fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from flax_resnet.errors import UserError
+from flax_resnet.models import ResNet, keras_resnet
+
+Version = Literal["v1", "v2"]
+Tensors = Mapping[str, np.ndarray]
+
+_MODULES = {
+    "stem_conv": "conv1_conv",
+    "stem_norm": "conv1_bn",
+    "final_norm": "post_bn",
+    "head": "predictions",
+    "conv1": "1_conv",
+    "conv2": "2_conv",
+    "conv3": "3_conv",
+    "shortcut_conv": "0_conv",
+    "shortcut_norm": "0_bn",
+}
+_NORMS = {
+    "v1": {"norm1": "1_bn", "norm2": "2_bn", "norm3": "3_bn"},
+    "v2": {"norm1": "preact_bn", "norm2": "1_bn", "norm3": "2_bn"},
+}
+_POSITIONS = {"kernel": 0, "bias": 1}
+_NORM_POSITIONS = {"scale": 0, "bias": 1, "mean": 2, "var": 3}
+# Weights of before 2019 have these names, and BatchNorm's default epsilon.
+_OLD = re.compile(r"(res|bn)([2-5])([a-z])_branch(1|2a|2b|2c)")
+_OLD_NAMES = {"conv1": "conv1_conv", "bn_conv1": "conv1_bn", "fc1000": "predictions"}
+OLD_EPSILON = 1e-3
+
+
+def version_of(module: ResNet) -> Version:
+    """Keras's version of a network: "v2" where it is pre-activated."""
+    return "v2" if module.block_cls.preactivation else "v1"
+
+
+def keras_name(module: ResNet, path: tuple[str, ...]) -> str:
+    """``LAYER/POSITION`` of a variable: ("params", "stem_conv", "kernel") is conv1_conv/0."""
+    *blocks, part, leaf = path[1:]
+    norms = _NORMS[version_of(module)]
+    if part not in _MODULES | norms:
+        raise UserError(
+            f"{'/'.join(path[1:])} has no place in Keras's ResNet: write .safetensors instead"
+        )
+    layer = (_MODULES | norms)[part]
+    if blocks:
+        stage, block = blocks[0].removeprefix("stage").split("_block")
+        layer = f"conv{int(stage) + 1}_block{block}_{layer}"
+    return f"{layer}/{(_NORM_POSITIONS if 'norm' in part else _POSITIONS)[leaf]}"
+
+
+def layer_order(stage_sizes: Sequence[int], version: Version) -> list[str]:
+    """Keras's layers with weights, in the order of ``model.layers``, the head last."""
+    names = ["conv1_conv", *(["conv1_bn"] if version == "v1" else [])]
+    for stage, blocks in enumerate(stage_sizes, start=2):
+        for block in range(1, blocks + 1):
+            convs = ["1", "2", *(["0"] if block == 1 else []), "3"]
+            layers = [f"{i}_conv" for i in convs]
+            layers += [f"{i}_bn" for i in convs] if version == "v1" else []
+            layers += ["preact_bn", "1_bn", "2_bn"] if version == "v2" else []
+            names += [f"conv{stage}_block{block}_{layer}" for layer in layers]
+    return [*names, *(["post_bn"] if version == "v2" else []), "predictions"]
+
+
+def weights_groups(layers: Sequence[str]) -> dict[str, str]:
+    """{layer: its group below "layers" in a .weights.h5}, which counts layers of each class."""
+    found: dict[str, str] = {}
+    counts = {"conv2d": 0, "batch_normalization": 0, "dense": 0}
+    for layer in layers:
+        kind = "conv2d" if layer.endswith("conv") else "batch_normalization"
+        kind = "dense" if layer == "predictions" else kind
+        found[layer] = f"{kind}_{counts[kind]}" if counts[kind] else kind
+        counts[kind] += 1
+    return found
+
+
+def keras_layers(tensors: Tensors, kind: Literal["keras_h5", "keras_weights"]) -> Tensors:
+    """The tensors of either file format under Keras's layers' names, as ``keras_name`` has them.
+
+    Raises:
+      UserError: they are not those of a residual network of Keras.
+    """
+    if kind == "keras_h5":
+        found = {_modern(name): tensor for name, tensor in tensors.items()}
+        heads = [name for name, tensor in found.items() if tensor.ndim == 2]
+        if len(heads) == 1:  # the head has had several names, "probs" and "fc1000" among them
+            layer = heads[0].partition("/")[0]
+            rename = {f"{layer}/{i}": f"predictions/{i}" for i in (0, 1)}
+            found = {rename.get(name, name): tensor for name, tensor in found.items()}
+        return found
+    sizes, version = _shape_of(_kernels(tensors)), _version(tensors)
+    groups = {group: layer for layer, group in weights_groups(layer_order(sizes, version)).items()}
+    renamed = {}
+    for name, tensor in tensors.items():
+        group, _, position = name.rpartition("/")
+        renamed[f"{groups.get(group, group)}/{position}"] = tensor
+    return renamed
+
+
+def infer_keras(layers: Tensors, old: bool, **fields: Any) -> ResNet:
+    """The network of tensors named as ``keras_layers`` names them.
+
+    Args:
+      layers: the tensors.
+      old: the file has the names of before 2019, and so another epsilon.
+      **fields: of the network, over what is inferred.
+
+    Raises:
+      UserError: they are not those of a residual network of Keras.
+    """
+    version: Version = "v2" if "post_bn/0" in layers else "v1"
+    sizes: list[int] = []
+    for stage in range(2, 2 + len(layers)):
+        blocks = 0
+        while f"conv{stage}_block{blocks + 1}_1_conv/0" in layers:
+            blocks += 1
+        if not blocks:
+            break
+        sizes.append(blocks)
+    if not sizes or "conv1_conv/0" not in layers:
+        raise UserError(_not_keras(layers))
+    kernel = layers["conv2_block1_1_conv/0"]
+    found: dict[str, Any] = {
+        "stage_sizes": tuple(sizes),
+        "num_filters": kernel.shape[-1] if kernel.ndim == 4 else 0,
+    }
+    if "predictions/0" in layers:
+        found["num_classes"] = layers["predictions/0"].shape[-1]
+    else:
+        found["include_top"] = False
+    if old:
+        found["bn_epsilon"] = OLD_EPSILON
+    return keras_resnet(50, version, **{**found, **fields})
+
+
+def is_old(tensors: Tensors) -> bool:
+    """True for a file with the layers' names of before 2019 (``res2a_branch2a``)."""
+    return any(_OLD.match(name) for name in tensors)
+
+
+def _modern(name: str) -> str:
+    layer, _, position = name.rpartition("/")
+    if found := _OLD.fullmatch(layer):
+        kind, stage, block, branch = found.groups()
+        number = {"1": 0, "2a": 1, "2b": 2, "2c": 3}[branch]
+        kind = "conv" if kind == "res" else "bn"
+        layer = f"conv{stage}_block{ord(block) - ord('a') + 1}_{number}_{kind}"
+    return f"{_OLD_NAMES.get(layer, layer)}/{position}"
+
+
+def _kernels(tensors: Tensors) -> list[np.ndarray]:
+    """Convolution kernels in Keras's order."""
+    count = sum(name.startswith("conv2d") and name.endswith("/0") for name in tensors)
+    names = [f"conv2d_{i}/0" if i else "conv2d/0" for i in range(count)]
+    if not count or any(name not in tensors or tensors[name].ndim != 4 for name in names):
+        raise UserError(_not_keras(tensors))
+    return [tensors[name] for name in names]
+
+
+def _shape_of(kernels: Sequence[np.ndarray]) -> tuple[int, ...]:
+    """Blocks in each stage: a stage starts where the inner width changes, and projects there."""
+    sizes: list[int] = []
+    width, at = 0, 1
+    while at < len(kernels):
+        if kernels[at].shape[-1] != width:
+            width = kernels[at].shape[-1]
+            sizes.append(0)
+        sizes[-1] += 1
+        at += 4 if sizes[-1] == 1 else 3
+    return tuple(sizes)
+
+
+def _version(tensors: Tensors) -> Version:
+    convs = sum(re.fullmatch(r"conv2d(_\d+)?/0", name) is not None for name in tensors)
+    norms = sum(re.fullmatch(r"batch_normalization(_\d+)?/0", name) is not None for name in tensors)
+    return "v1" if norms == convs else "v2"
+
+
+def _not_keras(tensors: Tensors) -> str:
+    some = ", ".join(repr(name) for name in list(tensors)[:3])
+    return (
+        f"the weights are no ResNet of keras.applications: found layers like {some:.200}; expected "
+        "conv1_conv, conv2_block1_1_conv, ..., or a whole model's conv2d, conv2d_1, ..."
+    )

@@ -1,0 +1,214 @@
+"""Weights by tag, path or working directory; ``load``, which gives a network with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from flax_resnet import models
+from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.errors import UserError
+from flax_resnet.layers import Dtype
+from flax_resnet.models import ResNet
+from flax_resnet.preprocess import Preprocessing
+from flax_resnet.pretrained import published
+from flax_resnet.pretrained.classes import imagenet_classes
+from flax_resnet.pretrained.fetch import fetch
+from flax_resnet.pretrained.weights import Pretrained, Variables, open_file
+from flax_resnet.record import from_record
+
+SUFFIXES = (".safetensors", ".h5", ".hdf5", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
+
+
+def load(
+    name: str,
+    *,
+    weights: Variables | str | Path | None = None,
+    include_top: bool = True,
+    pooling: Literal["avg", "max"] | None = None,
+    num_classes: int | None = None,
+    classes: int | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    dtype: Dtype = "float32",
+    seed: int = 0,
+    **fields: Any,
+) -> tuple[nn.Module, Variables]:
+    """A network by name, and its variables: fresh, published, from a file, or those given.
+
+    Args:
+      name: one of ``names()``; Keras's spellings (``ResNet152V2``) give Keras's networks.
+      weights: None starts afresh. "imagenet", or another of ``tags(name)`` such as "keras",
+        "tv_v1" or "timm/a1", fetches published weights. A path reads a file of any kind that
+        ``read_weights`` takes, or a run's working directory. Variables ({"params",
+        "batch_stats"}, of blocks stacked or not) are taken as they are. A head in the weights
+        is dropped where ``include_top`` is False.
+      include_top: end with the dense head; its output is logits.
+      pooling: without the top: None gives the last map (N, h, w, C), "avg" and "max" its
+        global pool (N, C).
+      num_classes: width of the head; by default that of the weights, else the network's own:
+        1000, of CIFAR nets 10.
+      classes: Keras's word for num_classes.
+      input_shape: (H, W, C); by default (224, 224, 3), of CIFAR nets (32, 32, 3).
+      dtype: computation dtype.
+      seed: of the initialisation.
+      **fields: any other field of the network.
+
+    Returns:
+      (module, variables). Of "keras" asked for ``resnet50`` the module is ``ResNet50``'s.
+
+    Raises:
+      UserError: an unknown name, tag or field, an input too small, weights that cannot be had,
+        or that do not fit.
+    """
+    if classes is not None:
+        if num_classes not in (None, classes):
+            raise UserError(f"num_classes={num_classes} and classes={classes}: give one of them")
+        num_classes = classes
+    top = {"include_top": include_top, "pooling": pooling}
+    fields |= {key: value for key, value in top.items() if value not in (True, None)}
+    opened = None
+    if isinstance(weights, (str, Path)):
+        models.create(name, dtype=dtype, **fields)  # what is wrong with these comes first
+        opened = open_weights(weights, name)
+        name, weights = opened.network or name, opened.variables
+        if include_top and num_classes is None:
+            num_classes = getattr(opened.module, "num_classes", None)
+    if num_classes is not None:
+        fields["num_classes"] = num_classes
+    module = models.create(name, dtype=dtype, **fields)
+    if opened is not None:
+        check_same(opened, module, name)
+    shape = models.check_shape(models.default_shape(module) if input_shape is None else input_shape)
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    if weights is None:
+        return module, models.initialize(module, jax.random.key(seed), images)
+    if not (isinstance(weights, Mapping) and "params" in weights):
+        raise UserError(
+            f"weights={weights!r:.50}: expected None, a tag, a path, or variables, a dict with "
+            "'params' and 'batch_stats'"
+        )
+    want = models.variable_shapes(module, images)
+    return module, models.match_variables(module, want, weights)
+
+
+def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
+    """Weights with their network and what they were trained on.
+
+    Args:
+      weights: a tag, a weight file, or a run's working directory (its best checkpoint).
+      network: a name of ``names()``, which a tag needs.
+
+    Raises:
+      UserError: an unknown tag, no such file, one that cannot be read, or a download that fails.
+    """
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        return _open_run(path)
+    if is_path(weights):
+        return open_file(path)
+    if network is None:
+        raise UserError(
+            f"weights {str(weights)!r}: no such file, and a tag needs a network: say which"
+        )
+    entry = published.find(network, str(weights))
+    opened = open_file(fetch(entry))
+    module = models.create(entry.network, num_classes=len(imagenet_classes()))
+    return Pretrained(
+        module=module,
+        variables=opened.variables,
+        preprocessing=entry.preprocessing,
+        class_names=imagenet_classes(),
+        network=entry.network,
+        certain=True,
+    )
+
+
+def is_path(weights: str | Path) -> bool:
+    """True for what names a file rather than a tag."""
+    text = str(weights)
+    looks = text.startswith((".", "/", "~")) or text.lower().endswith(SUFFIXES)
+    return isinstance(weights, Path) or looks or Path(text).expanduser().exists()
+
+
+def preprocessing(network: str, weights: str | Path = published.DEFAULT) -> Preprocessing:
+    """What weights want done to a photograph; of a tag, nothing is fetched for it.
+
+    Args:
+      network: a name of ``names()``.
+      weights: a tag, a weight file or a working directory.
+
+    Raises:
+      UserError: an unknown tag, or a file that does not say.
+    """
+    if not is_path(weights):
+        return published.find(network, str(weights)).preprocessing
+    found = open_weights(weights, network).preprocessing
+    if found is None:
+        raise UserError(f"{weights} does not say how to prepare images for it: write it yourself")
+    return found
+
+
+def check_same(opened: Pretrained, module: nn.Module, name: str) -> None:
+    """Raises UserError where a file says, by more than its shapes, that it is of another network.
+
+    Args:
+      opened: the weights.
+      module: the network asked for.
+      name: what to call it.
+    """
+    if not opened.certain:
+        return
+    if not (isinstance(module, ResNet) and isinstance(opened.module, ResNet)):
+        if type(module) is not type(opened.module):
+            raise UserError(
+                f"the weights are a {type(opened.module).__name__}'s, {name} is a "
+                f"{type(module).__name__}: ask for the other, or for other weights"
+            )
+        return
+    there, here = models.architecture(opened.module), models.architecture(module)
+    found = [f"{k}={there[k]!r} there, {here[k]!r} here" for k in here if there[k] != here[k]]
+    if found:
+        like = models.name_of(opened.module)
+        advice = f"ask for {like}" if like else "give these fields, or other weights"
+        raise UserError(f"the weights are not of {name} ({'; '.join(found)}): {advice}")
+
+
+def _open_run(workdir: Path) -> Pretrained:
+    """The best checkpoint of a run, else its newest: what was evaluated."""
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
+        raise UserError(f"{workdir} holds no run: expected its checkpoints/, or a weight file")
+    reader = Checkpoints(directory)
+    try:
+        state, meta = reader.read("latest" if reader.best_step() is None else "best")
+    finally:
+        reader.close()
+    config = from_record(meta["config"])
+    averaged = state.get("ema") or {}
+    variables = {kind: averaged.get(kind, state.get(kind)) for kind in ("params", "batch_stats")}
+    module = config.model
+    if isinstance(module, ResNet):
+        variables = models.unstack_blocks(module, variables)
+    stats, shape = state["normalization"], models.check_shape(meta["image_shape"])
+    return Pretrained(
+        module=module,
+        variables={kind: tree for kind, tree in variables.items() if tree},
+        preprocessing=Preprocessing(
+            size=shape[0],
+            resize=None,
+            channels=shape[2],
+            mean=tuple(np.ravel(stats["mean"]).tolist()),
+            std=tuple(np.ravel(stats["std"]).tolist()),
+            bgr="order" in stats,
+            decoder=config.data.decoder(shape[2]) if shape[0] == shape[1] else None,
+        ),
+        class_names=tuple(meta["class_names"]),
+        network=None,
+        certain=True,
+    )

@@ -1,0 +1,258 @@
+"""A ResNet's variables under torch's names and in torch's layout, and the network that they fit.
+
+One naming is at the centre, torchvision's (``layer1.0.conv1.weight``), with timm's names for
+what torchvision has not (``se.fc1``, the deep stem's ``conv1.0``); those of others are turned
+into it first.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from flax_resnet.errors import UserError
+from flax_resnet.models import (
+    BasicBlock,
+    BottleneckBlock,
+    PreActBasicBlock,
+    PreActBottleneckBlock,
+    ResNet,
+)
+
+Tensors = dict[str, np.ndarray]
+
+# Hugging Face's ResNet, CIFAR codes' ``linear`` and ``shortcut``, and a pre-activated net's last
+# norm, as torchvision would say it.
+_SPELLINGS = [
+    (r"^(?:resnet\.)?embedder\.embedder\.convolution\.", "conv1."),
+    (r"^(?:resnet\.)?embedder\.embedder\.normalization\.", "bn1."),
+    (r"^(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.", "layer{+1}.{2}."),
+    (r"\.shortcut\.convolution\.", ".downsample.0."),
+    (r"\.shortcut\.normalization\.", ".downsample.1."),
+    (r"\.layer\.(\d+)\.convolution\.", ".conv{+1}."),
+    (r"\.layer\.(\d+)\.normalization\.", ".bn{+1}."),
+    (r"^classifier\.1\.", "fc."),
+    (r"^(?:linear|classifier)\.", "fc."),
+    (r"\.shortcut\.", ".downsample."),
+    (r"^final_bn\.", "bn."),
+]
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
+_BLOCK = re.compile(r"layer(\d{1,4})\.(\d{1,6})\.(.+)")
+_STEM_MODULES = {"stem_conv": "conv1", "stem_norm": "bn1", "final_norm": "bn", "head": "fc"}
+_DEEP_STEM = {"stem_conv1": "conv1.0", "stem_norm1": "conv1.1", "stem_conv2": "conv1.3",
+              "stem_norm2": "conv1.4", "stem_conv": "conv1.6"}  # fmt: skip
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias",
+           "mean": "running_mean", "var": "running_var"}  # fmt: skip
+
+
+def torchvision_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """The same tensors under torchvision's names.
+
+    Raises:
+      UserError: two names become one.
+    """
+    found: Tensors = {}
+    for name, tensor in _unwrapped(tensors).items():
+        new = name
+        for pattern, replacement in _SPELLINGS:
+            new = re.sub(pattern, functools.partial(_fill, replacement), new)
+        if new in found:
+            raise UserError(f"the weights have {name!r} under another name too: keep one of them")
+        found[new] = tensor
+    if "bn1.weight" in found and "layer1.0.bn1.weight" in found and "bn.weight" not in found:
+        first = found["layer1.0.bn1.weight"].shape == found["bn1.weight"].shape
+        stem = found["conv1.weight"].shape[:1] if "conv1.weight" in found else ()
+        if not first and stem != found["bn1.weight"].shape:
+            # Wide-ResNet codes call the last norm bn1: they have none after the stem.
+            found = {re.sub(r"^bn1\.", "bn.", name): tensor for name, tensor in found.items()}
+    return found
+
+
+def _unwrapped(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """Without what DataParallel, torch.compile and trainers put in front of every name."""
+    found = dict(tensors)
+    while wrapper := next((w for w in _WRAPPERS if all(n.startswith(w) for n in found)), None):
+        found = {name.removeprefix(wrapper): tensor for name, tensor in found.items()}
+        if not found:
+            break
+    return found
+
+
+def _fill(template: str, match: re.Match) -> str:
+    """``{+1}`` is the first group counted from 1, ``{2}`` the second as it is."""
+    groups = match.groups()
+    if groups:
+        template = template.replace("{+1}", str(int(groups[0][:6]) + 1))
+        template = template.replace("{2}", groups[-1])
+    return template
+
+
+def torch_name(module: ResNet, path: tuple[str, ...]) -> str:
+    """torchvision's name of a variable: ("params", "stage1_block1", "conv1", "kernel"), say."""
+    names = dict(_STEM_MODULES)
+    if module.stem == "deep":
+        names |= _DEEP_STEM
+    first = 1 if module.shortcut == "D" else 0  # timm's averages are downsample.0
+    names |= {
+        "shortcut_conv": f"downsample.{first}",
+        "shortcut_norm": f"downsample.{first + 1}",
+        "reduce": "fc1",
+        "expand": "fc2",
+    }
+    parts = []
+    for part in path[1:-1]:
+        if part.startswith("stage"):
+            stage, block = part.removeprefix("stage").split("_block")
+            part = f"layer{stage}.{int(block) - 1}"
+        elif part.startswith("norm"):
+            part = part.replace("norm", "bn")
+        parts.append(names.get(part, part))
+    return ".".join([*parts, _LEAVES[path[-1]]])
+
+
+def to_torch(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
+    """Kernels (H, W, in, out) as (out, in, H, W), dense ones transposed; the rest as it is."""
+    if path[-1] != "kernel":
+        return value
+    if value.ndim == 4:
+        return value.transpose(3, 2, 0, 1)
+    return value.T[:, :, None, None] if "se" in path else value.T  # timm's gates are convolutions
+
+
+def from_torch(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
+    """The inverse of ``to_torch``; gates may be dense layers too."""
+    if path[-1] != "kernel":
+        return value
+    if "se" in path and value.ndim == 4 and value.shape[2:] == (1, 1):
+        value = value[:, :, 0, 0]
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> ResNet:
+    """The network that tensors of torchvision's names belong to, by names and shapes.
+
+    Where a bottleneck strides is not to be seen: the 3x3 is taken, as torchvision and timm have
+    it; ``stride_conv="1x1"`` says otherwise. A net without projections has shortcut A.
+
+    Args:
+      tensors: as ``torchvision_names`` gives them.
+      **fields: of the network, over what is inferred.
+
+    Raises:
+      UserError: they are not those of a residual network.
+    """
+    stages = _stage_sizes(tensors)
+    first = "layer1.0."
+    bottleneck = f"{first}conv3.weight" in tensors
+    outputs = _size(tensors, f"{first}conv{3 if bottleneck else 2}.weight", 0)
+    filters = outputs // 4 if bottleneck else outputs
+    stem, stem_conv = _stem(tensors)
+    preact = "bn1.weight" not in tensors and f"{first}bn1.weight" in tensors
+    blocks = (
+        (PreActBottleneckBlock if bottleneck else PreActBasicBlock)
+        if preact
+        else (BottleneckBlock if bottleneck else BasicBlock)
+    )
+    found: dict[str, Any] = {
+        "stage_sizes": stages,
+        "block_cls": blocks,
+        "num_filters": filters,
+        "stem": stem,
+        "shortcut": _shortcut(tensors, stages, _size(tensors, stem_conv, 0) == outputs),
+        "norm_kind": "batch" if any("bn" in name for name in tensors) else "none",
+    }
+    if (stem_filters := _size(tensors, stem_conv, 0)) != filters:
+        found["stem_filters"] = stem_filters
+    if bottleneck and filters:
+        width = _size(tensors, f"{first}conv2.weight", 0)
+        found["groups"] = width // _size(tensors, f"{first}conv2.weight", 1)
+        found["width_per_group"] = width * 64 // (filters * max(1, found["groups"]))
+    if (gate := f"{first}se.fc1.weight") in tensors:
+        found["se_reduction"] = outputs // _size(tensors, gate, 0)
+    hidden: list[int] = []
+    while (name := f"hidden{len(hidden) + 1}.weight") in tensors:
+        hidden.append(_size(tensors, name, 0))
+    if hidden:
+        found["hidden_units"] = tuple(hidden)
+    if "fc.weight" in tensors:
+        found["num_classes"] = _size(tensors, "fc.weight", 0)
+    else:
+        found["include_top"] = False
+    if f"{first}conv1.bias" in tensors and found["norm_kind"] == "batch":
+        found["conv_bias"] = "all"
+    elif "conv1.bias" in tensors and found["norm_kind"] == "batch":
+        found["conv_bias"] = "unnormalized"
+    return ResNet(**{**found, **fields})
+
+
+def input_channels(tensors: Mapping[str, np.ndarray]) -> int:
+    """Channels of the images."""
+    name = "conv1.0.weight" if "conv1.0.weight" in tensors else "conv1.weight"
+    return _size(tensors, name, 1)
+
+
+def _stage_sizes(tensors: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+    """Blocks in each stage; stages and blocks have to be numbered without a gap."""
+    stages: dict[int, set[int]] = defaultdict(set)
+    for name in tensors:
+        if found := _BLOCK.fullmatch(name):
+            stages[int(found[1])].add(int(found[2]))
+    if not stages or "layer1.0.conv1.weight" not in tensors:
+        some = ", ".join(repr(name) for name in list(tensors)[:3])
+        raise UserError(
+            f"the weights are no residual network's: expected names like 'layer1.0.conv1.weight', "
+            f"found {some:.200}; give the weights of a ResNet, or convert the names first"
+        )
+    sizes = []
+    for stage in range(1, max(stages) + 1):
+        have = stages.get(stage, set())
+        if not have or max(have) + 1 != len(have):
+            gap = min(set(range(len(have) + 1)) - have)
+            raise UserError(
+                f"the weights have no layer{stage}.{gap}: stages and blocks are numbered without "
+                "a gap; the file is cut or of another kind"
+            )
+        sizes.append(len(have))
+    return tuple(sizes)
+
+
+def _stem(tensors: Mapping[str, np.ndarray]) -> tuple[str, str]:
+    """(kind of the stem, name of its last convolution)."""
+    if "conv1.0.weight" in tensors:
+        return "deep", "conv1.6.weight"
+    kernel = _size(tensors, "conv1.weight", 2)
+    if kernel not in (3, 7):
+        raise UserError(
+            f"the weights' conv1 is {kernel}x{kernel}: expected 7x7 (ImageNet), 3x3 (CIFAR), or "
+            "three convolutions conv1.0, conv1.3 and conv1.6"
+        )
+    return ("imagenet" if kernel == 7 else "cifar"), "conv1.weight"
+
+
+def _shortcut(tensors: Mapping[str, np.ndarray], stages: tuple[int, ...], same: bool) -> str:
+    """Kind of the shortcuts; ``same``: the first block has as many channels in as out."""
+    if any(t.ndim == 4 for name, t in tensors.items() if name.endswith(".downsample.1.weight")):
+        return "D"
+    projected = sum(name.endswith(".downsample.0.weight") for name in tensors)
+    if not projected:
+        return "A"
+    every = projected == sum(stages) and (projected > len(stages) or same)
+    return "C" if every else "B"
+
+
+def _size(tensors: Mapping[str, np.ndarray], name: str, axis: int) -> int:
+    """Length of one axis of a kernel."""
+    if name not in tensors:
+        raise UserError(f"the weights have no {name!r}: the file is cut or of another kind")
+    tensor = tensors[name]
+    if tensor.ndim != 4 and not (tensor.ndim == 2 and name.startswith(("fc.", "hidden", "layer"))):
+        raise UserError(
+            f"the weights' {name!r} has shape {tensor.shape}: expected a kernel of 4 axes, output "
+            "channels first"
+        )
+    return tensor.shape[axis]

@@ -1,0 +1,291 @@
+"""Starting from pretrained weights: the new head, BatchNorm measured anew, cached features.
+
+A frozen trunk gives the same features of an image in every epoch. They are computed once, kept on
+disk under a hash of all that they follow from, and the head trains on them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flax_resnet import models
+from flax_resnet.augment import normalize
+from flax_resnet.data import SPLITS, Data, Split
+from flax_resnet.errors import UserError
+from flax_resnet.files import digest, replacing
+from flax_resnet.models import ResNet
+from flax_resnet.pretrained import Pretrained, check_same, is_path, open_weights
+from flax_resnet.pretrained.fetch import cache_dir
+from flax_resnet.record import to_record
+from flax_resnet.step import TrainState
+
+Variables = Mapping[str, Any]
+
+
+def open_for(model: nn.Module, weights: str) -> Pretrained:
+    """Pretrained weights for a network.
+
+    Args:
+      model: the network.
+      weights: a tag, a weight file, or a run's working directory.
+
+    Raises:
+      UserError: they cannot be had, or are of another network.
+    """
+    name = models.name_of(model)
+    if name is None and not is_path(weights):
+        raise UserError(
+            f"weights {weights!r}: tags are for networks that have a name, with the fields that it "
+            "stands for; give a weight file, or undo what was changed"
+        )
+    opened = open_weights(weights, name)
+    check_same(opened, model, name or f"this {type(model).__name__}")
+    return opened
+
+
+def start_from(
+    model: nn.Module, given: Variables, key: jax.Array, images: Any
+) -> tuple[dict[str, Any], bool]:
+    """Variables to start from: those given, with a fresh top where theirs does not fit.
+
+    Args:
+      model: the network.
+      given: variables of it, perhaps without a head or with another one.
+      key: random key of a fresh top.
+      images: (N, H, W, C), or their shape and dtype.
+
+    Returns:
+      (variables, whether the top is fresh).
+
+    Raises:
+      WeightsError: anything but the top does not fit.
+    """
+    want = models.variable_shapes(model, images)
+    need, have = flatten_dict(dict(want["params"])), flatten_dict(dict(given["params"]))
+    top = {path: x for path, x in need.items() if _is_top(path)}
+    theirs = {path: x for path, x in have.items() if _is_top(path)}
+    fits = {p: x.shape for p, x in top.items()} == {p: x.shape for p, x in theirs.items()}
+    if not fits:
+        if isinstance(model, ResNet):
+            # What init would draw for them: a layer's draw follows from its name.
+            features = jnp.zeros((1, model.num_features))
+            fresh = jax.jit(lambda k: model.init(k, features, method="classify"))(key)
+        else:
+            fresh = models.initialize(model, key, images)
+        drawn = {p: x for p, x in flatten_dict(dict(fresh["params"])).items() if _is_top(p)}
+        kept = {path: x for path, x in have.items() if not _is_top(path)}
+        given = {**given, "params": unflatten_dict({**kept, **drawn})}
+    return models.match_variables(model, want, given), not fits
+
+
+def initializer(
+    model: nn.Module, opened: Pretrained | None, what: str | None, say: Callable[[str], None]
+) -> Callable[[jax.Array, Any], Any] | None:
+    """What ``step.create_state`` takes as ``init``: ``start_from``, or None for a fresh start."""
+    if opened is None:
+        return None
+
+    def init(key: jax.Array, images: Any) -> Any:
+        variables, fresh = start_from(model, opened.variables, key, images)
+        say(f"starts from {what}" + (", its head afresh" if fresh else ""))
+        return variables
+
+    return init
+
+
+def normalization_of(opened: Pretrained | None, what: str | None) -> Any:
+    """The statistics that pretrained weights want images normalised by.
+
+    Raises:
+      UserError: there are no weights, or they do not say.
+    """
+    if opened is None or opened.preprocessing is None:
+        raise UserError(
+            f"normalization='weights' with weights={what}: they do not say how; use "
+            "--normalization imagenet or channel"
+        )
+    return opened.preprocessing.statistics()
+
+
+def _is_top(path: tuple[str, ...]) -> bool:
+    return path[0] == "head" or path[0].startswith("hidden")
+
+
+def measure_norms(state: TrainState, model: nn.Module, data: Data, batch_size: int) -> Any:
+    """Running statistics of every BatchNorm, measured on the training split.
+
+    The mean and the variance over all batches, the parameters as they are (Wu and Johnson 2021,
+    "Rethinking Batch in BatchNorm", section 3), every example counted once but those of a last,
+    incomplete batch.
+
+    Args:
+      state: has the parameters and the normalisation.
+      model: the network; what is frozen in it is measured too.
+      data: its training split is read once.
+      batch_size: examples normalised together.
+
+    Returns:
+      Like ``state.batch_stats``.
+    """
+    # The statistics of a batch alone: nothing of the old ones is kept.
+    unfrozen = model.clone(bn_momentum=0.0, norm_kind="batch", frozen_stages=-1,
+                           drop_path_rate=0.0, dropblock_rate=0.0, dropout_rate=0.0)  # fmt: skip
+
+    @jax.jit
+    def add(sums: Any, batch: Any) -> Any:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        images = normalize(batch["image"], state.normalization)
+        _, new = unfrozen.apply(variables, images, train=True, mutable=["batch_stats"])
+        flat = flatten_dict(new["batch_stats"])
+        squares = {
+            p: x + flat[*p[:-1], "mean"] ** 2 if p[-1] == "var" else x for p, x in flat.items()
+        }
+        return {p: sums[p] + x for p, x in squares.items()}
+
+    sums = {p: jnp.zeros_like(x) for p, x in flatten_dict(state.batch_stats).items()}
+    count, size = 0, min(batch_size, data.num_train)
+    for batch in data.in_order("train", size):
+        if count and not bool(jnp.all(batch["mask"])):
+            break
+        sums, count = add(sums, batch), count + 1
+    means = {path: x / count for path, x in sums.items()}
+    return unflatten_dict(
+        {p: x - means[*p[:-1], "mean"] ** 2 if p[-1] == "var" else x for p, x in means.items()}
+    )
+
+
+def check(
+    model: nn.Module,
+    *,
+    cache_features: bool,
+    images_change: bool,
+    measure_norms: bool,
+    unfreezes: bool,
+) -> None:
+    """Raises UserError for ways of fine-tuning that contradict one another.
+
+    Args:
+      model: the network.
+      cache_features: its features are to be computed once.
+      images_change: training images are changed at random.
+      measure_norms: BatchNorm is to be measured anew.
+      unfreezes: stages begin to train one after the other.
+    """
+    stages, frozen = len(getattr(model, "stage_sizes", ())), getattr(model, "frozen_stages", None)
+    if cache_features and not (isinstance(model, ResNet) and frozen == stages):
+        raise UserError(
+            f"cache_features with model.frozen_stages={frozen}: only a ResNet frozen up to its "
+            f"head has features that stay; set --model.frozen-stages {stages}, or "
+            "--no-cache-features"
+        )
+    if cache_features and images_change:
+        raise UserError(
+            "cache_features with augmentation: features of images that change cannot be kept; "
+            "switch the augmentation off, or --no-cache-features"
+        )
+    if measure_norms and not isinstance(model, ResNet):
+        raise UserError(f"measure_norms with {type(model).__name__}: it is for ResNets; leave it")
+    if unfreezes and getattr(model, "norm_kind", "batch") == "batch":
+        raise UserError(
+            "optimizer.unfreeze with BatchNorm in training: the statistics of what is still frozen "
+            "would move; set --model.norm-kind frozen"
+        )
+
+
+def with_cached_features(
+    state: TrainState, model: nn.Module, data: Data, batch_size: int, say: Callable[[str], None]
+) -> Data:
+    """The data with the features that the frozen trunk gives in place of the images.
+
+    They are read from the cache where they are there. The file's name is a hash of the trunk's
+    weights, the decoded images, the normalisation, the network and the platform; its content is
+    hashed too.
+
+    Args:
+      state: has the trunk's variables and the normalisation.
+      model: the network, frozen up to its head.
+      data: both splits are read.
+      batch_size: images at a time.
+      say: told what is done.
+    """
+    trunk = model.clone(include_top=False, pooling="avg")
+    variables = {
+        "params": {k: v for k, v in state.params.items() if not _is_top((k,))},
+        "batch_stats": state.batch_stats,
+    }
+    weights = digest(_parts(variables))
+    features, labels = {}, {}
+    for split in SPLITS:
+        key = {
+            "weights": weights,
+            "network": to_record(trunk),
+            "images": data.fingerprint(split),
+            "normalization": digest(_parts(state.normalization)),
+            "versions": {"jax": jax.__version__, "Pillow": PIL.__version__},
+            "platform": jax.devices()[0].device_kind,
+        }
+        name = digest([json.dumps(key, sort_keys=True)])
+        path = cache_dir() / "features" / f"{name}.npz"
+        found = _read(path)
+        say(f"{'read' if found else 'computes'} the features of the {split} split: {path}")
+        features[split], labels[split] = found or _write(
+            path, *_compute(trunk, variables, state.normalization, data, split, batch_size)
+        )
+    return data.with_features(features, labels)
+
+
+def _parts(tree: Any) -> list[Any]:
+    """Names and values of a tree's arrays, for a hash."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [p for path, x in leaves for p in (jax.tree_util.keystr(path), np.asarray(x))]
+
+
+def _compute(
+    trunk: nn.Module, variables: Any, normalization: Any, data: Data, split: Split, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(features float32 (N, F), labels int32 (N,)) of a split."""
+
+    @jax.jit
+    def run(variables: Any, images: jax.Array) -> jax.Array:
+        return trunk.apply(variables, normalize(images, normalization))  # type: ignore[return-value]
+
+    found, labels = [], []
+    for batch in data.in_order(split, batch_size):
+        mask = np.asarray(batch["mask"])
+        found.append(np.asarray(run(variables, batch["image"]), np.float32)[mask])
+        labels.append(np.asarray(batch["label"])[mask])
+    return np.concatenate(found), np.concatenate(labels)
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """What the cache holds; None where that is nothing, or is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            features, labels, hashed = (stored[n] for n in ("features", "labels", "sha256"))
+    except Exception:  # whatever a damaged archive raises: it is computed again
+        return None
+    return (features, labels) if digest([features, labels]) == str(hashed) else None
+
+
+def _write(path: Path, features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    hashed = np.array(digest([features, labels]))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, features=features, labels=labels, sha256=hashed)
+    except OSError as error:
+        raise UserError(
+            f"the features' cache {path} cannot be written ({error}): set FLAX_RESNET_CACHE to "
+            "another directory, or --no-cache-features"
+        ) from error
+    return features, labels

@@ -1,0 +1,74 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tiny_resnet
+
+from flax_resnet.augment import Augment
+from flax_resnet.checkpoint import CheckpointConfig
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import DataConfig
+from flax_resnet.errors import UserError
+from flax_resnet.models import MiniModel
+from flax_resnet.optim import LAMB, SGD, Cosine, Piecewise
+from flax_resnet.record import find_class, flatten, from_record, to_record
+
+CONFIGS = [
+    TrainConfig(),
+    TrainConfig(
+        model=MiniModel(num_classes=7, dtype="bfloat16"),
+        optimizer=LAMB(schedule=Piecewise(boundaries=(0.1, 0.2))),
+        data=DataConfig(folder="somewhere", image_size=64),
+        augment=Augment(rotation=3.0),
+        checkpoint=CheckpointConfig(every_steps=5),
+        num_steps=3,
+    ),
+]
+
+
+def test_numpy_scalars_are_recorded_as_their_values():
+    """As names of their dtypes two different configs would look the same."""
+    assert to_record(np.int64(7)) == 7
+    assert to_record(np.float32(0.5)) == 0.5
+    assert to_record(jnp.dtype("bfloat16")) == "bfloat16"
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_record_gives_the_config_back_through_json(config):
+    assert from_record(json.loads(json.dumps(to_record(config)))) == config
+
+
+def test_dtypes_and_classes_are_recorded_by_name():
+    record = to_record(tiny_resnet(dtype=jnp.bfloat16))
+    assert record["dtype"] == "bfloat16"
+    assert record["block_cls"] == {"class_itself": "flax_resnet.models.blocks:BasicBlock"}
+    assert "parent" not in record
+
+
+def test_what_cannot_be_recorded_is_refused():
+    with pytest.raises(UserError, match="config value <function"):
+        to_record({"x": 1} and (lambda: None))
+
+
+def test_a_record_with_a_mistyped_field_names_the_nearest():
+    record = to_record(TrainConfig())
+    record["optimizer"]["learning_rat"] = 1.0
+    with pytest.raises(UserError, match=r"no field 'learning_rat' \(did you mean 'learning_rate'"):
+        from_record(record)
+
+
+@pytest.mark.parametrize(
+    "name", ["os:system", "subprocess:Popen", "flax_resnet.config:json", "nowhere:X", "x", ""]
+)
+def test_a_record_cannot_name_other_peoples_code(name):
+    with pytest.raises(UserError, match="is not known: expected one of flax_resnet"):
+        find_class(name)
+
+
+def test_flatten_names_fields_by_dots():
+    flat = flatten(to_record(TrainConfig(optimizer=SGD(schedule=Cosine(final=0.5)))))
+    assert flat["optimizer"] == "SGD"
+    assert flat["optimizer.schedule"] == "Cosine"
+    assert flat["optimizer.schedule.final"] == 0.5
+    assert flat["model.stage_sizes"] == [3, 3, 3]
