@@ -110,6 +110,7 @@ class Data:
 
     Attributes:
       image_shape: (H, W, C) of every image.
+      batch_shape: the same, or (F,) of the features in its place: an example of a batch.
       class_names: name of each label.
       num_train: training examples.
       num_eval: evaluation examples.
@@ -140,6 +141,7 @@ class Data:
             )
         channels = config.channels or channels
         self.image_shape = (height + 2 * config.pad, width + 2 * config.pad, channels)
+        self.batch_shape: tuple[int, ...] = self.image_shape
         self._decoder = config.decoder(channels)
         self.num_train, self.num_eval = len(self._train), len(self._eval)
         for what, count in (("training", self.num_train), ("evaluation", self.num_eval)):
@@ -235,7 +237,7 @@ class Data:
           labels: likewise, int32 (N,).
         """
         other = copy.copy(self)
-        other.image_shape = features["train"].shape[1:]
+        other.batch_shape = features["train"].shape[1:]
         other.resident = True
         other._keep({split: {"image": features[split], "label": labels[split]} for split in SPLITS})
         return other

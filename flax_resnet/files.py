@@ -14,8 +14,12 @@ import numpy as np
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a path to write to; it takes ``path``'s place when the block ends without error."""
     partial = path.with_name(f"{path.name}.partial")
-    yield partial
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def digest(parts: Iterable[np.ndarray | bytes | str]) -> str:

@@ -9,13 +9,19 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from flax_resnet import flags, models, summary
+from flax_resnet import convert, evaluate, flags, models, predict, summary
 from flax_resnet.config import TrainConfig
 from flax_resnet.datasets.prepare import prepare
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.train import train_and_evaluate
 
 EXIT_BAD_INPUT = 2
+# Commands whose flags are the fields of a dataclass: (what they do, their main).
+TOOLS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "predict": ("name what is in images", predict.main),
+    "evaluate": ("measure weights on a data set or a folder", evaluate.main),
+    "convert": ("write weights in another format", convert.main),
+}
 
 
 def main(
@@ -40,6 +46,11 @@ def main(
 
 def command(argv: Sequence[str] | None = None) -> None:
     """``python -m flax_resnet COMMAND``."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in TOOLS:
+        with one_line_errors():
+            TOOLS[argv[0]][1](argv[1:])
+        return
     parser = argparse.ArgumentParser(
         prog="python -m flax_resnet",
         description="Residual networks in JAX. Experiments run as python -m experiments.NAME.",
@@ -57,6 +68,8 @@ def command(argv: Sequence[str] | None = None) -> None:
     listing = commands.add_parser("names", help="list the networks that have a name")
     listing.set_defaults(run=lambda given: print("\n".join(models.names())))
     _add_summary(commands)
+    for name, (what, _) in TOOLS.items():
+        commands.add_parser(name, help=what, add_help=False)  # they are parsed above
     arguments = parser.parse_args(argv)
     with one_line_errors():
         arguments.run(arguments)

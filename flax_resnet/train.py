@@ -69,7 +69,7 @@ class Run:
             ema_decay=config.ema_decay,
         )
         whole, split = distributed.replicated(self.mesh), distributed.batch_sharding(self.mesh)
-        image = (config.batch_size, *self.data.image_shape)
+        image = (config.batch_size, *self.data.batch_shape)
         kind = jnp.float32 if config.cache_features else jnp.uint8
         batch = {
             "image": jax.ShapeDtypeStruct(image, kind, sharding=split),

@@ -270,7 +270,7 @@ def _compute(
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
     """What the cache holds; None where that is nothing, or is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             features, labels, hashed = (stored[n] for n in ("features", "labels", "sha256"))
     except Exception:  # whatever a damaged archive raises: it is computed again
         return None

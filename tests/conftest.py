@@ -68,6 +68,40 @@ def image_folder(tmp_path, rng):
     return root
 
 
+@pytest.fixture
+def photos(tmp_path, rng):
+    """Seven images of odd sizes, modes and kinds, and what is no image of the folder's."""
+    from prediction_helpers import paint
+
+    root = tmp_path / "photos"
+    (root / "deep" / ".hidden").mkdir(parents=True)
+    for i, name in enumerate(["b.png", "a.jpg", "deep/c.PNG", "d.bmp", "e.png", "f.gif", "z.png"]):
+        image = paint(rng, 8 + i, 9 + 2 * i)
+        (image.convert("L") if name == "e.png" else image).save(root / name)
+    (root / "notes.txt").write_text("no image")
+    (root / ".thumb.png").write_bytes(b"hidden")
+    (root / "deep" / ".hidden" / "x.png").write_bytes(b"hidden")
+    return root
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs a command line in this process: (exit status, stdout, stderr)."""
+
+    def call(*arguments):
+        from flax_resnet.main import command
+
+        capsys.readouterr()
+        try:
+            command([str(a) for a in arguments])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
 def pytest_sessionfinish(session, exitstatus):
     """FLAX_RESNET_NO_SKIP=1 (what .ci/run sets) fails a session that skipped anything."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -8,7 +8,7 @@ import pytest
 from helpers import count_parameters
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.benchmarks import common, compile
+from experiments.benchmarks import common, compile, transfer
 from flax_resnet.models import PreActBottleneckBlock, cifar_preact
 
 SMALL = compile.Settings(depths=(20,), image_size=4, batch_size=2, compile_repeats=1, steps=2)
@@ -134,3 +134,28 @@ def test_timed_waits_for_the_result():
 
 def test_table_is_aligned_to_the_right():
     assert common.table(["a", "bb"], [["100", "2"]]) == "  a  bb\n100   2"
+
+
+def test_transfer_measures_three_ways_of_the_same_training(digits_dir, capsys):
+    argv = ["--data-dir", digits_dir, "--name", "sklearn_digits", "--pad", "0", "--model",
+            "resnet20", "--train-images", "70", "--eval-images", "20", "--epochs", "2"]  # fmt: skip
+    transfer.main(argv)
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["way"] for row in rows] == ["cached", "cached again", "ordinary"]
+    assert len({row["top1"] for row in rows}) == 1
+    assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-4)
+    for row in rows:
+        assert row["seconds_scaled"] == row["seconds"] > 0
+        assert row["ratio"] == pytest.approx(rows[2]["seconds"] / row["seconds"])
+    assert err.count("computes the features") == err.count("read the features") == 2
+    assert "cached again" in err.splitlines()[-2]
+
+
+def test_transfer_says_what_it_scaled():
+    row = {"way": "ordinary", "epochs": 2, "seconds": 30.0, "seconds_scaled": 410.0,
+           "top1": 0.5, "loss": 1.0}  # fmt: skip
+    fast = {**row, "way": "cached", "epochs": 40, "seconds": 20.5, "seconds_scaled": 20.5}
+    lines = transfer.report([fast, row]).splitlines()
+    assert lines[1].split()[:4] == ["cached", "40", "20.5", "20.0"]
+    assert "30.0, scaled 410.0" in lines[2]

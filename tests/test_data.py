@@ -4,9 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from flax_resnet.datasets import rows
 from flax_resnet.data import BatchReader, Data, DataConfig, batch_rows
-from flax_resnet.datasets import sources
+from flax_resnet.datasets import rows, sources
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.errors import UserError
 

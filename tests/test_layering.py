@@ -25,9 +25,8 @@ LEVELS = [
     {"transfer"},
     {"config"},
     {"train", "flags"},
-    {"convert"},
-    {"predict"},
-    {"evaluate"},
+    {"classify"},
+    {"convert", "predict", "evaluate"},
     {"main"},
     {"__main__", ""},
 ]

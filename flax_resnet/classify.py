@@ -1,0 +1,211 @@
+"""What predict, evaluate and convert share: weights opened by flags, a network on the device."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, TextIO
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax import linen as nn
+
+from flax_resnet import models
+from flax_resnet.errors import UserError, check_choices, check_range
+from flax_resnet.files import replacing
+from flax_resnet.models import ResNet
+from flax_resnet.preprocess import Preprocessing
+from flax_resnet.pretrained import Pretrained, check_same, open_weights
+
+FLAGS = "--size, --resize, --interpolation, --mean and --std"
+OWN = "the weights' own"
+
+
+def flag(metavar: str, default: str = "") -> Any:
+    """How --help shows a flag."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=default and f"(default: {default})")
+
+
+def open_network(weights: str | Path, model: str | None = None) -> Pretrained:
+    """Weights with their network; where it is named, they are checked to be that network's.
+
+    Args:
+      weights: a tag, a weight file or a run's working directory.
+      model: a name of ``names()``, which a tag needs; of others the network is inferred.
+
+    Raises:
+      UserError: an unknown name or tag, or weights that cannot be had or are of another network.
+    """
+    named = None if model is None else models.create(model)
+    opened = open_weights(weights, model)
+    if named is not None and model is not None and opened.network is None:
+        kept = ("num_classes", "include_top", "pooling")
+        there = {
+            name: getattr(opened.module, name) for name in kept if hasattr(opened.module, name)
+        }
+        named = named.clone(**{name: v for name, v in there.items() if hasattr(named, name)})
+        check_same(opened, named, model)
+        if not opened.certain:
+            shape = (*models.default_shape(named)[:2], input_channels(opened))
+            want = models.variable_shapes(named, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+            variables = models.match_variables(named, want, opened.variables)
+            opened = dataclasses.replace(opened, module=named, variables=variables)
+    return opened
+
+
+def input_channels(opened: Pretrained) -> int:
+    """Channels of the images that the network takes."""
+    if opened.preprocessing is not None:
+        return opened.preprocessing.channels
+    params = opened.variables["params"]
+    stem = next((params[name] for name in ("stem_conv1", "stem_conv") if name in params), None)
+    return 3 if stem is None else stem["kernel"].shape[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedFlags:
+    """Which network, and how its images are prepared.
+
+    Of a run, size, resize and interpolation take the place of how its data were decoded.
+    """
+
+    model: Annotated[str | None, flag("NAME")] = None
+    """Network, one that the command "names" lists; a tag needs it, else it is inferred."""
+    size: Annotated[int | None, flag("PIXELS", OWN)] = None
+    """Height and width of what the network sees."""
+    resize: Annotated[int | None, flag("PIXELS", OWN)] = None
+    """Shorter side before the centre crop; 0 squeezes the whole image to --size."""
+    interpolation: Annotated[
+        Literal["nearest", "bilinear", "bicubic"] | None, flag("{nearest,bilinear,bicubic}", OWN)
+    ] = None
+    """Of the resizing."""
+    mean: Annotated[tuple[float, ...] | None, flag("X [X ...]", OWN)] = None
+    """Subtracted on the 0..1 scale: one number, or one a channel as the network sees them."""
+    std: Annotated[tuple[float, ...] | None, flag("X [X ...]", OWN)] = None
+    """Then divided by, likewise."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_range("--size", self.size, 1)
+        check_range("--resize", self.resize, 0)
+        for name in ("mean", "std"):
+            if not all(map(math.isfinite, getattr(self, name) or ())):
+                raise UserError(f"--{name} {getattr(self, name)}: expected finite numbers")
+
+    def open(self, weights: str) -> Pretrained:
+        """A network with weights, and their preprocessing changed as the flags say."""
+        opened = open_network(weights, self.model)
+        return dataclasses.replace(opened, preprocessing=self._prepared(opened, weights))
+
+    def _prepared(self, opened: Pretrained, weights: str) -> Preprocessing | None:
+        names = ("size", "resize", "interpolation", "mean", "std")
+        given: dict[str, Any] = {n: v for n in names if (v := getattr(self, n)) is not None}
+        if not given:
+            return opened.preprocessing
+        channels, old = input_channels(opened), opened.preprocessing
+        if "resize" in given:
+            given["resize"] = given["resize"] or None
+        if len(given.get("std", ())) == 1:
+            given["std"] *= channels
+        if old is None:
+            if missing := [f"--{name}" for name in ("size", "mean", "std") if name not in given]:
+                raise UserError(
+                    f"{weights} does not say how images are prepared for it: give "
+                    f"{' and '.join(missing)} too"
+                )
+            old = Preprocessing(1, None, channels=channels, mean=(0.0,), std=(1.0,) * channels)
+        elif given.keys() & {"size", "resize", "interpolation"}:
+            given["decoder"] = None
+        try:
+            return dataclasses.replace(old, **given)
+        except UserError as error:
+            raise UserError(f"{error}; the flags are {FLAGS} (--resize 0: None)") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFlags(PreparedFlags):
+    """Which weights classify."""
+
+    weights: Annotated[str, flag("TAG|PATH", "imagenet")] = "imagenet"
+    """A tag such as "imagenet" or "tv_v2", a weight file, or a run's working directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A network on the device, with what its images go through before."""
+
+    module: nn.Module
+    variables: Any
+    stats: Any
+    preprocessing: Preprocessing
+    num_classes: int
+    class_names: tuple[str, ...] | None
+
+    @classmethod
+    def of(cls, opened: Pretrained) -> Classifier:
+        """Checks weights and puts them on the device.
+
+        Raises:
+          UserError: they do not say how to prepare an image, or give no logits for one.
+        """
+        prepared, module = opened.preprocessing, opened.module
+        if prepared is None:
+            raise UserError(
+                "the weights do not say how images are prepared for them: give --size, --mean and "
+                f"--std (the flags are {FLAGS}; in Python Pretrained.preprocessing)"
+            )
+        if isinstance(module, ResNet):
+            module = module.clone(scan_blocks=False)  # opened variables are not stacked
+        stats = prepared.statistics()
+        decoder = prepared.decoder
+        if decoder is not None and decoder.size is None:
+            # A run on images of one size decodes them as they are; others have to get that size.
+            decoder = dataclasses.replace(decoder, size=prepared.size - 2 * decoder.pad)
+            prepared = dataclasses.replace(prepared, decoder=decoder)
+        side = prepared.size if decoder is None else (decoder.size or 0) + 2 * decoder.pad
+        images = jax.ShapeDtypeStruct((1, side, side, prepared.channels), jnp.float32)
+        try:
+            out = jax.eval_shape(functools.partial(module.apply, opened.variables), images)
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            raise UserError(
+                f"the network does not take images of {images.shape[1:]}: {error}"
+            ) from error
+        shape: tuple[int, ...] = getattr(out, "shape", ())
+        if len(shape) != 2 or not getattr(module, "include_top", True):
+            raise UserError(
+                "the network has no head and gives no classes: take weights that have one "
+                "(include_top=True)"
+            )
+        variables, stats = jax.device_put((opened.variables, stats))
+        return cls(module, variables, stats, prepared, shape[1], opened.class_names)
+
+    def name(self, index: int) -> str:
+        """What to call a class."""
+        names = self.class_names or ()
+        return names[index] if index < len(names) else f"class {index}"
+
+
+@contextlib.contextmanager
+def writing(output: str | None) -> Iterator[TextIO]:
+    """The standard output, or a file that is written whole or not at all.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    if output is None:
+        yield sys.stdout
+        return
+    path = Path(output).expanduser()
+    if path.is_dir():
+        raise UserError(f"--output {output} is a directory: name a file")
+    try:
+        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error}") from error

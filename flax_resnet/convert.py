@@ -1,0 +1,81 @@
+"""Weights written in another format."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from flax_resnet import flags, models
+from flax_resnet.classify import PreparedFlags, flag, input_channels
+from flax_resnet.errors import UserError
+from flax_resnet.pretrained import Pretrained, write_weights
+
+SUFFIXES = (".safetensors", ".weights.h5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(PreparedFlags):
+    """What the command line asks for."""
+
+    source: Annotated[tyro.conf.Positional[str], flag("SOURCE")] = ""
+    """A tag such as "imagenet" (with --model), a weight file, or a run's working directory."""
+    dest: Annotated[tyro.conf.Positional[str], flag("DEST")] = ""
+    """File to write; it ends in .safetensors or .weights.h5."""
+    overwrite: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
+    """Replace DEST where it is there already."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.source and self.dest):
+            raise UserError("expected two arguments, SOURCE and DEST: what to read, what to write")
+
+
+ABOUT = """Writes weights in another format: .safetensors has torchvision's names, .weights.h5 is
+Keras 3's, for the networks that Keras has.
+
+What images go through before and the classes' names are kept in the metadata of .safetensors;
+Keras's format has no place for them. The flags from --size on change what is kept."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``python -m flax_resnet convert``."""
+    settings = flags.cli(Settings, argv, ABOUT, "python -m flax_resnet convert")
+    dest = Path(settings.dest).expanduser()
+    # What is wrong with these is said before anything is fetched.
+    if not dest.name.endswith(SUFFIXES):
+        raise UserError(f"{settings.dest}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    if dest.is_dir():
+        raise UserError(f"{settings.dest} is a directory: name a file")
+    if dest.exists() and not settings.overwrite:
+        raise UserError(f"{settings.dest} is there already: give another name, or --overwrite")
+    print(convert(settings.open(settings.source), dest))
+
+
+def convert(opened: Pretrained, dest: str | Path) -> str:
+    """Writes an opened network's weights to a file; returns a line that says what was written.
+
+    Args:
+      opened: the network, such as ``classify.open_network`` gives.
+      dest: ends in .safetensors, or .weights.h5 of networks that Keras has.
+
+    Raises:
+      UserError: another ending, a network that Keras has not, or a path that cannot be written.
+    """
+    prepared, module = opened.preprocessing, opened.module
+    side = models.default_shape(module)[0] if prepared is None else prepared.size
+    write_weights(
+        dest,
+        module,
+        opened.variables,
+        preprocessing=prepared,
+        class_names=opened.class_names,
+        input_shape=(side, side, input_channels(opened)),
+    )
+    parameters = sum(x.size for x in jax.tree.leaves(opened.variables["params"]))
+    name = opened.network or models.name_of(module) or type(module).__name__
+    return f"{name}, {parameters:,} parameters, written to {dest}"

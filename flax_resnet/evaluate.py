@@ -1,0 +1,333 @@
+"""Weights measured on a data set or a folder: accuracy, loss and calibration.
+
+The data say where the images are, the weights how they are decoded. Every example counts once.
+Runs on one device, the first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import linen as nn
+
+from flax_resnet import flags, metrics
+from flax_resnet.augment import normalize
+from flax_resnet.classify import Classifier, WeightFlags, flag, writing
+from flax_resnet.data import DataConfig
+from flax_resnet.datasets import prepare, sources
+from flax_resnet.datasets.rows import decode_chunks
+from flax_resnet.errors import UserError, check_range
+from flax_resnet.preprocess import Preprocessing
+from flax_resnet.pretrained import Pretrained
+from flax_resnet.pretrained.classes import imagenet_classes
+
+BINS = 15
+CROPS = 10
+# Evaluation steps that may be under way: without a bound the host would queue every batch.
+MOST_STEPS = 2
+
+
+def evaluate(
+    opened: Pretrained,
+    config: DataConfig,
+    *,
+    batch_size: int = 64,
+    ten_crop: bool = False,
+    limit: int | None = None,
+    holdout: bool = False,
+) -> dict[str, float]:
+    """Measures a network on a split.
+
+    Args:
+      opened: a network with its weights, such as ``classify.open_network`` gives.
+      config: where the images are: name, data_dir, folder, train_split, eval_split and
+        holdout_every. How they are decoded is up to the weights.
+      batch_size: images in one step of the device.
+      ten_crop: average the probabilities of ten crops an example (Krizhevsky et al. 2012,
+        section 4.1).
+      limit: evaluate so many examples, evenly spread.
+      holdout: of a folder without split sub-folders, evaluate what training holds out (one in
+        ``holdout_every`` of each class) rather than all of it.
+
+    Returns:
+      "top1" and "top5" (shares of n), "loss" (mean cross-entropy, nats), "calibration_error" (of
+      15 bins, Guo et al. 2017, section 2), "brier" (Brier 1950: the squared distance of the
+      probabilities from the truth, 0 to 2), "n" and "seconds".
+
+    Raises:
+      UserError: data or weights that cannot be read or do not fit one another.
+    """
+    check_range("batch_size", batch_size, 1)
+    check_range("limit", limit, 1)
+    began = time.perf_counter()
+    of = Classifier.of(opened)
+    decode: Any = of.preprocessing
+    if ten_crop:
+        _check_crops(of.preprocessing)
+        decode = of.preprocessing.ten_crops
+    source = _open(config, holdout)
+    if not len(source):
+        raise UserError(f"split {config.eval_split!r} of {config.title} is empty: give another")
+    classes = class_order(source.class_names, of.class_names, of.num_classes, config.title)
+    count = len(source) if limit is None else min(limit, len(source))
+    rows = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
+    chunk = min(count, max(1, batch_size // CROPS) if ten_crop else batch_size)
+    sums: list[metrics.Sums] = []
+    for images, labels in decode_chunks(source, decode, rows, chunk):
+        pad = chunk - len(labels)
+        images = np.pad(images, [(0, pad), *[(0, 0)] * (images.ndim - 1)])
+        mask = np.arange(chunk) < len(labels)
+        labels = np.pad(classes[labels], (0, pad))
+        jax.block_until_ready(sums[-MOST_STEPS:][:1])
+        sums.append(_sums(of.module, of.variables, of.stats, images, labels, mask))
+    found = _means(sums)
+    if not math.isfinite(found["loss"]):
+        raise UserError(
+            "the network's outputs are not finite: the weights are damaged, or --mean and --std "
+            "are not theirs"
+        )
+    return {**found, "n": count, "seconds": time.perf_counter() - began}
+
+
+@functools.partial(jax.jit, static_argnames="module")
+def _sums(
+    module: nn.Module,
+    variables: Any,
+    stats: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+) -> metrics.Sums:
+    """Sums over a batch of images (N, H, W, C), or of their crops (N, 10, H, W, C)."""
+    pixels = images.reshape(-1, *images.shape[-3:])
+    logits: Any = module.apply(variables, normalize(pixels, stats))
+    if images.ndim == 5:
+        crops = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        crops = crops.reshape(*images.shape[:2], -1)
+        logits = jax.nn.logsumexp(crops, axis=1) - math.log(images.shape[1])
+    targets = jax.nn.one_hot(labels, logits.shape[-1])
+    losses = metrics.cross_entropy(logits, targets)
+    sums = metrics.classification_sums(logits, labels, losses, mask)
+    return {**sums, **calibration_sums(logits, labels, mask)}
+
+
+def calibration_sums(
+    logits: jax.Array, labels: jax.Array, mask: jax.Array, bins: int = BINS
+) -> metrics.Sums:
+    """Sums over a batch.
+
+    Args:
+      logits: (N, num_classes).
+      labels: int (N,).
+      mask: bool (N,), False where an example is padding.
+      bins: equal parts of (0, 1], closed above (Guo et al. 2017, section 2).
+
+    Returns:
+      "confidence" and "correct" (bins,), summed over the examples whose largest probability lies
+      in a bin; "brier", a scalar.
+    """
+    p = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    confidence = jnp.max(p, axis=-1)
+    correct = jnp.argmax(logits, axis=-1) == labels
+    bin_of = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
+    counted = jax.nn.one_hot(bin_of, bins, dtype=p.dtype) * mask[:, None]
+    distance = jnp.sum((p - jax.nn.one_hot(labels, p.shape[-1], dtype=p.dtype)) ** 2, axis=-1)
+    return {
+        "confidence": jnp.sum(jnp.where(counted > 0, confidence[:, None], 0), axis=0),
+        "correct": jnp.sum(counted * correct[:, None], axis=0),
+        "brier": jnp.sum(jnp.where(mask, distance, 0)),
+    }
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, count: float) -> float:
+    """Expected calibration error, from the sums of each bin and the number of examples.
+
+    A bin's |accuracy - confidence| times its share of the examples is the difference of its sums
+    over all examples.
+    """
+    return float(np.abs(confidence - correct).sum() / count)
+
+
+def _means(sums: Sequence[metrics.Sums]) -> dict[str, float]:
+    on_host = jax.device_get(list(sums))
+    confidence, correct = (
+        np.stack([one.pop(name) for one in on_host]).astype(np.float64).sum(0)
+        for name in ("confidence", "correct")
+    )
+    count = sum(float(one["count"]) for one in on_host)
+    found = metrics.means(on_host)
+    names = ("top1", "top5", "loss")
+    return {
+        **{name: found[name] for name in names},
+        "calibration_error": calibration_error(confidence, correct, count),
+        "brier": found["brier"],
+    }
+
+
+def class_order(
+    data: Sequence[str], weights: Sequence[str] | None, num_classes: int, title: str
+) -> np.ndarray:
+    """The network's output for each label of the data: int32 (labels,).
+
+    The same names in another order are matched by name, and WordNet's ids with ImageNet's
+    classes; all else goes by position.
+
+    Args:
+      data: names of the data's classes.
+      weights: names of the network's, where they are known.
+      num_classes: the network's outputs.
+      title: what to call the data.
+
+    Raises:
+      UserError: there are more classes on one side, or other WordNet ids than ImageNet's.
+    """
+    known = num_classes if weights is None else min(len(weights), num_classes)
+    if len(data) != known:
+        raise UserError(
+            f"the weights tell {known} classes apart and {title} has {len(data)}: take weights or "
+            "data of the other number"
+        )
+    if weights is not None and tuple(weights) == imagenet_classes() and _are_ids(data):
+        weights = _imagenet_ids()
+        if set(data) != set(weights):
+            odd = sorted(set(data) - set(weights))
+            raise UserError(
+                f"{title} has classes that are not among ImageNet's 1000, such as {odd[0]}: take "
+                "weights of these classes"
+            )
+    place = {name: index for index, name in enumerate(weights or ())}
+    if len(place) == len(data) and place.keys() == set(data):
+        return np.array([place[name] for name in data], np.int32)
+    return np.arange(len(data), dtype=np.int32)
+
+
+def _are_ids(names: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"n\d{8}", name) for name in names)
+
+
+def _imagenet_ids() -> tuple[str, ...]:
+    """WordNet's id of each of ImageNet's classes, in the order of the outputs."""
+    text = resources.files("flax_resnet").joinpath("imagenet_classes.txt").read_text("utf-8")
+    return tuple(line.split("\t")[0] for line in text.splitlines())
+
+
+def _check_crops(prepared: Preprocessing) -> None:
+    if prepared.decoder is not None or prepared.resize in (None, prepared.size):
+        raise UserError(
+            f"--ten-crop needs images larger than the crops of {prepared.size} pixels and the "
+            f"weights resize them to no more: give --resize above --size {prepared.size}"
+        )
+
+
+def _open(config: DataConfig, holdout: bool) -> sources.Source:
+    if config.folder is not None:
+        splits = (config.train_split, config.eval_split)
+        # Holding out each first image of one leaves nothing out. Sizes may differ.
+        every = config.holdout_every if holdout else 1
+        return sources.open_folder(config.folder, splits, 1, every)[1]
+    if config.name == sources.DIGITS:
+        prepare.prepare(config.name, config.data_dir)
+    return sources.open_tfds(config.name, config.data_dir, (config.eval_split,))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """Where the images are."""
+
+    name: Annotated[str | None, flag("NAME")] = None
+    """A tfds image-classification set: "imagenet2012", "cifar10", "NAME:VERSION"."""
+    data_dir: Annotated[str | None, flag("DIR", "$TFDS_DATA_DIR or ~/tensorflow_datasets")] = None
+    """Directory that holds NAME/VERSION."""
+    folder: Annotated[str | None, flag("DIR")] = None
+    """A folder instead: all images of DIR/CLASS/..., or, next to DIR/train, those of DIR/val."""
+    eval_split: str = DataConfig.eval_split
+    """Split to evaluate; next to a folder's train, val and the like are found too."""
+    holdout_every: Annotated[int | None, flag("N")] = None
+    """Of DIR/CLASS/... only one image in N of each class: what training on it holds out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(WeightFlags):
+    """What the command line asks for."""
+
+    data: Where = Where()
+    batch_size: int = 64
+    """Images, or crops, in one step of the device."""
+    ten_crop: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
+    """Average the probabilities of the corners and the centre, each also mirrored."""
+    limit: Annotated[int | None, flag("N", "all")] = None
+    """Evaluate N examples, evenly spread."""
+    output: Annotated[str | None, flag("FILE.json")] = None
+    """Write the numbers to this file too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("--batch-size", self.batch_size, 1)
+        check_range("--limit", self.limit, 1)
+        if (self.data.name is None) == (self.data.folder is None):
+            raise UserError("expected one of --data.name NAME and --data.folder DIR: what images")
+
+    def config(self) -> DataConfig:
+        """The data asked for."""
+        given = dataclasses.asdict(self.data)
+        return DataConfig(**{name: value for name, value in given.items() if value is not None})
+
+
+ABOUT = """Measures weights on a data set or a folder: top-1, top-5, mean loss, expected calibration
+error (Guo et al. 2017) and Brier score.
+
+The images are decoded as the weights want it. Classes of the same names in another order are
+matched by name, WordNet's ids with ImageNet's classes. One device is used. Of a run, --size,
+--resize and --interpolation take the place of how its data were decoded."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``python -m flax_resnet evaluate``."""
+    settings = flags.cli(Settings, argv, ABOUT, "python -m flax_resnet evaluate")
+    config, opened = settings.config(), settings.open(settings.weights)
+
+    def measured() -> dict[str, float]:
+        return evaluate(
+            opened,
+            config,
+            batch_size=settings.batch_size,
+            ten_crop=settings.ten_crop,
+            limit=settings.limit,
+            holdout=settings.data.holdout_every is not None,
+        )
+
+    if settings.output is None:
+        found = measured()
+    else:
+        with writing(settings.output) as file:
+            found = measured()
+            json.dump({**dataclasses.asdict(settings), **found}, file, indent=2)
+            file.write("\n")
+    split = "" if config.folder else f" {config.eval_split}"
+    about = {"weights": settings.weights, "data": f"{config.title}{split}"}
+    network = opened.network or settings.model or type(opened.module).__name__
+    metrics.closing_table(network, {**about, **_rows(found)})
+
+
+def _rows(found: Mapping[str, float]) -> dict[str, str]:
+    rate = found["n"] / found["seconds"]
+    return {
+        "top-1": f"{100 * found['top1']:.2f} % of {found['n']} images",
+        "top-5": f"{100 * found['top5']:.2f} %",
+        "loss": f"{found['loss']:.4f} nats",
+        "calibration error": f"{100 * found['calibration_error']:.2f} % ({BINS} bins)",
+        "Brier score": f"{found['brier']:.4f}",
+        "time": f"{found['seconds']:.1f} s, {rate:.0f} images a second",
+    }

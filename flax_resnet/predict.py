@@ -1,0 +1,265 @@
+"""Images to classes: the most probable ones of each image, by any weights.
+
+Runs on one device, the first. The first images come out while later ones are still decoded.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Literal, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import linen as nn
+from PIL import UnidentifiedImageError
+
+from flax_resnet import flags
+from flax_resnet.augment import normalize
+from flax_resnet.classify import Classifier, WeightFlags, flag, writing
+from flax_resnet.datasets.decode import DECODE_ERRORS
+from flax_resnet.datasets.sources import IMAGE_SUFFIXES, unreadable
+from flax_resnet.errors import UserError, check_range
+from flax_resnet.pretrained import Pretrained
+
+OnError = Callable[[Path, Exception], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image, the first one first."""
+
+    path: Path
+    """The image."""
+    classes: tuple[int, ...]
+    """Numbers of the classes; of equal ones the lower comes first."""
+    names: tuple[str, ...]
+    """Their names, or "class 17" where nobody named them."""
+    probabilities: tuple[float, ...]
+    """Their softmax probabilities."""
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Files as given, and the image files in and below folders, sorted, but for hidden ones.
+
+    Raises:
+      UserError: there is no such file or folder, or a folder holds no images.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        path = path.expanduser()
+        if not path.exists():
+            raise UserError(
+                f"{shown(path)}: no such file or folder: give images, or folders of them"
+            )
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in IMAGE_SUFFIXES
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            and file.is_file()
+        )
+        if not inside:
+            endings = " ".join(sorted(IMAGE_SUFFIXES))
+            raise UserError(f"{shown(path)} holds no images: expected files that end in {endings}")
+        found.extend(inside)
+    return found
+
+
+def predict(
+    opened: Pretrained,
+    paths: Iterable[str | Path],
+    *,
+    top: int = 5,
+    batch_size: int = 32,
+    on_error: OnError | None = None,
+) -> Iterator[Prediction]:
+    """The most probable classes of images, in their order.
+
+    Args:
+      opened: a network with its weights, such as ``classify.open_network`` gives.
+      paths: image files, and folders of them (see ``find_images``).
+      top: how many classes an image; at most all.
+      batch_size: images in one step of the device.
+      on_error: called with an image that cannot be read and why, and the image is skipped; by
+        default the first such image ends it all.
+
+    Raises:
+      UserError: a path that is not there, weights that cannot classify, or, from the iterator,
+        an image that cannot be read or outputs that are not finite.
+    """
+    check_range("top", top, 1)
+    check_range("batch_size", batch_size, 1)
+    files = find_images(paths)
+    return _predictions(Classifier.of(opened), files, top, min(batch_size, len(files)), on_error)
+
+
+def _predictions(
+    of: Classifier, files: Sequence[Path], top: int, batch_size: int, on_error: OnError | None
+) -> Iterator[Prediction]:
+    def found(paths: list[Path], best: Any) -> Iterator[Prediction]:
+        # The last batch is padded: zip leaves its padding out.
+        for path, classes, p in zip(paths, *map(np.asarray, best), strict=False):
+            if not np.isfinite(p).all():
+                raise UserError(
+                    f"the network's output for {shown(path)} is not finite: the weights are "
+                    "damaged, or --mean and --std are not theirs"
+                )
+            names = tuple(of.name(index) for index in classes)
+            yield Prediction(path, tuple(classes.tolist()), names, tuple(p.tolist()))
+
+    top, pending = min(top, of.num_classes), None
+    for paths, images in _batches(files, of.preprocessing, batch_size, on_error):
+        begun = (paths, _best(of.module, of.variables, of.stats, images, top))
+        if pending is not None:
+            yield from found(*pending)
+        pending = begun
+    if pending is not None:
+        yield from found(*pending)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "top"))
+def _best(
+    module: nn.Module, variables: Any, stats: Any, images: jax.Array, top: int
+) -> tuple[jax.Array, jax.Array]:
+    """Classes and probabilities of the largest logits, (N, top) each."""
+    logits: Any = module.apply(variables, normalize(images, stats))
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    _, classes = jax.lax.top_k(logits, top)
+    return classes, jnp.take_along_axis(jax.nn.softmax(logits), classes, axis=-1)
+
+
+def _batches(
+    files: Sequence[Path],
+    decode: Callable[[bytes], np.ndarray],
+    size: int,
+    on_error: OnError | None,
+) -> Iterator[tuple[list[Path], np.ndarray]]:
+    """Batches of images that could be read, the last one padded with zeros."""
+    paths: list[Path] = []
+    images: list[np.ndarray] = []
+    for path, work in _ahead(files, lambda path: decode(path.read_bytes()), 2 * size):
+        try:
+            images.append(work.result())
+        except DECODE_ERRORS as error:
+            if on_error is None:
+                raise unreadable(shown(path), error) from error
+            on_error(path, error)
+            continue
+        paths.append(path)
+        if len(paths) == size:
+            yield paths, np.stack(images)
+            paths, images = [], []
+    if paths:
+        yield paths, np.stack([*images, *[np.zeros_like(images[0])] * (size - len(images))])
+
+
+def _ahead(
+    files: Sequence[Path], work: Callable[[Path], np.ndarray], most: int
+) -> Iterator[tuple[Path, Future[np.ndarray]]]:
+    """Files in their order, with work on them that threads began up to ``most`` files before."""
+    begun: collections.deque[tuple[Path, Future[np.ndarray]]] = collections.deque()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for path in files:
+            begun.append((path, pool.submit(work, path)))
+            if len(begun) > most:
+                yield begun.popleft()
+        while begun:
+            yield begun.popleft()
+
+
+def shown(path: str | Path) -> str:
+    """A path as text that can be printed, also where its bytes are no UTF-8."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def reason(error: Exception) -> str:
+    """Why an image could not be read, in one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image that Pillow reads"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(WeightFlags):
+    """What the command line asks for."""
+
+    images: Annotated[tyro.conf.Positional[tuple[str, ...]], flag("IMAGE [IMAGE ...]")] = ()
+    """Image files, and folders, which are searched for them with their sub-folders."""
+    top: Annotated[int, flag("K", "5")] = 5
+    """How many classes an image."""
+    batch_size: int = 32
+    """Images in one step of the device."""
+    format: Literal["text", "json", "csv"] = "text"
+    """For people; JSON Lines, one object an image; or one row of CSV for each class."""
+    output: Annotated[str | None, flag("FILE")] = None
+    """Write to this file, whole or not at all, instead of the standard output."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("--top", self.top, 1)
+        check_range("--batch-size", self.batch_size, 1)
+        if not self.images:
+            raise UserError("no images are given: expected files, or folders of them")
+
+
+ABOUT = """Prints the most probable classes of images, with their probabilities.
+
+An image that cannot be read is named on the standard error and left out. One device is used.
+Of a run, --size, --resize and --interpolation take the place of how its data were decoded."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``python -m flax_resnet predict``."""
+    settings = flags.cli(Settings, argv, ABOUT, "python -m flax_resnet predict")
+    files = find_images(settings.images)
+    opened, read = settings.open(settings.weights), 0
+
+    def skip(path: Path, error: Exception) -> None:
+        print(f"skipped {shown(path)}: {reason(error)}", file=sys.stderr)
+
+    found = predict(opened, files, top=settings.top, batch_size=settings.batch_size, on_error=skip)
+    with writing(settings.output) as out:
+        for read, prediction in enumerate(found, 1):
+            _FORMATS[settings.format](out, prediction, read == 1)
+        if not read:
+            raise UserError(f"none of {len(files)} images could be read: give others")
+
+
+def _text(out: TextIO, found: Prediction, first: bool) -> None:
+    rows = zip(found.probabilities, found.names, strict=True)
+    lines = [shown(found.path), *(f"  {p:.4f}  {name}" for p, name in rows)]
+    print(*lines, sep="\n", file=out)
+
+
+def _json(out: TextIO, found: Prediction, first: bool) -> None:
+    print(json.dumps({**dataclasses.asdict(found), "path": str(found.path)}), file=out)
+
+
+def _csv(out: TextIO, found: Prediction, first: bool) -> None:
+    writer = csv.writer(out, lineterminator="\n")
+    if first:
+        writer.writerow(["path", "rank", "class", "name", "probability"])
+    columns = (found.classes, found.names, found.probabilities)
+    for rank, row in enumerate(zip(*columns, strict=True), 1):
+        writer.writerow([shown(found.path), rank, *row])
+
+
+_FORMATS: Mapping[str, Callable[[TextIO, Prediction, bool], None]] = {
+    "text": _text,
+    "json": _json,
+    "csv": _csv,
+}

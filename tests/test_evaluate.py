@@ -1,0 +1,240 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from helpers import tiny_resnet
+from PIL import Image
+from prediction_helpers import apply, assert_one_line_error, damaged, make_weights, paint
+
+from flax_resnet import figures
+from flax_resnet.augment import normalize
+from flax_resnet.classify import open_network
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import DataConfig
+from flax_resnet.datasets import sources
+from flax_resnet.errors import UserError
+from flax_resnet.evaluate import calibration_error, calibration_sums, class_order, evaluate
+from flax_resnet.optim import Adam
+from flax_resnet.predict import predict
+from flax_resnet.pretrained.classes import imagenet_classes
+from flax_resnet.train import train_and_evaluate
+
+CLASSES = tuple(f"kind {i}" for i in range(7))
+NUMBERS = ("top1", "top5", "loss", "calibration_error", "brier", "n")
+
+
+def fill(root, rng, names=CLASSES, count=5):
+    """Images of odd sizes, a folder a class; returns their paths and labels."""
+    paths = []
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            paths.append(root / name / f"{i}.png")
+            paint(rng, *rng.integers(8, 15, 2)).save(paths[-1])
+    return paths, np.repeat(np.arange(len(names)), count)
+
+
+@pytest.fixture
+def folder(tmp_path, rng):
+    """(folder, its files, their labels)."""
+    return tmp_path / "folder", *fill(tmp_path / "folder", rng)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    make_weights(tmp_path / "tiny.safetensors", class_names=CLASSES, num_classes=7)
+    return open_network(tmp_path / "tiny.safetensors")
+
+
+def softmax(opened, pixels):
+    stats = opened.preprocessing.statistics()
+    logits = apply(opened.module, opened.variables, normalize(pixels, stats))
+    return np.asarray(jax.nn.softmax(logits), np.float64)
+
+
+def brute_force(p, labels):
+    """The numbers that evaluate gives, one example at a time."""
+    found = dict.fromkeys(NUMBERS, 0.0) | {"n": len(p)}
+    bins = [[] for _ in range(15)]
+    for one, label in zip(p, labels, strict=True):
+        order = sorted(range(len(one)), key=lambda k: (-one[k], k))
+        found["top1"] += order[0] == label
+        found["top5"] += label in order[:5]
+        found["loss"] -= np.log(one[label])
+        found["brier"] += sum((one[k] - (k == label)) ** 2 for k in range(len(one)))
+        (m,) = [m for m in range(15) if m / 15 < one.max() <= (m + 1) / 15]
+        bins[m].append((one.max(), order[0] == label))
+    for inside in filter(None, bins):
+        confidence, correct = np.mean(inside, axis=0)
+        found["calibration_error"] += len(inside) * abs(correct - confidence)
+    return {k: v / (1 if k == "n" else len(p)) for k, v in found.items()}
+
+
+def check(found, wanted):
+    assert {k: found[k] for k in NUMBERS} == pytest.approx(wanted, rel=1e-4)
+
+
+def test_calibration_is_that_of_a_loop(rng):
+    logits = rng.normal(0, 2, (50, 6)).astype(np.float32)
+    labels = rng.integers(0, 6, 50).astype(np.int32)
+    labels[:25] = logits[:25].argmax(1)
+    mask = np.arange(50) < 43
+    sums = jax.device_get(jax.jit(calibration_sums)(logits, labels, mask))
+    wanted = brute_force(np.asarray(jax.nn.softmax(logits[:43]), np.float64), labels[:43])
+    error = calibration_error(sums["confidence"], sums["correct"], 43)
+    assert error == pytest.approx(wanted["calibration_error"], rel=1e-5)
+    assert sums["brier"] / 43 == pytest.approx(wanted["brier"], rel=1e-5)
+
+
+def test_certainty_falls_into_the_last_bin():
+    logits = np.array([[1000, 0], [1000, 0], [np.nan, 0]], np.float32)
+    mask = np.array([True, True, False])
+    sums = jax.jit(calibration_sums)(logits, np.array([0, 1, 0]), mask)
+    assert calibration_error(sums["confidence"], sums["correct"], 2) == 0.5
+    assert sums["confidence"].tolist() == [0] * 14 + [2]
+    assert float(sums["brier"]) == 2
+
+
+def test_a_folder_against_brute_force(opened, folder):
+    root, paths, labels = folder
+    p = softmax(opened, np.stack([opened.preprocessing(x.read_bytes()) for x in paths]))
+    wanted = brute_force(p, labels)
+    assert len(set(p.argmax(1))) > 2
+    assert 0 < wanted["top5"] < 1
+    check(evaluate(opened, DataConfig(folder=str(root)), batch_size=8), wanted)
+
+
+def test_what_of_a_folder_is_evaluated(opened, folder, tmp_path, rng):
+    root, paths, labels = folder
+    p = softmax(opened, np.stack([opened.preprocessing(x.read_bytes()) for x in paths]))
+    config = DataConfig(folder=str(root), holdout_every=3)
+    held = np.arange(35) % 5 == 2
+    check(evaluate(opened, config, holdout=True), brute_force(p[held], labels[held]))
+    even = np.linspace(0, 34, 12).round().astype(int)
+    check(evaluate(opened, config, limit=12), brute_force(p[even], labels[even]))
+    assert evaluate(opened, config, limit=99)["n"] == 35
+    fill(tmp_path / "split" / "train", rng)
+    root.rename(tmp_path / "split" / "val")
+    found = evaluate(opened, DataConfig(folder=str(tmp_path / "split")))
+    check(found, brute_force(p, labels))
+
+
+def test_ten_crops_against_brute_force(opened, folder):
+    root, paths, labels = folder
+    crops = np.stack([opened.preprocessing.ten_crops(x.read_bytes()) for x in paths])
+    p = softmax(opened, crops.reshape(-1, 8, 8, 3)).reshape(35, 10, 7).mean(1)
+    found = evaluate(opened, DataConfig(folder=str(root)), ten_crop=True, batch_size=80)
+    check(found, brute_force(p, labels))
+    squeezed = dataclasses.replace(opened.preprocessing, resize=None)
+    opened = dataclasses.replace(opened, preprocessing=squeezed)
+    with pytest.raises(UserError, match=r"give --resize above --size 8"):
+        evaluate(opened, DataConfig(folder=str(root)), ten_crop=True)
+
+
+def test_classes_in_another_order_are_matched_by_name(opened, folder):
+    root, _, _ = folder
+    config = DataConfig(folder=str(root))
+    wanted = evaluate(opened, config)
+    order = [3, 0, 6, 1, 5, 2, 4]
+    params = dict(opened.variables["params"])
+    params["head"] = {k: v[..., order] for k, v in params["head"].items()}
+    turned = dataclasses.replace(
+        opened,
+        variables={**opened.variables, "params": params},
+        class_names=tuple(CLASSES[i] for i in order),
+    )
+    check(evaluate(turned, config), {k: wanted[k] for k in NUMBERS})
+    unnamed = dataclasses.replace(turned, class_names=None)
+    assert evaluate(unnamed, config)["loss"] != pytest.approx(wanted["loss"])
+
+
+def test_class_order():
+    assert class_order(["b", "a"], ["a", "b"], 2, "x").tolist() == [1, 0]
+    assert class_order(["b", "a"], ["a", "c"], 2, "x").tolist() == [0, 1]
+    assert class_order(["b", "b"], ["b", "b"], 2, "x").tolist() == [0, 1]
+    assert class_order(["b", "a"], ["a", "b"], 5, "x").tolist() == [1, 0]
+    assert class_order(["b", "a"], None, 2, "x").tolist() == [0, 1]
+    text = (sources.Path(__file__).parents[1] / "flax_resnet" / "imagenet_classes.txt").read_text()
+    ids = [line.split("\t")[0] for line in text.splitlines()]
+    assert class_order(ids, imagenet_classes(), 1000, "x").tolist() == list(range(1000))
+    assert class_order(ids[::-1], imagenet_classes(), 1000, "x").tolist() == [*range(999, -1, -1)]
+    with pytest.raises(UserError, match="not among ImageNet's 1000, such as n99999999"):
+        class_order([*ids[:-1], "n99999999"], imagenet_classes(), 1000, "x")
+    with pytest.raises(UserError, match="tell 3 classes apart and x has 2"):
+        class_order(["a", "b"], None, 3, "x")
+
+
+def test_a_run_gives_its_own_top1(call, tmp_path, mesh, digits_dir, monkeypatch):
+    for name in ("curves", "confusion"):  # drawing them takes longer than the training
+        monkeypatch.setattr(figures, name, lambda *arguments: None)
+    workdir = tmp_path / "run"
+    config = TrainConfig(
+        model=tiny_resnet(),
+        data=DataConfig(data_dir=digits_dir),
+        optimizer=Adam(learning_rate=0.003),
+        normalization="pixel",
+        batch_size=128,
+        eval_batch_size=355,
+        num_steps=9,
+    )
+    recorded = train_and_evaluate(config, workdir, mesh=mesh)
+    arguments = ("evaluate", "--weights", workdir, "--data.name", "sklearn_digits")
+    file = tmp_path / "numbers.json"
+    code, out, err = call(*arguments, "--data.data-dir", digits_dir, "--output", file)
+    assert (code, err) == (0, "")
+    assert f"{100 * recorded['top1']:.2f} % of 355 images" in out
+    assert "Brier score" in out
+    found = json.loads(file.read_text())
+    assert (found["top1"], found["top5"], found["n"]) == (recorded["top1"], recorded["top5"], 355)
+    assert found["loss"] == pytest.approx(recorded["loss"], rel=1e-4)
+    assert found["weights"] == str(workdir)
+    # The same images as files; and a network that says 8x8 takes one of another size.
+    (test,) = sources.open_tfds("sklearn_digits", digits_dir, ("test",))
+    encoded, labels = test.read(range(355))
+    paths = [tmp_path / f"{i}.png" for i in range(355)]
+    for path, data in zip(paths, encoded, strict=True):
+        path.write_bytes(data)
+    Image.new("RGB", (30, 20)).save(tmp_path / "odd.png")
+    predicted = list(predict(open_network(workdir), [*paths, tmp_path / "odd.png"], batch_size=64))
+    assert len(predicted) == 356
+    hits = [p.classes[0] == label for p, label in zip(predicted, labels, strict=False)]
+    assert np.mean(hits) == recorded["top1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected one of --data.name NAME and --data.folder DIR"),
+        (["--data.name", "cifar10", "--data.folder", "{root}"], "expected one of --data.name"),
+        (["--data.name", "cifar1o"], "unknown dataset 'cifar1o' (did you mean 'cifar10'?)"),
+        (["--data.folder", "/nowhere"], "--data.folder /nowhere: no such directory"),
+        (["--data.folder", "{root}/kind 1"], "holds 0 class sub-folders"),
+        (["--data.folder", "{root}", "--data.holdout-every", "1"], "holdout_every=1: expected 2"),
+        (["--data.folder", "{root}", "--data.holdout-every", "9"], "at least 9 are needed"),
+        (["--data.folder", "{root}", "--limit", "0"], "--limit=0: expected 1 or more"),
+        (["--data.folder", "{root}", "--batch-size", "0"], "--batch-size=0: expected 1 or more"),
+        (["--data.folder", "{root}", "--ten-crop", "--resize", "0"], "give --resize above --size"),
+        (["--data.folder", "{root}", "--mean", "nan"], "expected finite numbers"),
+        (["--data.folder", "{root}", "--weights", "{nan}"], "outputs are not finite"),
+        (["--data.folder", "{root}", "--output", "/proc/x/y"], "cannot be written"),
+        (["--data.folder", "{root}", "--model", "resnet50"], "are not of resnet50"),
+        (["--data.folder", "{few}"], "tell 7 classes apart and {few} has 2"),
+        (["--data.folder", "{broken}"], "unreadable image {broken}/kind 1/0.png"),
+    ],
+)
+def test_bad_input_is_one_line(call, opened, folder, tmp_path, rng, arguments, message):
+    root, _, _ = folder
+    weights = tmp_path / "tiny.safetensors"
+    places = {"root": root, "few": tmp_path / "few", "broken": tmp_path / "broken"}
+    if "{few}" in arguments:
+        fill(tmp_path / "few", rng, ("a", "b"), 2)
+    if "{broken}" in arguments:
+        root.rename(places["broken"])
+        cut = places["broken"] / "kind 1" / "0.png"
+        cut.write_bytes(cut.read_bytes()[:70])
+    if "{nan}" in arguments:
+        places["nan"] = damaged(weights)
+    result = call("evaluate", "--weights", weights, *[a.format(**places) for a in arguments])
+    assert_one_line_error(result, message.format(**places))
