@@ -12,6 +12,7 @@ Command: python -m experiments.mnist_transfer --data.data-dir DIR
 Weights from a file, without a network: --weights resnet152_weights_tf_dim_ordering_tf_kernels.h5
 """
 
+from flax_resnet.checkpoint import CheckpointConfig
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.main import main
@@ -30,6 +31,8 @@ def get_config() -> TrainConfig:
         optimizer=Adam(learning_rate=1e-3, eps=1e-7),
         batch_size=128,
         num_epochs=40,
+        # The trunk's 240 MB are in every checkpoint, and an epoch of the head takes a second.
+        checkpoint=CheckpointConfig(every_evals=10),
     )
 
 

@@ -18,14 +18,16 @@ class CheckpointConfig:
     """When to save and what to keep."""
 
     every_steps: int | None = None
-    """Save after so many steps too; None saves after each evaluation only."""
+    """Save after so many steps too; None saves after evaluations only."""
+    every_evals: int = 1
+    """Save after one evaluation in so many, and after the last one."""
     keep_last: int = 2
     """Newest checkpoints to keep."""
     keep_best: int = 1
-    """Checkpoints to keep by evaluation top-1."""
+    """Checkpoints to keep by evaluation top-1, of those that were saved after one."""
 
     def __post_init__(self) -> None:
-        for name, least in {"every_steps": 1, "keep_last": 1, "keep_best": 0}.items():
+        for name, least in {"every_steps": 1, "every_evals": 1, "keep_last": 1, "keep_best": 0}.items():
             check_range(f"checkpoint.{name}", getattr(self, name), least)
 
 

@@ -302,6 +302,8 @@ def _loop(
     began = time.perf_counter() - run.seconds - run.compile_seconds
     log.message(f"compiled in {run.compile_seconds:.1f} s")
     eval_every = max(1, round(config.eval_every_epochs * run.steps_per_epoch))
+    save_every = (eval_every * config.checkpoint.every_evals,
+                  config.checkpoint.every_steps or run.num_steps)  # fmt: skip
     batches = run.data.train_batches(config.seed, config.batch_size, run.step, run.num_steps)
     pending: list[metrics.Sums] = []
     timer = metrics.Timer()
@@ -312,7 +314,7 @@ def _loop(
         if len(pending) > MOST_STEPS_IN_FLIGHT:
             jax.block_until_ready(pending[-1 - MOST_STEPS_IN_FLIGHT])
         evaluates = run.step == run.num_steps or run.step % eval_every == 0
-        saves = evaluates or run.step % (config.checkpoint.every_steps or run.num_steps) == 0
+        saves = run.step == run.num_steps or any(run.step % every == 0 for every in save_every)
         if saves or run.step % config.log_every_steps == 0:
             # Saves end an interval too, so that a resumed run logs what an unbroken one does.
             rate = learning_rate_at(run.schedule, run.state.opt_state, run.step - 1)

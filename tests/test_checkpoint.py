@@ -109,7 +109,9 @@ def test_a_state_resumed_on_other_devices_is_bit_equal(checkpoints, meshes, rng)
         assert {len(x.sharding.device_set) for x in jax.tree.leaves(restored)} == {mesh.size}
 
 
-@pytest.mark.parametrize("fields", [{"keep_last": 0}, {"keep_best": -1}, {"every_steps": 0}])
+@pytest.mark.parametrize(
+    "fields", [{"keep_last": 0}, {"keep_best": -1}, {"every_steps": 0}, {"every_evals": 0}]
+)
 def test_bad_fields(fields):
     with pytest.raises(UserError, match=f"checkpoint.{next(iter(fields))}="):
         CheckpointConfig(**fields)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,3 +164,26 @@ def test_as_dtype_takes_names_and_none():
     assert as_dtype(None) is None
     assert as_dtype("bfloat16") == jnp.bfloat16
     assert as_dtype(jnp.float64) == np.float64
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "strides"),
+    [((1, 1), 3, 1), ((2, 2), 3, 1), ((3, 2), 3, 1), ((2, 5), 3, 2), ((1, 2), 3, 2),
+     ((5, 6), 7, 2), ((3, 3), 3, 2), ((1, 1), 1, 1)],
+)  # fmt: skip
+def test_convolutions_of_small_maps_are_what_xla_computes(rng, size, kernel_size, strides):
+    """Values and gradients: on a CPU those of maps smaller than the kernel are matrix products."""
+    layer = Layers(conv_bias="all").conv(5, kernel_size, strides)
+    x = jnp.asarray(rng.normal(size=(3, *size, 4)), jnp.float32)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+    plain = layer.clone(conv_general_dilated=jax.lax.conv_general_dilated)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(layer):
+        out, back = jax.vjp(layer.apply, variables, x)
+        return out, back(jnp.cos(out))
+
+    ours, theirs = run(layer), run(plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
+    pads = kernel_size > min(size)
+    assert ("conv_general" not in str(jax.make_jaxpr(layer.apply)(variables, x))) == pads

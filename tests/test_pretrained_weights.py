@@ -1,5 +1,6 @@
 """Names, layouts and inference of networks; round trips; what does not fit is listed exactly."""
 
+import contextlib
 import json
 import re
 
@@ -14,10 +15,25 @@ from safetensors.numpy import load_file, save_file
 
 import flax_resnet
 from flax_resnet.errors import UserError
-from flax_resnet.models import WeightsError, architecture, create, keras_resnet, variable_shapes
+from flax_resnet.models import (
+    Block,
+    ConvSpec,
+    WeightsError,
+    architecture,
+    create,
+    keras_resnet,
+    variable_shapes,
+)
 from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH
 from flax_resnet.pretrained.keras_names import keras_name, layer_order, weights_groups
-from flax_resnet.pretrained.weights import METADATA_KEY, open_file, read_weights, write_weights
+from flax_resnet.pretrained.tensors import TensorFile, read_tensors
+from flax_resnet.pretrained.weights import (
+    METADATA_KEY,
+    _interpret,
+    open_file,
+    read_weights,
+    write_weights,
+)
 
 SMALL = {"num_filters": 8, "num_classes": 7}
 
@@ -93,7 +109,7 @@ def test_preprocessing_classes_and_image_shape_are_kept(tmp_path):
                     class_names=names, input_shape=(48, 40, 3))  # fmt: skip
     opened = open_file(path)
     assert (opened.preprocessing, opened.class_names) == (KERAS_V1, names)
-    about = json.loads(flax_resnet.pretrained.tensors.read_tensors(path).metadata[METADATA_KEY])
+    about = json.loads(read_tensors(path).metadata[METADATA_KEY])
     assert about["input_shape"] == [48, 40, 3]
 
 
@@ -313,6 +329,23 @@ def test_a_description_names_networks_of_this_library_only(tmp_path):
         read_weights(path)
 
 
+class Single(Block):
+    """A block of one's own."""
+
+    def convs(self):
+        return (ConvSpec(self.filters, 3, self.strides),)
+
+
+def test_a_block_of_ones_own_is_given(tmp_path):
+    module = create("resnet20", **SMALL).clone(block_cls=Single)
+    path, variables = saved(tmp_path, module)
+    with pytest.raises(UserError, match="of your own has to be given, as block_cls"):
+        read_weights(path)
+    found, read = read_weights(path, block_cls=Single)
+    assert found == module
+    assert_trees_equal(read, variables)
+
+
 def test_a_file_that_claims_to_be_huge_is_refused_at_once(tmp_path):
     """Shapes inferred from one tensor must not be allocated for the others."""
     path, _ = saved(tmp_path, create("resnet20", **SMALL))
@@ -340,3 +373,79 @@ def test_torch_files_are_taken_as_torchvisions(tmp_path):
     assert opened.preprocessing == TORCH
     path, _ = saved(tmp_path, create("resnet20", **SMALL))
     assert open_file(without_description(path)).preprocessing is None
+
+
+def mangled(rng, tensors):
+    """The tensors with one to three of them renamed, dropped, reshaped, cut or replaced."""
+    tensors = dict(tensors)
+    for _ in range(rng.integers(1, 4)):
+        name = rng.choice(sorted(tensors))
+        tensor = tensors.pop(name)
+        other = str(rng.choice(sorted(tensors)))
+        shape = [max(1, int(n)) for n in rng.choice([*tensor.shape, 1, 2, 3, 7, 64], tensor.ndim)]
+        match rng.integers(8):
+            case 0:
+                tensors[name.replace("1", str(rng.choice(["0", "9", "99999", "x", ""])), 1)] = (
+                    tensor
+                )
+            case 1:
+                tensors[other] = tensor
+            case 2:
+                tensors[name] = np.ones(shape, np.float32)
+            case 3:
+                tensors[name] = tensor.reshape(-1)
+            case 4:
+                tensors[name] = tensor[:1]
+            case 5:
+                tensors[name] = np.broadcast_to(
+                    np.float32(1), (rng.choice([10**5, 10**9]), *shape[1:])
+                )
+            case 6:
+                tensors[f"{name}.{other}"] = tensor
+            case _:
+                pass
+    return tensors
+
+
+def survive(tmp_path, name, fields, kind, cases):
+    """How many mangled files of a network were taken; all others are a UserError."""
+    module = create(name, **{**SMALL, **fields})
+    if kind == "safetensors":
+        tensors = load_file(without_description(saved(tmp_path, module)[0]))
+    else:
+        path = tmp_path / "net.weights.h5"
+        write_weights(path, module, random_variables(module))
+        if kind == "keras_h5":
+            path = keras_h5(tmp_path / "net.h5", module, random_variables(module))
+        tensors = read_tensors(path).tensors
+    refused, rng = [], np.random.default_rng(0)
+    for _ in range(cases):
+        with contextlib.suppress(UserError):
+            try:
+                _interpret(TensorFile(kind, mangled(rng, tensors), {}), {})
+            except UserError as error:
+                refused.append(str(error))
+                raise
+    assert max(map(len, refused)) < 4000
+    assert not any("\n" in line for line in refused)
+    return cases - len(refused)
+
+
+MANGLED = [
+    ("resnet20", {"stage_sizes": (1, 2)}, "safetensors"),
+    ("resnet50d", {"stage_sizes": (1, 1), "se_reduction": 4}, "safetensors"),
+    ("resnet18_v2", {"stage_sizes": (1, 1)}, "safetensors"),
+    ("ResNet50", {"stage_sizes": (1, 2)}, "keras_h5"),
+    ("ResNet50V2", {"stage_sizes": (2, 2)}, "keras_weights"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "kind"), MANGLED)
+def test_mangled_files_are_taken_or_refused(tmp_path, name, fields, kind):
+    assert survive(tmp_path, name, fields, kind, 25) < 25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "fields", "kind"), MANGLED)
+def test_thousands_of_mangled_files_are_taken_or_refused(tmp_path, name, fields, kind):
+    assert survive(tmp_path, name, fields, kind, 300) < 300

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
@@ -256,3 +257,17 @@ def test_fields_that_the_loop_cannot_honour(config, tmp_path, fields, message):
     with pytest.raises(UserError, match=message):
         train_and_evaluate(dataclasses.replace(config, model=tiny_resnet(**fields)), tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def test_evaluations_need_not_all_save(config, tmp_path, mesh):
+    config = dataclasses.replace(
+        config,
+        num_steps=8,
+        eval_every_epochs=2 / math.ceil(1442 / config.batch_size),
+        checkpoint=CheckpointConfig(every_evals=3, keep_last=9),
+    )
+    train_and_evaluate(config, tmp_path / "w", mesh=mesh)
+    steps = [r["step"] for r in metrics.read_metrics(tmp_path / "w") if r["split"] == "eval"]
+    assert steps == [2, 4, 6, 8]
+    kept = {int(p.name) for p in (tmp_path / "w" / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {6, 8}

@@ -22,7 +22,7 @@ from flax_resnet.models import ResNet, WeightsError
 from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.pretrained import keras_names, torch_names
 from flax_resnet.pretrained.tensors import TensorFile, read_tensors
-from flax_resnet.record import from_record, to_record
+from flax_resnet.record import find_class, from_record, to_record
 
 Variables = Mapping[str, Any]
 Path_ = tuple[str, ...]
@@ -128,7 +128,7 @@ def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
     """A file that ``write_weights`` wrote: it says what it holds."""
     try:
         about = json.loads(file.metadata[METADATA_KEY])
-        module = from_record(_trusted(about["module"])).clone(**fields)
+        module = _described(about["module"], fields)
         preprocessing = _preprocessing(about.get("preprocessing"))
         names = about.get("class_names")
         class_names = None if names is None else tuple(str(name) for name in names)
@@ -143,17 +143,26 @@ def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
     return Pretrained(module, variables, preprocessing, class_names, certain=True)
 
 
-def _trusted(record: Any) -> Any:
-    """``record``, if it names networks and blocks of this library only: a file is anyone's."""
+def _described(record: Any, fields: Mapping[str, Any]) -> Any:
+    """The network of a record, if it names those of this library only: a file is anyone's.
+
+    What ``fields`` give is not looked at there, a block class of one's own for example.
+    """
     if not isinstance(record, Mapping) or "class" not in record:
         raise ValueError("no network is described")
-    for value in (record["class"], *(v.get("class_itself", "") for v in record.values()
-                                     if isinstance(v, Mapping))):  # fmt: skip
-        if value and not str(value).startswith("flax_resnet.models."):
-            raise ValueError(f"{value!r:.80} is no network or block of flax_resnet.models")
-    if any(isinstance(v, Mapping) and "class" in v for v in record.values()):
+    record = {name: value for name, value in record.items() if name not in fields}
+    if any(isinstance(v, Mapping) and "class_itself" not in v for v in record.values()):
         raise ValueError("it holds more than a network")
-    return record
+    inner = [v["class_itself"] for v in record.values() if isinstance(v, Mapping)]
+    for name in (record["class"], *inner):
+        if not str(name).startswith("flax_resnet.models."):
+            raise ValueError(
+                f"{name!r:.80} is no network or block of flax_resnet.models; a block class of your "
+                "own has to be given, as block_cls"
+            )
+    own = {name: value for name, value in record.items() if name != "class"}
+    values = {name: from_record(value) for name, value in own.items()}
+    return find_class(record["class"])(**{**values, **fields})
 
 
 def _preprocessing(record: Any) -> Preprocessing | None:
@@ -177,30 +186,38 @@ def _fit(
     """
     unrolled = module.clone(scan_blocks=False) if isinstance(module, ResNet) else module
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    need = flatten_dict(dict(models.variable_shapes(unrolled, images)))
-    left, found, missing, misshaped = dict(tensors), {}, [], {}
-    for path, like in need.items():
-        name = naming.name(path)
-        if name not in left:
-            missing.append(name)
-            continue
-        value = naming.read(path, left.pop(name))
-        if value.shape != like.shape:
-            wanted = naming.write(path, np.broadcast_to(np.float32(0), like.shape))
-            misshaped[name] = (tensors[name].shape, wanted.shape)
-        else:
-            found[path] = np.ascontiguousarray(value, like.dtype)
+    what = f"a {type(module).__name__} of stages {getattr(module, 'stage_sizes', None)}"
+    try:
+        need = flatten_dict(dict(models.variable_shapes(unrolled, images)))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(
+            f"the weights' shapes do not make {what}: {str(error).splitlines()[0]:.200}"
+        ) from error
+    names = {path: naming.name(path) for path in need}
+    known = set(names.values())
+    found = {p: naming.read(p, tensors[name]) for p, name in names.items() if name in tensors}
+    missing = [name for name in names.values() if name not in tensors]
+    misshaped = {
+        names[path]: (tensors[names[path]].shape, _shape_there(naming, path, need[path].shape))
+        for path, value in found.items()
+        if value.shape != need[path].shape
+    }
+    left = {name: tensor for name, tensor in tensors.items() if name not in known}
     if not getattr(module, "include_top", True):
         top = ("fc.", "predictions/", *TOP)
         left = {name: tensor for name, tensor in left.items() if not name.startswith(top)}
     if missing or left or misshaped:
-        raise WeightsError(
-            f"the weights do not make a {type(module).__name__} of stages {module.stage_sizes}",
-            missing,
-            left,
-            misshaped,
-        )
-    return unflatten_dict(found)
+        raise WeightsError(f"the weights do not make {what}", missing, left, misshaped)
+    return unflatten_dict({p: np.ascontiguousarray(x, need[p].dtype) for p, x in found.items()})
+
+
+def _shape_there(naming: Naming, path: Path_, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A variable's shape in the file's layout; nothing of that size is allocated."""
+    ones = naming.write(path, np.empty((1,) * len(shape), np.float32)).ndim
+    if ones != len(shape):  # a gate, dense here and a convolution there
+        return (*shape[::-1], 1, 1)
+    order = naming.write(path, np.empty(range(2, 2 + len(shape)), np.float32)).shape
+    return tuple(shape[i - 2] for i in order)
 
 
 def read_weights(path: str | Path, **fields: Any) -> tuple[nn.Module, Variables]:
