@@ -27,7 +27,8 @@ class CheckpointConfig:
     """Checkpoints to keep by evaluation top-1, of those that were saved after one."""
 
     def __post_init__(self) -> None:
-        for name, least in {"every_steps": 1, "every_evals": 1, "keep_last": 1, "keep_best": 0}.items():
+        bounds = {"every_steps": 1, "every_evals": 1, "keep_last": 1, "keep_best": 0}
+        for name, least in bounds.items():
             check_range(f"checkpoint.{name}", getattr(self, name), least)
 
 

@@ -32,6 +32,21 @@ def check_range(name: str, value: float | None, least: float, below: float = mat
         raise UserError(f"{name}={value}: expected {low}{high}")
 
 
+def is_number(value: Any) -> bool:
+    """True for a finite int or float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 1e30  # NaN is not
+
+
+def check_whole(name: str, value: Any, least: int, below: int) -> None:
+    """Raises UserError unless ``value`` is None or a whole number, least <= value < below."""
+    if value is not None and not (
+        isinstance(value, int) and not isinstance(value, bool) and least <= value < below
+    ):
+        raise UserError(f"{name}={value!r:.40}: expected a whole number, {least} to {below - 1}")
+
+
 def check_choices(owner: Any) -> None:
     """Raises UserError where a field annotated as a Literal holds none of its values."""
     for name, allowed in _choices(type(owner)).items():  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from flax_resnet import convert, evaluate, flags, models, predict, summary
 from flax_resnet.config import TrainConfig
 from flax_resnet.datasets.prepare import prepare
 from flax_resnet.errors import UserError, check_range
+from flax_resnet.pretrained import tags
 from flax_resnet.train import train_and_evaluate
 
 EXIT_BAD_INPUT = 2
@@ -66,13 +67,19 @@ def command(argv: Sequence[str] | None = None) -> None:
     preparing.add_argument("--data-dir", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
     preparing.set_defaults(run=lambda given: print(prepare(given.name, given.data_dir)))
     listing = commands.add_parser("names", help="list the networks that have a name")
-    listing.set_defaults(run=lambda given: print("\n".join(models.names())))
+    listing.add_argument("--weights", action="store_true", help="with the tags of their weights")
+    listing.set_defaults(run=_names)
     _add_summary(commands)
     for name, (what, _) in TOOLS.items():
         commands.add_parser(name, help=what, add_help=False)  # they are parsed above
     arguments = parser.parse_args(argv)
     with one_line_errors():
         arguments.run(arguments)
+
+
+def _names(given: argparse.Namespace) -> None:
+    for name in models.names():
+        print(" ".join([name, *(tags(name) if given.weights else ())]))
 
 
 def _add_summary(commands: Any) -> None:

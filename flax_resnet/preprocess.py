@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from flax_resnet.augment import IMAGENET_MEAN, IMAGENET_STD, Statistics
-from flax_resnet.datasets.decode import Decoder, open_image
-from flax_resnet.errors import UserError, check_choices, check_range
+from flax_resnet.datasets.decode import LARGEST, PIL_MODES, Decoder, open_image
+from flax_resnet.errors import UserError, check_choices, check_range, check_whole, is_number
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -46,7 +46,16 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_range("preprocessing.size", self.size, 1)
+        for name in ("size", "resize", "channels"):
+            check_whole(f"preprocessing.{name}", getattr(self, name), 1, LARGEST)
+        if self.channels not in PIL_MODES:
+            raise UserError(f"preprocessing.channels={self.channels}: expected 1, 3 or 4")
+        if self.bgr and self.channels != 3:
+            raise UserError(f"preprocessing.bgr with {self.channels} channels: it is for 3")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or not all(is_number(v) for v in values):
+                raise UserError(f"preprocessing.{name}={values!r:.80}: expected finite numbers")
         if self.resize is not None and self.resize < self.size:
             raise UserError(
                 f"preprocessing.resize={self.resize} is below size={self.size}: the crop would "

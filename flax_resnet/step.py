@@ -204,7 +204,8 @@ def _average(state: TrainState, decay: float) -> TrainState:
     keep = jnp.minimum(decay, (1 + step) / (10 + step))
 
     def blend(average: jax.Array, now: jax.Array) -> jax.Array:
-        return (keep * average + (1 - keep) * now).astype(average.dtype)
+        # In this form what is frozen keeps every bit.
+        return (average + (1 - keep) * (now - average)).astype(average.dtype)
 
     now = {"params": state.params, "batch_stats": state.batch_stats}
     return state.replace(ema=jax.tree.map(blend, state.ema, now))

@@ -25,6 +25,7 @@ from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
 from flax_resnet.layers import needs_x64
+from flax_resnet.models import WeightsError
 from flax_resnet.optim import LAMB, LARS, learning_rate_at
 from flax_resnet.pretrained import Pretrained
 from flax_resnet.record import to_record
@@ -46,6 +47,7 @@ class Run:
     steps_per_epoch: int
     schedule: optax.Schedule
     state: TrainState
+    whole: TrainState | None = None  # where ``state`` is only the top of a frozen network
     step: int = 0
     seconds: float = 0.0
     compile_seconds: float = 0.0
@@ -56,6 +58,11 @@ class Run:
     def epoch(self) -> float:
         """Epochs done."""
         return self.step / self.steps_per_epoch
+
+    def arrays(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        state = self.state
+        return (state if self.whole is None else transfer.with_trunk(state, self.whole)).arrays()
 
     def compile(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """(train step compiled for the mesh, its state donated; eval step, jitted)."""
@@ -146,7 +153,7 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
             run.state, config.model, data, config.eval_batch_size, _say
         )
         classify = functools.partial(config.model.apply, method="classify")
-        run.state = run.state.replace(apply_fn=classify)
+        run.whole, run.state = run.state, transfer.top_of(run.state).replace(apply_fn=classify)
     return run
 
 
@@ -172,7 +179,7 @@ def _first_state(
     ema = config.ema_decay is not None
     try:
         state = create_state(model, tx, config.seed, image_shape, stats, ema=ema, init=init)
-    except UserError:
+    except WeightsError:
         raise
     except (ValueError, TypeError, ZeroDivisionError) as error:
         name = type(model).__name__
@@ -333,9 +340,7 @@ def _loop(
                 **run.data.describe(),
                 "config": to_record(config),
             }
-            checkpoints.save(
-                run.step, run.state.arrays(), meta, run.evaluation if evaluates else None
-            )
+            checkpoints.save(run.step, run.arrays(), meta, run.evaluation if evaluates else None)
             timer.reset()
     if run.confusion is None:  # the last checkpoint was the end, and the record was not written
         run.evaluate(eval_fn)
@@ -343,7 +348,7 @@ def _loop(
 
 def _opening_line(run: Run) -> str:
     data, devices = run.data, run.mesh.devices.flat
-    parameters = sum(x.size for x in jax.tree.leaves(run.state.params))
+    parameters = sum(x.size for x in jax.tree.leaves((run.whole or run.state).params))
     return (
         f"{type(run.config.model).__name__}, {parameters:,} parameters; {run.config.data.title}: "
         f"{data.num_train:,} training and {data.num_eval:,} evaluation images of "

@@ -244,6 +244,48 @@ def with_cached_features(
     return data.with_features(features, labels)
 
 
+def top_of(state: TrainState) -> TrainState:
+    """The state of the top alone, in parameters, optimizer state and average.
+
+    What is frozen is then neither handed to a step nor back: hundreds of arrays.
+    """
+
+    def cut(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda node: (
+                {k: v for k, v in node.items() if _is_top((k,))} if _has_top(node) else node
+            ),
+            tree,
+            is_leaf=_has_top,
+        )
+
+    ema = state.ema and {"params": cut(state.ema["params"]), "batch_stats": {}}
+    return state.replace(
+        params=cut(state.params), opt_state=cut(state.opt_state), batch_stats={}, ema=ema
+    )
+
+
+def with_trunk(top: TrainState, whole: TrainState) -> TrainState:
+    """The inverse of ``top_of``: the newer top on the trunk of ``whole``."""
+
+    def graft(whole: Any, top: Any) -> Any:
+        return jax.tree.map(
+            lambda old, new: {**old, **new} if _has_top(old) else new, whole, top, is_leaf=_has_top
+        )
+
+    ema = whole.ema and {**whole.ema, "params": graft(whole.ema["params"], top.ema["params"])}
+    return top.replace(
+        params=graft(whole.params, top.params),
+        opt_state=graft(whole.opt_state, top.opt_state),
+        batch_stats=whole.batch_stats,
+        ema=ema,
+    )
+
+
+def _has_top(node: Any) -> bool:
+    return isinstance(node, Mapping) and "head" in node
+
+
 def _parts(tree: Any) -> list[Any]:
     """Names and values of a tree's arrays, for a hash."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import time
 
 import h5py
 import jax
@@ -449,3 +450,62 @@ def test_mangled_files_are_taken_or_refused(tmp_path, name, fields, kind):
 @pytest.mark.parametrize(("name", "fields", "kind"), MANGLED)
 def test_thousands_of_mangled_files_are_taken_or_refused(tmp_path, name, fields, kind):
     assert survive(tmp_path, name, fields, kind, 300) < 300
+
+
+def describe(path, change):
+    """Rewrites the description in a file's metadata."""
+    file = read_tensors(path)
+    about = json.loads(file.metadata[METADATA_KEY])
+    change(about)
+    save_file(dict(file.tensors), path, {METADATA_KEY: json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {"stage_sizes": v}
+            for v in ([10**6], [1] * 10**5, [10**400], [-1], "abc", [1e999], None)
+        ),
+        *({"hidden_units": v} for v in ([1] * 10**5, 3, ["x"])),
+        *({"num_filters": v} for v in (10**12, "x", 10**400, 0)),
+        *({name: 10**30} for name in ("groups", "width_per_group", "num_classes", "se_reduction")),
+    ],
+)
+def test_descriptions_of_impossible_networks_are_refused_at_once(tmp_path, change):
+    path, _ = saved(tmp_path, create("resnet20", **SMALL))
+    describe(path, lambda about: about["module"].update(change))
+    start = time.process_time()
+    with pytest.raises(UserError) as caught:
+        read_weights(path)
+    assert time.process_time() - start < 5
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"size": v} for v in (32.5, True, 10**400, "x", 0, 10**6)),
+        *({"mean": v} for v in (["a", "b", "c"], [None] * 3, [1e999] * 3, "abc", [10**400] * 3)),
+        *({"std": v} for v in ([0.0] * 3, "abc", [])),
+        *({"channels": v} for v in (7, "3", None, 1e9)),
+        *({"decoder": v} for v in ({}, "x", {"channels": 7}, {"channels": 3, "pad": -1},
+                                   {"channels": 3, "pad": 10**9}, {"channels": [3], "size": 8},
+                                   {"channels": 3, "size": 8, "crop_ratio": 0})),
+        {"interpolation": [1]}, {"interpolation": {}}, {"unknown": 1},
+    ],
+)  # fmt: skip
+def test_descriptions_of_impossible_images_are_refused(tmp_path, change):
+    path, _ = saved(tmp_path, create("resnet20", **SMALL), preprocessing=TORCH)
+    describe(path, lambda about: about["preprocessing"].update(change))
+    with pytest.raises(UserError):
+        read_weights(path)
+
+
+def test_class_names_cannot_steer_a_terminal(tmp_path):
+    path, _ = saved(tmp_path, create("resnet20", **SMALL), class_names=tuple("abcdefg"))
+    describe(path, lambda about: about.update(class_names=["\x1b]0;x\x07", "a\nb", *"cdefg"]))
+    assert open_file(path).class_names[:2] == ("?]0;x?", "a?b")
+    describe(path, lambda about: about.update(class_names=7))
+    with pytest.raises(UserError, match="no list of texts"):
+        open_file(path)

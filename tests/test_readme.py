@@ -8,12 +8,18 @@ import sys
 
 import pytest
 
-from experiments import cifar10_mini, digits
-from flax_resnet import flags, models
+import flax_resnet
+from experiments import cifar10_mini, digits, finetune, mnist_transfer
+from flax_resnet import convert, evaluate, flags, models, predict
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-CONFIGS = {"digits": digits.get_config, "cifar10_mini": cifar10_mini.get_config}
+CONFIGS = {
+    "digits": digits.get_config,
+    "cifar10_mini": cifar10_mini.get_config,
+    "mnist_transfer": mnist_transfer.get_config,
+    "finetune": finetune.get_config,
+}
 RUNS = re.findall(r"python -m experiments\.([\w.]+)([^\n`|]*)", README)
 COMMANDS = [(name, arguments) for name, arguments in RUNS if name in CONFIGS]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -34,7 +40,7 @@ def test_commands_followed_in_order_do_not_meet_another_configs_workdir():
     for name, arguments in COMMANDS:
         chosen = parse(name, arguments)
         assert configs.setdefault(chosen.workdir, chosen.config) == chosen.config
-    assert len(configs) >= 8
+    assert len(configs) >= 11
 
 
 def test_there_are_two_commands_that_install_and_run():
@@ -69,3 +75,25 @@ def test_every_network_in_the_readme_has_that_name():
     wanted = {name for name in named if not name.startswith("_") and name != "classes"}
     assert len(wanted) > 15
     assert wanted <= set(models.names())
+
+
+def test_every_tool_in_the_readme_parses():
+    tools = {m.__name__.split(".")[1]: m.Settings for m in (predict, evaluate, convert)}
+    found = re.findall(r"^python -m flax_resnet (\w+) (.*)$", README, re.MULTILINE)
+    assert tools.keys() <= {name for name, _ in found}
+    for name, arguments in found:
+        if name in tools:
+            flags.cli(tools[name], arguments.split(), "", None)
+
+
+def test_the_tags_in_the_readme_are_some():
+    section = README.split("## Pretrained weights")[1].split("Files are kept")[0]
+    assert {"tv_v1", "tv_v2", "keras", "timm/a1", "timm/ra2", "hf"} <= set(
+        re.findall(r"`([\w/]+)`", section)
+    )
+    for name, tag in [("resnet50", "tv_v1"), ("resnet50", "tv_v2"), ("ResNet152", "keras"),
+                      ("resnet50", "keras"), ("resnet50", "timm/a1"), ("resnet50d", "timm/ra2"),
+                      ("resnet152", "hf")]:  # fmt: skip
+        assert tag in flax_resnet.tags(name)
+    assert flax_resnet.preprocessing("resnet50", "tv_v1").resize == 256
+    assert flax_resnet.preprocessing("resnet50", "tv_v2").resize == 232

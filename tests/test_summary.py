@@ -128,3 +128,10 @@ def test_names_are_listed(capsys):
     listed = capsys.readouterr().out.split()
     assert {"resnet50", "ResNet152V2", "wrn_28_10", "mini"} <= set(listed)
     assert all(create(name) for name in listed)
+
+
+def test_names_are_listed_with_the_tags_of_their_weights(capsys):
+    command(["names", "--weights"])
+    listed = dict(line.partition(" ")[::2] for line in capsys.readouterr().out.splitlines())
+    assert {"tv_v1", "tv_v2", "keras", "hf", "timm/a1"} <= set(listed["resnet50"].split())
+    assert listed["resnet20"] == ""

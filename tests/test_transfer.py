@@ -18,6 +18,7 @@ from test_train import saved
 from experiments import finetune, mnist_transfer
 from flax_resnet import transfer
 from flax_resnet.augment import Augment
+from flax_resnet.checkpoint import CheckpointConfig
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data, DataConfig
 from flax_resnet.errors import UserError
@@ -85,6 +86,7 @@ def config(weights, digits_dir):
         data=DataConfig(data_dir=digits_dir, channels=3, pad=1),
         num_epochs=2,
         log_every_steps=4,
+        checkpoint=CheckpointConfig(),
     )
 
 

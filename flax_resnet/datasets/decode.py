@@ -9,6 +9,10 @@ import math
 import numpy as np
 from PIL import Image
 
+from flax_resnet.errors import UserError, check_whole, is_number
+
+# Sides of decoded images stay below this many pixels.
+LARGEST = 2**14
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # What Pillow, and Decoder, raise on files that are no images they can read.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -48,6 +52,14 @@ class Decoder:
     crop_ratio: float = 1.0
     random_crop: bool = False
     pad: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in {"size": self.size, "pad": self.pad}.items():
+            check_whole(f"decoder.{name}", value, name == "size", LARGEST)
+        if self.channels not in PIL_MODES:
+            raise UserError(f"decoder.channels={self.channels!r:.40}: expected 1, 3 or 4")
+        if not is_number(self.crop_ratio) or not 0 < self.crop_ratio <= 1:
+            raise UserError(f"decoder.crop_ratio={self.crop_ratio!r:.40}: expected a share")
 
     def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
         """Decodes one image, the first frame of several; one of DECODE_ERRORS otherwise."""

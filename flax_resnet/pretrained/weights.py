@@ -128,12 +128,11 @@ def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
     """A file that ``write_weights`` wrote: it says what it holds."""
     try:
         about = json.loads(file.metadata[METADATA_KEY])
-        module = _described(about["module"], fields)
+        module = _described(about["module"], fields, len(file.tensors))
         preprocessing = _preprocessing(about.get("preprocessing"))
-        names = about.get("class_names")
-        class_names = None if names is None else tuple(str(name) for name in names)
+        class_names = _class_names(about.get("class_names"))
         shape = models.check_shape(about["input_shape"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f"its description of the network cannot be read ({error}): write it again, or remove "
             f"the metadata {METADATA_KEY!r} to have the network inferred"
@@ -143,10 +142,13 @@ def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
     return Pretrained(module, variables, preprocessing, class_names, certain=True)
 
 
-def _described(record: Any, fields: Mapping[str, Any]) -> Any:
+def _described(record: Any, fields: Mapping[str, Any], count: int) -> Any:
     """The network of a record, if it names those of this library only: a file is anyone's.
 
-    What ``fields`` give is not looked at there, a block class of one's own for example.
+    Args:
+      record: of the network.
+      fields: taken in place of the record's, a block class of one's own for example.
+      count: tensors in the file; a network of more blocks is not even tried.
     """
     if not isinstance(record, Mapping) or "class" not in record:
         raise ValueError("no network is described")
@@ -160,9 +162,21 @@ def _described(record: Any, fields: Mapping[str, Any]) -> Any:
                 f"{name!r:.80} is no network or block of flax_resnet.models; a block class of your "
                 "own has to be given, as block_cls"
             )
+    lists = [value for value in record.values() if isinstance(value, list)]
+    if any(len(v) > count for v in lists) or sum(record.get("stage_sizes", ())) > count:
+        raise ValueError(f"it describes more layers than there are tensors, {count}")
     own = {name: value for name, value in record.items() if name != "class"}
     values = {name: from_record(value) for name, value in own.items()}
     return find_class(record["class"])(**{**values, **fields})
+
+
+def _class_names(names: Any) -> tuple[str, ...] | None:
+    """Names of the classes; what a terminal would act on is taken out."""
+    if names is None:
+        return None
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError("the classes' names are no list of texts")
+    return tuple("".join(c if c.isprintable() else "?" for c in name) for name in names)
 
 
 def _preprocessing(record: Any) -> Preprocessing | None:
