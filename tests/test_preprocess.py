@@ -1,6 +1,8 @@
 """Preprocessing against plain Pillow; tests/test_parity_pretrained.py has Keras and torch."""
 
+import contextlib
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -100,6 +102,23 @@ def test_bad_images_raise_what_the_readers_catch():
     for data in (b"", b"no picture", b"\xff\xd8\xff\xe0 cut"):
         with pytest.raises(DECODE_ERRORS):
             TORCH(data)
+
+
+@pytest.mark.parametrize(
+    "kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "AVIF", "DDS", "PCX", "TGA"]
+)
+def test_damaged_images_raise_what_the_readers_catch(rng, kind):
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(file, kind)
+    taken = 0
+    for _ in range(150):
+        data = np.frombuffer(file.getvalue(), np.uint8).copy()
+        data[rng.integers(min(len(data), 300), size=4)] = rng.integers(256, size=4)
+        with contextlib.suppress(*DECODE_ERRORS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Preprocessing(size=8, resize=9)(data.tobytes())
+            taken += 1
+    assert taken < 150
 
 
 def test_an_image_as_thin_as_a_hair_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import struct
 
 import numpy as np
 from PIL import Image
@@ -15,7 +16,10 @@ from flax_resnet.errors import UserError, check_whole, is_number
 LARGEST = 2**14
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # What Pillow, and Decoder, raise on files that are no images they can read.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, RuntimeError, TypeError, LookupError, ArithmeticError,
+    AttributeError, EOFError, struct.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 def open_image(data: bytes, channels: int) -> Image.Image:
