@@ -6,6 +6,7 @@ disk under a hash of all that they follow from, and the head trains on them.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -208,8 +209,8 @@ def with_cached_features(
     """The data with the features that the frozen trunk gives in place of the images.
 
     They are read from the cache where they are there. The file's name is a hash of the trunk's
-    weights, the decoded images, the normalisation, the network and the platform; its content is
-    hashed too.
+    weights, the decoded images, the normalisation, the network, the platform and this library's
+    source; its content is hashed too.
 
     Args:
       state: has the trunk's variables and the normalisation.
@@ -231,7 +232,7 @@ def with_cached_features(
             "network": to_record(trunk),
             "images": data.fingerprint(split),
             "normalization": digest(_parts(state.normalization)),
-            "versions": {"jax": jax.__version__, "Pillow": PIL.__version__},
+            "versions": {"jax": jax.__version__, "Pillow": PIL.__version__, "own": _own_source()},
             "platform": jax.devices()[0].device_kind,
         }
         name = digest([json.dumps(key, sort_keys=True)])
@@ -242,6 +243,13 @@ def with_cached_features(
             path, *_compute(trunk, variables, state.normalization, data, split, batch_size)
         )
     return data.with_features(features, labels)
+
+
+@functools.cache
+def _own_source() -> str:
+    """A hash of this library's modules: a change in any might change a feature."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return digest([file.read_bytes() for file in files])
 
 
 def top_of(state: TrainState) -> TrainState:
