@@ -153,6 +153,11 @@ class Data:
         if self.resident:
             self._keep({"train": self._decoded(self._train), "eval": self._decoded(self._eval)})
 
+    @property
+    def num_devices(self) -> int:
+        """Devices that a batch is split over."""
+        return self._mesh.size
+
     def describe(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as JSON values."""
         return {

@@ -208,6 +208,13 @@ def class_order(
                 "weights of these classes"
             )
     place = {name: index for index, name in enumerate(weights or ())}
+    shared = place.keys() & set(data)
+    if shared and shared != set(data):
+        odd = sorted(set(data) - shared)
+        raise UserError(
+            f"{title} and the weights share {len(shared)} of {len(data)} classes; {odd[0]!r} is "
+            "not among the weights': take weights or data of the same classes"
+        )
     if len(place) == len(data) and place.keys() == set(data):
         return np.array([place[name] for name in data], np.int32)
     return np.arange(len(data), dtype=np.int32)

@@ -187,10 +187,20 @@ def _replace(config: Any, path: list[str], value: Any) -> Any:
     if len(path) > 1:
         value = _replace(old, path[1:], value)
     elif isinstance(value, nn.Module):
-        value = value.clone(num_classes=old.num_classes)
+        value = value.clone(**_kept(old, value))
     elif hasattr(value, "schedule"):
         value = dataclasses.replace(value, schedule=old.schedule)
     return dataclasses.replace(config, **{path[0]: value})
+
+
+def _kept(old: nn.Module, new: nn.Module) -> dict[str, Any]:
+    """What an experiment says of any network of its: classes, the top, what is frozen, dtypes."""
+    names = ("num_classes", "hidden_units", "norm_kind", "frozen_stages", "dtype", "param_dtype")
+    kept = {n: getattr(old, n) for n in names if hasattr(old, n) and hasattr(new, n)}
+    stages: tuple[int, ...] = getattr(old, "stage_sizes", ())
+    if kept.get("frozen_stages") == len(stages):  # all of them, however many there are
+        kept["frozen_stages"] = len(getattr(new, "stage_sizes", ()))
+    return kept
 
 
 def _module_rule(info: Any) -> StructConstructorSpec | None:

@@ -154,6 +154,10 @@ class _Optimizer:
             check_range("optimizer.max_grad_norm", self.max_grad_norm, POSITIVE)
         check_range("optimizer.stage_decay", self.stage_decay, 0)
         _check_shares("unfreeze", self.unfreeze, "optimizer")
+        if list(self.unfreeze) != sorted(self.unfreeze):
+            raise UserError(
+                f"optimizer.unfreeze={self.unfreeze}: expected rising shares, the last stage first"
+            )
 
     def build(
         self, num_steps: int, steps_per_epoch: int

@@ -63,6 +63,8 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
                 f"{shown(path)}: no such file or folder: give images, or folders of them"
             )
         if not path.is_dir():
+            if not path.is_file():
+                raise UserError(f"{shown(path)} is no file or folder: give images, or folders")
             found.append(path)
             continue
         inside = sorted(

@@ -172,7 +172,7 @@ def _first_state(
     model = config.model
     init = transfer.initializer(model, opened, config.weights, _say)
     if config.normalization == "weights":
-        stats = transfer.normalization_of(opened, config.weights)
+        stats = transfer.normalization_of(opened, config.weights, image_shape)
     else:
         shapes = statistics_shape(config.normalization, image_shape)
         stats = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)

@@ -104,18 +104,26 @@ def initializer(
     return init
 
 
-def normalization_of(opened: Pretrained | None, what: str | None) -> Any:
-    """The statistics that pretrained weights want images normalised by.
+def normalization_of(
+    opened: Pretrained | None, what: str | None, image_shape: tuple[int, int, int]
+) -> Any:
+    """The statistics that pretrained weights want images of ``image_shape`` normalised by.
 
     Raises:
-      UserError: there are no weights, or they do not say.
+      UserError: there are no weights, they do not say, or for images of another shape.
     """
     if opened is None or opened.preprocessing is None:
         raise UserError(
             f"normalization='weights' with weights={what}: they do not say how; use "
             "--normalization imagenet or channel"
         )
-    return opened.preprocessing.statistics()
+    stats = opened.preprocessing.statistics()
+    if np.shape(stats["std"]) not in (image_shape, image_shape[-1:]):
+        raise UserError(
+            f"normalization='weights': the weights were normalised as {np.shape(stats['std'])}, "
+            f"the images are {image_shape}; use --normalization channel"
+        )
+    return stats
 
 
 def _is_top(path: tuple[str, ...]) -> bool:
@@ -143,25 +151,39 @@ def measure_norms(state: TrainState, model: nn.Module, data: Data, batch_size: i
                            drop_path_rate=0.0, dropblock_rate=0.0, dropout_rate=0.0)  # fmt: skip
 
     @jax.jit
-    def add(sums: Any, batch: Any) -> Any:
+    def of_batch(images: jax.Array) -> Any:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        images = normalize(batch["image"], state.normalization)
-        _, new = unfrozen.apply(variables, images, train=True, mutable=["batch_stats"])
-        flat = flatten_dict(new["batch_stats"])
-        squares = {
-            p: x + flat[*p[:-1], "mean"] ** 2 if p[-1] == "var" else x for p, x in flat.items()
-        }
-        return {p: sums[p] + x for p, x in squares.items()}
+        images = normalize(images, state.normalization)
+        return unfrozen.apply(variables, images, train=True, mutable=["batch_stats"])[1]
 
-    sums = {p: jnp.zeros_like(x) for p, x in flatten_dict(state.batch_stats).items()}
-    count, size = 0, min(batch_size, data.num_train)
+    size = min(batch_size, data.num_train) // data.num_devices * data.num_devices
+    if not size:
+        raise UserError(
+            f"measure_norms with {data.num_train} training images on {data.num_devices} devices: "
+            "each device needs one; use fewer devices"
+        )
+    sums: dict[Any, np.ndarray] = {}
+    count = 0
     for batch in data.in_order("train", size):
-        if count and not bool(jnp.all(batch["mask"])):
+        if not bool(jnp.all(batch["mask"])):
             break
-        sums, count = add(sums, batch), count + 1
+        found = flatten_dict(jax.device_get(of_batch(batch["image"])["batch_stats"]))
+        for p, x in found.items():
+            # In float64: a mean far from zero leaves little of a variance's bits otherwise.
+            wide = np.asarray(x, np.float64)
+            if p[-1] == "var":
+                wide = wide + np.asarray(found[*p[:-1], "mean"], np.float64) ** 2
+            sums[p] = sums.get(p, np.zeros_like(wide)) + wide
+        count += 1
     means = {path: x / count for path, x in sums.items()}
+    like = flatten_dict(state.batch_stats)
     return unflatten_dict(
-        {p: x - means[*p[:-1], "mean"] ** 2 if p[-1] == "var" else x for p, x in means.items()}
+        {
+            p: np.maximum(x - means[*p[:-1], "mean"] ** 2, 0).astype(like[p].dtype)
+            if p[-1] == "var"
+            else x.astype(like[p].dtype)
+            for p, x in means.items()
+        }
     )
 
 
@@ -194,8 +216,19 @@ def check(
             "cache_features with augmentation: features of images that change cannot be kept; "
             "switch the augmentation off, or --no-cache-features"
         )
-    if measure_norms and not isinstance(model, ResNet):
-        raise UserError(f"measure_norms with {type(model).__name__}: it is for ResNets; leave it")
+    if cache_features and jax.process_count() > 1:
+        raise UserError(
+            f"cache_features in {jax.process_count()} processes: it is for one; --no-cache-features"
+        )
+    if measure_norms and not (isinstance(model, ResNet) and model.norm_kind != "none"):
+        raise UserError(
+            f"measure_norms with this {type(model).__name__}: it is for ResNets with BatchNorm; "
+            "leave it out"
+        )
+    if unfreezes and not isinstance(model, ResNet):
+        raise UserError(
+            f"optimizer.unfreeze with {type(model).__name__}: it is for ResNets; leave it out"
+        )
     if unfreezes and getattr(model, "norm_kind", "batch") == "batch":
         raise UserError(
             "optimizer.unfreeze with BatchNorm in training: the statistics of what is still frozen "
@@ -204,7 +237,7 @@ def check(
 
 
 def with_cached_features(
-    state: TrainState, model: nn.Module, data: Data, batch_size: int, say: Callable[[str], None]
+    state: TrainState, model: Any, data: Data, batch_size: int, say: Callable[[str], None]
 ) -> Data:
     """The data with the features that the frozen trunk gives in place of the images.
 
@@ -225,11 +258,17 @@ def with_cached_features(
         "batch_stats": state.batch_stats,
     }
     weights = digest(_parts(variables))
+    program = None
+    if not trunk.block_cls.__module__.startswith("flax_resnet."):
+        # A block of one's own: what it computes, since its source may call anything.
+        images = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.float32)
+        program = digest([str(jax.make_jaxpr(trunk.apply)(variables, images))])
     features, labels = {}, {}
     for split in SPLITS:
         key = {
             "weights": weights,
             "network": to_record(trunk),
+            "program": program,
             "images": data.fingerprint(split),
             "normalization": digest(_parts(state.normalization)),
             "versions": {"jax": jax.__version__, "Pillow": PIL.__version__, "own": _own_source()},

@@ -238,3 +238,8 @@ def test_bad_input_is_one_line(call, opened, folder, tmp_path, rng, arguments, m
         places["nan"] = damaged(weights)
     result = call("evaluate", "--weights", weights, *[a.format(**places) for a in arguments])
     assert_one_line_error(result, message.format(**places))
+
+
+def test_classes_that_agree_in_part_are_refused():
+    with pytest.raises(UserError, match="share 2 of 3 classes; 'ant' is not among"):
+        class_order(["ant", "cat", "dog"], ["cat", "dog", "fox"], 3, "d")

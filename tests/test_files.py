@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 
-from flax_resnet.files import replacing
+from flax_resnet.files import digest, replacing
 
 
 def break_off(path):
@@ -17,3 +18,28 @@ def test_a_file_is_replaced_when_whole_and_left_alone_otherwise(tmp_path):
     with pytest.raises(OSError, match="disk full"), replacing(path) as partial:
         break_off(partial)
     assert path.read_text() == "first"
+
+
+def test_two_may_write_the_same_file_at_once(tmp_path):
+    path = tmp_path / "x"
+    with replacing(path) as one, replacing(path) as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_hash_tells_arrays_apart_by_dtype_shape_and_value():
+    a = np.arange(6, dtype=np.int32)
+    parts = [
+        [a],
+        [a.reshape(2, 3)],
+        [a.astype(np.int64)],
+        [a[::-1]],
+        [a, b""],
+        [a, "x"],
+        [a.tobytes()],
+    ]
+    assert len({digest(part) for part in parts}) == len(parts)
+    assert digest([a[::2]]) == digest([a[::2].copy()])

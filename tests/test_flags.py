@@ -125,3 +125,14 @@ def test_help_lists_fields_with_their_meaning_and_default(capsys):
         "--workdir STR Directory of the run's record.",
     ):
         assert part in text
+
+
+def test_another_network_keeps_what_an_experiment_says_of_any():
+    from experiments import finetune, mnist_transfer
+
+    model = parse(finetune.get_config(), "w", ["--model", "resnet18"]).config.model
+    assert (model.norm_kind, model.stage_sizes) == ("frozen", (2, 2, 2, 2))
+    model = parse(mnist_transfer.get_config(), "w", ["--model", "resnet20"]).config.model
+    assert (model.frozen_stages, model.hidden_units, model.num_classes) == (3, (256,), 10)
+    argv = ["--model", "ResNet50", "--model.frozen-stages", "1"]
+    assert parse(mnist_transfer.get_config(), "w", argv).config.model.frozen_stages == 1

@@ -189,3 +189,22 @@ def accuracy(opened, digits_dir):
         opened.variables, normalize(images, opened.preprocessing.statistics())
     )
     return float(np.mean(np.argmax(logits, -1) == labels))
+
+
+def test_a_folder_called_as_a_tag_does_not_hide_it(tmp_path, monkeypatch, cache):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imagenet").mkdir()
+    with pytest.raises(UserError, match="tv_v2"):
+        open_weights("imagenet", "resnet50")
+    with pytest.raises(UserError, match="holds no run"):
+        open_weights("./imagenet", "resnet50")
+
+
+def test_a_published_file_given_by_its_path_is_known_by_its_name(tmp_path):
+    entry = published.find("resnet18", "timm/a1")
+    module = create("resnet18")
+    write_weights(tmp_path / "x.safetensors", module, random_variables(module))
+    save_file(load_file(tmp_path / "x.safetensors"), tmp_path / entry.filename)
+    opened = open_weights(tmp_path / entry.filename)
+    assert opened.preprocessing == entry.preprocessing != TORCH
+    assert opened.class_names[0] == "tench"

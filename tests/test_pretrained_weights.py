@@ -443,7 +443,7 @@ MANGLED = [
 
 @pytest.mark.parametrize(("name", "fields", "kind"), MANGLED)
 def test_mangled_files_are_taken_or_refused(tmp_path, name, fields, kind):
-    assert survive(tmp_path, name, fields, kind, 25) < 25
+    assert survive(tmp_path, name, fields, kind, 8) < 8
 
 
 @pytest.mark.slow
@@ -509,3 +509,47 @@ def test_class_names_cannot_steer_a_terminal(tmp_path):
     describe(path, lambda about: about.update(class_names=7))
     with pytest.raises(UserError, match="no list of texts"):
         open_file(path)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        {"class": "flax_resnet.models.resnet:Layers", "norm_kind": "batch"},
+        {"class": "flax_resnet.models.resnet:Feature", "map": 1, "name": "x", "stride": 1,
+         "width": 1},
+        {"class": "flax_resnet.models.resnet:ResNet", "stage_sizes": [1, 1, 1], "dtype": "float64"},
+        {"class": "flax_resnet.models.resnet:ResNet", "stage_sizes": [1, 1, 1],
+         "block_cls": {"class_itself": "flax_resnet.models.resnet:ResNet"}},
+    ],
+)  # fmt: skip
+def test_descriptions_of_what_is_no_network_are_refused(tmp_path, module):
+    path, _ = saved(tmp_path, create("resnet20", **SMALL))
+    describe(path, lambda about: about.update(module=module))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_weights(path)
+
+
+def test_a_description_nested_without_end_is_refused(tmp_path):
+    path, _ = saved(tmp_path, create("resnet20", **SMALL))
+    save_file(dict(read_tensors(path).tensors), path, {METADATA_KEY: "[" * 100_000})
+    with pytest.raises(UserError, match="cannot be read"):
+        read_weights(path)
+
+
+def test_more_blocks_than_tensors_are_refused_at_once(tmp_path):
+    path, _ = saved(tmp_path, create("resnet20", **SMALL))
+    tensors = load_file(path)
+    for block in range(3, 3000):
+        tensors[f"layer1.{block}.conv1.weight"] = np.ones((1, 1, 1, 1), np.float32)
+    save_file(tensors, path)
+    start = time.process_time()
+    with pytest.raises(UserError, match="a block has four at the least"):
+        read_weights(path)
+    assert time.process_time() - start < 2
+
+
+def test_keras_files_are_of_floats_that_keras_reads(tmp_path):
+    module = keras_resnet(50, stage_sizes=(1,), param_dtype="bfloat16", **SMALL)
+    with pytest.raises(UserError, match="Keras's format with bfloat16"):
+        write_weights(tmp_path / "net.weights.h5", module, random_variables(module))
+    assert list(tmp_path.iterdir()) == []

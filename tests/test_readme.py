@@ -77,6 +77,12 @@ def test_every_network_in_the_readme_has_that_name():
     assert wanted <= set(models.names())
 
 
+def test_fine_tuning_as_the_readme_says_leaves_batch_norm_as_it_was():
+    runs = [parse(*command).config for command in COMMANDS if command[0] == "finetune"]
+    assert len(runs) >= 2
+    assert {run.model.norm_kind for run in runs} == {"frozen"}
+
+
 def test_every_tool_in_the_readme_parses():
     tools = {m.__name__.split(".")[1]: m.Settings for m in (predict, evaluate, convert)}
     found = re.findall(r"^python -m flax_resnet (\w+) (.*)$", README, re.MULTILINE)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data, DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models import (
+    BottleneckBlock,
     MiniModel,
     WeightsError,
     create,
@@ -268,6 +270,61 @@ def test_norms_are_measured_on_the_whole_training_split(digits_dir, mesh):
     assert max_difference(found, given["batch_stats"]) > 0.1
 
 
+def test_variances_far_below_their_means_are_measured(digits_dir, mesh):
+    """As sums of squares in float32 they would be lost, or negative."""
+    model = create("resnet20", **SMALL)
+    data = Data(DataConfig(data_dir=digits_dir, channels=3), mesh, 10)
+    given = noisy(model)
+    given["params"]["stem_norm"]["bias"][:] = 100.0
+    given["params"]["stem_norm"]["scale"][:] = 1e-4
+    state = create_state(model, SGD().build(1, 1)[0], 0, (8, 8, 3),
+                         {"mean": np.full(3, 0.5), "std": np.ones(3)},
+                         init=lambda key, images: jax.tree.map(jnp.asarray, given))  # fmt: skip
+    found = transfer.measure_norms(state, model, data, 512)
+    assert min(leaf.min() for leaf in jax.tree.leaves(
+        {k: v["var"] for k, v in flatten_norms(found).items()})) >= 0  # fmt: skip
+
+
+def flatten_norms(stats):
+    return {"/".join(p[:-1]): {"var": x} for p, x in flatten_dict(stats).items() if p[-1] == "var"}
+
+
+def test_norms_are_measured_on_several_devices(digits_dir, meshes):
+    model = create("resnet20", **SMALL)
+    data = Data(
+        DataConfig(data_dir=digits_dir, channels=3, train_split="train[:25]"), meshes[1], 10
+    )
+    state = create_state(model, SGD().build(1, 1)[0], 0, (8, 8, 3),
+                         {"mean": np.full(3, 0.5), "std": np.ones(3)})  # fmt: skip
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(
+        transfer.measure_norms(state, model, data, 512)))  # fmt: skip
+    data = Data(DataConfig(data_dir=digits_dir, channels=3, train_split="train[:5]"), meshes[1], 10)
+    with pytest.raises(UserError, match="5 training images on 8 devices"):
+        transfer.measure_norms(state, model, data, 512)
+
+
+class Mine(BottleneckBlock):
+    """A block of one's own."""
+
+    factor: ClassVar[float] = 1.0
+
+    def __call__(self, *args, **kwargs):
+        return self.factor * super().__call__(*args, **kwargs)
+
+
+def test_features_of_a_changed_block_are_not_taken_from_the_cache(
+    config, tmp_path, mesh, capsys, monkeypatch
+):
+    model = config.model.clone(block_cls=Mine)
+    config = dataclasses.replace(
+        config, model=model, weights=None, normalization="none", num_epochs=0.1
+    )
+    train_and_evaluate(config, tmp_path / "a", mesh=mesh)
+    monkeypatch.setattr(Mine, "factor", 2.0)
+    train_and_evaluate(config, tmp_path / "b", mesh=mesh)
+    assert capsys.readouterr().out.count("computes the features") == 4
+
+
 def test_a_run_measures_norms_before_its_first_step(config, weights, tmp_path, mesh):
     config = dataclasses.replace(
         config, cache_features=False, measure_norms=True, num_steps=1, ema_decay=0.9
@@ -291,13 +348,16 @@ def test_a_run_measures_norms_before_its_first_step(config, weights, tmp_path, m
         ({"weights": None}, "normalization='weights' with weights=None"),
         ({"weights": "imagenet"}, "tags are for networks that have a name"),
         ({"weights": "/nowhere.h5"}, "/nowhere.h5"),
+        ({"measure_norms": True, "model.norm_kind": "none"}, "it is for ResNets with BatchNorm"),
     ],
 )
 def test_bad_combinations_are_one_line_and_nothing_is_written(
     config, tmp_path, mesh, changes, message
 ):
-    if "model.frozen_stages" in changes:
-        changes = {"model": config.model.clone(frozen_stages=1)}
+    changes = dict(changes)
+    inner = {k.removeprefix("model."): changes.pop(k) for k in list(changes) if "." in k}
+    if inner:
+        changes["model"] = config.model.clone(**inner)
     config = dataclasses.replace(config, **changes)
     with pytest.raises(UserError, match=message) as caught:
         train_and_evaluate(config, tmp_path / "w", mesh=mesh)

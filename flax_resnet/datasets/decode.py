@@ -13,7 +13,7 @@ from PIL import Image
 from flax_resnet.errors import UserError, check_whole, is_number
 
 # Sides of decoded images stay below this many pixels.
-LARGEST = 2**14
+LARGEST = 2**11 + 1
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # What Pillow, and Decoder, raise on files that are no images they can read.
 DECODE_ERRORS = (
@@ -59,7 +59,7 @@ class Decoder:
 
     def __post_init__(self) -> None:
         for name, value in {"size": self.size, "pad": self.pad}.items():
-            check_whole(f"decoder.{name}", value, name == "size", LARGEST)
+            check_whole(f"decoder.{name}", value, int(name == "size"), LARGEST)
         if self.channels not in PIL_MODES:
             raise UserError(f"decoder.channels={self.channels!r:.40}: expected 1, 3 or 4")
         if not is_number(self.crop_ratio) or not 0 < self.crop_ratio <= 1:

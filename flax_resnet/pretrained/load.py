@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -108,10 +109,8 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
       UserError: an unknown tag, no such file, one that cannot be read, or a download that fails.
     """
     path = Path(weights).expanduser()
-    if path.is_dir():
-        return _open_run(path)
     if is_path(weights):
-        return open_file(path)
+        return _open_run(path) if path.is_dir() else _known(path, open_file(path))
     if network is None:
         raise UserError(
             f"weights {str(weights)!r}: no such file, and a tag needs a network: say which"
@@ -129,9 +128,23 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
     )
 
 
+def _known(path: Path, opened: Pretrained) -> Pretrained:
+    """What a weight file does not say itself: a published one is known by its name."""
+    entry = published.find_file(path.name)
+    if opened.class_names is None and entry is not None:
+        opened = dataclasses.replace(opened, preprocessing=entry.preprocessing)
+    classes, module = imagenet_classes(), opened.module
+    imagenet = getattr(module, "include_top", True) and module.num_classes == len(classes)
+    if opened.class_names is None and opened.preprocessing is not None and imagenet:
+        opened = dataclasses.replace(opened, class_names=classes)
+    return opened
+
+
 def is_path(weights: str | Path) -> bool:
-    """True for what names a file rather than a tag."""
+    """True for what names a file rather than a tag; ./imagenet is a path, imagenet a tag."""
     text = str(weights)
+    if isinstance(weights, str) and published.is_tag(text):
+        return False
     looks = text.startswith((".", "/", "~")) or text.lower().endswith(SUFFIXES)
     return isinstance(weights, Path) or looks or Path(text).expanduser().exists()
 
@@ -206,8 +219,10 @@ def _open_run(workdir: Path) -> Pretrained:
             mean=tuple(np.ravel(stats["mean"]).tolist()),
             std=tuple(np.ravel(stats["std"]).tolist()),
             bgr="order" in stats,
-            decoder=config.data.decoder(shape[2]) if shape[0] == shape[1] else None,
-        ),
+            decoder=config.data.decoder(shape[2]),
+        )
+        if shape[0] == shape[1]
+        else None,  # there is no way to bring a photograph to it without bending it
         class_names=tuple(meta["class_names"]),
         network=None,
         certain=True,

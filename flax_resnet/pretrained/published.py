@@ -76,6 +76,11 @@ def find(network: str, tag: str = DEFAULT) -> Published:
     return found[wanted]
 
 
+def is_tag(text: str) -> bool:
+    """True for "imagenet", and for what is a tag of any network."""
+    return text == DEFAULT or any(text in found for found in _all().values())
+
+
 def tags(network: str) -> tuple[str, ...]:
     """The tags of a network's published weights; none where it has no such weights."""
     return tuple(_all().get(network, ()))

@@ -41,6 +41,7 @@ _SPELLINGS = [
     (r"\.shortcut\.", ".downsample."),
     (r"^final_bn\.", "bn."),
 ]
+MOST_BLOCKS = 2000
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 _BLOCK = re.compile(r"layer(\d{1,4})\.(\d{1,6})\.(.+)")
 _STEM_MODULES = {"stem_conv": "conv1", "stem_norm": "bn1", "final_norm": "bn", "head": "fc"}
@@ -218,7 +219,21 @@ def _stage_sizes(tensors: Mapping[str, np.ndarray]) -> tuple[int, ...]:
                 "a gap; the file is cut or of another kind"
             )
         sizes.append(len(have))
+    if too_many(sum(sizes), len(tensors)):
+        raise UserError(
+            f"the weights have {sum(sizes)} blocks and {len(tensors)} tensors: a block has four at "
+            "the least; the file is cut or of another kind"
+        )
     return tuple(sizes)
+
+
+def too_many(blocks: int, tensors: int) -> bool:
+    """True where so few tensors cannot make so many blocks, or there are more than anyone trains.
+
+    A network is traced before its names can be compared with a file's, which takes long for one
+    that only a damaged or a hostile file would make.
+    """
+    return blocks > MOST_BLOCKS or 4 * blocks > tensors + 8
 
 
 def _stem(tensors: Mapping[str, np.ndarray]) -> tuple[str, str]:

@@ -18,7 +18,8 @@ from flax_resnet import models
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.errors import UserError
 from flax_resnet.files import replacing
-from flax_resnet.models import ResNet, WeightsError
+from flax_resnet.layers import check_dtype
+from flax_resnet.models import Block, ResNet, WeightsError
 from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.pretrained import keras_names, torch_names
 from flax_resnet.pretrained.tensors import TensorFile, read_tensors
@@ -132,7 +133,9 @@ def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
         preprocessing = _preprocessing(about.get("preprocessing"))
         class_names = _class_names(about.get("class_names"))
         shape = models.check_shape(about["input_shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError,
+    ) as error:  # fmt: skip
         raise UserError(
             f"its description of the network cannot be read ({error}): write it again, or remove "
             f"the metadata {METADATA_KEY!r} to have the network inferred"
@@ -156,15 +159,20 @@ def _described(record: Any, fields: Mapping[str, Any], count: int) -> Any:
     if any(isinstance(v, Mapping) and "class_itself" not in v for v in record.values()):
         raise ValueError("it holds more than a network")
     inner = [v["class_itself"] for v in record.values() if isinstance(v, Mapping)]
-    for name in (record["class"], *inner):
+    for name, kind in ((record["class"], nn.Module), *((name, Block) for name in inner)):
         if not str(name).startswith("flax_resnet.models."):
             raise ValueError(
                 f"{name!r:.80} is no network or block of flax_resnet.models; a block class of your "
                 "own has to be given, as block_cls"
             )
+        if not issubclass(find_class(name), kind):
+            raise ValueError(f"{name!r:.80} is no {kind.__name__}")
     lists = [value for value in record.values() if isinstance(value, list)]
-    if any(len(v) > count for v in lists) or sum(record.get("stage_sizes", ())) > count:
+    blocks = sum(record.get("stage_sizes", ()))
+    if any(len(v) > count for v in lists) or torch_names.too_many(blocks, count):
         raise ValueError(f"it describes more layers than there are tensors, {count}")
+    for name in ("dtype", "param_dtype"):
+        check_dtype(record.get(name, "float32"))
     own = {name: value for name, value in record.items() if name != "class"}
     values = {name: from_record(value) for name, value in own.items()}
     return find_class(record["class"])(**{**values, **fields})
@@ -325,8 +333,13 @@ def _write_keras(
         != models.architecture(models.keras_resnet(50, version, **same))
     ):
         raise UserError(
-            f"{path.name.removesuffix('.partial')}: the network is not one of Keras's (its biases, "
-            "strides and epsilon): write .safetensors, or train a keras_resnet such as ResNet50"
+            "the network is not one of Keras's (its biases, strides and epsilon): write "
+            ".safetensors, or train a keras_resnet such as ResNet50"
+        )
+    if wide := {str(v.dtype) for v in flat.values()} - {"float16", "float32", "float64"}:
+        raise UserError(
+            f"Keras's format with {', '.join(sorted(wide))}: expected float32; cast the variables, "
+            "or write .safetensors"
         )
     groups = keras_names.weights_groups(keras_names.layer_order(module.stage_sizes, version))
     with h5py.File(path, "w") as file:
