@@ -5,8 +5,8 @@ ImageNet's weights, the head at the full learning rate and each stage below at h
 next, BatchNorm as the weights left it, on random crops and mirrored images.
 
 Command: python -m experiments.finetune --model resnet50 --data.folder DIR --model.num-classes K
-A linear probe: --model.frozen-stages 4 --no-data.random-resized-crop --no-augment.flip
-    --cache-features
+A linear probe: --model.frozen-stages 4 --cache-features --data.no-random-resized-crop
+    --augment.no-flip
 Gradual unfreezing: --optimizer.unfreeze 0.2 0.4 0.6 0.8 0.9
 BatchNorm, trained: --model.norm-kind batch; measured anew on the images first: --measure-norms
 """

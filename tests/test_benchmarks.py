@@ -136,6 +136,7 @@ def test_table_is_aligned_to_the_right():
     assert common.table(["a", "bb"], [["100", "2"]]) == "  a  bb\n100   2"
 
 
+@pytest.mark.slow
 def test_transfer_measures_three_ways_of_the_same_training(digits_dir, capsys):
     argv = ["--data-dir", digits_dir, "--name", "sklearn_digits", "--pad", "0", "--model",
             "resnet20", "--train-images", "70", "--eval-images", "20", "--epochs", "2"]  # fmt: skip

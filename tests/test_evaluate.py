@@ -152,7 +152,7 @@ def test_classes_in_another_order_are_matched_by_name(opened, folder):
 
 def test_class_order():
     assert class_order(["b", "a"], ["a", "b"], 2, "x").tolist() == [1, 0]
-    assert class_order(["b", "a"], ["a", "c"], 2, "x").tolist() == [0, 1]
+    assert class_order(["b", "a"], ["d", "c"], 2, "x").tolist() == [0, 1]
     assert class_order(["b", "b"], ["b", "b"], 2, "x").tolist() == [0, 1]
     assert class_order(["b", "a"], ["a", "b"], 5, "x").tolist() == [1, 0]
     assert class_order(["b", "a"], None, 2, "x").tolist() == [0, 1]
