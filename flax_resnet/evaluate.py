@@ -13,7 +13,6 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Annotated, Any
 
 import jax
@@ -31,7 +30,7 @@ from flax_resnet.datasets.rows import decode_chunks
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.preprocess import Preprocessing
 from flax_resnet.pretrained import Pretrained
-from flax_resnet.pretrained.classes import imagenet_classes
+from flax_resnet.pretrained.classes import imagenet_classes, imagenet_ids
 
 BINS = 15
 CROPS = 10
@@ -200,7 +199,7 @@ def class_order(
             "data of the other number"
         )
     if weights is not None and tuple(weights) == imagenet_classes() and _are_ids(data):
-        weights = _imagenet_ids()
+        weights = imagenet_ids()
         if set(data) != set(weights):
             odd = sorted(set(data) - set(weights))
             raise UserError(
@@ -222,12 +221,6 @@ def class_order(
 
 def _are_ids(names: Sequence[str]) -> bool:
     return all(re.fullmatch(r"n\d{8}", name) for name in names)
-
-
-def _imagenet_ids() -> tuple[str, ...]:
-    """WordNet's id of each of ImageNet's classes, in the order of the outputs."""
-    text = resources.files("flax_resnet").joinpath("imagenet_classes.txt").read_text("utf-8")
-    return tuple(line.split("\t")[0] for line in text.splitlines())
 
 
 def _check_crops(prepared: Preprocessing) -> None:

@@ -6,7 +6,6 @@ disk under a hash of all that they follow from, and the head trains on them.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -257,23 +256,22 @@ def with_cached_features(
         "params": {k: v for k, v in state.params.items() if not _is_top((k,))},
         "batch_stats": state.batch_stats,
     }
-    weights = digest(_parts(variables))
     program = None
     if not trunk.block_cls.__module__.startswith("flax_resnet."):
         # A block of one's own: what it computes, since its source may call anything.
         images = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.float32)
         program = digest([str(jax.make_jaxpr(trunk.apply)(variables, images))])
+    common = {
+        "weights": digest(_parts(variables)),
+        "network": to_record(trunk),
+        "program": program,
+        "normalization": digest(_parts(state.normalization)),
+        "versions": {"jax": jax.__version__, "Pillow": PIL.__version__, "own": _own_source()},
+        "platform": jax.devices()[0].device_kind,
+    }
     features, labels = {}, {}
     for split in SPLITS:
-        key = {
-            "weights": weights,
-            "network": to_record(trunk),
-            "program": program,
-            "images": data.fingerprint(split),
-            "normalization": digest(_parts(state.normalization)),
-            "versions": {"jax": jax.__version__, "Pillow": PIL.__version__, "own": _own_source()},
-            "platform": jax.devices()[0].device_kind,
-        }
+        key = {**common, "images": data.fingerprint(split)}
         name = digest([json.dumps(key, sort_keys=True)])
         path = cache_dir() / "features" / f"{name}.npz"
         found = _read(path)
@@ -284,7 +282,6 @@ def with_cached_features(
     return data.with_features(features, labels)
 
 
-@functools.cache
 def _own_source() -> str:
     """A hash of this library's modules: a change in any might change a feature."""
     files = sorted(Path(__file__).parent.rglob("*.py"))

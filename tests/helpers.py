@@ -44,3 +44,12 @@ def shapes_of(module, shape):
 def count_parameters(module, shape):
     """Parameters of a module on images of ``shape`` (H, W, C), without computing any."""
     return sum(x.size for x in jax.tree.leaves(shapes_of(module, shape)["params"]))
+
+
+def assert_one_line_error(result, message):
+    """(exit status, stdout, stderr) of a command that was given bad input."""
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err

@@ -42,14 +42,6 @@ def paint(rng, height, width):
     return Image.fromarray(np.clip(rng.uniform(0, 255, 3) + noise, 0, 255).astype(np.uint8))
 
 
-def assert_one_line_error(result, message):
-    code, out, err = result
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert message in err
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def apply(module, variables, images):
     """Compiled as a whole: one operation at a time takes longer."""

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_one_line_error
 from PIL import Image
-from prediction_helpers import SQUARE, assert_one_line_error, make_weights, probabilities
+from prediction_helpers import SQUARE, make_weights, probabilities
 from safetensors.numpy import load_file, save_file
 
 from flax_resnet import models

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_trees_equal
-from prediction_helpers import NAMES, SQUARE, assert_one_line_error, make_weights
+from helpers import assert_one_line_error, assert_trees_equal
+from prediction_helpers import NAMES, SQUARE, make_weights
 
 from flax_resnet import models
 from flax_resnet.pretrained import open_weights, write_weights

@@ -4,9 +4,9 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers import tiny_resnet
+from helpers import assert_one_line_error, tiny_resnet
 from PIL import Image
-from prediction_helpers import apply, assert_one_line_error, damaged, make_weights, paint
+from prediction_helpers import apply, damaged, make_weights, paint
 
 from flax_resnet import figures
 from flax_resnet.augment import normalize

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from helpers import assert_trees_equal
+from helpers import assert_one_line_error, assert_trees_equal
 from tensorboard_events import read_scalars
 from test_train import saved
 
@@ -64,14 +64,6 @@ def call(digits_dir, capsys):
         return code, *capsys.readouterr()
 
     return call
-
-
-def assert_one_line_error(result, message):
-    code, out, err = result
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert message in err
 
 
 def test_bad_input_ends_a_process_with_status_2_and_one_line(environment, tmp_path):

@@ -10,9 +10,9 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers import assert_one_line_error
 from prediction_helpers import (
     NAMES,
-    assert_one_line_error,
     damaged,
     make_weights,
     probabilities,

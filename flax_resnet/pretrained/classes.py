@@ -14,9 +14,19 @@ def imagenet_classes() -> tuple[str, ...]:
     A first name that two classes share gives way to the second one: "crane bird" and
     "construction crane", "maillot" and "tank suit".
     """
-    text = resources.files("flax_resnet").joinpath("imagenet_classes.txt").read_text("utf-8")
-    rows = [line.split("\t")[1].split(", ") for line in text.splitlines()]
+    rows = [names.split(", ") for _, names in _rows()]
     shared = collections.Counter(names[0] for names in rows)
     return tuple(
         names[1] if shared[names[0]] > 1 and len(names) > 1 else names[0] for names in rows
     )
+
+
+def imagenet_ids() -> tuple[str, ...]:
+    """WordNet's id of each class, in the order of the outputs."""
+    return tuple(wordnet_id for wordnet_id, _ in _rows())
+
+
+def _rows() -> list[list[str]]:
+    """[WordNet's id, all names] of each class."""
+    text = resources.files("flax_resnet").joinpath("imagenet_classes.txt").read_text("utf-8")
+    return [line.split("\t") for line in text.splitlines()]

@@ -224,6 +224,5 @@ def _open_run(workdir: Path) -> Pretrained:
         if shape[0] == shape[1]
         else None,  # there is no way to bring a photograph to it without bending it
         class_names=tuple(meta["class_names"]),
-        network=None,
         certain=True,
     )
