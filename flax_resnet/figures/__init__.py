@@ -1,0 +1,20 @@
+"""Figures as PNG files: of a run, of several runs, and of what a network sees.
+
+Each function draws numbers that it is given; ``flax_resnet.inspection`` computes them.
+"""
+
+from flax_resnet.figures.pictures import attention as attention
+from flax_resnet.figures.pictures import examples as examples
+from flax_resnet.figures.pictures import filters as filters
+from flax_resnet.figures.pictures import maps as maps
+from flax_resnet.figures.pictures import rows as rows
+from flax_resnet.figures.pictures import scatter as scatter
+from flax_resnet.figures.runs import confusion as confusion
+from flax_resnet.figures.runs import curves as curves
+from flax_resnet.figures.runs import learning_rates as learning_rates
+from flax_resnet.figures.runs import reliability as reliability
+from flax_resnet.figures.studies import Group as Group
+from flax_resnet.figures.studies import average as average
+from flax_resnet.figures.studies import bands as bands
+from flax_resnet.figures.studies import error_by_depth as error_by_depth
+from flax_resnet.figures.studies import training_and_test as training_and_test

@@ -1,0 +1,85 @@
+"""An empty figure, and its file. Nothing is shown, no global state of matplotlib is touched."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flax_resnet.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DOTS_PER_INCH = 150
+TITLE_SIZE = 10
+SMALL = 7
+# Characters of the small font that fit above a tile of one inch.
+CHARACTERS_PER_INCH = 15
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches, drawn by Agg, that keeps its texts apart."""
+    # Half a second to import, at the end of a run and not at its start.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG, whole or not at all."""
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=DOTS_PER_INCH)
+
+
+def plain(text: str) -> str:
+    """Text as it is, where matplotlib would read formulas between dollars."""
+    return text.replace("$", r"\$")
+
+
+def short(text: str, most: int) -> str:
+    """At most so many characters, the rest an ellipsis; plain."""
+    return plain(text if len(text) <= most else text[: most - 1] + "…")
+
+
+def title(figure: Figure, text: str) -> None:
+    """A title above the figure, broken where it is wider than that."""
+    width = round(figure.get_figwidth() * 11.5)
+    text = re.sub(r"\bn = (?=\d)", "n\u00a0=\u00a0", text)  # keeps together what belongs so
+    lines = [line for part in text.split("\n") for line in textwrap.wrap(part, width)]
+    figure.suptitle("\n".join(map(plain, lines)), fontsize=TITLE_SIZE)
+
+
+def tile(axes: Axes, image: Any, above: str = "", **options: Any) -> Any:
+    """Draws an image without ticks; ``above`` is cut to the tile's width.
+
+    Args:
+      axes: where.
+      image: (H, W) numbers, or (H, W, C) uint8 or shares, C 1, 3 or 4.
+      above: a line of text over it, or several.
+      **options: of imshow.
+    """
+    if image.ndim == 3 and image.shape[-1] == 1:
+        image = image[..., 0]
+        options = {"cmap": "gray", "vmin": 0, "vmax": 255, **options}
+    drawn = axes.imshow(image, **{"interpolation": "nearest", **options})
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if above:
+        grid, figure = axes.get_subplotspec(), axes.get_figure(root=True)
+        columns = grid.get_gridspec().ncols if grid is not None else 1
+        inches = figure.get_figwidth() / columns if figure is not None else 1.0
+        most = max(4, int(CHARACTERS_PER_INCH * inches))
+        lines = [short(line, most) for line in above.split("\n")]
+        axes.set_title("\n".join(lines), fontsize=SMALL, pad=3)
+    return drawn
+
+
+def grid_shape(count: int, columns: int) -> tuple[int, int]:
+    """(rows, columns) that hold so many tiles."""
+    return -(-count // min(count, columns)), min(count, columns)

@@ -1,0 +1,225 @@
+"""What goes on inside a network: features, maps, filters, Grad-CAM.
+
+Networks are asked by what flax calls when they run, not by their class: a layer named "head" is
+the last one, and a map is what a layer gives with two axes of pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from flax_resnet import models
+from flax_resnet.errors import UserError
+from flax_resnet.models import DropBlockResNet, MiniModel, ResNet
+
+HEAD = "head"
+# A norm of this name is followed by a ReLU, and the map is what that gives.
+FINAL_NORM = "final_norm"
+Watch = Callable[[nn.Module, tuple[Any, ...], Any], Any]
+
+
+def _watched(module: nn.Module, variables: Any, images: jax.Array, watch: Watch) -> Any:
+    """The output, each layer's call passed through ``watch(layer, arguments, output)``."""
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        out = call(*args, **kwargs)
+        return watch(context.module, args, out) if context.method_name == "__call__" else out
+
+    with nn.intercept_methods(intercept):
+        return module.apply(variables, images)
+
+
+def forward(module: nn.Module, variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logits and features.
+
+    Args:
+      module: the network.
+      variables: its variables.
+      images: (N, H, W, C), normalised.
+
+    Returns:
+      (logits (N, num_classes) in at least float32, the inputs (N, F) of the layer named "head").
+
+    Raises:
+      UserError: no layer has that name.
+    """
+    found: list[jax.Array] = []
+
+    def watch(layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        if layer.name == HEAD:
+            found.append(args[0])
+        return out
+
+    logits = _watched(module, variables, images, watch)
+    if not found:
+        raise UserError(
+            f"{type(module).__name__} has no layer named {HEAD!r}: call its last layer so, for its "
+            "inputs to be looked at"
+        )
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return wide, found[-1].reshape(len(images), -1)
+
+
+def stage_maps(module: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+    """Maps of a network's stages, from the first to the last.
+
+    Args:
+      module: a ResNet gives the maps of its stages; of another network it is the last map of each
+        size that a layer of its own gives.
+      variables: its variables.
+      images: (N, H, W, C), normalised.
+
+    Returns:
+      {name: (N, h, w, channels)}; empty where there are no maps.
+    """
+    found: dict[tuple[int, int], tuple[str, jax.Array]] = {}
+
+    def watch(layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        if len(layer.path) == 1 and _is_map(layer, out):
+            shown = nn.relu(out) if layer.name == FINAL_NORM else out
+            found[out.shape[1:3]] = (layer.path[0], shown)
+        return out
+
+    @jax.jit
+    def maps(variables: Any, images: jax.Array) -> list[jax.Array]:
+        if isinstance(module, ResNet):
+            features: Any = module.apply(variables, images, method="features")
+            found.update({(i, 0): (one.name, one.map) for i, one in enumerate(features)})
+        else:
+            _watched(module, variables, images, watch)
+        return [values for _, values in found.values()]
+
+    values = maps(variables, images)
+    return dict(zip([name for name, _ in found.values()], values, strict=True))
+
+
+def _is_map(layer: nn.Module, out: Any) -> bool:
+    return getattr(out, "ndim", 0) == 4 and not isinstance(layer, nn.Dropout)
+
+
+def _last_map(module: nn.Module, variables: Any, images: jax.Array) -> tuple[str, ...]:
+    """Path of the layer that gives the last map."""
+    paths: list[tuple[str, ...]] = []
+
+    def watch(layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        if layer.path and _is_map(layer, out):
+            paths.append(layer.path)
+        return out
+
+    jax.eval_shape(lambda x: _watched(module, variables, x, watch), images)
+    if not paths:
+        raise UserError(
+            f"{type(module).__name__} has no maps (N, h, w, channels) in it: Grad-CAM needs one"
+        )
+    return paths[-1]
+
+
+def grad_cam(
+    module: nn.Module, variables: Any, images: jax.Array, classes: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the evidence for a class lies (Selvaraju et al. 2017, "Grad-CAM", section 3).
+
+    The last map's channels are weighted by the means over pixels of the class logit's gradient by
+    them (equation 1), summed, and cut at zero (equation 2).
+
+    Args:
+      module: the network.
+      variables: its variables.
+      images: (N, H, W, C), normalised.
+      classes: N class numbers; by default those with the largest logits.
+
+    Returns:
+      (maps (N, h, w) of the last map's size, classes int (N,), their probabilities (N,)).
+
+    Raises:
+      UserError: the network has no map.
+    """
+    path = _last_map(module, variables, images)
+    fixed = None if classes is None else jnp.asarray(classes, jnp.int32)
+
+    def logit(added: jax.Array | None, variables: Any, images: jax.Array) -> Any:
+        seen: list[jax.Array] = []
+
+        def watch(layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+            if layer.path != path:
+                return out
+            if layer.name == FINAL_NORM:
+                # The ReLU to come leaves this as it is, and passes the gradient at zero too.
+                out = nn.relu(out) + jnp.finfo(out.dtype).tiny
+            seen.append(out)
+            return out if added is None else out + added
+
+        logits = _watched(module, variables, images, watch).astype(jnp.float32)
+        chosen = jnp.argmax(logits, axis=-1) if fixed is None else fixed
+        own = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
+        p = jnp.take_along_axis(jax.nn.softmax(logits), chosen[:, None], axis=-1)[:, 0]
+        return jnp.sum(own), (seen[-1], chosen, p)
+
+    @jax.jit
+    def cam(variables: Any, images: jax.Array) -> Any:
+        like = jax.eval_shape(lambda: logit(None, variables, images)[1][0])
+        zeros = jnp.zeros(like.shape, like.dtype)
+        by, (values, chosen, p) = jax.grad(logit, has_aux=True)(zeros, variables, images)
+        weights = jnp.mean(by, axis=(1, 2))
+        return nn.relu(jnp.einsum("nhwc,nc->nhw", values, weights)), chosen, p
+
+    found, chosen, p = jax.device_get(cam(variables, images))
+    return np.asarray(found, np.float32), chosen, p
+
+
+def heat(maps: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Maps (N, h, w) over images: (N, height, width), bilinear, in shares of each one's largest."""
+    large = np.asarray(jax.image.resize(maps, (len(maps), height, width), "bilinear"))
+    peaks = large.max(axis=(1, 2), keepdims=True)
+    return np.clip(large / np.where(peaks > 0, peaks, 1), 0, 1)
+
+
+def first_filters(
+    module: nn.Module, variables: Any, image_shape: tuple[int, int, int]
+) -> tuple[str, np.ndarray]:
+    """(name, kernel (h, w, C, filters)) of the first convolution.
+
+    Raises:
+      UserError: the network has none.
+    """
+    kernels: list[tuple[str, np.ndarray]] = []
+
+    def watch(layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        if isinstance(layer, nn.Conv):
+            params = variables["params"]
+            for name in layer.path:
+                params = params[name]
+            kernels.append(("/".join(layer.path), np.asarray(params["kernel"], np.float32)))
+        return out
+
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    jax.eval_shape(lambda x: _watched(module, variables, x, watch), images)
+    if not kernels or kernels[0][1].ndim != 4:
+        raise UserError(f"{type(module).__name__} has no convolution: there are no filters to draw")
+    return kernels[0]
+
+
+def depth(module: nn.Module) -> int:
+    """Weighted layers on the main path, as He et al. 2016 count them: shortcuts are left out.
+
+    Raises:
+      UserError: the network is of a class that is not known here.
+    """
+    if isinstance(module, ResNet):
+        sizes = range(len(module.stage_sizes))
+        blocks = sum(len(module.block(s, 0).convs()) * module.stage_sizes[s] for s in sizes)
+        return blocks + (3 if module.stem == "deep" else 1) + len(module.hidden_units) + 1
+    if isinstance(module, MiniModel):
+        return 2 * sum(module.stage_sizes) + 2
+    if isinstance(module, DropBlockResNet):
+        return 4 * len(module.stage_filters) + len(module.dense_features) + 1
+    name = models.name_of(module) or type(module).__name__
+    raise UserError(
+        f"{name}: how many layers it has is known of ResNet, MiniModel and DropBlockResNet only"
+    )

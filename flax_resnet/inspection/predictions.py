@@ -1,0 +1,122 @@
+"""What a run's network says of its evaluation split, example by example."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_resnet import evaluate
+from flax_resnet.augment import normalize
+from flax_resnet.errors import UserError
+from flax_resnet.inspection.layers import forward
+from flax_resnet.inspection.opened import Inspected
+from flax_resnet.step import LOSSES
+
+MOST_FEATURES = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """Of n examples in the order of the split, each once."""
+
+    labels: np.ndarray
+    """True classes, int (n,)."""
+    probabilities: np.ndarray
+    """Softmax probabilities, float (n, num_classes)."""
+    losses: np.ndarray
+    """The run's loss of each, nats, float (n,)."""
+    rows: np.ndarray
+    """Those whose features were kept, evenly spread, int (m,)."""
+    features: np.ndarray
+    """Inputs of the head for them, float (m, F)."""
+    confidence: np.ndarray
+    """Sum of the largest probabilities of each reliability bin, (bins,)."""
+    correct: np.ndarray
+    """Right examples of each bin, (bins,)."""
+    counts: np.ndarray
+    """Examples of each bin, (bins,); the bins are equal parts of (0, 1], closed above."""
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """Most probable classes, int (n,); of equal ones the first."""
+        return self.probabilities.argmax(axis=1)
+
+    @property
+    def top1(self) -> float:
+        """Share of the examples that are classified right."""
+        return float(np.mean(self.predicted == self.labels))
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """Examples by true class (row) and predicted class: int (num_classes, num_classes)."""
+        counts = np.zeros((self.probabilities.shape[1],) * 2, np.int64)
+        np.add.at(counts, (self.labels, self.predicted), 1)
+        return counts
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error (Guo et al. 2017, section 2) by these bins, a share."""
+        return evaluate.calibration_error(self.confidence, self.correct, len(self.labels))
+
+
+def predictions(
+    run: Inspected, *, bins: int = evaluate.BINS, most_features: int = MOST_FEATURES
+) -> Predictions:
+    """Runs the network on the evaluation split, every example once.
+
+    Args:
+      run: an opened run.
+      bins: of the reliability sums.
+      most_features: keep the features of so many examples.
+
+    Raises:
+      UserError: the data are not there, or outputs are not finite.
+    """
+    loss, count = LOSSES[run.config.loss], run.data.num_eval
+    kept = np.zeros(count, bool)
+    kept[np.linspace(0, count - 1, min(count, most_features)).round().astype(int)] = True
+
+    @jax.jit
+    def step(variables: Any, stats: Any, batch: Any) -> Any:
+        logits, features = forward(run.module, variables, normalize(batch["image"], stats))
+        label, mask = batch["label"], batch["mask"]
+        sums = evaluate.calibration_sums(logits, label, mask, bins)
+        # Were the labels what is predicted, all would be right: the sizes of the bins.
+        sizes = evaluate.calibration_sums(logits, jnp.argmax(logits, -1), mask, bins)["correct"]
+        return {
+            "labels": label,
+            "probabilities": jax.nn.softmax(logits),
+            "losses": loss(logits, jax.nn.one_hot(label, logits.shape[-1])),
+            "features": features.astype(jnp.float32),
+            "mask": mask,
+        }, {"confidence": sums["confidence"], "correct": sums["correct"], "counts": sizes}
+
+    arrays: dict[str, list[np.ndarray]] = {}
+    totals: dict[str, Any] = {"confidence": 0.0, "correct": 0.0, "counts": 0.0}
+    start = 0
+    for batch in run.data.eval_batches(min(run.config.eval_batch_size, count)):
+        each, sums = jax.device_get(step(run.variables, run.stats, batch))
+        mask = each.pop("mask")
+        here = kept[start : start + mask.sum()]
+        each["features"] = each["features"][mask][here]
+        for name, value in each.items():
+            arrays.setdefault(name, []).append(value if name == "features" else value[mask])
+        for name in totals:
+            totals[name] = totals[name] + np.asarray(sums[name], np.float64)
+        start += len(here)
+    joined = {name: np.concatenate(parts) for name, parts in arrays.items()}
+    if not np.isfinite(joined["losses"]).all():
+        raise UserError(
+            f"the network's outputs in {run.workdir} at step {run.step} are not finite: the run "
+            "has diverged; look at an earlier checkpoint"
+        )
+    return Predictions(**joined, **totals, rows=np.nonzero(kept)[0])
+
+
+def worst(found: Predictions, count: int) -> np.ndarray:
+    """Rows of the ``count`` largest losses, the largest first; of equal ones the lower row."""
+    return np.argsort(-found.losses, kind="stable")[:count]

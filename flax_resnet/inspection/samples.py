@@ -1,0 +1,135 @@
+"""Images of a run: of its evaluation split, of a folder, and as training augments them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from flax_resnet.augment import normalize
+from flax_resnet.datasets.decode import DECODE_ERRORS
+from flax_resnet.errors import UserError
+from flax_resnet.inspection.opened import Inspected
+from flax_resnet.predict import find_images, reason, shown
+
+
+def eval_images(run: Inspected, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(images uint8 (N, H, W, C), labels int (N,)) of rows of the evaluation split."""
+    wanted = np.asarray(rows, int)
+    images = np.zeros((len(wanted), *run.eval_shape), np.uint8)
+    labels = np.zeros(len(wanted), np.int32)
+    size, start = min(run.config.eval_batch_size, run.data.num_eval), 0
+    for batch in run.data.eval_batches(size):
+        here = np.nonzero((start <= wanted) & (wanted < start + size))[0]
+        if here.size:
+            images[here] = np.asarray(batch["image"])[wanted[here] - start]
+            labels[here] = np.asarray(batch["label"])[wanted[here] - start]
+        start += size
+        if start > wanted.max(initial=0):
+            break
+    return images, labels
+
+
+def folder_images(
+    run: Inspected,
+    paths: Iterable[str | Path],
+    most: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[list[str], np.ndarray]:
+    """Images of any size, decoded as the run's data were.
+
+    Args:
+      run: an opened run, of square images.
+      paths: image files, and folders of them.
+      most: images at most; further ones are not read.
+      say: is given a line for each image that cannot be read, and it is left out.
+
+    Returns:
+      (file names, uint8 (N, H, W, C)).
+
+    Raises:
+      UserError: a path that is not there, none can be read, or the run's images are not square.
+    """
+    height, width, channels = run.eval_shape
+    if height != width:
+        raise UserError(
+            f"the run's images are {height}x{width}: photographs would be bent to fit; give a run "
+            "of square ones"
+        )
+    decoder = run.config.data.decoder(channels)
+    if decoder.size is None:
+        decoder = dataclasses.replace(decoder, size=height - 2 * decoder.pad)
+    names, images = [], []
+    for path in find_images(paths):
+        try:
+            images.append(decoder(path.read_bytes()))
+        except DECODE_ERRORS as error:
+            say(f"skipped {shown(path)}: {reason(error)}")
+            continue
+        names.append(shown(path.name))
+        if len(images) == most:
+            break
+    if not images:
+        raise UserError(f"none of the images in {' '.join(map(str, paths))} could be read")
+    return names, np.stack(images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmented:
+    """Training images, and what training makes of them."""
+
+    originals: np.ndarray
+    """uint8 (N, H, W, C)."""
+    labels: np.ndarray
+    """int (N,)."""
+    draws: np.ndarray
+    """uint8 (draws, N, H, W, C)."""
+    mixed: np.ndarray | None
+    """Labels mixed in, int (draws, N); None where none are."""
+    shares: np.ndarray | None
+    """Share of the image's own label in the target, (draws, N)."""
+
+
+def augmented(run: Inspected, count: int = 6, draws: int = 6) -> Augmented:
+    """The first images of the run's first batch, augmented as its steps do it.
+
+    Draw k uses the key of step k; the first draw is what step 0 was trained on. A random resized
+    crop is drawn when an image is decoded, so it is the same in the original and all draws.
+
+    Args:
+      run: an opened run.
+      count: images.
+      draws: of each.
+    """
+    config, size = run.config, run.config.batch_size
+    batch = next(iter(run.data.train_batches(config.seed, size, 0, 1)))
+
+    @jax.jit
+    def draw(step: jax.Array) -> dict[str, jax.Array]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(run.key), step)
+        augment_key, _ = jax.random.split(key)
+        pixels = config.augment.pixels(augment_key, batch["image"], run.stats)
+        return config.augment(augment_key, {**batch, "image": normalize(pixels, run.stats)})
+
+    found = [jax.device_get(draw(np.uint32(step))) for step in range(draws)]
+    pixels = np.stack([one["image"][:count] for one in found])
+    mixes = "mix" in found[0]
+    return Augmented(
+        originals=np.asarray(batch["image"])[:count],
+        labels=np.asarray(batch["label"])[:count],
+        draws=displayed(pixels, run),
+        mixed=np.stack([one["label_mixed"][:count] for one in found]) if mixes else None,
+        shares=np.stack([one["mix"][:count] for one in found]) if mixes else None,
+    )
+
+
+def displayed(normalized: np.ndarray, run: Inspected) -> np.ndarray:
+    """Normalised images (..., H, W, C) back to uint8, the inverse of ``augment.normalize``."""
+    mean, std = (np.asarray(run.stats[name], np.float64) for name in ("mean", "std"))
+    values = np.asarray(normalized, np.float64) * std + mean
+    if "order" in run.stats:
+        values = values[..., np.argsort(np.asarray(run.stats["order"]))]
+    return np.clip(np.round(255 * values), 0, 255).astype(np.uint8)

@@ -1,0 +1,143 @@
+"""Several runs: found below directories, and their final errors by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax_resnet import metrics, tables
+from flax_resnet.errors import UserError, did_you_mean
+from flax_resnet.figures import Group
+from flax_resnet.inspection.layers import depth
+from flax_resnet.inspection.opened import network_name, read_record
+from flax_resnet.record import flatten
+
+# What does not set two series apart: seeds are averaged, sizes of stages are the depth.
+MOST_NAMED = 4
+NO_SERIES = ("seed", "model.stage_sizes", "model")
+
+
+def find_groups(
+    paths: Sequence[str | Path], say: Callable[[str], None] = lambda line: None
+) -> list[Group]:
+    """Runs by variant, with what each has logged.
+
+    Args:
+      paths: each a run's working directory; a variant, which holds seed0, seed1, ...; or a sweep,
+        which holds variants.
+      say: is given a line for each variant that has logged nothing, and it is left out.
+
+    Raises:
+      UserError: a directory holds none of these, or no run that has logged anything.
+    """
+    groups = []
+    for path in (Path(p).expanduser() for p in paths):
+        found = _groups_in(path)
+        if not found:
+            raise UserError(
+                f"{path} holds no run: expected a working directory (config.json), a variant "
+                "(seedN/config.json) or a sweep (VARIANT/seedN/config.json)"
+            )
+        for name, workdirs in found:
+            runs = tuple(r for r in map(metrics.read_metrics, workdirs) if r)
+            if runs:
+                groups.append(Group(name, runs))
+            else:
+                say(f"left out {name} of {path}: it has logged nothing yet")
+    if not groups:
+        raise UserError(f"{' '.join(map(str, paths))}: no run has logged anything yet: wait for it")
+    return groups
+
+
+def _groups_in(path: Path) -> list[tuple[str, list[Path]]]:
+    if (path / "config.json").is_file():
+        return [(path.name, [path])]
+    seeds = sorted((f.parent for f in path.glob("seed*/config.json")), key=_seed)
+    if seeds:
+        return [(path.name, seeds)]
+    below = sorted({f.parent.parent for f in path.glob("*/seed*/config.json")})
+    return [found for variant in below for found in _groups_in(variant)]
+
+
+def study_title(paths: Sequence[str | Path], count: int) -> str:
+    """The networks and the data of all runs below paths, and n, how many of them are drawn."""
+    found = [w for p in paths for _, dirs in _groups_in(Path(p).expanduser()) for w in dirs]
+    configs = [read_record(workdir)[0] for workdir in found]
+    networks = list(dict.fromkeys(network_name(config.model) for config in configs))
+    data = list(dict.fromkeys(config.data.title for config in configs))
+    many = f"{len(networks)} networks"
+    of = ", ".join(networks) if len(networks) <= MOST_NAMED else many
+    return f"{of} on {', '.join(data)}, n = {count} {'run' if count == 1 else 'runs'}"
+
+
+def _seed(path: Path) -> tuple[int, str]:
+    digits = path.name.removeprefix("seed")
+    return (int(digits) if digits.isdigit() else -1, path.name)
+
+
+def depth_points(
+    directory: str | Path, by: str | None = None
+) -> dict[str, list[tuple[int, float, float | None]]]:
+    """Final errors of a sweep's finished runs, by series.
+
+    Args:
+      directory: holds table.csv, with a row for each run: its "workdir" below the directory,
+        "state", "top1" and "train_top1".
+      by: a field of the config, "model.connection": a series for each of its values. By default
+        the fields that differ between the runs, but for the seed and the sizes of the stages.
+
+    Returns:
+      {series: [(weighted layers, top-1 error in %, training error in % or None)]}.
+
+    Raises:
+      UserError: there is no table, no finished run in it, or no such field.
+    """
+    directory = Path(directory).expanduser()
+    rows = _finished(directory)
+    runs = []
+    for row in rows:
+        config, record = read_record(directory / row["workdir"])
+        runs.append((row, config.model, flatten(record["config"])))
+    fields = _series_fields([flat for *_, flat in runs], by)
+    points: dict[str, list[tuple[int, float, float | None]]] = {}
+    for row, model, flat in runs:
+        name = ", ".join(_label(field, flat.get(field)) for field in fields) or "all runs"
+        train = row.get("train_top1")
+        errors = (100 * (1 - float(row["top1"])), 100 * (1 - float(train)) if train else None)
+        points.setdefault(name, []).append((depth(model), *errors))
+    return points
+
+
+def _finished(directory: Path) -> list[dict[str, str]]:
+    path = directory / "table.csv"
+    try:
+        rows = tables.read(directory)
+    except OSError as error:
+        raise UserError(
+            f"{directory} holds no table.csv of a sweep ({error.strerror}): give a sweep's"
+        ) from error
+    if missing := {"state", "top1", "workdir"} - set(rows[0] if rows else ()):
+        raise UserError(f"{path} has no column {min(missing)!r}, or no rows: give a sweep's table")
+    finished = [row for row in rows if row["state"] == tables.FINISHED]
+    if not finished:
+        raise UserError(f"{path}: none of {len(rows)} runs is finished: wait for them")
+    return finished
+
+
+def _series_fields(flats: Sequence[Mapping[str, Any]], by: str | None) -> list[str]:
+    known = {name for flat in flats for name in flat}
+    if by is not None:
+        if by not in known:
+            raise UserError(
+                f"--by {by}: no such field of the runs' configs{did_you_mean(by, known)}"
+            )
+        return [by]
+    differ = {n for n in known if len({repr(flat.get(n)) for flat in flats}) > 1}
+    if "model" in differ:  # networks of several classes have few fields in common
+        return ["model", *sorted(n for n in differ if not n.startswith(("model", "seed")))]
+    return sorted(differ - set(NO_SERIES))
+
+
+def _label(field: str, value: Any) -> str:
+    return f"{value}" if isinstance(value, str) else f"{field.rpartition('.')[2]} {value}"

@@ -1,0 +1,245 @@
+"""A run in one HTML file: its result, its record and all its pictures. It opens offline."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import html
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from flax_resnet import figures, flags, metrics
+from flax_resnet.classify import flag, writing
+from flax_resnet.errors import UserError, check_choices
+from flax_resnet.inspection import PARTS, Session, open_run, read_record
+from flax_resnet.inspection.opened import Which, network_name
+from flax_resnet.record import flatten
+
+CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1100px; padding: 1em; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-top: 1px solid #ccc; }
+table { border-collapse: collapse; margin: 1em 0; }
+th, td { border: 1px solid #ccc; padding: 0.2em 0.6em; text-align: left; overflow-wrap: anywhere; }
+th { font-weight: normal; background: #f4f4f4; }
+img { max-width: 100%; height: auto; } figure { margin: 1em 0; }
+.absent { color: #777; font-style: italic; } nav a { margin-right: 1em; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One picture of a report, or why there is none."""
+
+    name: str
+    heading: str
+    text: str
+    png: bytes | None
+
+
+def report(
+    workdir: str | Path,
+    *,
+    checkpoint: Which = "best",
+    images: Sequence[str] = (),
+    lr_finder: bool = False,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> str:
+    """A run as an HTML page with everything in it.
+
+    What cannot be drawn (the data have gone, the network has no maps) is said in a line at its
+    place.
+
+    Args:
+      workdir: of a run.
+      checkpoint: "best" by evaluation top-1, or "latest".
+      images: files and folders for feature maps and Grad-CAM; else images of the evaluation split.
+      lr_finder: run the learning-rate finder too, which trains for up to 100 steps.
+      seed: of t-SNE.
+      say: is given a line for each picture that begins.
+
+    Returns:
+      The page.
+
+    Raises:
+      UserError: there is no run.
+    """
+    workdir = Path(workdir).expanduser()
+    config, record = read_record(workdir)
+    name = f"{network_name(config.model)} on {config.data.title}, seed {config.seed}"
+    sections = [_curves(workdir, name)]
+    sections += _pictures(workdir, checkpoint, tuple(images), lr_finder, seed, say)
+    return _page(name, workdir, record, sections)
+
+
+def _curves(workdir: Path, name: str) -> Section:
+    records = metrics.read_metrics(workdir)
+
+    def draw(path: Path) -> str:
+        if not records:
+            raise UserError(f"{workdir} has no lines in metrics.jsonl yet")
+        figures.curves(records, path, name)
+        return "Training figures are of augmented batches, each the mean since the line before."
+
+    return _section("curves", "Curves", draw)
+
+
+def _pictures(
+    workdir: Path,
+    checkpoint: Which,
+    images: tuple[str, ...],
+    lr_finder: bool,
+    seed: int,
+    say: Callable[[str], None],
+) -> list[Section]:
+    wanted = {name: part for name, part in PARTS.items() if name != "lr" or lr_finder}
+    try:
+        session = Session(open_run(workdir, checkpoint), images, seed=seed, say=say)
+    except UserError as error:
+        return [Section(n, p.heading, f"Not drawn: {error}", None) for n, p in wanted.items()]
+    sections = []
+    for name, part in wanted.items():
+        say(part.heading)
+        sections.append(_section(name, part.heading, functools.partial(part.draw, session)))
+    return sections
+
+
+def _section(name: str, heading: str, draw: Callable[[Path], str]) -> Section:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "figure.png"
+        try:
+            text = draw(path)
+        except UserError as error:
+            return Section(name, heading, f"Not drawn: {error}", None)
+        return Section(name, heading, text, path.read_bytes())
+
+
+def _page(name: str, workdir: Path, record: Mapping[str, Any], sections: Sequence[Section]) -> str:
+    links = [("result", "Result"), *((s.name, s.heading) for s in sections)]
+    links += [("config", "Config"), ("environment", "Environment")]
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en">',
+        '<head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(name)}</title>",
+        f"<style>{CSS}</style></head>",
+        "<body>",
+        f"<h1>{html.escape(name)}</h1>",
+        f"<p>Working directory: {html.escape(str(workdir))}</p>",
+        "<nav>",
+        *(f'<a href="#{anchor}">{html.escape(text)}</a>' for anchor, text in links),
+        "</nav>",
+        '<h2 id="result">Result</h2>',
+        _result(workdir),
+        *map(_shown, sections),
+        '<h2 id="config">Config</h2>',
+        _table(flatten(record["config"]).items()),
+        '<h2 id="environment">Environment</h2>',
+        *(_start(i, start) for i, start in enumerate(record.get("starts", []), 1)),
+        "</body>",
+        "</html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _shown(section: Section) -> str:
+    heading = html.escape(section.heading)
+    head, text = f'<h2 id="{section.name}">{heading}</h2>', html.escape(section.text)
+    if section.png is None:
+        return f'{head}\n<p class="absent">{text}</p>'
+    data = base64.b64encode(section.png).decode()
+    return (
+        f'{head}\n<figure><img alt="{heading}" src="data:image/png;base64,{data}">\n'
+        f"<figcaption>{text}</figcaption></figure>"
+    )
+
+
+def _result(workdir: Path) -> str:
+    try:
+        found = json.loads((workdir / "result.json").read_text())
+        rows = {
+            "evaluation top-1": f"{100 * found['top1']:.2f} % of {found['num_eval']} images",
+            "evaluation top-5": f"{100 * found['top5']:.2f} %",
+            "evaluation loss": f"{found['loss']:.4f} nats",
+            "best top-1": f"{100 * found['best_top1']:.2f} % at step {found['best_step']}",
+            "training top-1": f"{100 * found['train_top1']:.2f} % (augmented, last interval)",
+            "training loss": f"{found['train_loss']:.4f} nats",
+            "training images": found["num_train"],
+            "steps": f"{found['step']} ({found['epochs']:g} epochs)",
+            "time": f"{found['seconds']:.1f} s, compilation and evaluation included",
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = "the run is not finished" if isinstance(error, OSError) else repr(error)
+        return f'<p class="absent">No result: {html.escape(reason)}.</p>'
+    return _table(rows.items())
+
+
+def _start(number: int, start: Mapping[str, Any]) -> str:
+    flat: dict[str, Any] = {}
+    for name, value in start.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}: {inner}": v for inner, v in value.items()}
+        else:
+            listed = isinstance(value, list)
+            flat[name] = " ".join(map(str, value)) if listed else value
+    return f"<h3>Start {number}</h3>\n{_table(flat.items())}"
+
+
+def _table(rows: Iterable[tuple[str, Any]]) -> str:
+    lines = (
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+        for name, value in rows
+    )
+    return "\n".join(["<table>", *lines, "</table>"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the command line asks for."""
+
+    workdir: Annotated[tyro.conf.Positional[str], flag("WORKDIR")]
+    """A run's working directory."""
+    output: Annotated[str | None, flag("FILE.html", "WORKDIR/report.html")] = None
+    """The file to write, whole or not at all."""
+    checkpoint: Which = "best"
+    """Look at the best checkpoint by evaluation top-1, or at the latest."""
+    images: Annotated[tuple[str, ...], flag("PATH [PATH ...]", "the evaluation split's")] = ()
+    """Images, or folders of them, of any size, for feature maps and Grad-CAM."""
+    lr_finder: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
+    """Run the learning-rate finder too, which trains for up to 100 steps."""
+    seed: int = 0
+    """Of t-SNE."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+ABOUT = """Writes one HTML file with a run's result, config and environment, its curves, confusion
+matrix and reliability diagram, its worst-classified examples, filters, feature maps, Grad-CAM, an
+embedding of its features, and augmented training images. It needs no network to open."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``python -m flax_resnet report``."""
+    settings = flags.cli(Settings, argv, ABOUT, "python -m flax_resnet report")
+    read_record(settings.workdir)  # before the output is opened
+    output = settings.output or str(Path(settings.workdir) / "report.html")
+    with writing(output) as file:
+        page = report(
+            settings.workdir,
+            checkpoint=settings.checkpoint,
+            images=settings.images,
+            lr_finder=settings.lr_finder,
+            seed=settings.seed,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        file.write(page)
+    print(f"report: {output}")

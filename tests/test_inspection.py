@@ -1,0 +1,433 @@
+"""What is computed for the pictures is what straight code gives."""
+
+import csv
+import dataclasses
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from helpers import random_batch, tiny_resnet
+from inspection_helpers import tiny_config, tiny_run
+
+from flax_resnet import inspection, models
+from flax_resnet.augment import normalize
+from flax_resnet.errors import UserError
+from flax_resnet.inspection import lr_finder
+from flax_resnet.models import DropBlockResNet, MiniModel, PreActBasicBlock, cifar_resnet
+from flax_resnet.optim import SGD
+from flax_resnet.record import to_record
+from flax_resnet.step import TrainState, train_step
+
+
+@pytest.fixture(scope="module")
+def workdir(digits_dir):
+    return tiny_run(digits_dir)
+
+
+@pytest.fixture(scope="module")
+def run(workdir):
+    return inspection.open_run(workdir, "latest")
+
+
+@pytest.fixture(scope="module")
+def found(run):
+    return inspection.predictions(run)
+
+
+@pytest.fixture(scope="module")
+def whole_split(run):
+    """(images, labels) of the evaluation split, and what the network says, computed straight."""
+    batches = [jax.device_get(b) for b in run.data.eval_batches(355)]
+    (batch,) = batches
+    images = normalize(jnp.asarray(batch["image"]), run.stats)
+    logits = jax.jit(run.module.apply)(run.variables, images)
+    return batch["image"], batch["label"], np.asarray(logits, np.float64)
+
+
+def test_predictions_are_the_networks_of_every_example_once(run, found, whole_split, workdir):
+    _, labels, logits = whole_split
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    losses = -np.log(p[np.arange(355), labels])
+    np.testing.assert_array_equal(found.labels, labels)
+    np.testing.assert_allclose(found.probabilities, p, atol=1e-5)
+    np.testing.assert_allclose(found.losses, losses, rtol=1e-4, atol=1e-5)
+    result = json.loads((workdir / "result.json").read_text())
+    assert found.top1 == pytest.approx(result["top1"], abs=1e-9)
+    assert found.losses.mean() == pytest.approx(result["loss"], rel=1e-5)
+    assert np.trace(found.confusion) == round(355 * result["top1"])
+    np.testing.assert_array_equal(found.confusion.sum(axis=1), np.bincount(labels, minlength=10))
+
+
+def test_reliability_bins_equal_brute_force(found):
+    confidence = found.probabilities.max(axis=1).astype(np.float64)
+    right = found.predicted == found.labels
+    gap = 0.0
+    for index in range(15):
+        inside = (confidence > index / 15) & (confidence <= (index + 1) / 15)
+        assert found.counts[index] == inside.sum()
+        assert found.correct[index] == right[inside].sum()
+        assert found.confidence[index] == pytest.approx(confidence[inside].sum(), rel=1e-5)
+        gap += abs(right[inside].sum() - confidence[inside].sum()) / 355
+    assert found.counts.sum() == 355
+    assert found.calibration_error == pytest.approx(gap, rel=1e-4)
+
+
+def test_features_are_the_heads_inputs(run, found, whole_split):
+    few = inspection.predictions(run, most_features=7)
+    np.testing.assert_array_equal(few.rows, np.linspace(0, 354, 7).round())
+    np.testing.assert_allclose(few.features, found.features[few.rows], atol=1e-6)
+    head = run.variables["params"]["head"]
+    logits = found.features @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+    np.testing.assert_allclose(logits, whole_split[2], atol=1e-4)
+    np.testing.assert_array_equal(found.rows, np.arange(355))
+
+
+def test_worst_are_the_largest_losses_with_their_images(run, found, whole_split):
+    images, labels, _ = whole_split
+    rows = inspection.worst(found, 5)
+    want = sorted(range(355), key=lambda row: (-found.losses[row], row))[:5]
+    assert rows.tolist() == want
+    pixels, true = inspection.eval_images(run, [354, 3, 199, 200])
+    np.testing.assert_array_equal(pixels, images[[354, 3, 199, 200]])
+    np.testing.assert_array_equal(true, labels[[354, 3, 199, 200]])
+
+
+def drawn_variables(module, images):
+    """Without initialisers: none has to be compiled."""
+    rng = np.random.default_rng(1)
+
+    def draw(path, like):
+        start = float(path[-1].key in ("scale", "var"))
+        spread = 0.3 if path[-1].key == "kernel" else 0.1
+        return jnp.asarray(start + rng.normal(0, spread, like.shape), like.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, models.variable_shapes(module, images))
+
+
+def jitted_forward(module, variables, images):
+    return jax.jit(lambda v, x: inspection.forward(module, v, x))(variables, images)
+
+
+NETS = {
+    "resnet": tiny_resnet(stage_sizes=(1, 1), num_filters=4),
+    "preact": tiny_resnet(stage_sizes=(1, 1), num_filters=4, block_cls=PreActBasicBlock),
+    "mini": MiniModel(stage_sizes=(1, 1), num_filters=4),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_grad_cam_after_a_global_average_is_the_heads_weighted_map(name, rng):
+    module = NETS[name]
+    images = jnp.asarray(rng.normal(size=(3, 8, 8, 3)), jnp.float32)
+    variables = drawn_variables(module, images)
+    stages = inspection.stage_maps(module, variables, images)
+    last = np.asarray(list(stages.values())[-1])
+    assert [x.shape[1:] for x in stages.values()] == [(8, 8, 4), (4, 4, 8)]
+    assert last.min() == 0
+    kernel = np.asarray(variables["params"]["head"]["kernel"])
+    logits = last.mean(axis=(1, 2)) @ kernel + np.asarray(variables["params"]["head"]["bias"])
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    for asked in (None, [1, 7, 7]) if name == "resnet" else ([1, 7, 7],):
+        classes = logits.argmax(axis=1) if asked is None else np.array(asked)
+        maps, said, share = inspection.grad_cam(module, variables, images, asked)
+        np.testing.assert_array_equal(said, classes)
+        np.testing.assert_allclose(share, p[np.arange(3), classes], rtol=1e-4)
+        want = np.maximum(np.einsum("nhwc,nc->nhw", last, kernel[:, classes].T / 16), 0)
+        np.testing.assert_allclose(maps, want, rtol=1e-3, atol=1e-6)
+
+
+def test_grad_cam_before_dense_layers_is_their_gradients(rng):
+    module = DropBlockResNet(num_classes=5, stage_filters=(3, 4), dense_features=(6,))
+    images = jnp.asarray(rng.normal(size=(2, 8, 8, 3)), jnp.float32)
+    variables = drawn_variables(module, images)
+    stages = inspection.stage_maps(module, variables, images)
+    assert {k: v.shape[1:] for k, v in stages.items()} == {
+        "DropBlock_0": (8, 8, 3), "DropBlock_1": (4, 4, 4),
+    }  # fmt: skip
+    p = variables["params"]
+
+    def logit(last):
+        x = nn.max_pool(last, (3, 3), (2, 2), "SAME").reshape(2, -1)
+        x = nn.relu(x @ p["dense1"]["kernel"] + p["dense1"]["bias"])
+        return jnp.sum(
+            (x @ p["head"]["kernel"] + p["head"]["bias"])[jnp.arange(2), jnp.array([4, 0])]
+        )
+
+    last = stages["DropBlock_1"]
+    weights = np.asarray(jax.jit(jax.grad(logit))(last)).mean(axis=(1, 2))
+    want = np.maximum(np.einsum("nhwc,nc->nhw", last, weights), 0)
+    maps, _, _ = inspection.grad_cam(module, variables, images, [4, 0])
+    np.testing.assert_allclose(maps, want, rtol=1e-4, atol=1e-7)
+    logits, features = jitted_forward(module, variables, images)
+    assert (logits.shape, features.shape) == ((2, 5), (2, 6))
+
+
+def test_heat_is_resized_to_the_image_and_peaks_at_one():
+    maps = np.zeros((2, 2, 2), np.float32)
+    maps[0] = [[0, 1], [2, 4]]
+    over = inspection.heat(maps, 4, 4)
+    assert over.shape == (2, 4, 4)
+    assert (over[0].max(), over[0, 0, 0], over[0, 3, 3], over[1].max()) == (1, 0, 1, 0)
+    assert over[0, 3, 0] == pytest.approx(0.5)
+
+
+def test_a_network_without_maps_or_head_says_so(rng):
+    class Flat(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.Dense(3)(x.reshape(len(x), -1))
+
+    images = jnp.zeros((2, 8, 8, 3))
+    variables = Flat().init(jax.random.key(0), images)
+    assert inspection.stage_maps(Flat(), variables, images) == {}
+    for ask, line in (
+        (lambda: inspection.grad_cam(Flat(), variables, images), "has no maps"),
+        (lambda: inspection.forward(Flat(), variables, images), "no layer named 'head'"),
+        (lambda: inspection.first_filters(Flat(), variables, (8, 8, 3)), "has no convolution"),
+        (lambda: inspection.depth(Flat()), "is known of ResNet"),
+    ):
+        with pytest.raises(UserError, match=line):
+            ask()
+
+
+def test_first_filters_are_the_stems(run):
+    name, kernel = inspection.first_filters(run.module, run.variables, run.image_shape)
+    assert name == "stem_conv"
+    np.testing.assert_array_equal(kernel, run.variables["params"]["stem_conv"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("resnet20", 20), ("plain56", 56), ("resnet18", 18), ("resnet50", 50), ("resnet152", 152),
+     ("preresnet164", 164), ("highway19", 19), ("resnet50d", 52), ("mini", 26),
+     ("dropblock_resnet", 19), ("wrn_28_10", 26)],
+)  # fmt: skip
+def test_depth_counts_weighted_layers(name, layers):
+    # A D-stem has three convolutions; WRN's 28 counts its projections (its paper, table 1).
+    assert inspection.depth(models.create(name)) == layers
+
+
+def test_pca_has_numpys_variances_and_fixed_signs(rng):
+    features = rng.normal(size=(50, 6)) @ np.diag([5, 3, 1, 1, 0.5, 0.1]) + 7
+    embedding, shares = inspection.pca(features)
+    variances = np.linalg.eigvalsh(np.cov(features.T))[::-1]
+    np.testing.assert_allclose(embedding.points.var(axis=0, ddof=1), variances[:2])
+    np.testing.assert_allclose(shares, variances[:2] / variances.sum())
+    np.testing.assert_allclose(embedding.points.mean(axis=0), 0, atol=1e-9)
+    turned, _ = inspection.pca(features[::-1])
+    np.testing.assert_allclose(turned.points[::-1], embedding.points)
+    assert embedding.points[features[:, 0].argmax(), 0] > 0
+    assert embedding.axes[0] == f"principal component 1 ({100 * shares[0]:.1f} % of variance)"
+    flat, _ = inspection.pca(np.arange(6.0)[:, None])
+    np.testing.assert_allclose(flat.points, np.stack([np.arange(6) - 2.5, np.zeros(6)], 1))
+
+
+def test_tsne_repeats_and_keeps_groups(rng):
+    features = np.concatenate([rng.normal(size=(12, 5)), rng.normal(size=(12, 5)) + 30])
+    points = inspection.tsne(features, seed=1).points
+    np.testing.assert_array_equal(inspection.tsne(features, seed=1).points, points)
+    own = np.linalg.norm(points[:12] - points[:12].mean(axis=0), axis=1)
+    other = np.linalg.norm(points[12:] - points[:12].mean(axis=0), axis=1)
+    assert own.max() < other.min()
+    with pytest.raises(UserError, match="4 examples are too few"):
+        inspection.tsne(features[:4])
+
+
+def test_augmented_is_what_the_steps_see(run, monkeypatch):
+    """The real train_step, from the checkpoint's key, is handed what is drawn."""
+    # A Beta distribution takes seconds to compile.
+    monkeypatch.setattr(jax.random, "beta", lambda key, a, b: jax.random.uniform(key))
+    augment = dataclasses.replace(run.config.augment, mixup=0.4)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, augment=augment))
+    config, draws = run.config, 3
+    batch = next(iter(run.data.train_batches(config.seed, config.batch_size, 0, 1)))
+
+    @jax.jit
+    def seen_by_step(step):
+        seen = []
+
+        def spy(key, batch):
+            seen.append(config.augment(key, batch))
+            return seen[0]
+
+        spy.pixels = config.augment.pixels
+
+        state = TrainState.create(
+            apply_fn=run.module.apply, params=run.variables["params"], tx=SGD().build(2, 1)[0],
+            batch_stats=run.variables["batch_stats"], key=run.key, normalization=run.stats,
+        )  # fmt: skip
+        train_step(state.replace(step=step), batch, augment=spy)
+        return {"image": seen[0]["image"], "mix": seen[0]["mix"]}
+
+    got = inspection.augmented(run, count=4, draws=draws)
+    np.testing.assert_array_equal(got.originals, np.asarray(batch["image"])[:4])
+    mean, std = np.asarray(run.stats["mean"]), np.asarray(run.stats["std"])
+    for step in range(draws):
+        want = jax.device_get(seen_by_step(jnp.int32(step)))
+        pixels = np.clip(np.round(255 * (want["image"][:4] * std + mean)), 0, 255)
+        np.testing.assert_allclose(got.draws[step], pixels, atol=1)
+        np.testing.assert_allclose(got.shares[step], want["mix"][:4], rtol=1e-6)
+    np.testing.assert_array_equal(got.mixed[0], np.asarray(batch["label"])[::-1][:4])
+    assert (got.draws[0] != got.draws[1]).any()
+
+
+def test_images_come_back_from_their_normalisation(run, rng):
+    images = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    stats = {"mean": np.float32([0.4, 0.5, 0.6]), "std": np.float32([0.2, 0.3, 0.25]),
+             "order": np.array([2, 1, 0])}  # fmt: skip
+    other = dataclasses.replace(run, stats=stats)
+    back = inspection.samples.displayed(np.asarray(other.normalized(images)), other)
+    np.testing.assert_array_equal(back, images)
+
+
+def test_images_of_a_folder_take_the_runs_size(run, photos):
+    (photos / "broken.png").write_bytes(b"no image")
+    said = []
+    names, images = inspection.folder_images(run, [photos], 4, said.append)
+    assert (names, images.shape) == (["a.jpg", "b.png", "d.bmp", "c.PNG"], (4, 8, 8, 1))
+    assert said == [f"skipped {photos / 'broken.png'}: it is no image that Pillow reads"]
+    oblong = dataclasses.replace(run, image_shape=(8, 9, 1))
+    with pytest.raises(UserError, match="images are 8x9"):
+        inspection.folder_images(oblong, [photos], 4)
+    with pytest.raises(UserError, match="could be read"):
+        inspection.folder_images(run, [photos / "notes.txt"], 4)
+
+
+def test_best_and_latest_checkpoints(workdir, run):
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    best = max((r for r in records if r["split"] == "eval"), key=lambda r: (r["top1"], r["step"]))
+    assert run.step == 24
+    assert inspection.open_run(workdir).step == best["step"]
+    assert run.title == "ResNet on sklearn_digits"
+    assert run.class_name(3) == "3"
+    assert run.class_name(12) == "class 12"
+
+
+def test_what_is_no_run_is_one_line(tmp_path, workdir, run):
+    with pytest.raises(UserError, match="holds no run: expected a config"):
+        inspection.open_run(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="is not a run's record"):
+        inspection.open_run(tmp_path)
+    shutil.copy(workdir / "config.json", tmp_path)
+    with pytest.raises(UserError, match="holds no checkpoints"):
+        inspection.open_run(tmp_path)
+    other = dataclasses.replace(run, data_record={**run.data_record, "num_eval": 7})
+    with pytest.raises(UserError, match="was trained on data with num_eval 7 and it is 355 now"):
+        _ = other.data
+
+
+def test_rates_rise_by_a_factor_until_the_loss_diverges(digits_dir):
+    config = tiny_config(digits_dir)
+    search = inspection.find_rate(config, lowest=1e-3, highest=1e6, num_steps=30)
+    n = len(search.rates)
+    np.testing.assert_allclose(search.rates, np.geomspace(1e-3, 1e6, 30)[:n], rtol=1e-4)
+    assert search.diverged
+    assert 5 < n < 30
+    average = 0.0
+    for i, loss in enumerate(search.losses):
+        average = 0.9 * average + 0.1 * loss
+        assert search.smoothed[i] == pytest.approx(average / (1 - 0.9 ** (i + 1)))
+    assert search.smoothed[:-1].max() <= 4 * search.smoothed.min()
+    assert search.smoothed[-1] > 4 * search.smoothed[:-1].min() or n < 30
+    assert 2 < search.losses[0] < 6
+
+
+def test_the_suggestion_is_at_the_steepest_fall():
+    rates = np.geomspace(1e-5, 1, 101)
+    losses = 2 - 1.5 / (1 + np.exp(-4 * np.log(rates / 1e-2))) + np.where(rates > 0.5, 9.0, 0)
+    assert lr_finder._steepest(rates, list(losses)) == pytest.approx(1e-2, rel=0.2)
+    assert lr_finder._steepest(rates, list(np.linspace(1, 2, 101))) is None
+    assert lr_finder._steepest(rates[:2], [2.0, 1.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [({"lowest": 0.0}, "lowest=0.0: expected more than 0"),
+     ({"lowest": 2.0, "highest": 1.0}, "expected a range that rises"),
+     ({"num_steps": 2}, "num_steps=2: expected 3 or more")],
+)  # fmt: skip
+def test_a_range_that_is_none_is_one_line(options, line):
+    with pytest.raises(UserError, match=line):
+        inspection.find_rate(None, **options)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two connections, two depths, two seeds; one run has failed, one has logged nothing."""
+    root, rows = tmp_path / "sweep", []
+    for connection in ("plain", "residual"):
+        for depth in (8, 20):
+            for seed in range(2):
+                variant = f"{connection}{depth}"
+                workdir = root / variant / f"seed{seed}"
+                workdir.mkdir(parents=True)
+                config = tiny_config(
+                    None, model=cifar_resnet(depth, connection=connection), seed=seed
+                )
+                record = {"config": to_record(config), "starts": []}
+                (workdir / "config.json").write_text(json.dumps(record))
+                failed = (variant, seed) == ("plain20", 1)
+                top1 = "" if failed else 0.9 - depth / 1000 - seed / 100
+                rows.append({"variant": variant, "seed": seed, "top1": top1, "train_top1": top1,
+                             "state": "failed" if failed else "finished",
+                             "workdir": f"{variant}/seed{seed}"})  # fmt: skip
+                if depth == 8 or connection == "plain":
+                    line = {"step": 5, "epoch": 1.0, "loss": 1.0, "top1": 0.5 + seed / 4}
+                    lines = [{**line, "split": split} for split in ("train", "eval")]
+                    text = "".join(json.dumps(line) + "\n" for line in lines)
+                    (workdir / "metrics.jsonl").write_text(text)
+    with (root / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return root
+
+
+def test_groups_of_a_sweep_a_variant_and_a_run(sweep):
+    said = []
+    groups = inspection.find_groups([sweep], said.append)
+    assert [(g.name, len(g.runs)) for g in groups] == [
+        ("plain20", 2),
+        ("plain8", 2),
+        ("residual8", 2),
+    ]
+    assert said == [f"left out residual20 of {sweep}: it has logged nothing yet"]
+    groups = inspection.find_groups([sweep / "plain8", sweep / "residual8" / "seed1"])
+    assert [(g.name, len(g.runs)) for g in groups] == [("plain8", 2), ("seed1", 1)]
+    assert inspection.study_title([sweep], 6).endswith(" on sklearn_digits, n = 6 runs")
+    with pytest.raises(UserError, match="holds no run"):
+        inspection.find_groups([sweep.parent / "nowhere"])
+    with pytest.raises(UserError, match="no run has logged anything yet"):
+        inspection.find_groups([sweep / "residual20"])
+
+
+def test_depth_points_are_the_tables(sweep):
+    points = inspection.depth_points(sweep)
+    assert {k: sorted(d for d, *_ in v) for k, v in points.items()} == {
+        "plain": [8, 8, 20], "residual": [8, 8, 20, 20],
+    }  # fmt: skip
+    assert sorted(e for d, e, _ in points["residual"] if d == 20) == pytest.approx([12, 13])
+    assert points["plain"][0][2] == pytest.approx(10.8)
+    assert set(inspection.depth_points(sweep, "seed")) == {"seed 0", "seed 1"}
+    with pytest.raises(UserError, match=re.escape("(did you mean 'model.connection'?)")):
+        inspection.depth_points(sweep, "model.conection")
+    with pytest.raises(UserError, match="holds no table"):
+        inspection.depth_points(sweep / "plain8")
+
+
+def test_random_batches_of_other_nets_have_features(rng):
+    batch = random_batch(rng, n=2)
+    module = NETS["mini"]
+    images = jnp.asarray(batch["image"], jnp.float32) / 255
+    variables = drawn_variables(module, images)
+    logits, features = jitted_forward(module, variables, images)
+    last = list(inspection.stage_maps(module, variables, images).values())[-1]
+    np.testing.assert_allclose(features, last.mean(axis=(1, 2)), rtol=1e-5)
+    assert logits.dtype == jnp.float32

@@ -1,0 +1,141 @@
+"""experiments.plots draws what it is asked for, from workdirs alone."""
+
+import json
+
+import numpy as np
+import pytest
+from inspection_helpers import tiny_config, tiny_run
+from PIL import Image
+
+from experiments import plots
+from flax_resnet import tables
+from flax_resnet.inspection import PARTS
+from flax_resnet.models import cifar_resnet
+from flax_resnet.record import to_record
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Two connections, two depths, two seeds: records, curves and a table."""
+    root, rows = tmp_path_factory.mktemp("sweep"), []
+    for connection in ("plain", "residual"):
+        for depth in (20, 56):
+            for seed in range(2):
+                name = f"{connection}{depth}/seed{seed}"
+                (root / name).mkdir(parents=True)
+                config = tiny_config(
+                    None, model=cifar_resnet(depth, connection=connection), seed=seed
+                )
+                record = {"config": to_record(config), "starts": []}
+                (root / name / "config.json").write_text(json.dumps(record))
+                lines = [
+                    {"split": split, "step": 10 * i, "epoch": i, "loss": 1 / i, "top1": 1 - 0.5 / i}
+                    for split in ("train", "eval")
+                    for i in range(1, 4)
+                ]
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                (root / name / "metrics.jsonl").write_text(text)
+                rows.append({"variant": f"{connection}{depth}", "seed": seed, "state": "finished",
+                             "top1": 0.9 + seed / 100, "loss": 0.3, "train_top1": 0.95,
+                             "train_loss": 0.1, "workdir": name})  # fmt: skip
+    tables.write(rows, root)
+    return root
+
+
+def command(capsys, *argv):
+    """(exit status, stdout, stderr)."""
+    capsys.readouterr()
+    try:
+        plots.main([str(a) for a in argv])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def titles(monkeypatch):
+    """Titles of what figures are asked to draw; nothing is drawn."""
+    seen = []
+    for name in ("bands", "training_and_test", "error_by_depth"):
+        monkeypatch.setattr(
+            plots.figures,
+            name,
+            lambda what, path, title, *x, n=name: seen.append((n, what, title, *x)),
+        )
+    return seen
+
+
+def test_studies_of_a_sweep(sweep, titles, capsys):
+    of = "plain20, plain56, resnet20, resnet56 on sklearn_digits, n = 8 runs"
+    assert command(capsys, "curves", sweep)[:2] == (0, f"figure: {sweep}/plots/curves.png\n")
+    assert command(capsys, "paper", sweep / "plain20", sweep / "residual56")[0] == 0
+    assert command(capsys, "depth", sweep, "--title", "a title")[0] == 0
+    assert command(capsys, "curves", sweep / "plain20/seed1", "--x", "step")[0] == 0
+    curves, paper, depth, one = titles
+    assert curves[0], curves[2:] == ("bands", (of, "epoch"))
+    assert [(g.name, len(g.runs)) for g in curves[1]] == [
+        ("plain20", 2), ("plain56", 2), ("residual20", 2), ("residual56", 2),
+    ]  # fmt: skip
+    assert (paper[0], [g.name for g in paper[1]]) == (
+        "training_and_test", ["plain20", "residual56"],
+    )  # fmt: skip
+    assert paper[2:] == ("plain20, resnet56 on sklearn_digits, n = 4 runs", "step")
+    assert depth[2] == "a title"
+    assert sorted(depth[1]["plain"]) == pytest.approx(
+        np.array([(20, 9, 5), (20, 10, 5), (56, 9, 5), (56, 10, 5)])
+    )
+    assert (len(one[1]), *one[2:]) == (1, "plain20 on sklearn_digits, n = 1 run", "step")
+
+
+def test_a_figure_is_written(sweep, tmp_path, capsys):
+    code, out, _ = command(capsys, "paper", sweep, "--output", tmp_path / "p.png")
+    assert (code, out) == (0, f"figure: {tmp_path}/p.png\n")
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.size[0] == 1050
+
+
+def test_a_checkpoint_is_looked_into(digits_dir, tmp_path, photos, capsys):
+    output = tmp_path / "cam.png"
+    code, out, error = command(
+        capsys, "gradcam", tiny_run(digits_dir), "--images", photos, "--checkpoint", "latest",
+        "--count", "3", "--output", output,
+    )  # fmt: skip
+    assert (code, error) == (0, "")
+    assert out.splitlines()[-1] == f"figure: {output}"
+    with Image.open(output) as image:
+        assert image.size[0] > image.size[1] > 200
+
+
+def test_every_part_is_a_picture_that_can_be_asked_for():
+    assert set(plots.What.__args__) == {"curves", "paper", "depth", *PARTS}
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["curves"], "curves: no directory is given"),
+        (["courves", "x"], "--help lists every flag"),
+        (["depth", "x", "y"], "depth is of one directory, 2 are given"),
+        (["gradcam", "nowhere"], "nowhere: no such directory"),
+        (["curves", "x", "--images", "y"], "--images is for maps, gradcam, not for curves"),
+        (["worst", "x", "--x", "step"], "--x is for curves, paper, not for worst"),
+        (["tsne", "x", "--title", "y"], "--title is for curves, paper and depth, not for tsne"),
+        (["worst", "x", "--count", "0"], "--count=0: expected 1 or more"),
+        (["lr", "x", "--lowest", "0"], "--lowest=0.0: expected more than 0"),
+        (["curves", "."], "holds no run"),
+    ],
+)
+def test_bad_input_is_one_line(argv, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = command(capsys, *argv)
+    assert code == 2
+    assert line in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_what_cannot_be_written_is_one_line(sweep, capsys):
+    code, _, error = command(capsys, "curves", sweep, "--output", sweep / "no" / "such" / "x.png")
+    assert code == 2
+    assert "x.png cannot be written" in error
