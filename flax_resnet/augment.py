@@ -1,13 +1,14 @@
 """Normalisation and augmentation of a batch of images, pure and keyed, for use inside the step.
 
-Order: uint8 to float, normalise, move (rotation and shifts, flip, pad and crop), cut (cutout),
-mix (mixup, cutmix). Moving happens after normalisation, as in the tutorials and in He et al.:
-what a crop pads with is then zero, the mean.
+Order: RandAugment, uint8 to float, normalise, move (rotation and shifts, flip, pad and crop), cut
+(cutout, erasing), mix (mixup, cutmix). Moving happens after normalisation, as in the tutorials and
+in He et al.: what a crop pads with is then zero, the mean.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -17,6 +18,7 @@ import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
 from flax_resnet.errors import UserError, check_range
+from flax_resnet.randaugment import MOST, randaugment
 
 NormalizationKind = Literal["channel", "pixel", "imagenet", "none", "weights"]
 Statistics = dict[str, np.ndarray]
@@ -108,10 +110,25 @@ def normalize(images: jax.Array, stats: dict[str, jax.Array]) -> jax.Array:
     return (images.astype(stats["std"].dtype) / 255 - stats["mean"]) / stats["std"]
 
 
+def mean_pixel(stats: dict[str, jax.Array]) -> jax.Array:
+    """What ``normalize`` takes to about zero: a grey level, or one for each channel."""
+    mean = jnp.round(255 * stats["mean"])
+    return mean[jnp.argsort(stats["order"])] if "order" in stats and mean.ndim else mean
+
+
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """Random changes to a normalised training batch; the default changes nothing."""
+    """Random changes to a training batch; the default changes nothing."""
 
+    randaugment_ops: int = 0
+    """RandAugment (Cubuk et al. 2020): so many ops drawn for each image, before it is normalised,
+    borders filled with the mean; 0 is off."""
+    randaugment_magnitude: float = 7.0
+    """Their strength, 0 to 10."""
+    randaugment_std: float = 0.5
+    """Deviation of a normal draw around it for each op and image (timm's mstd)."""
+    randaugment_probability: float = 0.5
+    """Of an op being applied when it has been drawn (timm's; the paper applies all: 1)."""
     rotation: float = 0.0
     """Rotate by an angle drawn evenly from +- this many degrees, nearest fill."""
     width_shift: float = 0.0
@@ -126,6 +143,8 @@ class Augment:
     """What to pad with: zero (the mean, after normalisation) or the mirrored image."""
     cutout: int = 0
     """Set a square of this side to zero, centred anywhere (DeVries and Taylor 2017)."""
+    erasing: float = 0.0
+    """Probability of setting a box of 2 to 33 % of an image to zero (Zhong et al. 2020)."""
     mixup: float = 0.0
     """Beta parameter of mixup (Zhang et al. 2018); 0 is off."""
     cutmix: float = 0.0
@@ -136,9 +155,36 @@ class Augment:
             value = getattr(self, field.name)
             if isinstance(value, (int, float)):
                 check_range(f"augment.{field.name}", value, 0)
+        for name, most in {
+            "randaugment_magnitude": MOST,
+            "randaugment_probability": 1,
+            "erasing": 1,
+        }.items():
+            if getattr(self, name) > most:
+                raise UserError(f"augment.{name}={getattr(self, name)}: expected 0 to {most:g}")
+
+    def pixels(self, key: jax.Array, images: jax.Array, stats: dict[str, jax.Array]) -> jax.Array:
+        """Changes uint8 images (N, H, W, C) before they are normalised, and gives uint8.
+
+        Args:
+          key: the one that the batch is augmented with; what is drawn here is drawn apart.
+          images: as they were decoded.
+          stats: what they will be normalised by; its mean is what a border is filled with.
+        """
+        if not self.randaugment_ops:
+            return images
+        return randaugment(
+            jax.random.fold_in(key, 2**16),  # __call__ splits it, which folds in 0, 1, ...
+            images,
+            ops=self.randaugment_ops,
+            magnitude=self.randaugment_magnitude,
+            std=self.randaugment_std,
+            probability=self.randaugment_probability,
+            fill=mean_pixel(stats),
+        )
 
     def __call__(self, key: jax.Array, batch: Batch) -> Batch:
-        """Augments a batch.
+        """Augments a normalised batch.
 
         Args:
           key: a jax.random key; the same key gives the same result.
@@ -158,6 +204,8 @@ class Augment:
             images = pad_and_crop(crop_key, images, self.pad_crop, self.pad_mode)
         if self.cutout:
             images = cutout(cut_key, images, self.cutout)
+        if self.erasing:
+            images = erase(jax.random.fold_in(cut_key, 2**16), images, self.erasing)
         batch = {**batch, "image": images}
         if not (self.mixup or self.cutmix):
             return batch
@@ -265,6 +313,25 @@ def cutout(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
         images.shape,
     )
     return jnp.where(hole, jnp.zeros((), images.dtype), images)
+
+
+def erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
+    """Sets a box of some images to zero (random erasing, Zhong et al. 2020, section 3.2).
+
+    Its area is 2 to 33 % of the image's and its height over its width 0.3 to 3.3, cut where that
+    is larger than the image; it lies within the image, anywhere.
+    """
+    n, height, width, _ = images.shape
+    coin_key, area_key, aspect_key, row_key, column_key = jax.random.split(key, 5)
+    area = height * width * jax.random.uniform(area_key, (n,), minval=0.02, maxval=1 / 3)
+    aspect = jnp.exp(math.log(0.3) * jax.random.uniform(aspect_key, (n,), minval=-1.0))
+    rows = jnp.clip(jnp.round(jnp.sqrt(area * aspect)), 1, height).astype(int)
+    columns = jnp.clip(jnp.round(jnp.sqrt(area / aspect)), 1, width).astype(int)
+    top = jax.random.randint(row_key, (n,), 0, height - rows + 1)
+    left = jax.random.randint(column_key, (n,), 0, width - columns + 1)
+    hole = _box(top + rows // 2, left + columns // 2, (rows, columns), images.shape)
+    drawn = jax.random.bernoulli(coin_key, probability, (n, 1, 1, 1))
+    return jnp.where(hole & drawn, jnp.zeros((), images.dtype), images)
 
 
 def mixup(key: jax.Array, batch: Batch, alpha: float) -> Batch:

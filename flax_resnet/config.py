@@ -68,6 +68,12 @@ class TrainConfig:
     """Softmax cross-entropy, or the mean of a sigmoid cross-entropy for each class."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over the classes (Szegedy et al. 2016)."""
+    target_threshold: float | None = None
+    """With mixed labels and binary_cross_entropy: a class with a larger share is wholly there
+    (Wightman et al. 2021, section 3.2; in timm's runs 0.2); None: targets are the shares."""
+    dropblock_rise: float = 0.0
+    """Share of the run over which the DropBlock rate rises evenly from 0 to the model's (Ghiasi et
+    al. 2018, section 3: the whole run, 1); 0: the model's throughout."""
     ema_decay: float | None = None
     """Evaluate an exponential moving average of the parameters and statistics; None: off."""
     seed: int = 0
@@ -90,11 +96,23 @@ class TrainConfig:
             "num_epochs": (POSITIVE, inf),
             "eval_every_epochs": (POSITIVE, inf),
             "label_smoothing": (0, 1),
+            "target_threshold": (0, 1),
+            "dropblock_rise": (0, inf),
             "ema_decay": (POSITIVE, 1),
             "seed": (0, 2**32),
         }
         for name, (least, below) in bounds.items():
             check_range(name, getattr(self, name), least, below)
+        if self.dropblock_rise and not getattr(self.model, "dropblock_rate", 0):
+            raise UserError(
+                f"dropblock_rise={self.dropblock_rise} and the model has no DropBlock: set "
+                "model.dropblock_rate, or leave dropblock_rise at 0"
+            )
+        if self.target_threshold is not None and self.loss != "binary_cross_entropy":
+            raise UserError(
+                f"target_threshold={self.target_threshold} with loss={self.loss!r}: its targets "
+                "have to sum to one; set --loss binary_cross_entropy, or leave it out"
+            )
         if self.batch_size % self.accum_steps:
             raise UserError(
                 f"batch_size={self.batch_size} does not divide into accum_steps="

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -35,6 +35,8 @@ from flax_resnet.files import digest
 
 # Images are decoded and summed up this many bytes of pixels at a time.
 CHUNK_BYTES = 2**24
+Split = Literal["train", "eval"]
+SPLITS: tuple[Split, ...] = ("train", "eval")
 # Metadata of fields that a resumed run may change: they say where things lie, how to get at them
 # and how often to look, and decide no number.
 FREE = {"free": True}
@@ -58,6 +60,8 @@ class DataConfig:
     """A folder without split sub-folders holds out one in so many images of each class."""
     image_size: int | None = None
     """Resize to this height and width; None keeps the stored size."""
+    eval_image_size: int | None = None
+    """With image_size: evaluate at this height and width instead (Touvron et al. 2019)."""
     crop_ratio: float = 1.0
     """With image_size: side of the centre crop over the shorter side (ImageNet: 0.875)."""
     pad: int = 0
@@ -66,6 +70,10 @@ class DataConfig:
     """Convert to grey, RGB or RGBA (3 repeats a grey channel); None keeps what is stored."""
     random_resized_crop: bool = False
     """With image_size: train on a random area and aspect of each image (Szegedy et al. 2015)."""
+    repeats: int = 1
+    """Train on so many copies of each image in a row, each changed on its own (repeated
+    augmentation, Hoffer et al. 2020); an epoch has as many steps as before, so that all images
+    have come only after so many epochs."""
     resident_mb: int = dataclasses.field(default=2048, metadata=FREE)
     """Sets of up to this many MiB of pixels live on the device; larger ones stream."""
     num_workers: int = dataclasses.field(default=2, metadata=FREE)
@@ -76,6 +84,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name, least in {
             "image_size": 1,
+            "eval_image_size": 1,
+            "repeats": 1,
             "holdout_every": 2,
             "resident_mb": 0,
             "num_workers": 0,
@@ -90,10 +100,13 @@ class DataConfig:
             raise UserError("data.crop_ratio needs a size: set --data.image-size")
         if self.random_resized_crop and self.image_size is None:
             raise UserError("data.random_resized_crop needs a size: set --data.image-size")
+        if self.eval_image_size is not None and self.image_size is None:
+            raise UserError("data.eval_image_size needs a size to train at: set --data.image-size")
 
-    def decoder(self, channels: int) -> Decoder:
+    def decoder(self, channels: int, split: Split = "eval") -> Decoder:
         """What turns stored bytes into pixels of so many channels, without random crops."""
-        return Decoder(channels, self.image_size, self.crop_ratio, pad=self.pad)
+        size = self.eval_image_size if split == "eval" else None
+        return Decoder(channels, size or self.image_size, self.crop_ratio, pad=self.pad)
 
     @property
     def title(self) -> str:
@@ -101,16 +114,13 @@ class DataConfig:
         return self.folder or self.name
 
 
-Split = Literal["train", "eval"]
-SPLITS: tuple[Split, ...] = ("train", "eval")
-
-
 class Data:
     """A training and an evaluation split, opened and checked, as batches on a mesh.
 
     Attributes:
-      image_shape: (H, W, C) of every image.
-      batch_shape: the same, or (F,) of the features in its place: an example of a batch.
+      image_shape: (H, W, C) of a training image.
+      eval_shape: (H, W, C) of an evaluation image.
+      batch_shape: image_shape, or (F,) of the features in its place: a training example.
       class_names: name of each label.
       num_train: training examples.
       num_eval: evaluation examples.
@@ -141,17 +151,22 @@ class Data:
             )
         channels = config.channels or channels
         self.image_shape = (height + 2 * config.pad, width + 2 * config.pad, channels)
+        side = config.eval_image_size
+        size = self.image_shape[:2] if side is None else (side + 2 * config.pad,) * 2
+        self.eval_shape = (*size, channels)
+        self._shapes = {"train": self.image_shape, "eval": self.eval_shape}
         self.batch_shape: tuple[int, ...] = self.image_shape
-        self._decoder = config.decoder(channels)
+        self._decoders = {split: config.decoder(channels, split) for split in SPLITS}
         self.num_train, self.num_eval = len(self._train), len(self._eval)
         for what, count in (("training", self.num_train), ("evaluation", self.num_eval)):
             if not count:
                 raise UserError(f"the {what} split of {config.title} is empty")
         self._chunk = max(1, CHUNK_BYTES // math.prod(self.image_shape))
-        pixels = math.prod(self.image_shape) * (self.num_train + self.num_eval)
+        pixels = math.prod(self.image_shape) * self.num_train
+        pixels += math.prod(self.eval_shape) * self.num_eval
         self.resident = not config.random_resized_crop and pixels <= config.resident_mb * 2**20
         if self.resident:
-            self._keep({"train": self._decoded(self._train), "eval": self._decoded(self._eval)})
+            self._keep({split: self._decoded(split) for split in SPLITS})
 
     @property
     def num_devices(self) -> int:
@@ -167,12 +182,22 @@ class Data:
             "class_names": list(self.class_names),
         }
 
-    def _decoded(self, source: sources.Source) -> dict[str, np.ndarray]:
-        images = np.empty((len(source), *self.image_shape), np.uint8)
+    @property
+    def sizes(self) -> str:
+        """Of the images, to be printed."""
+        train, evaluated = ("x".join(map(str, shape)) for shape in self._shapes.values())
+        return train if train == evaluated else f"{train} and {evaluated}"
+
+    def _source(self, split: Split) -> sources.Source:
+        return self._train if split == "train" else self._eval
+
+    def _decoded(self, split: Split) -> dict[str, np.ndarray]:
+        source = self._source(split)
+        images = np.empty((len(source), *self._shapes[split]), np.uint8)
         labels = np.empty(len(source), np.int32)
         start = 0
         rows = np.arange(len(source))
-        for pixels, chunk_labels in decode_chunks(source, self._decoder, rows, self._chunk):
+        for pixels, chunk_labels in decode_chunks(source, self._decoders[split], rows, self._chunk):
             stop = start + len(pixels)
             images[start:stop], labels[start:stop] = pixels, chunk_labels
             start = stop
@@ -187,22 +212,32 @@ class Data:
             for start in range(0, count, self._chunk):
                 yield np.asarray(images[rows[start : start + self._chunk]])
             return
-        for pixels, _ in decode_chunks(self._train, self._decoder, rows, self._chunk):
+        for pixels, _ in decode_chunks(self._train, self._decoders["train"], rows, self._chunk):
             yield pixels
 
     def train_batches(
-        self, seed: int, batch_size: int, start_step: int, stop_step: int
+        self, seed: int | Sequence[int], batch_size: int, start_step: int, stop_step: int
     ) -> Iterator[dict[str, jax.Array]]:
         """Batches from ``start_step`` to before ``stop_step``.
 
+        Args:
+          seed: of the order; of a resident set also several, for networks that train together.
+          batch_size: images in a batch.
+          start_step: first batch.
+          stop_step: one past the last.
+
         Yields:
-          {"image" uint8 (B, H, W, C), "label" int32 (B,)}, split over the devices.
+          {"image" uint8 (B, H, W, C), "label" int32 (B,)}, split over the devices. Of S seeds
+          (S, B, ...): a batch of each seed's order.
         """
         if self.resident:
             for step in range(start_step, stop_step):
-                yield self._gather("train", batch_rows(seed, step, batch_size, self.num_train))
+                yield self._gather("train", self._rows(seed, step, batch_size))
             return
-        decoder = dataclasses.replace(self._decoder, random_crop=self._config.random_resized_crop)
+        assert isinstance(seed, int)
+        decoder = dataclasses.replace(
+            self._decoders["train"], random_crop=self._config.random_resized_crop
+        )
         yield from self._stream(self._train, decoder, batch_size, seed, start_step, stop_step)
 
     def eval_batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
@@ -211,10 +246,10 @@ class Data:
 
     def in_order(self, split: Split, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         """A split once, in order; "mask" is False on the padding of the last batch."""
-        source = self._train if split == "train" else self._eval
+        source = self._source(split)
         num_steps = -(-len(source) // batch_size)
         if not self.resident:
-            yield from self._stream(source, self._decoder, batch_size, None, 0, num_steps)
+            yield from self._stream(source, self._decoders[split], batch_size, None, 0, num_steps)
             return
         for step in range(num_steps):
             rows, mask = eval_rows(step, batch_size, len(source))
@@ -225,10 +260,10 @@ class Data:
         """A hash of a split's images, as they are decoded, and of its labels."""
         if self.resident:
             arrays = self._resident[split]
-            return digest([repr(self.image_shape), *map(np.asarray, arrays.values())])
+            return digest([repr(self._shapes[split]), *map(np.asarray, arrays.values())])
         # Decoding takes longer than the rest of the work: what is decoded, and how, says the same.
-        source = self._train if split == "train" else self._eval
-        found = hashlib.sha256(f"{self._decoder} Pillow {PIL.__version__}".encode())
+        source = self._source(split)
+        found = hashlib.sha256(f"{self._decoders[split]} Pillow {PIL.__version__}".encode())
         for start in range(0, len(source), 256):
             encoded, labels = source.read(range(start, min(start + 256, len(source))))
             found.update(digest([labels, *encoded]).encode())
@@ -257,6 +292,11 @@ class Data:
             out_shardings=distributed.batch_sharding(self._mesh),
         )
 
+    def _rows(self, seed: int | Sequence[int], step: int, batch_size: int) -> np.ndarray:
+        if isinstance(seed, int):
+            return batch_rows(seed, step, batch_size, self.num_train, self._config.repeats)
+        return np.stack([self._rows(one, step, batch_size) for one in seed])
+
     def _gather(self, split: Split, rows: np.ndarray) -> dict[str, jax.Array]:
         mine = _my_part(rows.astype(np.int32))
         return self._take(self._resident[split], distributed.put_batch(self._mesh, mine))
@@ -274,7 +314,7 @@ class Data:
         import grain
 
         shard = (jax.process_index(), jax.process_count())
-        reader = BatchReader(source, decoder, batch_size, seed, shard)
+        reader = BatchReader(source, decoder, batch_size, seed, shard, self._config.repeats)
         threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         batches: Any = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(threads)
         # A worker process costs seconds to start; a handful of batches does not repay it.

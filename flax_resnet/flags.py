@@ -24,12 +24,13 @@ from tyro.constructors import (
 
 from flax_resnet import models
 from flax_resnet.config import TrainConfig
-from flax_resnet.errors import UserError, did_you_mean
+from flax_resnet.errors import UserError, check_range, did_you_mean
 from flax_resnet.layers import check_dtype
 from flax_resnet.record import class_name, find_class, module_fields
 
 Factory = Callable[[], Any]
 Settings = TypeVar("Settings")
+Asked = TypeVar("Asked", "Invocation", "SweepInvocation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,60 @@ class Invocation:
     workdir: str
     """Directory of the run's record. The same command on the same directory resumes."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    num_seeds: int = 1
+    """Train so many seeds, the config's and those after it, each in WORKDIR/seedN."""
+
+    def __post_init__(self) -> None:
+        check_range("--num-seeds", self.num_seeds, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepInvocation:
+    """What the command line of an ablation asks for."""
+
+    workdir: str
+    """Directory of the runs and of their table. The same command on it goes on."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    seeds: int = 3
+    """Seeds of each variant, counted from 0."""
+
+    def __post_init__(self) -> None:
+        check_range("--seeds", self.seeds, 1)
+
+
+def arguments(
+    get_config: Callable[..., TrainConfig], argv: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Takes the flags that are parameters of ``get_config`` out of a command line.
+
+    Args:
+      get_config: its parameters are ints or Literals and have defaults.
+      argv: flags.
+
+    Returns:
+      ({parameter: value} of those given, the other flags).
+
+    Raises:
+      UserError: a value that does not fit.
+    """
+    given: dict[str, Any] = {}
+    rest = [_dashes(argument) for argument in argv]
+    for name, hint in typing.get_type_hints(get_config).items():
+        flag = "--" + name.replace("_", "-")
+        places = [i for i, a in enumerate(rest) if a == flag or a.startswith(flag + "=")]
+        if name == "return" or not places:
+            continue
+        i = places[-1]
+        word = rest[i].partition("=")[2] or (rest[i + 1] if i + 1 < len(rest) else "")
+        choices = typing.get_args(hint)
+        if choices and word not in choices:
+            near = did_you_mean(word, choices)
+            raise UserError(f"{flag} {word!r}: expected one of {', '.join(choices)}{near}")
+        if not choices and not word.isdecimal():
+            raise UserError(f"{flag} {word!r}: expected a whole number")
+        given[name] = word if choices else int(word)
+        rest = rest[:i] + rest[i + (1 if "=" in rest[i] else 2) :]
+    return given, rest
 
 
 def parse(
@@ -47,7 +102,8 @@ def parse(
     argv: Sequence[str],
     about: str = "",
     prog: str | None = None,
-) -> Invocation:
+    ask: type[Asked] = Invocation,  # type: ignore[assignment]
+) -> Asked:
     """Applies flags to a config.
 
     ``--model NAME``, ``--optimizer NAME`` and ``--optimizer.schedule NAME`` choose a class, with
@@ -59,6 +115,7 @@ def parse(
       argv: flags, in dashes or underscores.
       about: what --help says first.
       prog: the command that --help shows.
+      ask: Invocation or SweepInvocation.
 
     Raises:
       UserError: an unknown flag, with the nearest, or a value that does not fit.
@@ -68,11 +125,11 @@ def parse(
     registry.struct_rule(_module_rule)
     registry.primitive_rule(_module_class_rule)
     return cli(
-        Invocation,
+        ask,
         argv,
         about + "\n" + _choices_help(config),
         prog,
-        default=Invocation(workdir, config),
+        default=ask(workdir, config),
         registry=registry,
         config=(tyro.conf.AvoidSubcommands,),
     )

@@ -7,14 +7,15 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flax_resnet import convert, evaluate, flags, models, predict, summary
+from flax_resnet import convert, evaluate, flags, models, predict, report, summary, tables
 from flax_resnet.config import TrainConfig
 from flax_resnet.datasets.prepare import prepare
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.pretrained import tags
+from flax_resnet.sweep import sweep, train_seeds
 from flax_resnet.train import train_and_evaluate
 
 EXIT_BAD_INPUT = 2
@@ -23,27 +24,83 @@ TOOLS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "predict": ("name what is in images", predict.main),
     "evaluate": ("measure weights on a data set or a folder", evaluate.main),
     "convert": ("write weights in another format", convert.main),
+    "report": ("write a run's result and pictures as one HTML file", report.main),
 }
 
 
 def main(
-    get_config: Callable[[], TrainConfig], workdir: str, argv: Sequence[str] | None = None
+    get_config: Callable[..., TrainConfig], workdir: str, argv: Sequence[str] | None = None
 ) -> None:
     """Runs an experiment: its config, changed by flags, through train_and_evaluate.
 
     Bad input ends the process with status 2 and one line on stderr.
 
     Args:
-      get_config: gives the experiment's config; its module's docstring heads --help.
-      workdir: default of --workdir.
+      get_config: gives the experiment's config; its parameters are flags too, ``--depth 110``,
+        and its module's docstring heads --help.
+      workdir: default of --workdir; a parameter that is given is added to it.
       argv: flags; by default the process's.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    module = sys.modules[get_config.__module__]
-    prog = f"python -m {module.__spec__.name}" if module.__spec__ else None
     with one_line_errors():
-        chosen = flags.parse(get_config(), workdir, argv, module.__doc__ or "", prog)
-        train_and_evaluate(chosen.config, chosen.workdir)
+        chosen = chosen_by(get_config, workdir, argv)
+        if chosen.num_seeds > 1:
+            train_seeds(chosen.config, chosen.workdir, chosen.num_seeds)
+        else:
+            train_and_evaluate(chosen.config, chosen.workdir)
+
+
+def ablate(
+    get_config: Callable[..., TrainConfig],
+    get_grid: Callable[[TrainConfig, int], Mapping[str, TrainConfig]],
+    workdir: str,
+    argv: Sequence[str] | None = None,
+    *,
+    baseline: str | None = None,
+) -> None:
+    """Runs an ablation: a grid of an experiment's config, changed by flags, through ``sweep``.
+
+    Bad input ends the process with status 2 and one line; so does a failed run, at the end.
+
+    Args:
+      get_config: as of ``main``.
+      get_grid: (config, seeds) to named configs, as ``grid`` gives.
+      workdir: as of ``main``.
+      argv: flags; by default the process's.
+      baseline: the variant that the others are compared with.
+    """
+    with one_line_errors():
+        chosen = chosen_by(get_config, workdir, argv, flags.SweepInvocation, get_grid)
+        rows = sweep(get_grid(chosen.config, chosen.seeds), chosen.workdir, baseline=baseline)
+        print(tables.markdown(rows, baseline))
+        if failed := [row for row in rows if row["state"] != tables.FINISHED]:
+            raise UserError(
+                f"{len(failed)} of {len(rows)} runs failed: {chosen.workdir}/failures says how; "
+                "the same command tries them again"
+            )
+
+
+def chosen_by(
+    get_config: Callable[..., TrainConfig],
+    workdir: str,
+    argv: Sequence[str] | None = None,
+    ask: Any = flags.Invocation,
+    of: Callable[..., Any] | None = None,
+) -> Any:
+    """What a command line asks of an experiment or an ablation.
+
+    Args:
+      get_config: as of ``main``.
+      workdir: as of ``main``.
+      argv: flags; by default the process's.
+      ask: what to return, a flags.Invocation or a flags.SweepInvocation.
+      of: its module is what is run; by default ``get_config``.
+    """
+    module = sys.modules[(of or get_config).__module__]
+    prog = f"python -m {module.__spec__.name}" if module.__spec__ else None
+    given, rest = flags.arguments(get_config, sys.argv[1:] if argv is None else argv)
+    workdir = "-".join([workdir, *(f"{name}{value}" for name, value in given.items())])
+    about = module.__doc__ or ""
+    return flags.parse(get_config(**given), workdir, rest, about, prog, ask)
 
 
 def command(argv: Sequence[str] | None = None) -> None:

@@ -10,12 +10,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -66,17 +67,19 @@ def confusion_counts(
     return counts.at[labels, jnp.argmax(logits, axis=-1)].add(ones)
 
 
-def means(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def means(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Adds up sums on the host, in float64, and divides by "count".
 
-    "loss" is the mean loss in nats, "top1" and "top5" shares in 0..1.
+    "loss" is the mean loss in nats, "top1" and "top5" shares in 0..1: floats, or arrays (S,) of
+    the sums of S networks that train together.
     """
-    total: dict[str, float] = {}
+    total: dict[str, Any] = {}
     for one in jax.device_get(list(sums)):
         for name, value in one.items():
-            total[name] = total.get(name, 0.0) + float(value)
+            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)[()]
     count = total.pop("count")
-    return {name: value / count for name, value in total.items()}
+    means = {name: value / count for name, value in total.items()}
+    return {name: value if np.ndim(value) else float(value) for name, value in means.items()}
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -100,7 +103,25 @@ class RunLog:
     of an unbroken one. A process that does not lead writes nothing.
     """
 
-    def __init__(self, workdir: Path, start_step: int, num_steps: int, *, lead: bool = True):
+    def __init__(
+        self,
+        workdir: Path,
+        start_step: int,
+        num_steps: int,
+        *,
+        lead: bool = True,
+        quiet: bool = False,
+    ):
+        """Opens the log.
+
+        Args:
+          workdir: gets metrics.jsonl and tensorboard/.
+          start_step: lines after it are dropped.
+          num_steps: of the whole run.
+          lead: False writes nothing.
+          quiet: True writes nothing to the terminal.
+        """
+        self._quiet = quiet
         self._path = workdir / "metrics.jsonl"
         self._lead = lead
         self._num_steps = num_steps
@@ -113,7 +134,7 @@ class RunLog:
         self._file = self._path.open("a")
         self._events = _summary_writer()(str(workdir / "tensorboard"), purge_step=start_step + 1)
         self._console = Console(highlight=False)
-        if self._console.is_terminal:
+        if self._console.is_terminal and not quiet:
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._progress = Progress(TextColumn("{task.description}"), *columns)
             self._task = self._progress.add_task("", total=num_steps, completed=start_step)
@@ -129,6 +150,8 @@ class RunLog:
         for name, value in values.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
         self._events.flush()  # or a killed run would lose its last two minutes for good
+        if self._quiet:
+            return
         text = " ".join(f"{k} {_short(k, v)}" for k, v in values.items())
         line = f"step {step}/{self._num_steps} epoch {epoch:.2f} {split}: {text}"
         if self._progress is None:
@@ -141,7 +164,7 @@ class RunLog:
 
     def message(self, text: str) -> None:
         """Prints a line, above the progress bar where there is one."""
-        if self._lead:
+        if self._lead and not self._quiet:
             (print if self._progress is None else self._progress.console.print)(text)
             sys.stdout.flush()
 
@@ -153,6 +176,35 @@ class RunLog:
             self._progress.stop()
         self._file.close()
         self._events.close()
+
+
+class RunLogs:
+    """The logs of runs that train together: element i of every value goes to log i."""
+
+    def __init__(self, logs: Sequence[RunLog], num_steps: int):
+        self._logs, self._num_steps = logs, num_steps
+
+    def write(self, split: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
+        """As RunLog.write, of values that are arrays (S,) or the same for all; prints one line."""
+        for i, log in enumerate(self._logs):
+            own = {name: float(v[i]) if np.ndim(v) else v for name, v in values.items()}
+            log.write(split, step, epoch, own)
+        text = " ".join(
+            f"{name} {np.mean(v):.4g} ({np.min(v):.4g}-{np.max(v):.4g})"
+            if np.ndim(v)
+            else f"{name} {_short(name, v)}"
+            for name, v in values.items()
+        )
+        self.message(f"step {step}/{self._num_steps} epoch {epoch:.2f} {split}: {text}")
+
+    def message(self, text: str) -> None:
+        """Prints a line."""
+        print(text, flush=True)
+
+    def close(self) -> None:
+        """Closes every log."""
+        for log in self._logs:
+            log.close()
 
 
 def _summary_writer() -> Any:

@@ -148,8 +148,9 @@ class _Optimizer:
     move; those not named never do. Empty: all from the start (section 3.3, gradual unfreezing)."""
 
     def __post_init__(self) -> None:
-        check_range("optimizer.learning_rate", self.learning_rate, 0)
-        check_range("optimizer.weight_decay", self.weight_decay, 0)
+        for name in ("learning_rate", "weight_decay"):
+            if not isinstance(getattr(self, name), jax.Array):  # of networks that train together
+                check_range(f"optimizer.{name}", getattr(self, name), 0)
         if self.max_grad_norm != math.inf:  # clips nothing, as None does
             check_range("optimizer.max_grad_norm", self.max_grad_norm, POSITIVE)
         check_range("optimizer.stage_decay", self.stage_decay, 0)
@@ -352,4 +353,7 @@ def _is_plateau(node: Any) -> bool:
 
 
 def _l2(weight_decay: float, mask: Any) -> list[optax.GradientTransformation]:
-    return [optax.add_decayed_weights(weight_decay, mask)] if weight_decay else []
+    if not isinstance(weight_decay, jax.Array) and weight_decay == 0:
+        # With the state of one that decays, so that networks with and without train together.
+        return [optax.masked(optax.identity(), mask)]
+    return [optax.add_decayed_weights(weight_decay, mask)]

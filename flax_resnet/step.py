@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -78,9 +78,7 @@ def create_state(
     init = init or functools.partial(initialize, model)
     variables = init(init_key, images)
     params = variables["params"]
-    if not all(jax.tree.leaves(trainable(model, params))):
-        # Frozen parameters get no gradient; without this, weight decay would still move them.
-        tx = optax.masked(tx, functools.partial(trainable, model))
+    tx = of_trainable(tx, model, params)
     # Flax starts running statistics in float32 and would widen them in the first step.
     computed = as_dtype(getattr(model, "dtype", None)) or jnp.float32
     widest = jnp.result_type(jnp.float32, computed, *jax.tree.leaves(params))
@@ -102,6 +100,18 @@ def create_state(
     )
 
 
+def of_trainable(
+    tx: optax.GradientTransformation, model: nn.Module, params: Any
+) -> optax.GradientTransformation:
+    """``tx`` for the parameters that train alone.
+
+    Frozen ones get no gradient; without this, weight decay would still move them.
+    """
+    if all(jax.tree.leaves(trainable(model, params))):
+        return tx
+    return optax.masked(tx, functools.partial(trainable, model))
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -109,8 +119,10 @@ def train_step(
     augment: Augment = Augment(),
     loss: Loss = metrics.cross_entropy,
     label_smoothing: float = 0.0,
+    target_threshold: float | None = None,
     accum_steps: int = 1,
     ema_decay: float | None = None,
+    dropblock_rate: optax.Schedule | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, metrics.Sums]:
     """One optimizer step: a pure function, to be jitted, pmapped or vmapped.
@@ -118,11 +130,13 @@ def train_step(
     Args:
       state: before the step.
       batch: "image" uint8 (B, H, W, C), "label" int (B,).
-      augment: changes the images after normalisation.
+      augment: changes the images before and after normalisation.
       loss: (logits (N, K), targets (N, K)) to (N,).
       label_smoothing: share of the target spread evenly over the classes.
+      target_threshold: classes with a larger share in the target count as wholly there.
       accum_steps: parts that the batch is cut into; BatchNorm sees one part at a time.
       ema_decay: of ``state.ema``; it rises to this as (1 + step) / (10 + step).
+      dropblock_rate: step to the model's DropBlock rate, in place of the model's own.
       axis_name: under jax.pmap, the mapped axis to average gradients over. Under jax.jit
         leave it None: there the batch is global.
 
@@ -134,10 +148,15 @@ def train_step(
     if axis_name is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
     augment_key, dropout_key = jax.random.split(key)
-    images = normalize(batch["image"], state.normalization)
+    pixels = augment.pixels(augment_key, batch["image"], state.normalization)
+    images = normalize(pixels, state.normalization)
     batch = augment(augment_key, {**batch, "image": images})
+    targets = functools.partial(
+        soft_targets, label_smoothing=label_smoothing, threshold=target_threshold
+    )
+    rates = {} if dropblock_rate is None else {"dropblock_rate": dropblock_rate(state.step)}
     grads, batch_stats, sums = _gradients(
-        state, batch, dropout_key, loss, label_smoothing, accum_steps
+        state, batch, dropout_key, loss, targets, accum_steps, rates
     )
     if axis_name is not None:
         grads, batch_stats = jax.lax.pmean((grads, batch_stats), axis_name)
@@ -158,8 +177,9 @@ def _gradients(
     batch: Batch,
     key: jax.Array,
     loss: Loss,
-    label_smoothing: float,
+    targets: Callable[[Batch, int], jax.Array],
     accum_steps: int,
+    rates: Mapping[str, Any],
 ) -> tuple[Any, Any, metrics.Sums]:
     """(gradient of the mean loss, new batch statistics, sums), part by part of the batch."""
 
@@ -170,8 +190,9 @@ def _gradients(
             train=True,
             mutable=["batch_stats"],
             rngs={"dropout": key},
+            **rates,
         )
-        losses = loss(logits, soft_targets(part, logits.shape[-1], label_smoothing))
+        losses = loss(logits, targets(part, logits.shape[-1]))
         sums = metrics.classification_sums(logits, main_label(part), losses)
         return jnp.mean(losses), (updates.get("batch_stats", {}), sums)
 
@@ -211,12 +232,20 @@ def _average(state: TrainState, decay: float) -> TrainState:
     return state.replace(ema=jax.tree.map(blend, state.ema, now))
 
 
-def soft_targets(batch: Batch, num_classes: int, label_smoothing: float) -> jax.Array:
-    """Target shares (B, num_classes) of a batch, mixed labels and smoothing included."""
+def soft_targets(
+    batch: Batch, num_classes: int, label_smoothing: float, threshold: float | None = None
+) -> jax.Array:
+    """Target shares (B, num_classes) of a batch, mixed labels and smoothing included.
+
+    With a threshold, every class with a larger share has a target of 1, the others of 0, before
+    smoothing: a mixed image shows both (Wightman et al. 2021, section 3.2).
+    """
     targets = jax.nn.one_hot(batch["label"], num_classes)
     if "mix" in batch:
         share = batch["mix"][:, None]
         targets = share * targets + (1 - share) * jax.nn.one_hot(batch["label_mixed"], num_classes)
+    if threshold is not None:
+        targets = (targets > threshold).astype(targets.dtype)
     return optax.smooth_labels(targets, label_smoothing) if label_smoothing else targets
 
 

@@ -96,6 +96,20 @@ def test_cutout_zeroes_a_square_clipped_at_the_edge():
     assert set(first) == {0, 1, 2, 3, 4, 5}
 
 
+def test_erasing_zeroes_a_box_within_some_images():
+    ones = np.ones((4000, 20, 16, 1), np.float32)
+    holes = np.asarray(augment.erase(KEY, ones, 0.25) == 0)[..., 0]
+    drawn = holes.any((1, 2))
+    assert drawn.mean() == pytest.approx(0.25, abs=0.02)
+    rows, columns = holes.any(2).sum(1)[drawn], holes.any(1).sum(1)[drawn]
+    area = holes.sum((1, 2))[drawn]
+    np.testing.assert_array_equal(area, rows * columns)
+    assert area.mean() / 320 == pytest.approx((0.02 + 1 / 3) / 2, abs=0.01)
+    assert np.log(rows / columns).mean() == pytest.approx(0, abs=0.05)
+    assert np.quantile(rows / columns, 0.95) == pytest.approx(0.3**-0.9, rel=0.1)
+    assert holes.any(0).all()
+
+
 def test_mixup_blends_with_the_mirror_in_the_batch(images):
     label = jnp.arange(32)
     out = augment.mixup(KEY, {"image": jnp.asarray(images), "label": label}, 0.5)
@@ -151,9 +165,22 @@ def test_same_key_same_result_and_default_is_identity(images):
     np.testing.assert_array_equal(Augment()(KEY, batch)["image"], images)
 
 
-def test_negative_fields_are_refused():
+def test_fields_out_of_range_are_refused():
     with pytest.raises(UserError, match=r"augment\.pad_crop=-4: expected 0"):
         Augment(pad_crop=-4)
+    with pytest.raises(UserError, match=r"augment\.randaugment_magnitude=11: expected 0 to 10"):
+        Augment(randaugment_magnitude=11)
+    with pytest.raises(UserError, match=r"randaugment_probability=2: expected 0 to 1"):
+        Augment(randaugment_probability=2)
+
+
+def test_the_mean_pixel_normalises_to_nothing():
+    mean = np.array([0.5, 0.2, 0.7], np.float32)
+    for stats in ({"mean": mean}, {"mean": mean, "order": np.array([2, 0, 1])}, {"mean": mean[0]}):
+        stats = jax.tree.map(jnp.asarray, {**stats, "std": np.ones(3, np.float32)})
+        pixel = augment.mean_pixel(stats).astype(jnp.uint8)
+        image = jnp.broadcast_to(pixel, (1, 1, 1, 3))
+        np.testing.assert_allclose(augment.normalize(image, stats), 0, atol=0.5 / 255 + 1e-6)
 
 
 @pytest.fixture

@@ -112,6 +112,8 @@ def test_the_record_says_what_ran_and_keeps_every_start(tmp_path, monkeypatch):
         {"eval_every_epochs": 0},
         {"num_steps": 0},
         {"label_smoothing": 1.0},
+        {"target_threshold": 1.0, "loss": "binary_cross_entropy"},
+        {"target_threshold": 0.2},
         {"ema_decay": 1.0},
         {"seed": -1},
         {"seed": 2**32},

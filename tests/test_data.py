@@ -47,6 +47,47 @@ def test_a_batch_larger_than_the_set_spans_epochs():
     assert [sorted(rows[i : i + 10].tolist()) for i in (0, 10)] == [list(range(10))] * 2
 
 
+def test_repeats_go_through_the_same_order_in_so_many_epochs():
+    once = np.concatenate([batch_rows(3, step, 7, 50) for step in range(8)])
+    thrice = np.concatenate([batch_rows(3, step, 7, 50, 3) for step in range(24)])
+    np.testing.assert_array_equal(thrice, np.repeat(once, 3))
+    assert sorted(thrice[:150]) == sorted(3 * list(range(50)))
+
+
+def test_copies_of_an_image_are_cropped_each_on_its_own(digits_dir):
+    (train,) = sources.open_tfds("sklearn_digits", digits_dir, ("train",))
+    reader = BatchReader(train, Decoder(1, 8, random_crop=True), 60, seed=0, repeats=3)
+    batch = reader(2)
+    copies = batch["image"].reshape(20, 3, -1)
+    np.testing.assert_array_equal(batch["label"], np.repeat(batch["label"][::3], 3))
+    assert (copies[:, 0] != copies[:, 1]).any(1).mean() > 0.9
+    assert (copies[:, 1] != copies[:, 2]).any(1).mean() > 0.9
+    np.testing.assert_array_equal(batch["image"], reader(2)["image"])
+
+
+@pytest.mark.parametrize("resident_mb", [0, 64])
+def test_evaluation_at_another_size(image_folder, mesh, resident_mb):
+    config = DataConfig(folder=str(image_folder), image_size=4, eval_image_size=6, pad=1,
+                        repeats=2, resident_mb=resident_mb, num_workers=0)  # fmt: skip
+    opened = Data(config, mesh, 2)
+    assert opened.resident == bool(resident_mb)
+    assert (opened.image_shape, opened.eval_shape) == ((6, 6, 3), (8, 8, 3))
+    assert opened.sizes == "6x6x3 and 8x8x3"
+    train, evaluated = sources.open_folder(str(image_folder), ("train", "test"), 4, 5)
+    (batch,) = as_numpy(opened.train_batches(0, 8, 3, 4))
+    rows = batch_rows(0, 3, 8, 32, 2)
+    want = [Decoder(3, 4, pad=1)(data) for data in train.read(rows.tolist())[0]]
+    np.testing.assert_array_equal(batch["image"], want)
+    (batch,) = as_numpy(opened.eval_batches(8))
+    want = [Decoder(3, 6, pad=1)(data) for data in evaluated.read(range(8))[0]]
+    np.testing.assert_array_equal(batch["image"], want)
+    (first, *_) = opened.in_order("train", 8)
+    assert first["image"].shape == next(opened.train_images())[:8].shape == (8, 6, 6, 3)
+    plain = Data(dataclasses.replace(config, eval_image_size=None), mesh, 2)
+    assert plain.fingerprint("train") == opened.fingerprint("train")
+    assert plain.fingerprint("eval") != opened.fingerprint("eval")
+
+
 def test_resident_batches_are_the_rows_of_the_source(digits, digits_dir):
     (train,) = sources.open_tfds("sklearn_digits", digits_dir, ("train",))
     encoded, labels = train.read(range(len(train)))
@@ -185,6 +226,9 @@ def test_unlabelled_examples_are_refused(image_folder, mesh, monkeypatch, reside
         ({"crop_ratio": 1.5}, "crop_ratio=1.5"),
         ({"holdout_every": 1}, "holdout_every=1"),
         ({"random_resized_crop": True}, "set --data.image-size"),
+        ({"eval_image_size": 8}, "eval_image_size needs a size to train at"),
+        ({"eval_image_size": 0, "image_size": 8}, "eval_image_size=0"),
+        ({"repeats": 0}, "data.repeats=0"),
     ],
 )
 def test_bad_fields(fields, message):

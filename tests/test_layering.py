@@ -7,7 +7,19 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "flax_resnet"
 LEVELS = [
     {"errors", "files"},
     {"record", "pretrained._h5_child", "pretrained.untrusted", "pretrained.classes"},
-    {"layers", "distributed", "metrics", "checkpoint", "figures", "regularize", "datasets.decode"},
+    {
+        "layers",
+        "distributed",
+        "metrics",
+        "checkpoint",
+        "figures.canvas",
+        "regularize",
+        "randaugment",
+        "tables",
+        "datasets.decode",
+    },
+    {"figures.runs", "figures.studies", "figures.pictures"},
+    {"figures"},
     {"augment", "optim", "models.blocks", "models.mini", "models.dropblock_resnet"},
     {"models.resnet", "datasets.sources"},
     {"models.highway", "models.surgery", "preprocess", "datasets.rows"},
@@ -24,9 +36,17 @@ LEVELS = [
     {"step"},
     {"transfer"},
     {"config"},
-    {"train", "flags"},
+    {"run", "flags"},
+    {"train"},
+    {"together"},
+    {"sweep"},
     {"classify"},
     {"convert", "predict", "evaluate"},
+    {"inspection.opened", "inspection.layers", "inspection.embed", "inspection.lr_finder"},
+    {"inspection.predictions", "inspection.samples", "inspection.studies"},
+    {"inspection.parts"},
+    {"inspection"},
+    {"report"},
     {"main"},
     {"__main__", ""},
 ]
@@ -84,7 +104,15 @@ def test_imports_go_down():
 
 
 def test_only_the_top_sees_the_whole_config():
-    assert {a for a, b in edges() if b == "config"} == {"", "train", "flags", "main"}
+    assert {a for a, b in edges() if b == "config"} == {
+        "",
+        "run",
+        "train",
+        "together",
+        "sweep",
+        "flags",
+        "main",
+    }
 
 
 def test_modules_are_short():

@@ -209,6 +209,40 @@ def test_soft_targets_mix_and_smooth():
     assert main_label({"label": batch["label"]}).tolist() == [0, 1]
 
 
+def test_a_threshold_counts_both_labels_of_a_mixed_image():
+    batch = {
+        "label": jnp.array([0, 1, 0]),
+        "label_mixed": jnp.array([2, 1, 2]),
+        "mix": jnp.array([0.7, 0.5, 0.9]),
+    }
+    got = soft_targets(batch, 4, 0.2, 0.2)
+    want = 0.8 * np.array([[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]]) + 0.05
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_array_equal(got, soft_targets(batch, 4, 0.2, 0.2000001))
+
+
+def test_threshold_and_randaugment_reach_the_step(rng):
+    batch, state = random_batch(rng, 8), make_state(Linear())
+    augment = Augment(randaugment_ops=1, randaugment_probability=1.0, mixup=1.0)
+    step = functools.partial(train_step, loss=metrics.binary_cross_entropy, target_threshold=0.0)
+    _, sums = jax.jit(functools.partial(step, augment=augment))(state, batch)
+
+    @jax.jit
+    def expected(key):
+        key, _ = jax.random.split(jax.random.fold_in(key, 0))
+        pixels = augment.pixels(key, batch["image"], state.normalization)
+        images = normalize(pixels, state.normalization)
+        mixed = Augment(mixup=1.0)(key, {**batch, "image": images})["image"]
+        logits = Linear().apply({"params": state.params}, mixed)
+        both = sum(jax.nn.one_hot(label, 10) for label in (batch["label"], batch["label"][::-1]))
+        losses = optax.sigmoid_binary_cross_entropy(logits, jnp.minimum(both, 1))
+        return losses.mean(-1).sum(), (pixels != batch["image"]).any((1, 2, 3)).mean()
+
+    want, changed = expected(jax.random.wrap_key_data(state.key))
+    assert changed > 0.8
+    assert float(sums["loss"]) == pytest.approx(float(want), rel=1e-5)
+
+
 def test_bfloat16_step_keeps_float32_state_and_follows_float32(rng):
     batch = random_batch(rng, 32)
     full, full_sums = jax.jit(train_step)(make_state(), batch)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import assert_trees_equal, tiny_resnet
 
-from flax_resnet import metrics, train
+from flax_resnet import metrics, run, train
 from flax_resnet.augment import Augment
 from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
 from flax_resnet.config import TrainConfig
@@ -15,7 +15,7 @@ from flax_resnet.data import DataConfig
 from flax_resnet.datasets import sources
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.errors import UserError
-from flax_resnet.models import MiniModel
+from flax_resnet.models import DropBlockResNet, MiniModel
 from flax_resnet.optim import LARS, Adam, Cosine
 from flax_resnet.train import train_and_evaluate
 
@@ -144,7 +144,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
 
 
 def test_a_run_cut_off_after_its_last_checkpoint_is_closed(config, tmp_path, mesh, monkeypatch):
-    monkeypatch.setattr(train, "_finish", lambda run: (_ for _ in ()).throw(Stop))
+    monkeypatch.setattr(train, "conclude", lambda *a, **k: (_ for _ in ()).throw(Stop))
     with pytest.raises(Stop):
         train_and_evaluate(config, tmp_path / "w", mesh=mesh)
     monkeypatch.undo()
@@ -219,6 +219,23 @@ def test_a_network_too_deep_for_the_image_is_bad_input(config, tmp_path, mesh):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, r"normalised by pixel, images of \(4, 4, 1\) in training cannot be \(8, 8, 1\)"),
+        (
+            {"normalization": "channel", "model": DropBlockResNet(10, (2,), (3,))},
+            r"DropBlockResNet, trained on images of \(4, 4, 1\), does not take \(8, 8, 1\); leave",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_at_another_size(config, tmp_path, change, message):
+    data = dataclasses.replace(config.data, image_size=4, eval_image_size=8)
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(dataclasses.replace(config, data=data, **change), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize("what", ["num_train", "num_eval", "class_names"])
 def test_other_data_under_the_same_name_is_not_resumed_on(
     config, tmp_path, mesh, monkeypatch, what
@@ -227,21 +244,21 @@ def test_other_data_under_the_same_name_is_not_resumed_on(
     train_and_evaluate(short, tmp_path / "w", mesh=mesh)
     (tmp_path / "w" / "result.json").unlink()
     before = (tmp_path / "w" / "config.json").read_text()
-    describe = train.Data.describe
-    monkeypatch.setattr(train.Data, "describe", lambda self: {**describe(self), what: 7})
+    describe = run.Data.describe
+    monkeypatch.setattr(run.Data, "describe", lambda self: {**describe(self), what: 7})
     with pytest.raises(UserError, match=f"was trained on data with {what} .* and it is 7 now"):
         train_and_evaluate(short, tmp_path / "w", mesh=mesh)
     assert (tmp_path / "w" / "config.json").read_text() == before
 
 
 def test_equal_evaluations_name_the_checkpoint_that_is_kept(config, tmp_path, mesh, monkeypatch):
-    evaluate = train.evaluate
+    evaluate = run.evaluate
 
     def always_the_same(*args):
         values, confusion = evaluate(*args)
         return {**values, "top1": 0.5}, confusion
 
-    monkeypatch.setattr(train, "evaluate", always_the_same)
+    monkeypatch.setattr(run, "evaluate", always_the_same)
     result = train_and_evaluate(config, tmp_path / "w", mesh=mesh)
     assert result["best_step"] == saved(tmp_path / "w", "best")[1]["step"] == 12
 

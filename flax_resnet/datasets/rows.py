@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -16,17 +16,31 @@ from flax_resnet.datasets.decode import DECODE_ERRORS, Decoder
 from flax_resnet.errors import UserError
 
 
-@functools.lru_cache(maxsize=2)
 def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of the n training examples in an epoch (read-only)."""
-    rows = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
-    rows.setflags(write=False)
-    return rows
+    return _orders(seed, n)(epoch)
 
 
-def batch_rows(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
-    """The training examples of batch ``step``: (batch_size,) row numbers below n."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+@functools.lru_cache(maxsize=64)  # of seeds that train together
+def _orders(seed: int, n: int) -> Callable[[int], np.ndarray]:
+    """epoch -> order; a batch needs two at most."""
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        rows = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+        rows.setflags(write=False)
+        return rows
+
+    return order
+
+
+def batch_rows(seed: int, step: int, batch_size: int, n: int, repeats: int = 1) -> np.ndarray:
+    """The training examples of batch ``step``: (batch_size,) row numbers below n.
+
+    With ``repeats`` each example of the order comes so many times in a row; where the batch does
+    not divide by it, the last one's copies go on in the next batch.
+    """
+    positions = np.arange(step * batch_size, (step + 1) * batch_size) // repeats
     epochs = positions // n
     return np.concatenate(
         [
@@ -46,6 +60,7 @@ class BatchReader:
       batch_size: rows of the global batch.
       seed: shuffles by (seed, epoch); None reads in file order and pads the last batch.
       shard: (index, count): which equal part of each batch to read.
+      repeats: copies of each example in training.
     """
 
     source: sources.Source
@@ -53,6 +68,7 @@ class BatchReader:
     batch_size: int
     seed: int | None = None
     shard: tuple[int, int] = (0, 1)
+    repeats: int = 1
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """{"image" uint8 (n, H, W, C), "label" int32 (n,)}; without a seed also "mask" bool."""
@@ -60,7 +76,7 @@ class BatchReader:
         if self.seed is None:
             rows, mask = eval_rows(step, self.batch_size, n)
         else:
-            rows, mask = batch_rows(self.seed, step, self.batch_size, n), None
+            rows, mask = batch_rows(self.seed, step, self.batch_size, n, self.repeats), None
         mine = shard_slice(len(rows), *self.shard)
         images, labels = decode_rows(
             self.source, self.decoder, rows[mine], self._generators(step, mine)

@@ -91,7 +91,12 @@ def initialize(module: nn.Module, key: jax.Array, images: Any) -> dict[str, Any]
       key: random key.
       images: (N, H, W, C), or their shape and dtype; only the shape matters.
     """
-    return jax.jit(_init(module, images))(key)
+    return initializer(module, images)(key)
+
+
+def initializer(module: nn.Module, images: Any) -> Callable[[jax.Array], Any]:
+    """key -> fresh variables, compiled once for all keys; otherwise as ``initialize``."""
+    return jax.jit(_init(module, images))
 
 
 def _init(module: nn.Module, images: Any) -> Callable[[jax.Array], Any]:

@@ -209,17 +209,18 @@ def _open_run(workdir: Path) -> Pretrained:
     if isinstance(module, ResNet):
         variables = models.unstack_blocks(module, variables)
     stats, shape = state["normalization"], models.check_shape(meta["image_shape"])
+    decoder = config.data.decoder(shape[2])
     return Pretrained(
         module=module,
         variables={kind: tree for kind, tree in variables.items() if tree},
         preprocessing=Preprocessing(
-            size=shape[0],
+            size=shape[0] if decoder.size is None else decoder.size + 2 * decoder.pad,
             resize=None,
             channels=shape[2],
             mean=tuple(np.ravel(stats["mean"]).tolist()),
             std=tuple(np.ravel(stats["std"]).tolist()),
             bgr="order" in stats,
-            decoder=config.data.decoder(shape[2]),
+            decoder=decoder,
         )
         if shape[0] == shape[1]
         else None,  # there is no way to bring a photograph to it without bending it

@@ -1,0 +1,169 @@
+"""Results of runs as tables: mean and deviation over seeds, differences and their significance.
+
+A row is a run; a variant is what its seeds have in common.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_resnet.files import replacing
+
+Row = Mapping[str, Any]
+FINISHED = "finished"
+RESULTS = ("top1", "top5", "loss", "train_top1", "train_loss", "parameters", "seconds")
+# What a table shows of a variant: heading, field, whether it is a share of right answers (which
+# becomes an error), digits.
+SHOWN: tuple[tuple[str, str, bool, int], ...] = (
+    ("evaluation error (%)", "top1", True, 2),
+    ("training error (%)", "train_top1", True, 2),
+    ("evaluation loss (nats)", "loss", False, 3),
+)
+
+
+def by_variant(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows of each variant, in the order in which variants come."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["variant"], []).append(row)
+    return found
+
+
+def errors(rows: Sequence[Row], field: str, share: bool) -> dict[int, float]:
+    """{seed: value} of the finished rows; a share of right answers becomes an error in percent."""
+    return {
+        int(row["seed"]): 100 * (1 - float(row[field])) if share else float(row[field])
+        for row in rows
+        if row["state"] == FINISHED
+    }
+
+
+def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
+    """(mean, sample deviation, of n - 1); of one value the deviation is NaN."""
+    x = np.array(list(values), float)
+    return float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else math.nan
+
+
+def paired_test(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, float]:
+    """Student's paired t-test over the seeds that both have.
+
+    Pairing by seed takes out what a seed does to both: the order of the images, the draws of the
+    augmentation, and where the networks are alike, where they start.
+
+    Args:
+      a: {seed: value}.
+      b: {seed: value} of what it is compared with.
+
+    Returns:
+      "n" pairs, "difference" (mean of a - b), "half_width" of its 95 % confidence interval, and
+      the two-sided "p"; the last two are NaN of fewer than two pairs, and where every pair
+      differs by the same.
+    """
+    from scipy import stats
+
+    seeds = sorted(a.keys() & b.keys())
+    d = np.array([a[seed] - b[seed] for seed in seeds])
+    n = len(d)
+    found = {"n": n, "difference": float(d.mean()) if n else math.nan}
+    if n < 2 or np.ptp(d) <= 1e-12 * max(1.0, float(np.abs(d).max())):
+        return {**found, "half_width": math.nan, "p": math.nan}
+    error = d.std(ddof=1) / math.sqrt(n)
+    p = 2 * stats.t.sf(abs(d.mean()) / error, n - 1)
+    return {**found, "half_width": float(stats.t.ppf(0.975, n - 1) * error), "p": float(p)}
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction for so many comparisons (1979); NaN stays, and is not counted."""
+    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    corrected, highest = [math.nan] * len(p_values), 0.0
+    for rank, (p, i) in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p))
+        corrected[i] = highest
+    return corrected
+
+
+def markdown(rows: Sequence[Row], baseline: str | None = None) -> str:
+    """A table with a line for each variant.
+
+    Args:
+      rows: of runs.
+      baseline: the variant that the others are compared with, by evaluation error.
+    """
+    variants = by_variant(rows)
+    header = ["variant", "n", *(heading for heading, *_ in SHOWN)]
+    tests: dict[str, dict[str, float]] = {}
+    if baseline in variants:
+        header += [f"against {baseline}", "p"]
+        reference = errors(variants[baseline], "top1", True)
+        others = [name for name in variants if name != baseline]
+        found = [paired_test(errors(variants[v], "top1", True), reference) for v in others]
+        corrected = holm([test["p"] for test in found])
+        tests = {
+            name: {**test, "p": p} for name, test, p in zip(others, found, corrected, strict=True)
+        }
+    lines = [header, ["---"] * len(header)]
+    for name, own in variants.items():
+        runs = [row for row in own if row["state"] == FINISHED]
+        count = str(len(runs)) if len(runs) == len(own) else f"{len(runs)} of {len(own)}"
+        cells = [plus_minus(errors(own, f, share).values(), d) for _, f, share, d in SHOWN]
+        line = [name, count, *cells]
+        if tests:
+            line += _compared(tests[name]) if name in tests else ["", ""]
+        lines.append(line)
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    notes = ["Mean ± standard deviation over n seeds. Training error is that of the last interval, "
+             "of augmented images."]  # fmt: skip
+    if tests:
+        notes.append(
+            "Differences of evaluation error in percentage points with a 95 % confidence interval; "
+            "p of Student's test paired by seed, corrected by Holm for so many comparisons: "
+            f"{len(tests)}."
+        )
+    failed = [f"{row['variant']}/seed{row['seed']}: {row['state']}" for row in rows
+              if row["state"] != FINISHED]  # fmt: skip
+    if failed:
+        notes.append("Not finished: " + "; ".join(failed) + ".")
+    return text + "\n" + "\n".join(notes) + "\n"
+
+
+def plus_minus(values: Iterable[float], digits: int = 2) -> str:
+    """Mean ± deviation; of no values a dash."""
+    values = list(values)
+    if not values:
+        return "-"
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
+
+
+def _compared(test: Mapping[str, float]) -> list[str]:
+    if not test["n"]:
+        return ["-", "-"]
+    width = "" if math.isnan(test["half_width"]) else f" ± {test['half_width']:.2f}"
+    p = test["p"]
+    shown = "-" if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+    return [f"{test['difference']:+.2f}{width}", shown]
+
+
+def write(rows: Sequence[Row], directory: Path, baseline: str | None = None) -> None:
+    """Writes table.csv (a line for each run) and table.md (a line for each variant)."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    for name, text in (("table.csv", file.getvalue()), ("table.md", markdown(rows, baseline))):
+        with replacing(directory / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+def read(directory: Path) -> list[dict[str, str]]:
+    """The rows of a directory's table.csv, all values as text."""
+    with (directory / "table.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

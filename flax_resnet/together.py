@@ -1,0 +1,229 @@
+"""Several networks trained by one program: a seed axis in front of the state and of each batch.
+
+The step is that of a single run under ``jax.vmap``, in the one loop. On accelerators a small
+network leaves most of the device idle, and S of them take little more time than one; on a CPU
+they take longer than one after another (measured: 4 times).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from flax_resnet import distributed, metrics
+from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.config import TrainConfig, check_workdir, claimed
+from flax_resnet.errors import UserError
+from flax_resnet.files import digest
+from flax_resnet.optim import Constant, ReduceOnPlateau
+from flax_resnet.record import to_record
+from flax_resnet.run import Run, measure_statistics, prepare, restore
+from flax_resnet.step import Batch, TrainState, of_trainable
+from flax_resnet.train import conclude, finished, go
+
+
+@dataclasses.dataclass
+class Together(Run):
+    """Runs that differ by seed, learning rate and weight decay, as one.
+
+    Attributes:
+      configs: of each.
+    """
+
+    configs: tuple[TrainConfig, ...] = ()
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The seed axis."""
+        return (len(self.configs),)
+
+    @property
+    def held(self) -> NamedSharding:
+        """Each device has its share of the networks."""
+        return distributed.batch_sharding(self.mesh)
+
+    def scaled(self, rate: jax.Array) -> Any:
+        """The learning rate of each network, where the first one's is ``rate``."""
+        peaks = np.array([config.optimizer.learning_rate for config in self.configs])
+        return np.asarray(rate) * (peaks / peaks[0] if peaks[0] else 1.0)
+
+    def steps(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The two steps of one network, mapped over the seed axis."""
+        train, evaluate = super().steps()
+        optimizer, plateau = self.config.optimizer, Constant()
+        if isinstance(optimizer.schedule, ReduceOnPlateau):
+            plateau = dataclasses.replace(optimizer.schedule, warmup=0.0)
+
+        def one(state: TrainState, batch: Batch, own: Mapping[str, Any]) -> Any:
+            if not own:
+                return train(state, batch)
+            # This step's rate is given, so that it is to the bit what the run alone has.
+            now = dataclasses.replace(optimizer, schedule=plateau, **own)
+            tx, _ = now.build(self.num_steps, self.steps_per_epoch)
+            tx = of_trainable(tx, self.config.model, state.params)
+            after, sums = train(state.replace(tx=tx), batch)
+            return after.replace(tx=state.tx), sums
+
+        def step(state: TrainState, batch: Batch) -> Any:
+            return jax.vmap(one)(state, batch, self._own(jnp.asarray(state.step)[0]))
+
+        return step, jax.vmap(evaluate, in_axes=(0, None))
+
+    def _own(self, step: jax.Array) -> dict[str, jax.Array]:
+        """{field: (S,)} of the optimizer's fields that vary, at a step."""
+        optimizers = [config.optimizer for config in self.configs]
+        if len({(o.learning_rate, o.weight_decay) for o in optimizers}) == 1:
+            return {}
+        rates = [o.schedule.build(o.learning_rate, self.num_steps)(step) for o in optimizers]
+        decays = [o.weight_decay for o in optimizers]
+        return {"learning_rate": jnp.stack(rates), "weight_decay": jnp.asarray(decays, float)}
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches (S, B, ...), each network's of its own seed's order."""
+        seeds = [config.seed for config in self.configs]
+        size = self.config.batch_size
+        return self.data.train_batches(seeds, size, self.step, self.num_steps)
+
+    def of(self, index: int, workdir: Path) -> Run:
+        """One network's run, as it stands."""
+        assert self.confusion is not None
+        return Run(
+            config=self.configs[index],
+            workdir=workdir,
+            mesh=distributed.data_mesh(list(self.mesh.devices.flat)[:1]),
+            data=self.data,
+            num_steps=self.num_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            schedule=self.schedule,
+            start=self.start,
+            state=jax.tree.map(lambda x: np.asarray(x[index]), self.state),
+            step=self.step,
+            seconds=self.seconds,
+            evaluation={n: float(np.asarray(v)[index]) for n, v in self.evaluation.items()},
+            confusion=self.confusion[index],
+        )
+
+
+def why_not(configs: Sequence[TrainConfig]) -> str | None:
+    """What keeps runs from training together, for a message; None where nothing does."""
+    first = configs[0]
+    alike = {repr(to_record(_without_own(config))) for config in configs}
+    if len(alike) > 1:
+        return "they differ in more than seed, learning rate and weight decay"
+    for name in ("cache_features", "measure_norms"):
+        if getattr(first, name):
+            return f"{name} is for one network at a time"
+    if jax.process_count() > 1:
+        return "there are several processes"
+    return None
+
+
+def _without_own(config: TrainConfig) -> TrainConfig:
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1.0, weight_decay=1.0)
+    return dataclasses.replace(config, seed=0, optimizer=optimizer)
+
+
+def set_up(
+    configs: Sequence[TrainConfig], directory: Path, devices: Sequence[jax.Device] | None = None
+) -> Together:
+    """Checks and opens everything that the runs need; writes nothing.
+
+    Args:
+      configs: of the runs.
+      directory: of their common checkpoints.
+      devices: to run on, by default all; the most that divide the runs evenly are used.
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    if reason := why_not(configs):
+        raise UserError(f"these runs do not train together: {reason}; train them in turn")
+    devices = jax.devices() if devices is None else devices
+    most = max(n for n in range(1, len(devices) + 1) if len(configs) % n == 0)
+    run = prepare(configs[0], directory, distributed.data_mesh(devices[:most]))
+    if not run.data.resident:
+        raise UserError(
+            f"{configs[0].data.title} is streamed, and networks that train together need it on the "
+            "device: raise --data.resident-mb, or train them in turn"
+        )
+    measure_statistics(run)
+    fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(Run)}
+    together = Together(**fields, configs=tuple(configs))
+    stats = run.state.normalization
+    states = [run.start(config.seed).replace(normalization=stats).arrays() for config in configs]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(states))
+    together.state = run.state.replace(**distributed.put_batch(run.mesh, stacked))
+    restore(together)
+    return together
+
+
+def train_together(
+    configs: Mapping[Path, TrainConfig],
+    directory: Path,
+    devices: Sequence[jax.Device] | None = None,
+) -> list[dict[str, Any]]:
+    """Trains runs that differ by seed, learning rate and weight decay in one program.
+
+    Each leaves the record that it would alone, in its own workdir, with the last checkpoint
+    (the best evaluation is in its metrics). What is under way is saved in ``directory``, which
+    goes when all are finished.
+
+    Args:
+      configs: workdir to config; ``batch_size`` is each network's.
+      directory: of the common checkpoints.
+      devices: to run on, by default all.
+
+    Returns:
+      What each result.json holds.
+
+    Raises:
+      UserError: bad input, or the runs do not go together; nothing has been written then.
+    """
+    for workdir, config in configs.items():
+        check_workdir(workdir, config)
+    results = [finished(workdir) for workdir in configs]
+    if not all(results):
+        # The members' configs name it: another choice of runs does not meet these checkpoints.
+        records = [repr(to_record(config)) for config in configs.values()]
+        own = directory / digest(records)[:12]
+        run = set_up(list(configs.values()), own, devices)
+        steps = run.compile()
+        with contextlib.ExitStack() as stack:
+            for (workdir, config), result in zip(configs.items(), results, strict=True):
+                if result is None:
+                    stack.enter_context(claimed(workdir, config))
+            logs = [
+                metrics.RunLog(workdir, run.step, run.num_steps, lead=result is None, quiet=True)
+                for workdir, result in zip(configs, results, strict=True)
+            ]
+            go(run, *steps, own / "checkpoints", metrics.RunLogs(logs, run.num_steps))
+            results = [
+                result or _leave(run.of(i, workdir))
+                for i, (workdir, result) in enumerate(zip(configs, results, strict=True))
+            ]
+        shutil.rmtree(own)
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+    return [result for result in results if result is not None]
+
+
+def _leave(run: Run) -> dict[str, Any]:
+    """Writes what a run of its own would have left."""
+    checkpoints = Checkpoints(run.workdir / "checkpoints", run.config.checkpoint)
+    try:
+        meta = {"step": run.step, "seconds": run.seconds, **run.data.describe()}
+        meta["config"] = to_record(run.config)
+        checkpoints.save(run.step, run.arrays(), meta, run.evaluation)
+        checkpoints.wait()
+    finally:
+        checkpoints.close()
+    return conclude(run, quiet=True)

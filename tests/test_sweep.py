@@ -1,0 +1,199 @@
+import csv
+import dataclasses
+import json
+
+import jax
+import pytest
+from helpers import tiny_resnet
+
+from flax_resnet import metrics, sweep, tables
+from flax_resnet.augment import Augment
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import DataConfig
+from flax_resnet.errors import UserError
+from flax_resnet.models import MiniModel
+from flax_resnet.optim import SGD
+from flax_resnet.sweep import grid, train_seeds
+
+
+@pytest.fixture
+def base(digits_dir):
+    return TrainConfig(
+        model=tiny_resnet(num_filters=4),
+        data=DataConfig(data_dir=digits_dir),
+        optimizer=SGD(learning_rate=0.05),
+        batch_size=96,
+        eval_batch_size=400,
+        num_steps=3,
+    )
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *a, d=jax.devices()[:1]: d)
+
+
+def test_a_grid_is_every_combination_with_every_seed(base):
+    configs = grid(
+        base,
+        {"model.connection": ("plain", "residual"), "optimizer.learning_rate": (0.1, 0.01)},
+        seeds=2,
+    )
+    assert len(configs) == 8
+    one = configs["connection=plain,learning_rate=0.01/seed1"]
+    assert (one.model.connection, one.optimizer.learning_rate, one.seed) == ("plain", 0.01, 1)
+    assert one == dataclasses.replace(
+        base,
+        model=tiny_resnet(num_filters=4, connection="plain"),
+        optimizer=SGD(learning_rate=0.01),
+        seed=1,
+    )
+
+
+def test_labels_name_variants_and_grids_join(base):
+    nets = {"mini": MiniModel(stage_sizes=(1,)), "wide": tiny_resnet(num_filters=9)}
+    both = {"crop": {"augment": Augment(pad_crop=2), "num_steps": 9}}
+    configs = grid(base, {"model": nets}, seeds=(4,)) | grid(base, {"": both}) | grid(base, {})
+    assert list(configs) == ["mini/seed4", "wide/seed4", "crop/seed0", "base/seed0"]
+    assert configs["mini/seed4"].model == nets["mini"]
+    assert (configs["crop/seed0"].augment.pad_crop, configs["crop/seed0"].num_steps) == (2, 9)
+    assert configs["base/seed0"] == base
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"model.conection": ("plain",)}, r"no field 'conection' \(did you mean 'connection'\?\)"),
+        ({"optimiser": (1,)}, r"TrainConfig has no field 'optimiser' \(did you mean 'optimizer'"),
+        ({"seed.x": (1,)}, "seed has no fields, 'seed.x' names one"),
+        ({"batch_size": ()}, "batch_size=(): expected some values"),
+        ({"model.connection": "plain"}, "model.connection='plain': expected some values"),
+        ({"model.connection": ("plian",)}, "connection='plian': expected one of"),
+        ({"data.folder": ("a/b",)}, "a variant would be called folder=a/b, which is no name"),
+        ({"": (1,)}, "expected {label: {dotted field: value}}"),
+        ({"batch_size": (8, 8)}, "two variants are called 'batch_size=8'"),
+    ],
+)
+def test_a_bad_grid_is_one_line(base, axes, message):
+    with pytest.raises(UserError) as error:
+        grid(base, axes)
+    assert message in str(error.value) or __import__("re").search(message, str(error.value))
+
+
+def rows_without_time(directory):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in tables.read(directory)]
+
+
+def test_a_sweep_leaves_a_table_and_skips_what_is_finished(base, tmp_path, one_device, capsys):
+    configs = grid(base, {"model.connection": ("plain", "residual")}, seeds=2)
+    rows = sweep.sweep(configs, tmp_path, baseline="connection=plain")
+    assert [row["workdir"] for row in rows] == list(configs)
+    for row in rows:
+        result = json.loads((tmp_path / row["workdir"] / "result.json").read_text())
+        assert {k: row[k] for k in tables.RESULTS} == {k: result[k] for k in tables.RESULTS}
+        assert row["model.connection"] == configs[row["workdir"]].model.connection
+        assert row["state"] == "finished"
+    with (tmp_path / "table.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4
+    assert (tmp_path / "table.md").read_text() == tables.markdown(rows, "connection=plain")
+    starts = (tmp_path / "connection=plain/seed0/config.json").read_text()
+    capsys.readouterr()
+    assert sweep.sweep(configs, tmp_path) == rows
+    assert (tmp_path / "connection=plain/seed0/config.json").read_text() == starts
+
+
+def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(
+    base, tmp_path, one_device, capsys
+):
+    bad = dataclasses.replace(base, data=DataConfig(folder=str(tmp_path / "nowhere")))
+    configs = {"bad/seed0": bad, "good/seed0": base}
+    rows = sweep.sweep(configs, tmp_path / "s")
+    assert [row["state"][:6] for row in rows] == ["failed", "finish"]
+    assert "nowhere" in rows[0]["state"]
+    assert "bad/seed0: failed: " in capsys.readouterr().out
+    trace = tmp_path / "s" / "failures" / "bad-seed0.txt"
+    assert "Traceback" in trace.read_text()
+    assert "bad | 0 of 1" in (tmp_path / "s" / "table.md").read_text()
+    rows = sweep.sweep({**configs, "bad/seed0": dataclasses.replace(base, seed=5)}, tmp_path / "s")
+    assert [row["state"] for row in rows] == ["finished"] * 2
+    assert not trace.exists()
+
+
+def test_another_config_under_a_finished_name_is_a_failure(base, tmp_path, one_device):
+    sweep.sweep({"a/seed0": base}, tmp_path)
+    before = (tmp_path / "a/seed0/result.json").read_text()
+    changed = {"a/seed0": dataclasses.replace(base, num_steps=4)}
+    (row,) = sweep.sweep(changed, tmp_path)
+    assert "holds a run of another config" in row["state"]
+    assert (tmp_path / "a/seed0/result.json").read_text() == before
+
+
+class Killed(BaseException):
+    """No Exception: nothing that survives a failure catches it."""
+
+
+def test_a_sweep_killed_twice_ends_with_the_table_of_an_unbroken_one(
+    base, tmp_path, one_device, monkeypatch
+):
+    base = dataclasses.replace(base, log_every_steps=1, eval_every_epochs=0.1)
+    configs = grid(base, {"model.connection": ("plain", "residual")}, seeds=2)
+    sweep.sweep(configs, tmp_path / "whole", baseline="connection=plain")
+    write, written = metrics.RunLog.write, []
+
+    def kill_at(log, *args):
+        write(log, *args)
+        written.append(1)
+        if len(written) in (3, 14):  # in the first run, and in the third
+            raise Killed
+
+    monkeypatch.setattr(metrics.RunLog, "write", kill_at)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            sweep.sweep(configs, tmp_path / "killed", baseline="connection=plain")
+    sweep.sweep(configs, tmp_path / "killed", baseline="connection=plain")
+    whole, killed = ((tmp_path / name / "table.md").read_text() for name in ("whole", "killed"))
+    assert killed == whole
+    assert rows_without_time(tmp_path / "killed") == rows_without_time(tmp_path / "whole")
+
+
+def test_runs_are_shared_by_the_devices(base, tmp_path):
+    devices = jax.devices()[2:4]
+    configs = grid(base, {"optimizer.learning_rate": (0.05, 0.1)})
+    rows = sweep.sweep(configs, tmp_path / "two", devices=devices)
+    alone = sweep.sweep(configs, tmp_path / "one", devices=jax.devices()[:1])
+    for a, b in zip(rows, alone, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert len({row["loss"] for row in rows}) == 2
+    assert [row["variant"] for row in rows] == [row["variant"] for row in alone]
+
+
+def test_seeds_train_together_and_in_turn_to_the_same_table(base, tmp_path, one_device):
+    together = sweep.sweep(grid(base, {}, 2), tmp_path / "together", together=True)
+    in_turn = sweep.sweep(grid(base, {}, 2), tmp_path / "in_turn", together=False)
+    for a, b in zip(together, in_turn, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert (a["variant"], a["state"], a["workdir"]) == (b["variant"], b["state"], b["workdir"])
+    assert not (tmp_path / "together" / "together").exists()
+
+
+def test_names_and_baselines_are_checked(base, tmp_path):
+    with pytest.raises(UserError, match="a run is called 'x': expected VARIANT/seedN"):
+        sweep.sweep({"x": base}, tmp_path)
+    with pytest.raises(UserError, match=r"baseline='aa' is none of 1 variants \(did you mean 'a'"):
+        sweep.sweep({"a/seed0": base}, tmp_path, baseline="aa")
+
+
+def test_num_seeds_on_a_cpu_runs_them_in_turn(base, tmp_path, one_device):
+    results = train_seeds(dataclasses.replace(base, seed=3), tmp_path / "w", 2)
+    assert len(results) == 2
+    records = [json.loads((tmp_path / f"w/seed{s}/config.json").read_text()) for s in (3, 4)]
+    assert [r["config"]["seed"] for r in records] == [3, 4]
+    assert [int(row["seed"]) for row in tables.read(tmp_path / "w")] == [3, 4]
+    assert [float(row["loss"]) for row in tables.read(tmp_path / "w")] == [
+        r["loss"] for r in results
+    ]
+
+
+def test_num_seeds_wants_a_rate_for_each(base, tmp_path):
+    with pytest.raises(UserError, match=r"learning_rate=\(0.1,\): expected 2 values, one a seed"):
+        train_seeds(base, tmp_path, 2, learning_rate=(0.1,))

@@ -1,0 +1,81 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from flax_resnet import tables
+
+
+def rows(values, state="finished"):
+    """A row for each {variant: top-1 by seed}."""
+    return [
+        {"variant": v, "seed": seed, "state": state, "top1": top1, "train_top1": 0.5, "loss": 1.0}
+        for v, own in values.items()
+        for seed, top1 in enumerate(own)
+    ]
+
+
+def test_mean_and_deviation_are_those_of_a_sample():
+    assert tables.mean_and_deviation([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(7)))
+    mean, deviation = tables.mean_and_deviation([4.0])
+    assert mean == 4.0
+    assert math.isnan(deviation)
+
+
+def test_the_paired_test_is_scipys(rng):
+    a, b = rng.normal(size=7), rng.normal(0.5, size=7)
+    got = tables.paired_test(dict(enumerate(a)), dict(enumerate(b)))
+    want = stats.ttest_rel(a, b)
+    assert got["p"] == pytest.approx(want.pvalue)
+    low, high = want.confidence_interval(0.95)
+    assert got["difference"] - got["half_width"] == pytest.approx(low)
+    assert got["difference"] + got["half_width"] == pytest.approx(high)
+
+
+def test_pairs_are_by_seed_and_what_has_no_pair_is_left_out():
+    got = tables.paired_test({0: 1.0, 1: 5.0, 7: 9.0}, {1: 4.0, 0: 3.0, 2: 0.0})
+    assert (got["n"], got["difference"]) == (2, -0.5)
+
+
+def test_no_p_where_there_is_nothing_to_test():
+    for a, b in [({0: 1.0}, {0: 2.0}), ({0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.0}), ({}, {})]:
+        assert math.isnan(tables.paired_test(a, b)["p"])
+
+
+def test_holm_is_the_step_down_correction():
+    # By hand: 0.01 * 4, then max(0.04, 0.02 * 3), max(0.06, 0.03 * 2), max(0.06, 0.5).
+    assert tables.holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert tables.holm([0.9, math.nan, 0.8])[::2] == pytest.approx([1.0, 1.0])
+
+
+def test_the_table_has_a_line_for_each_variant():
+    table = rows({"plain": [0.70, 0.72, 0.71], "residual": [0.80, 0.83, 0.80]})
+    lines = tables.markdown(table, "plain").splitlines()
+    assert lines[0] == (
+        "| variant | n | evaluation error (%) | training error (%) | evaluation loss (nats) | "
+        "against plain | p |"
+    )
+    assert lines[2] == "| plain | 3 | 29.00 ± 1.00 | 50.00 ± 0.00 | 1.000 ± 0.000 |  |  |"
+    p = stats.ttest_rel([0.30, 0.28, 0.29], [0.20, 0.17, 0.20]).pvalue
+    d = np.array([-10.0, -11.0, -9.0])
+    width = stats.t.ppf(0.975, 2) * d.std(ddof=1) / math.sqrt(3)
+    assert lines[3] == (
+        "| residual | 3 | 19.00 ± 1.73 | 50.00 ± 0.00 | 1.000 ± 0.000 | "
+        f"-10.00 ± {width:.2f} | {p:.2g} |"
+    )
+
+
+def test_what_failed_is_said_and_not_counted():
+    table = [*rows({"a": [0.5, 0.7]}), *rows({"b": [0.1]}, "failed: no such file")]
+    text = tables.markdown(table, "a")
+    assert "| b | 0 of 1 | - | - | - | - | - |" in text
+    assert "Not finished: b/seed0: failed: no such file." in text
+
+
+def test_what_is_written_is_read(tmp_path):
+    table = rows({"a,b": [0.25]})
+    tables.write(table, tmp_path)
+    (got,) = tables.read(tmp_path)
+    assert got == {k: str(v) for k, v in table[0].items()}
+    assert (tmp_path / "table.md").read_text() == tables.markdown(table)

@@ -1,0 +1,152 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from helpers import assert_trees_equal, max_difference, tiny_resnet
+from test_train import saved, timeless
+
+from flax_resnet import run, together
+from flax_resnet.augment import Augment
+from flax_resnet.checkpoint import CheckpointConfig
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import DataConfig
+from flax_resnet.distributed import data_mesh
+from flax_resnet.errors import UserError
+from flax_resnet.metrics import RunLog, read_metrics
+from flax_resnet.optim import SGD, Cosine, ReduceOnPlateau
+from flax_resnet.train import train_and_evaluate
+
+
+def variants(data_dir, dtype="float32"):
+    """Four runs that differ by seed, learning rate and weight decay, everything random on."""
+    base = TrainConfig(
+        model=tiny_resnet(dtype=dtype, param_dtype=dtype, dropblock_rate=0.1, dropblock_size=2),
+        data=DataConfig(data_dir=data_dir),
+        augment=Augment(rotation=10, cutout=2, mixup=0.2),
+        optimizer=SGD(schedule=Cosine(warmup=0.2)),
+        dropblock_rise=0.5,
+        batch_size=96,
+        eval_batch_size=400,
+        num_steps=5,
+        log_every_steps=2,
+        ema_decay=0.9,
+        checkpoint=CheckpointConfig(every_steps=2),
+    )
+    own = [(0, 0.1, 0.0), (1, 0.05, 5e-4), (2, 0.1, 1e-3), (9, 0.2, 5e-4)]
+    return [
+        dataclasses.replace(
+            base, seed=s, optimizer=dataclasses.replace(base.optimizer, learning_rate=lr,
+                                                        weight_decay=wd)
+        )
+        for s, lr, wd in own
+    ]  # fmt: skip
+
+
+def last_state(run):
+    """The state after all of a run's steps."""
+    step, _ = run.compile()
+    for batch in run.batches():
+        run.state, _ = step(run.state, batch)
+    return run.state
+
+
+@pytest.mark.parametrize("schedule", [Cosine(warmup=0.2), ReduceOnPlateau(patience=1, warmup=0.2)])
+def test_networks_trained_together_equal_runs_of_their_own_in_x64(digits_dir, tmp_path, schedule):
+    with jax.enable_x64(True):
+        configs = [
+            dataclasses.replace(c, optimizer=dataclasses.replace(c.optimizer, schedule=schedule))
+            for c in variants(digits_dir, "float64")
+        ]
+        state = last_state(together.set_up(configs, tmp_path, jax.devices()[:2]))
+        assert len(state.step.sharding.device_set) == 2
+        for i in (0, 3):
+            one = last_state(run.set_up(configs[i], tmp_path, data_mesh(jax.devices()[:1])))
+            for name in ("params", "batch_stats", "ema"):
+                here = jax.tree.map(lambda x, i=i: x[i], getattr(state, name))
+                assert max_difference(here, getattr(one, name)) < 1e-10
+
+
+@pytest.fixture
+def configs(digits_dir, tmp_path):
+    return {tmp_path / f"seed{c.seed}": c for c in variants(digits_dir)[:2]}
+
+
+@pytest.fixture
+def devices():
+    return jax.devices()[:1]
+
+
+def test_each_leaves_the_record_of_a_run_of_its_own(configs, tmp_path, devices, mesh, capsys):
+    results = together.train_together(configs, tmp_path / "together", devices)
+    assert "2 x ResNet" in capsys.readouterr().out
+    workdir, config = list(configs.items())[1]
+    alone = train_and_evaluate(config, tmp_path / "alone", mesh=mesh)
+    assert results[1].keys() == alone.keys()
+    assert results[1]["loss"] == pytest.approx(alone["loss"], abs=1e-4)
+    assert json.loads((workdir / "result.json").read_text()) == results[1]
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert {path.name for path in workdir.iterdir()} == names
+    assert not (tmp_path / "together").exists()
+    got, want = (timeless(read_metrics(path)) for path in (workdir, tmp_path / "alone"))
+    for a, b in zip(got, want, strict=True):
+        assert a == pytest.approx(b, abs=2e-3) if a["split"] == "eval" else a.keys() == b.keys()
+        if a["split"] == "train":
+            assert a["learning_rate"] == pytest.approx(b["learning_rate"])
+    state, meta = saved(workdir)
+    assert meta["config"]["seed"] == config.seed
+    assert np.shape(state["step"]) == ()
+    with_it = train_and_evaluate(config, workdir, mesh=mesh)
+    assert with_it == results[1]
+
+
+class Killed(BaseException):
+    """No Exception: nothing that survives a failure catches it."""
+
+
+def test_killed_twice_they_end_bit_identical(configs, tmp_path, devices, monkeypatch):
+    together.train_together(configs, tmp_path / "together", devices)
+    again = {tmp_path / "again" / path.name: config for path, config in configs.items()}
+    write, written = RunLog.write, []
+
+    def kill_at(log, *args):
+        write(log, *args)
+        written.append(1)
+        if len(written) in (3, 9):
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "write", kill_at)
+        for _ in range(2):
+            with pytest.raises(Killed):
+                together.train_together(again, tmp_path / "again" / "together", devices)
+    together.train_together(again, tmp_path / "again" / "together", devices)
+    for whole, killed in zip(configs, again, strict=True):
+        assert_trees_equal(saved(killed)[0], saved(whole)[0])
+        assert timeless(read_metrics(killed)) == timeless(read_metrics(whole))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 8}, "they differ in more than seed, learning rate and weight decay"),
+        ({"num_steps": 6}, "they differ in more than seed"),
+    ],
+)
+def test_runs_that_do_not_go_together(configs, tmp_path, changes, message):
+    first, second = configs
+    configs[second] = dataclasses.replace(configs[second], **changes)
+    with pytest.raises(UserError, match=f"do not train together: {message}.*; train them in turn"):
+        together.train_together(configs, tmp_path / "together")
+    assert not first.exists()
+
+
+def test_a_streamed_set_is_one_line(configs, tmp_path, devices):
+    streamed = {
+        path: dataclasses.replace(c, data=dataclasses.replace(c.data, resident_mb=0))
+        for path, c in configs.items()
+    }
+    with pytest.raises(UserError, match="is streamed, and networks that train together need it"):
+        together.train_together(streamed, tmp_path / "together", devices)
+    assert not any(path.exists() for path in configs)
