@@ -4,6 +4,8 @@ Claim: a ResNet-20 (He et al. 2016, section 4.2) reads scikit-learn's 8x8 digits
 for training, with at least 98 % top-1 on the other 355.
 
 Command: python -m experiments.digits
+Hardware: a 2-core CPU, about 16 s.
+Published: none.
 """
 
 from flax_resnet.augment import Augment

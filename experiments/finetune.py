@@ -9,6 +9,8 @@ A linear probe: --model.frozen-stages 4 --cache-features --data.no-random-resize
     --augment.no-flip
 Gradual unfreezing: --optimizer.unfreeze 0.2 0.4 0.6 0.8 0.9
 BatchNorm, trained: --model.norm-kind batch; measured anew on the images first: --measure-norms
+Hardware: not run here; meant for one GPU.
+Published: none.
 """
 
 from flax_resnet.augment import Augment

@@ -10,6 +10,8 @@ The trunk never changes, so that its features are computed once and kept on disk
 
 Command: python -m experiments.mnist_transfer --data.data-dir DIR
 Weights from a file, without a network: --weights resnet152_weights_tf_dim_ordering_tf_kernels.h5
+Hardware: a 2-core CPU, about three minutes (with random weights: ImageNet's were not at hand).
+Published: 92.75 % top-1 on test (the tutorial).
 """
 
 from flax_resnet.checkpoint import CheckpointConfig

@@ -1,14 +1,17 @@
-"""Every experiment's config builds, fits its recipe, and takes a step."""
+"""Every experiment says what it claims, its config builds and fits its recipe, and takes a step."""
 
 import dataclasses
 import importlib
+import inspect
 import pkgutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import experiments
+from experiments import cifar10_highway, cifar10_preact, cifar10_resnet, table, wide_resnet
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.models import architecture, create
@@ -21,6 +24,13 @@ MODULES = {
     if not is_package
 }
 NAMES = [name for name, module in MODULES.items() if hasattr(module, "get_config")]
+DEPTHS = [
+    *((cifar10_resnet, f"resnet{depth}", depth) for depth in (20, 32, 44, 56, 110, 1202)),
+    *((cifar10_preact, f"preresnet{depth}", depth) for depth in (110, 164, 1001)),
+    *((cifar10_highway, f"highway{depth}", depth) for depth in (19, 32)),
+    (wide_resnet, "wrn_28_10", 28),
+]
+SMALL = {"num_filters": 4, "stem_filters": None, "stage_filters": (4,), "dense_features": (8,)}
 
 
 @pytest.fixture(params=NAMES)
@@ -29,14 +39,17 @@ def module(request):
 
 
 def test_experiments_are_found():
-    assert {"digits", "cifar10_mini", "mnist_transfer", "finetune"} <= set(NAMES)
+    named = {"digits", "mnist_transfer", "cifar10_mini", "cifar10_resnet", "cifar10_preact",
+             "cifar10_highway", "wide_resnet", "cifar100_dropblock", "finetune"}  # fmt: skip
+    assert named <= set(NAMES)
     assert "gradient_flow" in set(MODULES) - set(NAMES)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_docstring_gives_the_command(name):
-    assert f"Command: python -m experiments.{name}" in MODULES[name].__doc__
-    assert "Claim: " in MODULES[name].__doc__
+@pytest.mark.parametrize("name", [*NAMES, "gradient_flow"])
+def test_docstring_states_claim_command_hardware_and_published_figure(name):
+    said = {label: table.field(inspect.getdoc(MODULES[name]), label) for label in table.LABELS}
+    assert min(map(len, said.values())) >= len("none."), said
+    assert said["Command"].startswith(f"python -m experiments.{name}")
 
 
 def test_config_builds_and_records(module):
@@ -45,34 +58,117 @@ def test_config_builds_and_records(module):
     assert from_record(to_record(config)) == config
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "depth"), DEPTHS, ids=[f"{m.__name__[12:]}-{d}" for m, _, d in DEPTHS]
+)
+def test_each_depth_of_a_paper_is_its_network(module, name, depth):
+    assert module.get_config(depth).model == create(name)
+
+
 def shrunk(config, folder):
-    """A recipe as it is, on a few small images, one block a stage, from no weights, for a step."""
-    model = config.model.clone(stage_sizes=(1,) * len(config.model.stage_sizes), num_classes=10)
+    """A recipe as it is, on a few small images, one narrow block, from no weights, for a step."""
+    model = config.model
+    fields = {name: small for name, small in SMALL.items() if hasattr(model, name)}
+    if hasattr(model, "stage_sizes"):
+        fields["stage_sizes"] = (1,)
+    if hasattr(model, "frozen_stages"):
+        fields["frozen_stages"] = min(1, model.frozen_stages)
     return dataclasses.replace(
         config,
-        model=model,
+        model=model.clone(num_classes=10, **fields),
         data=DataConfig(folder=str(folder), holdout_every=2),
         weights=None,
         normalization="imagenet" if config.normalization == "weights" else config.normalization,
         batch_size=4,
+        accum_steps=1,
         eval_batch_size=4,
         num_steps=1,
     )
 
 
-def test_one_step_on_synthetic_images(module, tmp_path, mesh, rng, monkeypatch):
-    monkeypatch.setenv("FLAX_RESNET_CACHE", str(tmp_path / "cache"))
-    config = shrunk(module.get_config(), tmp_path / "data")
-    side = 8 * getattr(config.model, "stem_stride", 2)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ten classes of two random 8x8 images."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for label in range(10):
-        directory = tmp_path / "data" / f"class{label}"
-        directory.mkdir(parents=True)
+        directory = root / f"class{label}"
+        directory.mkdir()
         for i in range(2):
-            pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(directory / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def quick_compilation():
+    """Compiles in half the time, for what runs one step."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_one_step_on_synthetic_images(module, tmp_path, mesh, folder, monkeypatch):
+    monkeypatch.setenv("FLAX_RESNET_CACHE", str(tmp_path / "cache"))
+    config = shrunk(module.get_config(), folder)
+    side = 8 * getattr(config.model, "stem_stride", 1)
+    data = dataclasses.replace(config.data, image_size=side)
+    config = dataclasses.replace(config, data=data)
     result = train_and_evaluate(config, tmp_path / "w", mesh=mesh)
     assert (result["step"], result["num_eval"]) == (1, 10)
     assert np.isfinite(result["loss"])
+
+
+def rates(config, *steps):
+    """Learning rates at some steps of a run as long as the config says."""
+    schedule = config.optimizer.schedule.build(config.optimizer.learning_rate, config.num_steps)
+    return [float(schedule(step)) for step in steps]
+
+
+def test_cifar10_resnet_is_the_papers_recipe():
+    config = cifar10_resnet.get_config()
+    optimizer = config.optimizer
+    assert (config.num_steps, config.batch_size) == (64_000, 128)
+    assert (optimizer.momentum, optimizer.weight_decay, optimizer.nesterov) == (0.9, 1e-4, False)
+    assert (config.augment.pad_crop, config.augment.flip) == (4, True)
+    drops = rates(config, 0, 31_999, 32_001, 47_999, 48_001, 63_999)
+    np.testing.assert_allclose(drops, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-6)
+
+
+@pytest.mark.parametrize("config", [cifar10_resnet.get_config(110), cifar10_preact.get_config()])
+def test_deep_ones_rise_first_and_drop_where_the_others_do(config):
+    found = rates(config, 0, 200, 400, 31_999, 32_001, 47_999, 48_001)
+    wanted = [0.01, 0.055, 0.1, 0.1, 0.01, 0.01, 0.001]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_the_connections_share_one_recipe():
+    base = cifar10_resnet.get_config()
+    for config in (cifar10_highway.get_config(), cifar10_resnet.get_config(56)):
+        assert dataclasses.replace(config, model=base.model) == base
+
+
+def test_wide_resnet_is_the_papers_recipe():
+    config = wide_resnet.get_config()
+    optimizer = config.optimizer
+    assert (config.num_epochs, config.batch_size, config.augment.pad_mode) == (200, 128, "reflect")
+    assert (optimizer.momentum, optimizer.weight_decay, optimizer.nesterov) == (0.9, 5e-4, True)
+    steps = 200 * 391
+    schedule = optimizer.schedule.build(optimizer.learning_rate, steps)
+    found = [float(schedule(391 * epoch + 1)) for epoch in (0, 59, 60, 119, 120, 159, 160, 199)]
+    wanted = [0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_cifar100_dropblock_is_the_tutorials_recipe():
+    config = importlib.import_module("experiments.cifar100_dropblock").get_config()
+    model = config.model
+    assert (model.stage_filters, model.dense_features) == ((128, 256, 512, 1024), (4096, 4096))
+    assert (config.batch_size, config.eval_batch_size, model.num_classes) == (250, 250, 100)
+    epochs = config.dropblock_rise * config.num_epochs
+    assert (epochs, model.dropblock_rate / epochs) == (40, pytest.approx(0.005))
+    assert config.eval_every_epochs == config.num_epochs
+    assert config.data.eval_split == "test"
 
 
 def test_cifar10_mini_is_the_tutorials_recipe():

@@ -1,0 +1,1 @@
+"""One module, one question: what a run's figures owe to one choice of it."""

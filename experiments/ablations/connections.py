@@ -1,0 +1,44 @@
+"""Plain, residual and highway networks by depth: do shortcuts pay, and do gates on them?
+
+Claim: plain networks lose by depth, in training as on test; residual ones gain; highway networks of
+the same layout train too, and are not better for their gates. All have two-layer blocks, the recipe
+of experiments.cifar10_resnet and the default gate bias, -2; with a bias and a rate of their own
+(experiments.ablations.gate_bias) highway networks may do better.
+
+Command: python -m experiments.ablations.connections --data.data-dir DIR --seeds 3
+Hardware: not run here; meant for one GPU.
+Published: test error of residual networks of 20 and 56 layers 8.75 and 6.97 % (He et al. 2016,
+table 6), of plain ones about 9 and 13 % (read off its figure 6); of such highway networks: none.
+"""
+
+from experiments import cifar10_resnet
+from flax_resnet.config import TrainConfig
+from flax_resnet.main import ablate
+from flax_resnet.models import cifar_resnet
+from flax_resnet.sweep import grid
+
+BASELINE = "residual20"
+CONNECTIONS = ("plain", "residual", "highway")
+DEPTHS = (20, 56)
+
+
+def get_base() -> TrainConfig:
+    """ResNet-20 by the paper's recipe."""
+    return cifar10_resnet.get_config(20)
+
+
+def get_grid(base: TrainConfig, seeds: int) -> dict[str, TrainConfig]:
+    """The base's network with each connection at each depth."""
+    variants = {
+        f"{connection}{depth}": {
+            "model.connection": connection,
+            "model.stage_sizes": cifar_resnet(depth).stage_sizes,
+        }
+        for depth in DEPTHS
+        for connection in CONNECTIONS
+    }
+    return grid(base, {"": variants}, seeds)
+
+
+if __name__ == "__main__":
+    ablate(get_base, get_grid, "runs/ablations/connections", baseline=BASELINE)

@@ -1,0 +1,48 @@
+"""The depth problem: plain and residual networks of 20 and 56 layers (He et al. 2016, figure 6).
+
+Claim: the plain network of 56 layers has a higher training error than that of 20, and a higher
+test error: degradation, not overfitting. With shortcuts the deeper one is no worse in training.
+
+Command: python -m experiments.ablations.depth --data.data-dir DIR
+Reduced, for a CPU: --data.image-size 16 --data.train-split "train[:20%]" --num-steps 1600
+The tutorials' figure of it: python -m experiments.plots depth-problem runs/ablations/depth
+Hardware: reduced on a 2-core CPU (experiments/README.md); at full size not run here, meant for one
+GPU.
+Published: plain 20 and 56 layers about 9 and 13 % test error (figure 6, left); residual 8.75 and
+6.97 % (table 6).
+"""
+
+from collections.abc import Mapping
+
+from experiments import cifar10_resnet
+from flax_resnet.config import TrainConfig
+from flax_resnet.main import ablate
+from flax_resnet.models import cifar_resnet
+from flax_resnet.models.blocks import Connection
+from flax_resnet.sweep import grid
+
+CONNECTIONS: tuple[Connection, ...] = ("plain", "residual")
+DEPTHS = (20, 56)
+BASELINE = "plain-20"
+
+
+def get_base() -> TrainConfig:
+    """experiments.cifar10_resnet."""
+    return cifar10_resnet.get_config()
+
+
+def get_grid(base: TrainConfig, seeds: int) -> Mapping[str, TrainConfig]:
+    """Both connections at both depths; the base's other fields of the model stay."""
+    networks = {
+        f"{connection}-{depth}": {
+            "model.connection": connection,
+            "model.stage_sizes": cifar_resnet(depth).stage_sizes,
+        }
+        for connection in CONNECTIONS
+        for depth in DEPTHS
+    }
+    return grid(base, {"": networks}, seeds)
+
+
+if __name__ == "__main__":
+    ablate(get_base, get_grid, workdir="runs/ablations/depth", baseline=BASELINE)

@@ -1,0 +1,1 @@
+"""Scripts that start experiments on machines of some kind."""

@@ -1,0 +1,208 @@
+"""The tutorials' CIFAR-10 studies in full on one GPU, in pieces that end before a limit.
+
+Runs experiments.cifar10_mini, cifar10_resnet with 20, 56 and 110 layers, and the recipe of
+cifar100_dropblock on CIFAR-10, three seeds each, one after another, every one as the command that
+is printed. When the time is up the running one is ended (it goes on from its last checkpoint) and
+the exit status is 75: start the same command again, as often as it takes. When all are finished the
+status is 0. Of each finished one a record goes to experiments/results, and experiments/README.md is
+written anew (experiments.results).
+
+python -m experiments.launch.tutorials --data-dir DIR --minutes 9
+
+It was written for a GPU like the H200, and calls of 10 minutes; nothing has been run on a GPU yet,
+so how many calls it takes is not known. MiniModel and the DropBlock network compute in bfloat16;
+the thin networks stay in float32, since arithmetic is not what takes their time. --trial runs it
+all in a minute or two on a CPU: small networks, a few steps, scikit-learn's digits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from experiments import results
+from flax_resnet import flags
+from flax_resnet.errors import POSITIVE, UserError, check_range, did_you_mean
+from flax_resnet.main import one_line_errors
+
+EXIT_AGAIN = 75
+LEAST_SECONDS = 20
+"""With less than this left nothing is started."""
+GRACE_SECONDS = 10
+ON_CPU = {"JAX_PLATFORMS": "cpu"}
+"""Writing a record is no work for the accelerator."""
+BFLOAT16 = ("--model.dtype", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """An experiment that is run in full.
+
+    Attributes:
+      module: of experiments.
+      parameters: flags of its get_config.
+      changes: flags that change its config; not for a trial.
+    """
+
+    module: str
+    parameters: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+
+
+STUDIES = {
+    "cifar10_resnet-depth20": Study("cifar10_resnet", ("--depth", "20")),
+    "cifar10_mini": Study("cifar10_mini", changes=BFLOAT16),
+    "cifar10_resnet-depth56": Study("cifar10_resnet", ("--depth", "56")),
+    "cifar10_dropblock": Study(
+        "cifar100_dropblock",
+        changes=("--data.name", "cifar10", "--model.num-classes", "10", *BFLOAT16),
+    ),
+    "cifar10_resnet-depth110": Study("cifar10_resnet", ("--depth", "110")),
+}
+"""{directory and record: what is run}, in that order."""
+TRIAL = ("--data.name", "sklearn_digits", "--num-steps", "2", "--batch-size", "8")
+SMALL = {
+    "cifar10_resnet": ("--model.stage-sizes", "1", "--model.num-filters", "4"),
+    "cifar10_mini": ("--model.stage-sizes", "1", "--model.num-filters", "4"),
+    "cifar100_dropblock": ("--model.stage-filters", "4", "--model.dense-features", "8"),
+}
+"""Flags that shrink each experiment's network to a trial."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is run, and for how long."""
+
+    data_dir: str | None = None
+    """Directory that holds cifar10."""
+    workdir: str = "runs/tutorials"
+    """Each experiment's working directory is in it."""
+    minutes: float = 9.0
+    """End after this many."""
+    seeds: int = 3
+    """Of each experiment."""
+    only: tuple[str, ...] = tuple(STUDIES)
+    """Which of them."""
+    data_note: str | None = None
+    """What the records call the data, where it is not quite what its name says."""
+    output: str | None = None
+    """Directory that gets results/NAME.json and README.md: experiments; of a trial the workdir."""
+    trial: bool = False
+    """Small networks, two steps, and the bundled digits."""
+
+    def __post_init__(self) -> None:
+        check_range("--minutes", self.minutes, POSITIVE)
+        check_range("--seeds", self.seeds, 1)
+        for name in self.only:
+            if name not in STUDIES:
+                raise UserError(
+                    f"--only {name!r}: expected some of {', '.join(STUDIES)}"
+                    f"{did_you_mean(name, STUDIES)}"
+                )
+        if self.data_dir is None and not self.trial:
+            raise UserError("--data-dir: name the directory that holds cifar10 (or --trial)")
+
+
+def command(name: str, settings: Settings) -> list[str]:
+    """The command line of one study."""
+    study = STUDIES[name]
+    words = [sys.executable, "-m", f"experiments.{study.module}", *study.parameters]
+    if settings.trial:
+        words += [*TRIAL, *SMALL[study.module]]
+    else:
+        words += [*study.changes, "--data.data-dir", str(settings.data_dir)]
+    workdir = Path(settings.workdir) / name
+    return [*words, "--num-seeds", str(settings.seeds), "--workdir", str(workdir)]
+
+
+def recording(name: str, settings: Settings) -> list[str]:
+    """The command line that writes a finished study's record."""
+    words = [sys.executable, "-m", "experiments.results", str(Path(settings.workdir) / name)]
+    output = settings.output or (settings.workdir if settings.trial else str(results.HERE))
+    words += ["--name", name, "--output", output]
+    return words if settings.data_note is None else [*words, "--data-note", settings.data_note]
+
+
+def finished(name: str, settings: Settings) -> bool:
+    """True where every seed has its result."""
+    found = (Path(settings.workdir) / name).rglob("result.json")
+    return sum(1 for _ in found) >= settings.seeds
+
+
+def run(command: Sequence[str], log: Path, end: float, environment: Mapping[str, str]) -> bool:
+    """Runs a command until it ends, True, or until ``end``, False; its output is added to a log.
+
+    Args:
+      command: what to run.
+      log: gets what it prints.
+      end: of time.monotonic.
+      environment: of the command.
+
+    Raises:
+      UserError: it failed.
+    """
+    with log.open("a") as out:
+        child = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            status = child.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            _end(child)
+    if status:
+        last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(f"{shlex.join(command)} ended with status {status}: {last}; see {log}")
+    return True
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Ends a command and what it started, if it still runs."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGTERM)
+        try:
+            child.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def launch(settings: Settings) -> bool:
+    """Runs what is not finished; False where the time did not suffice."""
+    end = time.monotonic() + 60 * settings.minutes
+    workdir = Path(settings.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    environment = {"JAX_COMPILATION_CACHE_DIR": str((workdir / "compiled").resolve()), **os.environ}
+    for name in settings.only:
+        log = workdir / f"{name}.log"
+        if not finished(name, settings):
+            words = command(name, settings)
+            print(shlex.join(words), flush=True)
+            if end - time.monotonic() < LEAST_SECONDS or not run(words, log, end, environment):
+                return False
+        if not run(recording(name, settings), log, end, {**environment, **ON_CPU}):
+            return False
+        print(f"{name}: finished and recorded", flush=True)
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs studies; status 0 when all are finished, 75 when the time is up."""
+    with one_line_errors():
+        about, prog = __doc__ or "", "python -m experiments.launch.tutorials"
+        done = launch(flags.cli(Settings, argv, about, prog))
+    if not done:
+        print("the time is up: start the same command again", flush=True)
+    sys.exit(0 if done else EXIT_AGAIN)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""experiments/README.md as text: from the records of results and the experiments' docstrings."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax_resnet.tables import mean_and_deviation
+
+LABELS = ("Claim", "Command", "Hardware", "Published")
+MOST_CHANGES = 6
+Record = Mapping[str, Any]
+Document = Mapping[str, str]
+HEAD = """# Results
+
+Written by `python -m experiments.results` from the records in `results/` and the experiments'
+docstrings, never by hand; a test compares. `python -m experiments.results DIR` adds the finished
+runs in DIR.
+
+Figures are mean ± standard deviation (n - 1) over n seeds, of the last step, not of the best.
+Training figures are over the last logged interval, of augmented images. "Run as it stands" is a run
+of the experiment's own config; of others the fields that differ are named. DIR is where the data
+is.
+"""
+
+
+def documents(directory: Path) -> dict[str, dict[str, str]]:
+    """{name: {"title", "Claim", ...}} of the experiments in a directory and of its ablations."""
+    found = {}
+    paths = [*sorted(directory.glob("*.py")), *sorted(directory.glob("ablations/*.py"))]
+    for path in paths:
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        if field(text, "Claim") and field(text, "Published"):
+            name = ".".join(path.relative_to(directory).with_suffix("").parts)
+            fields = {label: field(text, label) for label in LABELS}
+            found[name] = {"title": text.partition("\n")[0], **fields}
+    return found
+
+
+def field(text: str, label: str) -> str:
+    """What a docstring says after ``label: ``, in one line; "" where it says nothing.
+
+    It ends before a blank line or another label, and a command also before a line that is not
+    indented.
+    """
+    end = (
+        r"(?=\n\n|\n(?! )|\Z)" if label == "Command" else rf"(?=\n\n|\n(?:{'|'.join(LABELS)}): |\Z)"
+    )
+    match = re.search(rf"^{label}: (.*?){end}", text, re.MULTILINE | re.DOTALL)
+    return " ".join(match[1].split()) if match else ""
+
+
+def render(records: Mapping[str, Record], texts: Mapping[str, Document]) -> str:
+    """The README.
+
+    Args:
+      records: by name.
+      texts: by module, of ``documents``.
+    """
+    head = ["experiment", "command", "result", "differs", "hardware", "published", "status"]
+    rows = []
+    for module, text in texts.items():
+        own = {name: r for name, r in records.items() if r["module"] == module}
+        rows += [_row(name, record, text) for name, record in own.items()]
+        if all(_changes(record) for record in own.values()):
+            not_run = ["", "", text["Hardware"], text["Published"], "not run here"]
+            rows.append([f"`{module}`", f"`{text['Command']}`", *not_run])
+    parts = [HEAD, _markdown(head, rows)]
+    for name, record in records.items():
+        if len(_variants(record)) > 1:
+            parts += [f"## {name}\n", _variant_table(record)]
+        if "networks" in record:
+            parts += [f"## {name}\n", _network_table(record["networks"])]
+    if records:
+        parts += ["## Records\n", _details(records)]
+    return "\n".join(parts)
+
+
+def _row(name: str, record: Record, text: Document) -> list[str]:
+    changes = _changes(record)
+    commands = "; ".join(f"`{command}`" for command in record["commands"])
+    differs = "; ".join([*changes[:MOST_CHANGES], *_more(changes)])
+    status = "run, changed" if changes else "run as it stands"
+    hardware = "; ".join(record["hardware"])
+    return [f"`{name}`", commands, _result(name, record), differs, hardware, text["Published"],
+            status]  # fmt: skip
+
+
+def _changes(record: Record) -> list[str]:
+    """What sets the runs of a record apart from the experiment as it stands."""
+    missing = record["missing_variants"]
+    parts = [*record["changed_fields"]]
+    parts += [f"without {', '.join(missing)}"] if missing else []
+    return [*parts, *([record["note"]] if record["note"] else [])]
+
+
+def _more(changes: Sequence[str]) -> list[str]:
+    rest = len(changes) - MOST_CHANGES
+    return [f"and {rest} more"] if rest > 0 else []
+
+
+def _variants(record: Record) -> dict[str, list[Record]]:
+    """{variant: its runs}."""
+    found: dict[str, list[Record]] = {}
+    for run in record.get("runs", ()):
+        found.setdefault(run["variant"], []).append(run)
+    return found
+
+
+def _result(name: str, record: Record) -> str:
+    variants = _variants(record)
+    if len(variants) != 1:
+        return f"[below](#{re.sub(r'[^a-z0-9_-]', '', name.lower())})"
+    (runs,) = variants.values()
+    last = runs[-1]
+    return (
+        f"{spread([100 * run['top1'] for run in runs])} % top-1 of {last['num_eval']:,} images, "
+        f"{record['data']}; n = {len(runs)}"
+    )
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation (n - 1); of one value, that value."""
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
+
+
+def _variant_table(record: Record) -> str:
+    """A row for each variant: errors, training loss, steps."""
+    head = ["variant", "n", "top-1 error, %", "training error, %", "training loss", "steps"]
+    rows = []
+    for variant, runs in _variants(record).items():
+        errors = [spread([100 * (1 - run[k]) for run in runs]) for k in ("top1", "train_top1")]
+        loss = spread([run["train_loss"] for run in runs], 4)
+        steps = " and ".join(f"{step:,}" for step in sorted({run["step"] for run in runs}))
+        rows.append([f"`{variant}`" if variant else "", str(len(runs)), *errors, loss, steps])
+    images = f"{record['runs'][0]['num_eval']:,} images of {record['data']}"
+    return f"Top-1 error of {images}.\n\n{_markdown(head, rows)}"
+
+
+def _network_table(networks: Sequence[Record]) -> str:
+    """Gradients at initialisation: first over last, geometric means over seeds."""
+    head = ["norm", "network", "layers", "by block output, first / last", "by kernel", "n"]
+    rows = []
+    for network in networks:
+        ratios = [f"{network[k]:.1e}" for k in ("output", "kernel")]
+        rows.append([network["norm"], network["connection"], str(network["depth"]), *ratios,
+                     str(network["n"])])  # fmt: skip
+    return _markdown(head, rows)
+
+
+def _details(records: Mapping[str, Record]) -> str:
+    head = ["record", "date", "commit", "jax", "flax", "data", "training images", "epochs",
+            "seconds a run"]  # fmt: skip
+    rows = []
+    for name, record in records.items():
+        commits = ", ".join(record["commits"])
+        commits += " and uncommitted changes" if record["uncommitted_changes"] else ""
+        versions = [record["versions"].get(package, "") for package in ("jax", "flax")]
+        runs = record.get("runs", [])
+        images = " and ".join(f"{n:,}" for n in sorted({run["num_train"] for run in runs}))
+        epochs = " and ".join(f"{e:g}" for e in sorted({round(run["epochs"], 2) for run in runs}))
+        seconds = spread([run["seconds"] for run in runs], 1) if runs else ""
+        rows.append([f"`{name}`", record["date"], commits, *versions, record["data"], images,
+                     epochs, seconds])  # fmt: skip
+    return _markdown(head, rows)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)

@@ -1,0 +1,135 @@
+"""Ablations: the grid is what its docstring says, and flags of the base reach every variant."""
+
+import importlib
+import inspect
+import pkgutil
+
+import jax
+import pytest
+from helpers import shapes_of
+
+from experiments import ablations, table
+from flax_resnet import flags
+from flax_resnet.config import TrainConfig
+from flax_resnet.models import BasicBlock, BottleneckBlock, PreActBottleneckBlock, ResNet
+from flax_resnet.record import flatten, to_record
+
+MODULES = {
+    name: importlib.import_module(f"experiments.ablations.{name}")
+    for _, name, _ in pkgutil.iter_modules(ablations.__path__)
+}
+VARYING = {
+    "shortcuts": {"model.shortcut"},
+    "connections": {"model.connection", "model.stage_sizes"},
+    "versions": {"model.block_cls", "model.stage_sizes", "model.shortcut", "model.stride_conv"},
+    "zero_init": {"model.zero_init_last", "model.stage_sizes"},
+    "bn_momentum": {"model.bn_momentum"},
+    "dropblock": {"model.dropblock_rate", "dropblock_rise"},
+    "gate_bias": {"model.gate_bias", "optimizer.learning_rate"},
+}
+COUNTS = {"shortcuts": 3, "connections": 6, "versions": 6, "zero_init": 4, "bn_momentum": 4,
+          "dropblock": 7, "gate_bias": 15}  # fmt: skip
+
+
+def variants(name, seeds=1):
+    module = MODULES[name]
+    return module.get_grid(module.get_base(), seeds)
+
+
+def differing(config, base):
+    one, other = flatten(to_record(config)), flatten(to_record(base))
+    return {field for field in one if one[field] != other[field]}
+
+
+def test_ablations_are_found():
+    assert VARYING.keys() <= MODULES.keys()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_states_claim_command_hardware_and_published_figure(name):
+    said = {label: table.field(inspect.getdoc(MODULES[name]), label) for label in table.LABELS}
+    assert min(map(len, said.values())) >= len("none."), said
+    assert said["Command"].startswith(f"python -m experiments.ablations.{name}")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_variant_has_its_seeds_and_the_baseline_is_one(name):
+    found = variants(name, 2)
+    assert all(isinstance(config, TrainConfig) for config in found.values())
+    names = {key.rpartition("/")[0] for key in found}
+    assert {f"{variant}/seed{seed}" for variant in names for seed in (0, 1)} == set(found)
+    assert all(found[f"{variant}/seed1"].seed == 1 for variant in names)
+    assert MODULES[name].BASELINE in names
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_nothing_but_the_question_varies(name):
+    found = variants(name)
+    base = MODULES[name].get_base()
+    assert set().union(*(differing(config, base) for config in found.values())) == VARYING[name]
+    assert len({repr(config) for config in found.values()}) == len(found) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_flags_of_the_base_reach_every_variant(name):
+    module = MODULES[name]
+    size = ["--model.dense-features", "8"] if name == "dropblock" else ["--model.num-filters", "4"]
+    words = [*size, "--model.dtype", "bfloat16", "--num-steps", "7"]
+    base = flags.parse(module.get_base(), "runs/x", words).config
+    for config in module.get_grid(base, 1).values():
+        assert (config.model.dtype, config.num_steps) == ("bfloat16", 7)
+        narrow = (8,) if name == "dropblock" else 4
+        assert narrow in (getattr(config.model, f, None) for f in ("dense_features", "num_filters"))
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_every_variants_network_builds(name):
+    for config in variants(name).values():
+        model = config.model.clone(dtype="bfloat16")
+        if isinstance(model, ResNet):
+            model = model.clone(scan_blocks=True)  # as fast for 164 layers as for 20
+        head = shapes_of(model, (32, 32, 3))["params"]["head"]
+        assert head["bias"].shape == (model.num_classes,)
+
+
+@pytest.mark.parametrize("name", ["dropblock", "gate_bias"])
+def test_what_is_tuned_is_tuned_on_training_images_held_out(name):
+    for config in variants(name).values():
+        assert config.data.train_split == "train[:90%]"
+        assert config.data.eval_split == "train[90%:]"
+
+
+def test_each_gate_bias_has_every_learning_rate():
+    pairs = {(c.model.gate_bias, c.optimizer.learning_rate) for c in variants("gate_bias").values()}
+    assert {bias for bias, _ in pairs} == {0.0, -1.0, -2.0, -4.0, -6.0}
+    assert all((bias, rate) in pairs for bias, _ in pairs for rate in (0.03, 0.1, 0.3))
+
+
+def test_versions_differ_by_the_block_alone():
+    models = {name.partition("/")[0]: c.model for name, c in variants("versions").items()}
+    for depth in (20, 110, 164):
+        v1, v2 = models[f"v1-{depth}"], models[f"v2-{depth}"]
+        assert v1.clone(block_cls=v2.block_cls) == v2
+    assert models["v1-110"].block_cls is BasicBlock
+    assert models["v1-164"].block_cls is BottleneckBlock
+    assert models["v2-164"].block_cls is PreActBottleneckBlock
+
+
+def test_bn_momentum_changes_evaluation_alone(rng):
+    """What the docstring says: one step from one seed, and the parameters are equal."""
+    images = rng.normal(size=(4, 8, 8, 3))
+    gradients = []
+    for config in variants("bn_momentum").values():
+        model = config.model.clone(stage_sizes=(1,), num_filters=4)
+        variables = model.init(jax.random.key(0), images)
+
+        def loss(params, model=model, stats=variables["batch_stats"]):
+            both = {"params": params, "batch_stats": stats}
+            out, new = model.apply(both, images, train=True, mutable=["batch_stats"])
+            return (out**2).sum(), new
+
+        gradients.append(jax.grad(loss, has_aux=True)(variables["params"]))
+    (first, kept), *others = gradients
+    for gradient, stats in others:
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, gradient))
+        assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), kept, stats))

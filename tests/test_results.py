@@ -1,0 +1,233 @@
+"""Records of runs, and the table that is written from them."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from helpers import assert_one_line_error
+
+from experiments import cifar10_resnet, digits, results, table
+from experiments.ablations import shortcuts
+from flax_resnet.errors import UserError
+from flax_resnet.record import to_record
+
+EXPERIMENTS = Path(results.__file__).parent
+DIGITS = "/home/someone/code/experiments/digits.py"
+
+
+def leave_run(path, config, argv, top1, seed=0, **start):
+    """A finished run's two files, as training leaves them."""
+    path.mkdir(parents=True)
+    began = {
+        "time": "2026-01-02T03:04:05Z",
+        "argv": argv,
+        "git": {"commit": "0123456789abcdef", "changed": False},
+        "packages": {"jax": "0.10.2", "flax": "0.12.8"},
+        "devices": ["cpu"],
+        "platform": "cpu",
+        "cpu_cores": 2,
+    }
+    record = {**to_record(config), "seed": seed}
+    text = json.dumps({"config": record, "starts": [{**began, **start}]})
+    (path / "config.json").write_text(text)
+    result = {
+        "step": 690, "epochs": 30.0, "num_train": 1442, "num_eval": 355, "top1": top1, "top5": 1.0,
+        "loss": 0.5, "train_top1": 0.75, "train_loss": 0.25, "seconds": 12.0, "best_top1": 1.0,
+    }  # fmt: skip
+    (path / "result.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Three seeds of digits with 90, 92 and 97 %."""
+    argv = [DIGITS, "--num-seeds", "3", "--workdir", "/home/someone/w"]
+    for seed, top1 in enumerate((0.90, 0.92, 0.97)):
+        leave_run(tmp_path / "w" / f"seed{seed}", digits.get_config(), argv, top1, seed)
+    return tmp_path / "w"
+
+
+@pytest.fixture
+def ablation(tmp_path):
+    """Two seeds of two of the three variants, cut to 7 steps."""
+    argv = ["/x/experiments/ablations/shortcuts.py", "--num-steps=7", "--seeds", "2"]
+    tops = {"shortcut=A": (0.5, 0.75), "shortcut=B": (0.25, 0.25)}
+    for name, config in shortcuts.get_grid(shortcuts.get_base(), 2).items():
+        variant, _, seed = name.partition("/seed")
+        if variant in tops:
+            config = dataclasses.replace(config, num_steps=7)
+            leave_run(tmp_path / "a" / name, config, argv, tops[variant][int(seed)], int(seed))
+    return tmp_path / "a"
+
+
+TEXT = {"title": "T", "Claim": "c", "Command": "run | it", "Hardware": "not run here; one GPU.",
+        "Published": "8.75 %."}  # fmt: skip
+
+
+def test_a_record_has_the_figures_and_where_they_come_from(seeds):
+    name, record = results.collect([seeds], "a note", "Digits (8x8)")
+    assert (name, record["module"], record["data"]) == ("digits", "digits", "Digits (8x8)")
+    assert record["commands"] == ["python -m experiments.digits --num-seeds 3"]
+    assert (record["date"], record["commits"]) == ("2026-01-02", ["0123456789ab"])
+    assert record["hardware"] == ["2-core CPU"]
+    assert record["versions"] == {"jax": "0.10.2", "flax": "0.12.8"}
+    assert [(run["seed"], run["top1"]) for run in record["runs"]] == [
+        (0, 0.9),
+        (1, 0.92),
+        (2, 0.97),
+    ]
+    assert record["runs"][0]["train_loss"] == 0.25
+    assert (record["changed_fields"], record["missing_variants"]) == ([], [])
+    assert record["note"] == "a note"
+
+
+def test_the_table_has_mean_deviation_and_count(seeds):
+    _, record = results.collect([seeds])
+    text = table.render({"digits": record}, {"digits": TEXT})
+    # Deviations from 93 are -3, -1 and 4: 26 / 2 is 13.
+    assert f"93.00 ± {math.sqrt(13):.2f} % top-1 of 355 images, sklearn_digits; n = 3" in text
+    assert "run as it stands" in text
+    assert "not run here" not in text
+
+
+def test_runs_given_one_by_one_are_seeds_of_one(tmp_path):
+    for seed in (0, 1):
+        argv = [DIGITS, "--seed", str(seed), "--workdir", f"/home/someone/{seed}"]
+        leave_run(tmp_path / str(seed), digits.get_config(), argv, 0.5, seed)
+    _, record = results.collect([tmp_path / "0", tmp_path / "1"])
+    assert record["commands"] == ["python -m experiments.digits --seed S"]
+    assert [(run["variant"], run["seed"]) for run in record["runs"]] == [("", 0), ("", 1)]
+
+
+def test_what_was_changed_is_found_and_named(tmp_path):
+    config = dataclasses.replace(digits.get_config(), num_epochs=2.0, eval_every_epochs=1.0)
+    leave_run(tmp_path / "w", config, [DIGITS], 0.5, seed=3)
+    name, record = results.collect([tmp_path / "w"])
+    assert record["changed_fields"] == ["num_epochs 2.0, not 30"]
+    text = table.render({name: record}, {"digits": TEXT})
+    assert "| run, changed |" in text
+    assert (
+        "| `digits` | `run \\| it` |  |  | not run here; one GPU. | 8.75 %. | not run here |"
+        in text
+    )
+
+
+def test_parameters_are_part_of_the_name_and_of_what_is_compared_with(tmp_path):
+    argv = ["/x/experiments/cifar10_resnet.py", "--depth", "56", "--data.data-dir=/home/someone/d"]
+    leave_run(tmp_path / "w", cifar10_resnet.get_config(56), argv, 0.9)
+    name, record = results.collect([tmp_path / "w"])
+    assert name == "cifar10_resnet-depth56"
+    assert record["changed_fields"] == []
+    command = "python -m experiments.cifar10_resnet --depth 56 --data.data-dir DIR"
+    assert record["commands"] == [command]
+
+
+def test_nothing_of_the_machine_is_in_a_record(tmp_path):
+    data = dataclasses.replace(digits.get_config().data, folder="/home/someone/photos")
+    config = dataclasses.replace(digits.get_config(), data=data, weights="~/nets/a.npz")
+    argv = [DIGITS, "--data.folder", "/home/someone/photos", "--weights", "~/nets/a.npz"]
+    leave_run(tmp_path / "w", config, argv, 0.5)
+    _, record = results.collect([tmp_path / "w"])
+    assert "someone" not in json.dumps(record)
+    assert "nets" not in json.dumps(record)
+    assert record["commands"] == ["python -m experiments.digits --data.folder DIR --weights PATH"]
+
+
+def test_several_devices_and_changed_checkouts_are_said(tmp_path):
+    leave_run(tmp_path / "w", digits.get_config(), [DIGITS], 0.5, devices=["NVIDIA H200"] * 2,
+              platform="gpu", cpu_cores=16, git={"commit": "f" * 40, "changed": True})  # fmt: skip
+    name, record = results.collect([tmp_path / "w"])
+    assert record["hardware"] == ["2 x NVIDIA H200, 16-core CPU"]
+    assert "ffffffffffff and uncommitted changes" in table.render({name: record}, {"digits": TEXT})
+
+
+def test_an_ablation_has_a_row_for_each_variant(ablation):
+    name, record = results.collect([ablation])
+    assert (name, record["missing_variants"]) == ("ablations.shortcuts", ["shortcut=C"])
+    assert record["changed_fields"] == ["num_steps 7, not 64000"]
+    text = table.render({name: record}, {name: TEXT})
+    # Of 50 and 25 %: mean 37.5, deviation 25 / sqrt(2).
+    assert "| `shortcut=A` | 2 | 37.50 ± 17.68 | 25.00 ± 0.00 | 0.2500 ± 0.0000 | 690 |" in text
+    assert "| `shortcut=B` | 2 | 75.00 ± 0.00 | 25.00 ± 0.00 | 0.2500 ± 0.0000 | 690 |" in text
+    assert "[below](#ablationsshortcuts) | num_steps 7, not 64000; without shortcut=C |" in text
+
+
+def test_gradients_are_collected_from_their_own_result(tmp_path):
+    network = {"norm": "batch", "init": "x", "connection": "plain", "depth": 20,
+               "kernel": {"first_over_last": 10.09},
+               "output": {"first_over_last": 17.99}}  # fmt: skip
+    settings = {"workdir": "/home/someone/w", "depths": [20], "seeds": 3, "batch_size": 32,
+                "image_size": 32}  # fmt: skip
+    hardware = {"device": "cpu", "devices": 1, "processor": "x", "cores": 2, "jax": "0.10.2"}
+    result = {"settings": settings, "hardware": hardware, "networks": [network]}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    name, record = results.collect_networks(tmp_path)
+    assert record["commands"] == ["python -m experiments.gradient_flow --depths 20"]
+    assert record["changed_fields"] == ["depths 20, not 20 56 110"]
+    assert "someone" not in json.dumps(record)
+    text = table.render({name: record}, {name: TEXT})
+    assert "| batch | plain | 20 | 1.8e+01 | 1.0e+01 | 3 |" in text
+
+
+def test_bad_directories_are_refused_in_one_line(tmp_path, seeds, ablation):
+    with pytest.raises(UserError, match="no finished run is in it"):
+        results.collect([tmp_path / "absent"])
+    with pytest.raises(UserError, match=r"ablations.shortcuts and digits: collect one"):
+        results.collect([seeds, ablation])
+    with pytest.raises(UserError, match="digits, seed 0: 2 runs of it"):
+        results.collect([seeds, seeds])
+    leave_run(tmp_path / "own", digits.get_config(), ["/x/mine.py"], 0.5)
+    with pytest.raises(UserError, match=r"run by mine: expected one of python -m"):
+        results.collect([tmp_path / "own"])
+    (tmp_path / "own" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="not a run's record"):
+        results.collect([tmp_path / "own"])
+
+
+def test_the_command_writes_record_and_readme(tmp_path, seeds):
+    output = tmp_path / "out"
+    results.main([str(seeds), "--output", str(output), "--name", "digits-three"])
+    record = json.loads((output / "results" / "digits-three.json").read_text())
+    assert record == results.collect([seeds])[1]
+    first = (output / "README.md").read_text()
+    assert "`digits-three`" in first
+    results.main(["--output", str(output)])
+    assert (output / "README.md").read_text() == first
+
+
+def test_a_docstrings_fields_end_where_they_should():
+    text = "T\n\nClaim: a: b\nc.\n\nCommand: x --y\n    --z\nMore: --w\nHardware: h\nPublished: p"
+    found = {label: table.field(text, label) for label in table.LABELS}
+    assert found == {"Claim": "a: b c.", "Command": "x --y --z", "Hardware": "h", "Published": "p"}
+
+
+def test_the_readme_is_what_the_records_and_docstrings_give():
+    records = results.load_records(EXPERIMENTS / "results")
+    wanted = table.render(records, table.documents(EXPERIMENTS))
+    assert (EXPERIMENTS / "README.md").read_text() == wanted
+
+
+def test_the_committed_records_hold_nothing_private_and_are_of_experiments():
+    texts = table.documents(EXPERIMENTS)
+    for path in (EXPERIMENTS / "results").glob("*.json"):
+        text = path.read_text()
+        assert not re.search(r'"(/|~)|/(home|tmp|work|root)/', text), path
+        assert json.loads(text)["module"] in texts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--note", "n"], "give DIR as well"),
+        (["{seeds}", "--name", "a/b"], "--name 'a/b': expected letters"),
+        (["{seeds}", "--nam", "a"], "did you mean --name?"),
+    ],
+)
+def test_bad_flags_end_the_command_in_one_line(arguments, message, seeds, tmp_path, capsys):
+    words = [word.format(seeds=seeds) for word in arguments]
+    with pytest.raises(SystemExit) as stop:
+        results.main([*words, "--output", str(tmp_path / "out")])
+    assert_one_line_error((stop.value.code, *capsys.readouterr()), message)
+    assert not (tmp_path / "out" / "README.md").exists()
