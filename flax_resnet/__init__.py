@@ -8,6 +8,8 @@ from flax_resnet.data import Data as Data
 from flax_resnet.data import DataConfig as DataConfig
 from flax_resnet.distributed import data_mesh as data_mesh
 from flax_resnet.errors import UserError as UserError
+from flax_resnet.grids import grid as grid
+from flax_resnet.grids import replaced as replaced
 from flax_resnet.models import BasicBlock as BasicBlock
 from flax_resnet.models import Block as Block
 from flax_resnet.models import BottleneckBlock as BottleneckBlock
@@ -59,6 +61,8 @@ from flax_resnet.step import create_state as create_state
 from flax_resnet.step import eval_step as eval_step
 from flax_resnet.step import train_step as train_step
 from flax_resnet.summary import summarize as summarize
+from flax_resnet.sweeps import sweep as sweep
+from flax_resnet.sweeps import train_seeds as train_seeds
 from flax_resnet.train import train_and_evaluate as train_and_evaluate
 
 __version__ = "0.1.0"

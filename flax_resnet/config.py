@@ -22,7 +22,7 @@ from flax import linen as nn
 from flax_resnet.augment import Augment, NormalizationKind
 from flax_resnet.checkpoint import CheckpointConfig
 from flax_resnet.data import FREE, DataConfig
-from flax_resnet.errors import POSITIVE, UserError, check_range
+from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
 from flax_resnet.files import replacing
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD, Optimizer
@@ -86,6 +86,7 @@ class TrainConfig:
     """When to save and what to keep."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         inf = math.inf
         bounds = {
             "batch_size": (1, inf),

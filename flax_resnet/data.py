@@ -1,9 +1,10 @@
 """Batches on the devices, from a tfds set or a folder.
 
-The rows of batch k are a pure function of (seed, k): permutations of the training split, one
-an epoch, are joined end to end and cut into batches. No example is dropped or seen twice in an
-epoch, the position in the data is the step number, and a set that lives on the device gives
-the same batches as one that streams.
+The rows of batch k are a pure function of (seed, k): permutations of the training split are joined
+end to end, each row ``repeats`` times in a row, and cut into batches. So no example is dropped, and
+without repeats none is seen twice in an epoch; with r an epoch is as long and has some 1/r of the
+examples, and r epochs have each r times. The position in the data is the step number, and a set
+that lives on the device gives the same batches as one that streams.
 """
 
 from __future__ import annotations

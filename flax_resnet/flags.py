@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import re
 import types
@@ -78,22 +79,37 @@ def arguments(
     """
     given: dict[str, Any] = {}
     rest = [_dashes(argument) for argument in argv]
-    for name, hint in typing.get_type_hints(get_config).items():
+    for name, choices in _parameters(get_config).items():
         flag = "--" + name.replace("_", "-")
-        places = [i for i, a in enumerate(rest) if a == flag or a.startswith(flag + "=")]
-        if name == "return" or not places:
-            continue
-        i = places[-1]
-        word = rest[i].partition("=")[2] or (rest[i + 1] if i + 1 < len(rest) else "")
-        choices = typing.get_args(hint)
-        if choices and word not in choices:
-            near = did_you_mean(word, choices)
-            raise UserError(f"{flag} {word!r}: expected one of {', '.join(choices)}{near}")
-        if not choices and not word.isdecimal():
-            raise UserError(f"{flag} {word!r}: expected a whole number")
-        given[name] = word if choices else int(word)
-        rest = rest[:i] + rest[i + (1 if "=" in rest[i] else 2) :]
+        while places := [i for i, a in enumerate(rest) if a == flag or a.startswith(flag + "=")]:
+            i = places[0]  # of several the last one counts
+            word = rest[i].partition("=")[2] or (rest[i + 1] if i + 1 < len(rest) else "")
+            if choices and word not in choices:
+                near = did_you_mean(word, choices)
+                raise UserError(f"{flag} {word!r}: expected one of {', '.join(choices)}{near}")
+            if not choices and not word.isdecimal():
+                raise UserError(f"{flag} {word!r}: expected a whole number")
+            given[name] = word if choices else int(word)
+            rest = rest[:i] + rest[i + (1 if "=" in rest[i] else 2) :]
     return given, rest
+
+
+def _parameters(get_config: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
+    """{parameter: its choices; of a number none}."""
+    hints = typing.get_type_hints(get_config)
+    return {name: typing.get_args(hint) for name, hint in hints.items() if name != "return"}
+
+
+def arguments_help(get_config: Callable[..., Any]) -> str:
+    """What --help says of the flags that ``arguments`` takes out; "" where there are none."""
+    defaults = inspect.signature(get_config).parameters
+    parts = [
+        f"--{name.replace('_', '-')} {{{','.join(choices)}}} (default: {defaults[name].default})"
+        if choices
+        else f"--{name.replace('_', '-')} INT (default: {defaults[name].default})"
+        for name, choices in _parameters(get_config).items()
+    ]
+    return f"Flags of this experiment alone: {'; '.join(parts)}." if parts else ""
 
 
 def parse(
@@ -181,7 +197,7 @@ def _one_line(box: str) -> str:
             sections.append([])
         elif line:
             sections[-1].append(line)
-    text = " ".join(sections[0])
+    text = re.sub(r"^Error parsing \w+: ", "", " ".join(sections[0]))
     for section in sections[1:]:
         if section and "Perhaps you meant" in section[0]:
             near = re.search(r"--[\w.-]+", " ".join(section))

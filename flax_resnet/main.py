@@ -15,7 +15,7 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.datasets.prepare import prepare
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.pretrained import tags
-from flax_resnet.sweep import sweep, train_seeds
+from flax_resnet.sweeps import sweep, train_seeds
 from flax_resnet.train import train_and_evaluate
 
 EXIT_BAD_INPUT = 2
@@ -55,7 +55,7 @@ def ablate(
     workdir: str,
     argv: Sequence[str] | None = None,
     *,
-    baseline: str | None = None,
+    baseline: str | Mapping[str, str] | None = None,
 ) -> None:
     """Runs an ablation: a grid of an experiment's config, changed by flags, through ``sweep``.
 
@@ -66,7 +66,7 @@ def ablate(
       get_grid: (config, seeds) to named configs, as ``grid`` gives.
       workdir: as of ``main``.
       argv: flags; by default the process's.
-      baseline: the variant that the others are compared with.
+      baseline: the variant that the others are compared with, or {variant: its own reference}.
     """
     with one_line_errors():
         chosen = chosen_by(get_config, workdir, argv, flags.SweepInvocation, get_grid)
@@ -99,7 +99,7 @@ def chosen_by(
     prog = f"python -m {module.__spec__.name}" if module.__spec__ else None
     given, rest = flags.arguments(get_config, sys.argv[1:] if argv is None else argv)
     workdir = "-".join([workdir, *(f"{name}{value}" for name, value in given.items())])
-    about = module.__doc__ or ""
+    about = f"{module.__doc__ or ''}\n{flags.arguments_help(get_config)}"
     return flags.parse(get_config(**given), workdir, rest, about, prog, ask)
 
 

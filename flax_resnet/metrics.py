@@ -188,6 +188,8 @@ class RunLogs:
         """As RunLog.write, of values that are arrays (S,) or the same for all; prints one line."""
         for i, log in enumerate(self._logs):
             own = {name: float(v[i]) if np.ndim(v) else v for name, v in values.items()}
+            if "images_per_second" in own:
+                own["images_per_second"] /= len(self._logs)  # its share
             log.write(split, step, epoch, own)
         text = " ".join(
             f"{name} {np.mean(v):.4g} ({np.min(v):.4g}-{np.max(v):.4g})"

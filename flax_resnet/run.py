@@ -26,7 +26,7 @@ from flax_resnet.data import Data
 from flax_resnet.errors import UserError
 from flax_resnet.layers import needs_x64
 from flax_resnet.models import WeightsError, initializer
-from flax_resnet.optim import LAMB, LARS
+from flax_resnet.optim import LAMB, LARS, learning_rate_at
 from flax_resnet.pretrained import Pretrained
 from flax_resnet.step import LOSSES, Batch, TrainState, create_state, eval_step, train_step
 
@@ -50,6 +50,7 @@ class Run:
     compile_seconds: float = 0.0
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     confusion: np.ndarray | None = None
+    shared_by: int = 1  # networks that trained in the program whose ``seconds`` these are
 
     @property
     def epoch(self) -> float:
@@ -61,9 +62,9 @@ class Run:
         state = self.state
         return (state if self.whole is None else transfer.with_trunk(state, self.whole)).arrays()
 
-    def scaled(self, rate: jax.Array) -> Any:
-        """A learning rate of the schedule, as the run has it."""
-        return float(rate)
+    def learning_rate(self) -> Any:
+        """The rate of the last step: a float, or one a network of those that train together."""
+        return float(learning_rate_at(self.schedule, self.state.opt_state, self.step - 1))
 
     @property
     def lead(self) -> tuple[int, ...]:

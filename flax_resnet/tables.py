@@ -89,48 +89,64 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def markdown(rows: Sequence[Row], baseline: str | None = None) -> str:
+def markdown(rows: Sequence[Row], baseline: str | Mapping[str, str] | None = None) -> str:
     """A table with a line for each variant.
 
     Args:
       rows: of runs.
-      baseline: the variant that the others are compared with, by evaluation error.
+      baseline: the variant that the others are compared with, by evaluation error; or for each
+        variant that is compared, the one it is compared with.
     """
     variants = by_variant(rows)
+    if isinstance(baseline, str):
+        baseline = {name: baseline for name in variants if name != baseline}
+    tests = _tests(variants, baseline or {})
     header = ["variant", "n", *(heading for heading, *_ in SHOWN)]
-    tests: dict[str, dict[str, float]] = {}
-    if baseline in variants:
-        header += [f"against {baseline}", "p"]
-        reference = errors(variants[baseline], "top1", True)
-        others = [name for name in variants if name != baseline]
-        found = [paired_test(errors(variants[v], "top1", True), reference) for v in others]
-        corrected = holm([test["p"] for test in found])
-        tests = {
-            name: {**test, "p": p} for name, test, p in zip(others, found, corrected, strict=True)
-        }
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for name, own in variants.items():
         runs = [row for row in own if row["state"] == FINISHED]
         count = str(len(runs)) if len(runs) == len(own) else f"{len(runs)} of {len(own)}"
         cells = [plus_minus(errors(own, f, share).values(), d) for _, f, share, d in SHOWN]
-        line = [name, count, *cells]
-        if tests:
-            line += _compared(tests[name]) if name in tests else ["", ""]
-        lines.append(line)
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        compared = _compared(*tests[name]) if name in tests else ["", "", ""]
+        lines.append([name, count, *cells, *(compared if tests else [])])
     notes = ["Mean ± standard deviation over n seeds. Training error is that of the last interval, "
              "of augmented images."]  # fmt: skip
     if tests:
+        header += ["against", "difference", "p"]
+        counted = sum(not math.isnan(test["p"]) for _, test in tests.values())
         notes.append(
             "Differences of evaluation error in percentage points with a 95 % confidence interval; "
             "p of Student's test paired by seed, corrected by Holm for so many comparisons: "
-            f"{len(tests)}."
+            f"{counted}."
         )
     failed = [f"{row['variant']}/seed{row['seed']}: {row['state']}" for row in rows
               if row["state"] != FINISHED]  # fmt: skip
     if failed:
         notes.append("Not finished: " + "; ".join(failed) + ".")
-    return text + "\n" + "\n".join(notes) + "\n"
+    return markdown_table(header, lines) + "\n" + "\n".join(notes) + "\n"
+
+
+def _tests(
+    variants: Mapping[str, Sequence[Row]], baseline: Mapping[str, str]
+) -> dict[str, tuple[str, dict[str, float]]]:
+    """{variant: (what it is compared with, the test)}, p corrected for their number."""
+    pairs = {name: of for name, of in baseline.items() if name in variants and of in variants}
+    found = [
+        paired_test(errors(variants[name], "top1", True), errors(variants[of], "top1", True))
+        for name, of in pairs.items()
+    ]
+    corrected = holm([test["p"] for test in found])
+    return {
+        name: (of, {**test, "p": p})
+        for (name, of), test, p in zip(pairs.items(), found, corrected, strict=True)
+    }
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; bars in cells are escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def plus_minus(values: Iterable[float], digits: int = 2) -> str:
@@ -142,16 +158,18 @@ def plus_minus(values: Iterable[float], digits: int = 2) -> str:
     return f"{mean:.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
 
 
-def _compared(test: Mapping[str, float]) -> list[str]:
+def _compared(of: str, test: Mapping[str, float]) -> list[str]:
     if not test["n"]:
-        return ["-", "-"]
+        return [of, "-", "-"]
     width = "" if math.isnan(test["half_width"]) else f" ± {test['half_width']:.2f}"
     p = test["p"]
     shown = "-" if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
-    return [f"{test['difference']:+.2f}{width}", shown]
+    return [of, f"{test['difference']:+.2f}{width}", shown]
 
 
-def write(rows: Sequence[Row], directory: Path, baseline: str | None = None) -> None:
+def write(
+    rows: Sequence[Row], directory: Path, baseline: str | Mapping[str, str] | None = None
+) -> None:
     """Writes table.csv (a line for each run) and table.md (a line for each variant)."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     file = io.StringIO()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +18,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding
 
 from flax_resnet import distributed, metrics
 from flax_resnet.checkpoint import Checkpoints
-from flax_resnet.config import TrainConfig, check_workdir, claimed
+from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.errors import UserError
 from flax_resnet.files import digest
-from flax_resnet.optim import Constant, ReduceOnPlateau
+from flax_resnet.optim import Constant, ReduceOnPlateau, learning_rate_at
 from flax_resnet.record import to_record
 from flax_resnet.run import Run, measure_statistics, prepare, restore
 from flax_resnet.step import Batch, TrainState, of_trainable
@@ -51,10 +53,14 @@ class Together(Run):
         """Each device has its share of the networks."""
         return distributed.batch_sharding(self.mesh)
 
-    def scaled(self, rate: jax.Array) -> Any:
-        """The learning rate of each network, where the first one's is ``rate``."""
-        peaks = np.array([config.optimizer.learning_rate for config in self.configs])
-        return np.asarray(rate) * (peaks / peaks[0] if peaks[0] else 1.0)
+    def learning_rate(self) -> Any:
+        """Each network's rate of the last step: (S,)."""
+        scale = learning_rate_at(lambda step: 1.0, self.state.opt_state, self.step - 1)
+        return np.array([rate(self.step - 1) for rate in self._schedules()]) * np.asarray(scale)
+
+    def _schedules(self) -> list[optax.Schedule]:
+        optimizers = [config.optimizer for config in self.configs]
+        return [o.schedule.build(o.learning_rate, self.num_steps) for o in optimizers]
 
     def steps(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The two steps of one network, mapped over the seed axis."""
@@ -83,9 +89,12 @@ class Together(Run):
         optimizers = [config.optimizer for config in self.configs]
         if len({(o.learning_rate, o.weight_decay) for o in optimizers}) == 1:
             return {}
-        rates = [o.schedule.build(o.learning_rate, self.num_steps)(step) for o in optimizers]
+        rates = [rate(step) for rate in self._schedules()]
         decays = [o.weight_decay for o in optimizers]
-        return {"learning_rate": jnp.stack(rates), "weight_decay": jnp.asarray(decays, float)}
+        return {
+            "learning_rate": jnp.stack([jnp.asarray(rate) for rate in rates]),
+            "weight_decay": jnp.asarray(decays, float),
+        }
 
     def batches(self) -> Iterator[Batch]:
         """Batches (S, B, ...), each network's of its own seed's order."""
@@ -110,7 +119,12 @@ class Together(Run):
             seconds=self.seconds,
             evaluation={n: float(np.asarray(v)[index]) for n, v in self.evaluation.items()},
             confusion=self.confusion[index],
+            shared_by=len(self.configs),
         )
+
+
+class NotTogether(UserError):
+    """These runs can only be trained in turn."""
 
 
 def why_not(configs: Sequence[TrainConfig]) -> str | None:
@@ -143,15 +157,16 @@ def set_up(
       devices: to run on, by default all; the most that divide the runs evenly are used.
 
     Raises:
+      NotTogether: they have to be trained in turn.
       UserError: the first thing that is wrong.
     """
     if reason := why_not(configs):
-        raise UserError(f"these runs do not train together: {reason}; train them in turn")
+        raise NotTogether(f"these runs do not train together: {reason}; train them in turn")
     devices = jax.devices() if devices is None else devices
     most = max(n for n in range(1, len(devices) + 1) if len(configs) % n == 0)
     run = prepare(configs[0], directory, distributed.data_mesh(devices[:most]))
     if not run.data.resident:
-        raise UserError(
+        raise NotTogether(
             f"{configs[0].data.title} is streamed, and networks that train together need it on the "
             "device: raise --data.resident-mb, or train them in turn"
         )
@@ -174,56 +189,95 @@ def train_together(
     """Trains runs that differ by seed, learning rate and weight decay in one program.
 
     Each leaves the record that it would alone, in its own workdir, with the last checkpoint
-    (the best evaluation is in its metrics). What is under way is saved in ``directory``, which
-    goes when all are finished.
+    (the best evaluation is in its metrics); seconds are its share of the program's. What is
+    under way is saved in ``directory``, which goes when all are finished. Finished runs are
+    left as they are, and those that began together go on together.
 
     Args:
       configs: workdir to config; ``batch_size`` is each network's.
-      directory: of the common checkpoints.
+      directory: of the common checkpoints; the workdirs lie below its parent.
       devices: to run on, by default all.
 
     Returns:
       What each result.json holds.
 
     Raises:
-      UserError: bad input, or the runs do not go together; nothing has been written then.
+      NotTogether: they have to be trained in turn.
+      UserError: bad input; nothing has been written then.
     """
     for workdir, config in configs.items():
         check_workdir(workdir, config)
-    results = [finished(workdir) for workdir in configs]
-    if not all(results):
-        # The members' configs name it: another choice of runs does not meet these checkpoints.
-        records = [repr(to_record(config)) for config in configs.values()]
-        own = directory / digest(records)[:12]
-        run = set_up(list(configs.values()), own, devices)
-        steps = run.compile()
-        with contextlib.ExitStack() as stack:
-            for (workdir, config), result in zip(configs.items(), results, strict=True):
-                if result is None:
-                    stack.enter_context(claimed(workdir, config))
-            logs = [
-                metrics.RunLog(workdir, run.step, run.num_steps, lead=result is None, quiet=True)
-                for workdir, result in zip(configs, results, strict=True)
-            ]
-            go(run, *steps, own / "checkpoints", metrics.RunLogs(logs, run.num_steps))
-            results = [
-                result or _leave(run.of(i, workdir))
-                for i, (workdir, result) in enumerate(zip(configs, results, strict=True))
-            ]
-        shutil.rmtree(own)
-        with contextlib.suppress(OSError):
-            directory.rmdir()
-    return [result for result in results if result is not None]
+    groups = _begun(list(configs), directory)
+    begun = {workdir for members in groups.values() for workdir in members}
+    fresh = [path for path in configs if path not in begun and finished(path) is None]
+    alone = [path for path in fresh if (path / "checkpoints").exists()]
+    if alone:
+        raise NotTogether(f"{alone[0]} was begun by itself: train it on by itself, in turn")
+    if fresh:
+        names = [path.relative_to(directory.parent).as_posix() for path in fresh]
+        groups[directory / digest(names)[:12]] = fresh
+    for own, members in groups.items():
+        if not all(map(finished, members)):
+            _train_group({path: configs[path] for path in members}, own, devices)
+        shutil.rmtree(own, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+    return [result for path in configs if (result := finished(path)) is not None]
 
 
-def _leave(run: Run) -> dict[str, Any]:
+def _begun(workdirs: Sequence[Path], directory: Path) -> dict[Path, list[Path]]:
+    """{directory of common checkpoints: its runs} of those that were begun together.
+
+    Raises:
+      UserError: not all runs of one are asked for.
+    """
+    groups = {}
+    for record in sorted(directory.glob("*/members.json")):
+        members = [directory.parent / name for name in json.loads(record.read_text())]
+        missing = [path for path in members if path not in workdirs]
+        if len(missing) == len(members):
+            continue  # of other configs
+        if missing:
+            raise UserError(
+                f"{missing[0]} is being trained together with some of these runs: ask for it too, "
+                f"or remove {record.parent} to begin them again"
+            )
+        groups[record.parent] = members
+    return groups
+
+
+def _train_group(
+    configs: Mapping[Path, TrainConfig], own: Path, devices: Sequence[jax.Device] | None
+) -> None:
+    """Trains those that belong together to the end; what a finished one has left stays."""
+    run = set_up(list(configs.values()), own, devices)
+    steps = run.compile()
+    open_ones = [path for path in configs if finished(path) is None]
+    with contextlib.ExitStack() as stack:
+        for path in open_ones:
+            stack.enter_context(claimed(path, configs[path]))
+        own.mkdir(parents=True, exist_ok=True)
+        names = [path.relative_to(own.parent.parent).as_posix() for path in configs]
+        write_json(own / "members.json", names)
+        logs = [
+            metrics.RunLog(path, run.step, run.num_steps, lead=path in open_ones, quiet=True)
+            for path in configs
+        ]
+        go(run, *steps, own / "checkpoints", metrics.RunLogs(logs, run.num_steps))
+        for i, path in enumerate(configs):
+            if path in open_ones:
+                _leave(run.of(i, path))
+
+
+def _leave(run: Run) -> None:
     """Writes what a run of its own would have left."""
     checkpoints = Checkpoints(run.workdir / "checkpoints", run.config.checkpoint)
     try:
-        meta = {"step": run.step, "seconds": run.seconds, **run.data.describe()}
-        meta["config"] = to_record(run.config)
-        checkpoints.save(run.step, run.arrays(), meta, run.evaluation)
-        checkpoints.wait()
+        if checkpoints.latest_step() != run.step:  # not killed just here before
+            meta = {"step": run.step, "seconds": run.seconds, **run.data.describe()}
+            meta["config"] = to_record(run.config)
+            checkpoints.save(run.step, run.arrays(), meta, run.evaluation)
+            checkpoints.wait()
     finally:
         checkpoints.close()
-    return conclude(run, quiet=True)
+    conclude(run, quiet=True)

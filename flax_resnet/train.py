@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from flax_resnet import distributed, figures, metrics
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
-from flax_resnet.optim import learning_rate_at
 from flax_resnet.record import to_record
 from flax_resnet.run import Run, set_up
 
@@ -25,7 +24,12 @@ MOST_STEPS_IN_FLIGHT = 2
 
 
 def train_and_evaluate(
-    config: TrainConfig, workdir: str | Path, *, mesh: Mesh | None = None, quiet: bool = False
+    config: TrainConfig,
+    workdir: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    quiet: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Trains, evaluates, and leaves the record in ``workdir``; resumes a run that is there.
 
@@ -35,6 +39,7 @@ def train_and_evaluate(
         confusion.png and, when the run is finished, result.json.
       mesh: devices to run on; by default all.
       quiet: print nothing; for runs side by side.
+      stop: asked after each step; where it says so the run ends there, as by Ctrl-C.
 
     Returns:
       What result.json holds; in a process that does not lead, nothing.
@@ -56,7 +61,7 @@ def train_and_evaluate(
     lead = distributed.is_lead()
     with claimed(workdir, config):
         log = metrics.RunLog(workdir, run.step, run.num_steps, lead=lead, quiet=quiet)
-        go(run, *steps, workdir / "checkpoints", log)
+        go(run, *steps, workdir / "checkpoints", log, stop)
         return conclude(run, quiet=quiet) if lead else {}
 
 
@@ -72,6 +77,7 @@ def go(
     eval_fn: Callable[..., Any],
     directory: Path,
     log: metrics.RunLog | metrics.RunLogs,
+    stop: Callable[[], bool] | None = None,
 ) -> None:
     """Takes a run that is set up and compiled to its end.
 
@@ -81,12 +87,13 @@ def go(
       eval_fn: likewise.
       directory: of the checkpoints.
       log: is closed afterwards.
+      stop: as of ``train_and_evaluate``.
     """
     try:
         checkpoints = Checkpoints(directory, run.config.checkpoint)
         try:
             log.message(_opening_line(run))
-            _loop(run, step_fn, eval_fn, checkpoints, log)
+            _loop(run, step_fn, eval_fn, checkpoints, log, stop)
             checkpoints.wait()
         finally:
             checkpoints.close()
@@ -100,6 +107,7 @@ def _loop(
     eval_fn: Callable[..., Any],
     checkpoints: Checkpoints,
     log: metrics.RunLog | metrics.RunLogs,
+    stop: Callable[[], bool] | None,
 ) -> None:
     """Trains from ``run.step`` to the end; evaluates, logs and saves on the way."""
     config = run.config
@@ -113,6 +121,8 @@ def _loop(
     for batch in timer.waiting(run.batches(), math.prod(run.lead) * config.batch_size):
         run.state, sums = step_fn(run.state, batch)
         run.step += 1
+        if stop is not None and stop():
+            raise KeyboardInterrupt
         pending.append(sums)
         if len(pending) > MOST_STEPS_IN_FLIGHT:
             jax.block_until_ready(pending[-1 - MOST_STEPS_IN_FLIGHT])
@@ -120,8 +130,8 @@ def _loop(
         saves = run.step == run.num_steps or any(run.step % every == 0 for every in save_every)
         if saves or run.step % config.log_every_steps == 0:
             # Saves end an interval too, so that a resumed run logs what an unbroken one does.
-            rate = run.scaled(learning_rate_at(run.schedule, run.state.opt_state, run.step - 1))
-            values = {**metrics.means(pending), "learning_rate": rate, **timer.summary()}
+            rate = {"learning_rate": run.learning_rate()}
+            values = {**metrics.means(pending), **rate, **timer.summary()}
             log.write("train", run.step, run.epoch, values)
             pending.clear()
             timer.reset()
@@ -177,9 +187,10 @@ def conclude(run: Run, *, quiet: bool = False) -> dict[str, Any]:
         "train_top1": last["top1"],
         "train_loss": last["loss"],
         "parameters": sum(x.size for x in jax.tree.leaves((run.whole or run.state).params)),
-        "seconds": run.seconds,
+        "seconds": run.seconds / run.shared_by,
         "num_train": run.data.num_train,
         "num_eval": run.data.num_eval,
+        **({"together": run.shared_by} if run.shared_by > 1 else {}),
     }
     if not quiet:
         metrics.closing_table(

@@ -54,23 +54,43 @@ def test_the_table_has_a_line_for_each_variant():
     lines = tables.markdown(table, "plain").splitlines()
     assert lines[0] == (
         "| variant | n | evaluation error (%) | training error (%) | evaluation loss (nats) | "
-        "against plain | p |"
+        "against | difference | p |"
     )
-    assert lines[2] == "| plain | 3 | 29.00 ± 1.00 | 50.00 ± 0.00 | 1.000 ± 0.000 |  |  |"
+    assert lines[2] == "| plain | 3 | 29.00 ± 1.00 | 50.00 ± 0.00 | 1.000 ± 0.000 |  |  |  |"
     p = stats.ttest_rel([0.30, 0.28, 0.29], [0.20, 0.17, 0.20]).pvalue
     d = np.array([-10.0, -11.0, -9.0])
     width = stats.t.ppf(0.975, 2) * d.std(ddof=1) / math.sqrt(3)
     assert lines[3] == (
         "| residual | 3 | 19.00 ± 1.73 | 50.00 ± 0.00 | 1.000 ± 0.000 | "
-        f"-10.00 ± {width:.2f} | {p:.2g} |"
+        f"plain | -10.00 ± {width:.2f} | {p:.2g} |"
     )
 
 
 def test_what_failed_is_said_and_not_counted():
     table = [*rows({"a": [0.5, 0.7]}), *rows({"b": [0.1]}, "failed: no such file")]
     text = tables.markdown(table, "a")
-    assert "| b | 0 of 1 | - | - | - | - | - |" in text
+    assert "| b | 0 of 1 | - | - | - | a | - | - |" in text
+    assert "comparisons: 0." in text
     assert "Not finished: b/seed0: failed: no such file." in text
+
+
+def test_each_may_have_a_reference_of_its_own(rng):
+    values = {name: rng.normal(0.8, 0.01, 4) for name in ("p20", "r20", "p56", "r56")}
+    text = tables.markdown(rows(values), {"r20": "p20", "r56": "p56"})
+    lines = {line.split(" | ")[0][2:]: line.split(" | ")[5:] for line in text.splitlines()[2:6]}
+    assert lines["p20"][0] == lines["p56"][0] == ""
+    ps = [stats.ttest_rel(-values[f"r{d}"], -values[f"p{d}"]).pvalue for d in (20, 56)]
+    want = tables.holm(ps)
+    for depth, p in zip((20, 56), want, strict=True):
+        assert lines[f"r{depth}"][0] == f"p{depth}"
+        assert lines[f"r{depth}"][2] == f"{p:.2g} |"
+
+
+def test_a_table_is_well_formed_whatever_is_in_it():
+    for table, baseline in [(rows({"a|b": [0.5]}), None), (rows({"a": [0.5]}), "a")]:
+        head, rule, line, *_ = tables.markdown(table, baseline).splitlines()
+        assert head.count(" | ") == rule.count(" | ") == line.count(" | ")
+    assert tables.markdown_table(["x"], [["a|b"]]) == "| x |\n| --- |\n| a\\|b |\n"
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -18,16 +18,20 @@ from flax_resnet.metrics import RunLog, read_metrics
 from flax_resnet.optim import SGD, Cosine, ReduceOnPlateau
 from flax_resnet.train import train_and_evaluate
 
+OPTIMIZED = True  # or the grouped convolutions of several networks take their time
+
 
 def variants(data_dir, dtype="float32"):
     """Four runs that differ by seed, learning rate and weight decay, everything random on."""
     base = TrainConfig(
-        model=tiny_resnet(dtype=dtype, param_dtype=dtype, dropblock_rate=0.1, dropblock_size=2),
+        model=tiny_resnet(
+            num_filters=4, dtype=dtype, param_dtype=dtype, dropblock_rate=0.1, dropblock_size=2
+        ),
         data=DataConfig(data_dir=data_dir),
         augment=Augment(rotation=10, cutout=2, mixup=0.2),
         optimizer=SGD(schedule=Cosine(warmup=0.2)),
         dropblock_rise=0.5,
-        batch_size=96,
+        batch_size=32,
         eval_batch_size=400,
         num_steps=5,
         log_every_steps=2,
@@ -83,7 +87,8 @@ def test_each_leaves_the_record_of_a_run_of_its_own(configs, tmp_path, devices, 
     assert "2 x ResNet" in capsys.readouterr().out
     workdir, config = list(configs.items())[1]
     alone = train_and_evaluate(config, tmp_path / "alone", mesh=mesh)
-    assert results[1].keys() == alone.keys()
+    assert results[1].keys() == {*alone, "together"}
+    assert results[1]["together"] == 2
     assert results[1]["loss"] == pytest.approx(alone["loss"], abs=1e-4)
     assert json.loads((workdir / "result.json").read_text()) == results[1]
     names = {path.name for path in (tmp_path / "alone").iterdir()}
@@ -125,6 +130,56 @@ def test_killed_twice_they_end_bit_identical(configs, tmp_path, devices, monkeyp
     for whole, killed in zip(configs, again, strict=True):
         assert_trees_equal(saved(killed)[0], saved(whole)[0])
         assert timeless(read_metrics(killed)) == timeless(read_metrics(whole))
+
+
+def test_more_seeds_leave_the_finished_as_they_are(configs, tmp_path, devices):
+    together.train_together(configs, tmp_path / "together", devices)
+    records = [(path / "config.json").read_text() for path in configs]
+    third = variants(next(iter(configs.values())).data.data_dir)[2]
+    more = {**configs, tmp_path / "seed2": third}
+    results = together.train_together(more, tmp_path / "together", devices)
+    assert [result["step"] for result in results] == [5, 5, 5]
+    assert [(path / "config.json").read_text() for path in configs] == records
+    assert [result.get("together") for result in results] == [2, 2, None]
+
+
+def test_those_that_began_together_go_on_together(configs, tmp_path, devices, monkeypatch, capsys):
+    """Where a field that may change does, and where more or fewer are asked for."""
+    with monkeypatch.context() as patched:
+        patched.setattr(together, "conclude", lambda *a, **k: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            together.train_together(configs, tmp_path / "together", devices)
+    (first, config), *_ = configs.items()
+    with pytest.raises(UserError, match="seed1 is being trained together with some of these"):
+        together.train_together({first: config}, tmp_path / "together", devices)
+    changed = {p: dataclasses.replace(c, log_every_steps=1) for p, c in configs.items()}
+    capsys.readouterr()
+    together.train_together(changed, tmp_path / "together", devices)
+    assert "resumes at step 5" in capsys.readouterr().out
+    assert [saved(path)[1]["step"] for path in configs] == [5, 5]
+
+
+def test_one_that_was_begun_by_itself_goes_on_by_itself(configs, tmp_path, devices, mesh):
+    (path, config), *_ = configs.items()
+    taken = iter(range(4))
+    with pytest.raises(KeyboardInterrupt):
+        train_and_evaluate(config, path, mesh=mesh, stop=lambda: next(taken) == 3)
+    before = (path / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="seed0 was begun by itself: train it on by itself"):
+        together.train_together(configs, tmp_path / "together", devices)
+    assert (path / "metrics.jsonl").read_text() == before
+
+
+def test_rates_are_logged_for_each_even_of_nothing(digits_dir, tmp_path, devices):
+    configs = variants(digits_dir)[:3]
+    rates = (0.0, 0.1, 0.2)
+    configs = [
+        dataclasses.replace(c, optimizer=dataclasses.replace(c.optimizer, learning_rate=rate))
+        for c, rate in zip(configs, rates, strict=True)
+    ]
+    ready = together.set_up(configs, tmp_path, devices)
+    ready.step = 2  # after the warm-up of one step
+    np.testing.assert_allclose(ready.learning_rate(), rates, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

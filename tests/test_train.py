@@ -1,6 +1,9 @@
+import contextlib
 import dataclasses
+import io
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -14,13 +17,14 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.datasets import sources
 from flax_resnet.datasets.decode import Decoder
+from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
 from flax_resnet.models import DropBlockResNet, MiniModel
 from flax_resnet.optim import LARS, Adam, Cosine
 from flax_resnet.train import train_and_evaluate
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(digits_dir):
     """Twelve steps with everything random on, evaluated every four."""
     return TrainConfig(
@@ -36,6 +40,15 @@ def config(digits_dir):
         log_every_steps=3,
         checkpoint=CheckpointConfig(every_steps=6),
     )
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """An unbroken run, which is not to be changed: (its workdir, its result, what it printed)."""
+    workdir = tmp_path_factory.mktemp("whole") / "w"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        result = train_and_evaluate(config, workdir, mesh=data_mesh(jax.devices()[:1]))
+    return workdir, result, out.getvalue()
 
 
 def saved(workdir, which="latest"):
@@ -56,9 +69,8 @@ def timeless(records):
     return [{k: v for k, v in record.items() if k not in clock} for record in records]
 
 
-def test_a_run_leaves_its_record(config, tmp_path, mesh, capsys):
-    result = train_and_evaluate(config, tmp_path / "w", mesh=mesh)
-    workdir = tmp_path / "w"
+def test_a_run_leaves_its_record(whole):
+    workdir, result, table = whole
     assert sorted(p.name for p in workdir.iterdir()) == [
         "checkpoints", "config.json", "confusion.png", "curves.png",
         "metrics.jsonl", "result.json", "tensorboard",
@@ -75,7 +87,6 @@ def test_a_run_leaves_its_record(config, tmp_path, mesh, capsys):
     assert result["step"] == 12
     assert (result["num_train"], result["num_eval"]) == (1442, 355)
     assert result["best_top1"] == max(r["top1"] for r in records if r["split"] == "eval")
-    table = capsys.readouterr().out
     assert f"{100 * result['top1']:.2f} % of 355 images" in table
     state, meta = saved(workdir)
     assert int(state["step"]) == meta["step"] == 12
@@ -83,9 +94,9 @@ def test_a_run_leaves_its_record(config, tmp_path, mesh, capsys):
     assert meta["config"]["seed"] == 0
 
 
-def test_evaluation_of_the_loop_equals_brute_force(config, tmp_path, mesh, digits_dir):
-    result = train_and_evaluate(config, tmp_path / "w", mesh=mesh)
-    state, _ = saved(tmp_path / "w")
+def test_evaluation_of_the_loop_equals_brute_force(config, whole, digits_dir):
+    workdir, result, _ = whole
+    state, _ = saved(workdir)
     (test,) = sources.open_tfds("sklearn_digits", digits_dir, ("test",))
     encoded, labels = test.read(range(355))
     images = np.stack([Decoder(1)(data) for data in encoded])
@@ -124,10 +135,9 @@ def crash_after(monkeypatch):
 
 @pytest.mark.parametrize("crash", [3, 9, 12])
 def test_a_resumed_run_equals_an_unbroken_one(
-    config, tmp_path, mesh, crash_after, monkeypatch, capsys, crash
+    config, whole, tmp_path, mesh, crash_after, monkeypatch, capsys, crash
 ):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    want = train_and_evaluate(config, whole, mesh=mesh)
+    (whole, want, _), broken = whole, tmp_path / "broken"
     crash_after(crash)
     with pytest.raises(Stop):
         train_and_evaluate(config, broken, mesh=mesh)
@@ -154,32 +164,31 @@ def test_a_run_cut_off_after_its_last_checkpoint_is_closed(config, tmp_path, mes
     assert (tmp_path / "w" / "confusion.png").exists()
 
 
-def test_a_finished_run_says_so_and_touches_nothing(config, tmp_path, mesh, capsys, monkeypatch):
-    want = train_and_evaluate(config, tmp_path / "w", mesh=mesh)
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "w").rglob("*")}
-    capsys.readouterr()
+def test_a_finished_run_says_so_and_touches_nothing(config, whole, capsys, monkeypatch):
+    workdir, want, _ = whole
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
     monkeypatch.setattr(train, "set_up", lambda *args: pytest.fail("nothing may be set up"))
-    assert train_and_evaluate(config, tmp_path / "w") == want
+    assert train_and_evaluate(config, workdir) == want
     assert "is finished: 12 steps, top-1 " in capsys.readouterr().out
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "w").rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
 
 
-def test_a_run_moves_from_eight_devices_to_one(config, tmp_path, meshes, crash_after, monkeypatch):
+def test_a_run_moves_from_eight_devices_to_one(
+    config, whole, tmp_path, meshes, crash_after, monkeypatch
+):
     crash_after(9)
     with pytest.raises(Stop):
         train_and_evaluate(config, tmp_path / "w", mesh=meshes[1])
     monkeypatch.undo()
     result = train_and_evaluate(config, tmp_path / "w", mesh=meshes[0])
-    want = train_and_evaluate(config, tmp_path / "one", mesh=meshes[0])
-    assert result["loss"] == pytest.approx(want["loss"], rel=1e-3)
+    assert result["loss"] == pytest.approx(whole[1]["loss"], rel=1e-3)
 
 
-def test_streamed_and_resident_runs_are_bit_identical(config, tmp_path, mesh):
-    train_and_evaluate(config, tmp_path / "resident", mesh=mesh)
+def test_streamed_and_resident_runs_are_bit_identical(config, whole, tmp_path, mesh):
     data = dataclasses.replace(config.data, resident_mb=0, num_workers=0)
     streamed = dataclasses.replace(config, data=data)
     train_and_evaluate(streamed, tmp_path / "streamed", mesh=mesh)
-    assert_trees_equal(saved(tmp_path / "streamed")[0], saved(tmp_path / "resident")[0])
+    assert_trees_equal(saved(tmp_path / "streamed")[0], saved(whole[0])[0])
 
 
 @pytest.mark.parametrize(
@@ -238,16 +247,15 @@ def test_what_cannot_be_evaluated_at_another_size(config, tmp_path, change, mess
 
 @pytest.mark.parametrize("what", ["num_train", "num_eval", "class_names"])
 def test_other_data_under_the_same_name_is_not_resumed_on(
-    config, tmp_path, mesh, monkeypatch, what
+    config, whole, tmp_path, mesh, monkeypatch, what
 ):
-    short = dataclasses.replace(config, num_steps=2)
-    train_and_evaluate(short, tmp_path / "w", mesh=mesh)
+    shutil.copytree(whole[0], tmp_path / "w")
     (tmp_path / "w" / "result.json").unlink()
     before = (tmp_path / "w" / "config.json").read_text()
     describe = run.Data.describe
     monkeypatch.setattr(run.Data, "describe", lambda self: {**describe(self), what: 7})
     with pytest.raises(UserError, match=f"was trained on data with {what} .* and it is 7 now"):
-        train_and_evaluate(short, tmp_path / "w", mesh=mesh)
+        train_and_evaluate(config, tmp_path / "w", mesh=mesh)
     assert (tmp_path / "w" / "config.json").read_text() == before
 
 

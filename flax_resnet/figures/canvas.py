@@ -55,6 +55,12 @@ def title(figure: Figure, text: str) -> None:
     figure.suptitle("\n".join(map(plain, lines)), fontsize=TITLE_SIZE)
 
 
+def finish(figure: Figure, text: str, path: Path) -> None:
+    """Gives a figure its title and writes it."""
+    title(figure, text)
+    save(figure, path)
+
+
 def tile(axes: Axes, image: Any, above: str = "", **options: Any) -> Any:
     """Draws an image without ticks; ``above`` is cut to the tile's width.
 

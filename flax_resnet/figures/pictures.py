@@ -50,8 +50,7 @@ def filters(kernel: np.ndarray, path: Path, title: str) -> None:
         f"{count} filters of {height} x {width} pixels" + (f"; {scale}" if scale else ""),
         fontsize=8,
     )
-    canvas.title(figure, title)
-    canvas.save(figure, path)
+    canvas.finish(figure, title, path)
 
 
 def maps(
@@ -87,8 +86,7 @@ def maps(
         bar = figure.colorbar(drawn, ax=list(row), fraction=0.02, pad=0.01)
         bar.ax.tick_params(labelsize=canvas.SMALL)
         bar.set_label("activation", fontsize=canvas.SMALL)
-    canvas.title(figure, title)
-    canvas.save(figure, path)
+    canvas.finish(figure, title, path)
 
 
 def attention(
@@ -125,8 +123,7 @@ def attention(
         plainly.set_title("\n".join(lines), fontsize=canvas.SMALL, pad=3, loc="left")
     figure.colorbar(drawn, ax=grid, label="Grad-CAM,\nin shares of its largest", fraction=0.03,
                     aspect=25)  # fmt: skip
-    canvas.title(figure, title)
-    canvas.save(figure, path)
+    canvas.finish(figure, title, path)
 
 
 def scatter(
@@ -165,8 +162,7 @@ def scatter(
         figure.colorbar(drawn, ax=axes, label=f"true class (0 to {len(class_names) - 1})")
     axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
     axes.grid(alpha=0.3)
-    canvas.title(figure, title)
-    canvas.save(figure, path)
+    canvas.finish(figure, title, path)
 
 
 def examples(images: np.ndarray, texts: Sequence[str], path: Path, title: str) -> None:
@@ -187,8 +183,7 @@ def examples(images: np.ndarray, texts: Sequence[str], path: Path, title: str) -
         canvas.tile(axes, image, text)
     for axes in grid[len(images) :]:
         axes.axis("off")
-    canvas.title(figure, title)
-    canvas.save(figure, path)
+    canvas.finish(figure, title, path)
 
 
 def rows(
@@ -216,5 +211,4 @@ def rows(
         canvas.tile(row[0], originals[n], f"original: {names[n]}")
         for d, axes in enumerate(row[1:]):
             canvas.tile(axes, draws[d][n], texts[d][n] or f"draw {d + 1}")
-    canvas.title(figure, title)
-    canvas.save(figure, path)
+    canvas.finish(figure, title, path)

@@ -39,8 +39,7 @@ def curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
     for axes in (loss_axes, error_axes):
         axes.grid(alpha=0.3)
         axes.set_ylim(bottom=0)
-    canvas.title(figure, title)
-    canvas.save(figure, path)
+    canvas.finish(figure, title, path)
 
 
 def confusion(counts: np.ndarray, class_names: Sequence[str], path: Path, title: str) -> None:
@@ -71,8 +70,7 @@ def confusion(counts: np.ndarray, class_names: Sequence[str], path: Path, title:
             axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=7,
                       color="white" if dark else "black")  # fmt: skip
     figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046)
-    canvas.title(figure, title)
-    canvas.save(figure, path)
+    canvas.finish(figure, title, path)
 
 
 def reliability(
@@ -107,8 +105,7 @@ def reliability(
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-    canvas.title(figure, title)
-    canvas.save(figure, path)
+    canvas.finish(figure, title, path)
 
 
 def learning_rates(
@@ -144,5 +141,4 @@ def learning_rates(
     axes.grid(alpha=0.3)
     # Below: wherever it lay within the axes, a rate could be marked there.
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    canvas.title(figure, title)
-    canvas.save(figure, path)
+    canvas.finish(figure, title, path)

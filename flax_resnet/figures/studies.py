@@ -71,7 +71,8 @@ def average(
 def bands(groups: Sequence[Group], path: Path, title: str, x: Axis = "epoch") -> None:
     """Draws loss and top-1 error, training and evaluation, a colour for each group.
 
-    Lines are means over the runs of a group, the band is one standard deviation either side.
+    Lines are means over the runs of a group, the band is one standard deviation either side. Of a
+    group of one run without evaluations, or without training lines, the others are drawn.
 
     Args:
       groups: runs by variant.
@@ -86,13 +87,10 @@ def bands(groups: Sequence[Group], path: Path, title: str, x: Axis = "epoch") ->
     axes = figure.subplots(1, 2)
     names = (("loss", "loss (nats)"), ("error", "top-1 error (%)"))
     for one, (value, label) in zip(axes, names, strict=True):
-        for index, group in enumerate(groups):
-            _line(one, group, "train", x, value, index, lw=0.9, ls="--")
-            _line(one, group, "eval", x, value, index, lw=1.7)
+        _lines(one, groups, x, value, width=1.7)
         _finish(one, LABELS[x], label)
     _legend(figure, groups, "training (augmented)", "evaluation")
-    canvas.title(figure, title)
-    canvas.save(figure, path)
+    canvas.finish(figure, title, path)
 
 
 def training_and_test(groups: Sequence[Group], path: Path, title: str, x: Axis = "step") -> None:
@@ -112,13 +110,10 @@ def training_and_test(groups: Sequence[Group], path: Path, title: str, x: Axis =
     """
     figure = canvas.new_figure(7, 4.8 + 0.22 * ((len(groups) + 2) // 3))
     axes = figure.subplots()
-    for index, group in enumerate(groups):
-        _line(axes, group, "train", x, "error", index, lw=0.9, ls="--")
-        _line(axes, group, "eval", x, "error", index, lw=2.2)
+    _lines(axes, groups, x, "error", width=2.2)
     _finish(axes, LABELS[x], "top-1 error (%)")
     _legend(figure, groups, "training error (augmented)", "test error")
-    canvas.title(figure, title)
-    canvas.save(figure, path)
+    canvas.finish(figure, title, path)
 
 
 def error_by_depth(
@@ -164,8 +159,7 @@ def error_by_depth(
     axes.set_xticks(depths, list(map(str, depths)), rotation=90 if _crowded(depths) else 0)
     _finish(axes, "depth (weighted layers)", "top-1 error at the end (%)")
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-    canvas.title(figure, title)
-    canvas.save(figure, path)
+    canvas.finish(figure, title, path)
 
 
 def _crowded(depths: Sequence[int]) -> bool:
@@ -181,16 +175,19 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": colormaps["tab10" if index < 10 else "tab20"](index % 20)}
 
 
-def _line(
-    axes: Any, group: Group, split: Any, x: Axis, value: str, index: int, **look: Any
-) -> None:
-    places, mean, spread = average(group, split, x, value)
-    style = _style(index)
-    if len(places) < 12:
-        look |= {"marker": "o", "ms": 3}
-    axes.plot(places, mean, **style, **look)
-    if len(group.runs) > 1:
-        axes.fill_between(places, mean - spread, mean + spread, **style, alpha=0.18, lw=0)
+def _lines(axes: Any, groups: Sequence[Group], x: Axis, value: str, width: float) -> None:
+    """A value of each group: of training thin and dashed, of evaluation of this width."""
+    looks: dict[Any, dict[str, Any]] = {"train": {"lw": 0.9, "ls": "--"}, "eval": {"lw": width}}
+    for index, group in enumerate(groups):
+        style, several = _style(index), len(group.runs) > 1
+        for split, look in looks.items():
+            if not several and not any(line["split"] == split for line in group.runs[0]):
+                continue  # a single run is drawn with what it has
+            places, mean, spread = average(group, split, x, value)
+            marker = {"marker": "o", "ms": 3} if len(places) < 12 else {}
+            axes.plot(places, mean, **style, **look, **marker)
+            if several:
+                axes.fill_between(places, mean - spread, mean + spread, **style, alpha=0.18, lw=0)
 
 
 def _finish(axes: Any, xlabel: str, ylabel: str) -> None:

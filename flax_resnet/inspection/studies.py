@@ -23,41 +23,61 @@ def find_groups(
 ) -> list[Group]:
     """Runs by variant, with what each has logged.
 
+    Several runs can be averaged and compared only where each has training and evaluation lines;
+    one that has not yet is left out. A run that is alone stays, with what it has.
+
     Args:
       paths: each a run's working directory; a variant, which holds seed0, seed1, ...; or a sweep,
         which holds variants.
-      say: is given a line for each variant that has logged nothing, and it is left out.
+      say: is given a line for each run that is left out.
 
     Raises:
-      UserError: a directory holds none of these, or no run that has logged anything.
+      UserError: a directory holds none of these, or no run that has logged enough.
     """
-    groups = []
+    found = []
     for path in (Path(p).expanduser() for p in paths):
-        found = _groups_in(path)
-        if not found:
+        groups = _groups_in(path)
+        if not groups:
             raise UserError(
                 f"{path} holds no run: expected a working directory (config.json), a variant "
                 "(seedN/config.json) or a sweep (VARIANT/seedN/config.json)"
             )
-        for name, workdirs in found:
-            runs = tuple(r for r in map(metrics.read_metrics, workdirs) if r)
-            if runs:
-                groups.append(Group(name, runs))
-            else:
-                say(f"left out {name} of {path}: it has logged nothing yet")
-    if not groups:
-        raise UserError(f"{' '.join(map(str, paths))}: no run has logged anything yet: wait for it")
-    return groups
+        if groups[0][1] == [path] and (seeds := _seeds_in(path)):
+            say(f"{path} is a run itself, and is drawn; the {len(seeds)} seeds in it are not")
+        found += groups
+    lines = {w: metrics.read_metrics(w) for _, workdirs in found for w in workdirs}
+    alone = sum(map(bool, lines.values())) == 1
+    for workdir, own in lines.items():
+        lacks = _lacks(own)
+        if lacks and not (own and alone):
+            lines[workdir] = []
+            say(f"left out {workdir}: it has {lacks} yet")
+    drawn = [Group(name, tuple(lines[w] for w in dirs if lines[w])) for name, dirs in found]
+    if not any(group.runs for group in drawn):
+        raise UserError(f"{' '.join(map(str, paths))}: no run has been evaluated yet: wait for it")
+    return [group for group in drawn if group.runs]
+
+
+def _lacks(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What a run has not logged of what is averaged, for a message; "" where it has all."""
+    splits = {line["split"] for line in lines}
+    if not splits:
+        return "logged nothing"
+    kinds = {"train": "no training line", "eval": "no evaluation line"}
+    return " and ".join(text for split, text in kinds.items() if split not in splits)
 
 
 def _groups_in(path: Path) -> list[tuple[str, list[Path]]]:
     if (path / "config.json").is_file():
         return [(path.name, [path])]
-    seeds = sorted((f.parent for f in path.glob("seed*/config.json")), key=_seed)
-    if seeds:
+    if seeds := _seeds_in(path):
         return [(path.name, seeds)]
     below = sorted({f.parent.parent for f in path.glob("*/seed*/config.json")})
     return [found for variant in below for found in _groups_in(variant)]
+
+
+def _seeds_in(path: Path) -> list[Path]:
+    return sorted((f.parent for f in path.glob("seed*/config.json")), key=_seed)
 
 
 def study_title(paths: Sequence[str | Path], count: int) -> str:

@@ -1,19 +1,20 @@
 import csv
 import dataclasses
 import json
+import threading
+import time
 
 import jax
 import pytest
 from helpers import tiny_resnet
 
-from flax_resnet import metrics, sweep, tables
-from flax_resnet.augment import Augment
+from flax_resnet import metrics, sweeps, tables, train
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
-from flax_resnet.models import MiniModel
+from flax_resnet.grids import grid
 from flax_resnet.optim import SGD
-from flax_resnet.sweep import grid, train_seeds
+from flax_resnet.sweeps import train_seeds
 
 
 @pytest.fixture
@@ -33,60 +34,13 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *a, d=jax.devices()[:1]: d)
 
 
-def test_a_grid_is_every_combination_with_every_seed(base):
-    configs = grid(
-        base,
-        {"model.connection": ("plain", "residual"), "optimizer.learning_rate": (0.1, 0.01)},
-        seeds=2,
-    )
-    assert len(configs) == 8
-    one = configs["connection=plain,learning_rate=0.01/seed1"]
-    assert (one.model.connection, one.optimizer.learning_rate, one.seed) == ("plain", 0.01, 1)
-    assert one == dataclasses.replace(
-        base,
-        model=tiny_resnet(num_filters=4, connection="plain"),
-        optimizer=SGD(learning_rate=0.01),
-        seed=1,
-    )
-
-
-def test_labels_name_variants_and_grids_join(base):
-    nets = {"mini": MiniModel(stage_sizes=(1,)), "wide": tiny_resnet(num_filters=9)}
-    both = {"crop": {"augment": Augment(pad_crop=2), "num_steps": 9}}
-    configs = grid(base, {"model": nets}, seeds=(4,)) | grid(base, {"": both}) | grid(base, {})
-    assert list(configs) == ["mini/seed4", "wide/seed4", "crop/seed0", "base/seed0"]
-    assert configs["mini/seed4"].model == nets["mini"]
-    assert (configs["crop/seed0"].augment.pad_crop, configs["crop/seed0"].num_steps) == (2, 9)
-    assert configs["base/seed0"] == base
-
-
-@pytest.mark.parametrize(
-    ("axes", "message"),
-    [
-        ({"model.conection": ("plain",)}, r"no field 'conection' \(did you mean 'connection'\?\)"),
-        ({"optimiser": (1,)}, r"TrainConfig has no field 'optimiser' \(did you mean 'optimizer'"),
-        ({"seed.x": (1,)}, "seed has no fields, 'seed.x' names one"),
-        ({"batch_size": ()}, "batch_size=(): expected some values"),
-        ({"model.connection": "plain"}, "model.connection='plain': expected some values"),
-        ({"model.connection": ("plian",)}, "connection='plian': expected one of"),
-        ({"data.folder": ("a/b",)}, "a variant would be called folder=a/b, which is no name"),
-        ({"": (1,)}, "expected {label: {dotted field: value}}"),
-        ({"batch_size": (8, 8)}, "two variants are called 'batch_size=8'"),
-    ],
-)
-def test_a_bad_grid_is_one_line(base, axes, message):
-    with pytest.raises(UserError) as error:
-        grid(base, axes)
-    assert message in str(error.value) or __import__("re").search(message, str(error.value))
-
-
 def rows_without_time(directory):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in tables.read(directory)]
 
 
 def test_a_sweep_leaves_a_table_and_skips_what_is_finished(base, tmp_path, one_device, capsys):
     configs = grid(base, {"model.connection": ("plain", "residual")}, seeds=2)
-    rows = sweep.sweep(configs, tmp_path, baseline="connection=plain")
+    rows = sweeps.sweep(configs, tmp_path, baseline="connection=plain")
     assert [row["workdir"] for row in rows] == list(configs)
     for row in rows:
         result = json.loads((tmp_path / row["workdir"] / "result.json").read_text())
@@ -98,7 +52,7 @@ def test_a_sweep_leaves_a_table_and_skips_what_is_finished(base, tmp_path, one_d
     assert (tmp_path / "table.md").read_text() == tables.markdown(rows, "connection=plain")
     starts = (tmp_path / "connection=plain/seed0/config.json").read_text()
     capsys.readouterr()
-    assert sweep.sweep(configs, tmp_path) == rows
+    assert sweeps.sweep(configs, tmp_path) == rows
     assert (tmp_path / "connection=plain/seed0/config.json").read_text() == starts
 
 
@@ -107,23 +61,23 @@ def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(
 ):
     bad = dataclasses.replace(base, data=DataConfig(folder=str(tmp_path / "nowhere")))
     configs = {"bad/seed0": bad, "good/seed0": base}
-    rows = sweep.sweep(configs, tmp_path / "s")
+    rows = sweeps.sweep(configs, tmp_path / "s")
     assert [row["state"][:6] for row in rows] == ["failed", "finish"]
     assert "nowhere" in rows[0]["state"]
     assert "bad/seed0: failed: " in capsys.readouterr().out
     trace = tmp_path / "s" / "failures" / "bad-seed0.txt"
     assert "Traceback" in trace.read_text()
     assert "bad | 0 of 1" in (tmp_path / "s" / "table.md").read_text()
-    rows = sweep.sweep({**configs, "bad/seed0": dataclasses.replace(base, seed=5)}, tmp_path / "s")
+    rows = sweeps.sweep({**configs, "bad/seed0": dataclasses.replace(base, seed=5)}, tmp_path / "s")
     assert [row["state"] for row in rows] == ["finished"] * 2
     assert not trace.exists()
 
 
 def test_another_config_under_a_finished_name_is_a_failure(base, tmp_path, one_device):
-    sweep.sweep({"a/seed0": base}, tmp_path)
+    sweeps.sweep({"a/seed0": base}, tmp_path)
     before = (tmp_path / "a/seed0/result.json").read_text()
     changed = {"a/seed0": dataclasses.replace(base, num_steps=4)}
-    (row,) = sweep.sweep(changed, tmp_path)
+    (row,) = sweeps.sweep(changed, tmp_path)
     assert "holds a run of another config" in row["state"]
     assert (tmp_path / "a/seed0/result.json").read_text() == before
 
@@ -137,7 +91,7 @@ def test_a_sweep_killed_twice_ends_with_the_table_of_an_unbroken_one(
 ):
     base = dataclasses.replace(base, log_every_steps=1, eval_every_epochs=0.1)
     configs = grid(base, {"model.connection": ("plain", "residual")}, seeds=2)
-    sweep.sweep(configs, tmp_path / "whole", baseline="connection=plain")
+    sweeps.sweep(configs, tmp_path / "whole", baseline="connection=plain")
     write, written = metrics.RunLog.write, []
 
     def kill_at(log, *args):
@@ -149,18 +103,27 @@ def test_a_sweep_killed_twice_ends_with_the_table_of_an_unbroken_one(
     monkeypatch.setattr(metrics.RunLog, "write", kill_at)
     for _ in range(2):
         with pytest.raises(Killed):
-            sweep.sweep(configs, tmp_path / "killed", baseline="connection=plain")
-    sweep.sweep(configs, tmp_path / "killed", baseline="connection=plain")
+            sweeps.sweep(configs, tmp_path / "killed", baseline="connection=plain")
+    sweeps.sweep(configs, tmp_path / "killed", baseline="connection=plain")
     whole, killed = ((tmp_path / name / "table.md").read_text() for name in ("whole", "killed"))
     assert killed == whole
     assert rows_without_time(tmp_path / "killed") == rows_without_time(tmp_path / "whole")
 
 
-def test_runs_are_shared_by_the_devices(base, tmp_path):
-    devices = jax.devices()[2:4]
+def test_runs_are_shared_by_the_devices(base, tmp_path, monkeypatch):
+    used = []
+    set_up = train.set_up
+
+    def spy(config, workdir, mesh):
+        used.append((workdir.parent.parent.name, *mesh.devices.flat))
+        return set_up(config, workdir, mesh)
+
+    monkeypatch.setattr(train, "set_up", spy)
     configs = grid(base, {"optimizer.learning_rate": (0.05, 0.1)})
-    rows = sweep.sweep(configs, tmp_path / "two", devices=devices)
-    alone = sweep.sweep(configs, tmp_path / "one", devices=jax.devices()[:1])
+    rows = sweeps.sweep(configs, tmp_path / "two", devices=jax.devices()[2:4])
+    alone = sweeps.sweep(configs, tmp_path / "one", devices=jax.devices()[:1])
+    assert {u for u in used if u[0] == "one"} == {("one", jax.devices()[0])}
+    assert {u for u in used if u[0] == "two"} == {("two", d) for d in jax.devices()[2:4]}
     for a, b in zip(rows, alone, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     assert len({row["loss"] for row in rows}) == 2
@@ -168,8 +131,8 @@ def test_runs_are_shared_by_the_devices(base, tmp_path):
 
 
 def test_seeds_train_together_and_in_turn_to_the_same_table(base, tmp_path, one_device):
-    together = sweep.sweep(grid(base, {}, 2), tmp_path / "together", together=True)
-    in_turn = sweep.sweep(grid(base, {}, 2), tmp_path / "in_turn", together=False)
+    together = sweeps.sweep(grid(base, {}, 2), tmp_path / "together", together=True)
+    in_turn = sweeps.sweep(grid(base, {}, 2), tmp_path / "in_turn", together=False)
     for a, b in zip(together, in_turn, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert (a["variant"], a["state"], a["workdir"]) == (b["variant"], b["state"], b["workdir"])
@@ -178,9 +141,9 @@ def test_seeds_train_together_and_in_turn_to_the_same_table(base, tmp_path, one_
 
 def test_names_and_baselines_are_checked(base, tmp_path):
     with pytest.raises(UserError, match="a run is called 'x': expected VARIANT/seedN"):
-        sweep.sweep({"x": base}, tmp_path)
+        sweeps.sweep({"x": base}, tmp_path)
     with pytest.raises(UserError, match=r"baseline='aa' is none of 1 variants \(did you mean 'a'"):
-        sweep.sweep({"a/seed0": base}, tmp_path, baseline="aa")
+        sweeps.sweep({"a/seed0": base}, tmp_path, baseline="aa")
 
 
 def test_num_seeds_on_a_cpu_runs_them_in_turn(base, tmp_path, one_device):
@@ -197,3 +160,43 @@ def test_num_seeds_on_a_cpu_runs_them_in_turn(base, tmp_path, one_device):
 def test_num_seeds_wants_a_rate_for_each(base, tmp_path):
     with pytest.raises(UserError, match=r"learning_rate=\(0.1,\): expected 2 values, one a seed"):
         train_seeds(base, tmp_path, 2, learning_rate=(0.1,))
+
+
+def test_a_sweep_that_is_stopped_on_several_devices_stops_them_all(base, tmp_path, monkeypatch):
+    configs = grid(dataclasses.replace(base, num_steps=2000), {}, 2)
+    join = threading.Thread.join
+
+    def interrupted(thread, *args):
+        if threading.current_thread() is not threading.main_thread():
+            return join(thread, *args)
+        monkeypatch.setattr(threading.Thread, "join", join)
+        while not list(tmp_path.glob("base/seed*/metrics.jsonl")):
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweeps.sweep(configs, tmp_path, devices=jax.devices()[:2])
+    assert not any(t.daemon and "work" in t.name for t in threading.enumerate())
+    assert not list(tmp_path.glob("base/seed*/result.json"))
+
+
+def test_streamed_seeds_are_trained_in_turn_and_one_that_fails_is_one(base, tmp_path, one_device):
+    """As accelerators would by themselves: together where they can."""
+    streamed = dataclasses.replace(base, data=dataclasses.replace(base.data, resident_mb=0))
+    configs = grid(streamed, {}, 2)
+    other = sweeps._Sweep(configs, tmp_path, None, None, parallel=False)
+    (tmp_path / "base/seed1").mkdir(parents=True)
+    (tmp_path / "base/seed1/config.json").write_text("{}")
+    other.run(list(configs), None)
+    states = {row["seed"]: row["state"] for row in other.write()}
+    assert states[0] == "finished"
+    assert "is not a run's record" in states[1]
+
+
+def test_a_varied_loss_keeps_its_column(base, tmp_path, one_device):
+    configs = grid(base, {"loss": ("cross_entropy", "binary_cross_entropy")})
+    workdirs = {name: tmp_path / name for name in configs}
+    rows = sweeps.table_rows(configs, workdirs, {})
+    assert [row["config.loss"] for row in rows] == ["cross_entropy", "binary_cross_entropy"]
+    assert [row["loss"] for row in rows] == ["", ""]

@@ -1,0 +1,297 @@
+"""Many runs: a sweep of named configs to a table, and several seeds of one config."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import queue
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flax_resnet import distributed, tables
+from flax_resnet.config import TrainConfig, check_workdir
+from flax_resnet.errors import UserError, check_range, did_you_mean
+from flax_resnet.files import replacing
+from flax_resnet.grids import check_name, replaced
+from flax_resnet.record import flatten, to_record
+from flax_resnet.together import NotTogether, train_together, why_not
+from flax_resnet.train import finished, train_and_evaluate
+
+
+def sweep(
+    configs: Mapping[str, TrainConfig],
+    workdir: str | Path,
+    *,
+    baseline: str | Mapping[str, str] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    together: bool | None = None,
+) -> list[dict[str, Any]]:
+    """Runs configs to ``workdir/NAME``, and their table to ``workdir/table.csv`` and ``table.md``.
+
+    What is finished is skipped, what was stopped goes on, and a run that fails is reported and
+    leaves the others alone: its traceback is in ``workdir/failures``. The table is written anew
+    after each run.
+
+    Args:
+      configs: "VARIANT/seedN" to config, as ``grid`` gives.
+      workdir: of the sweep.
+      baseline: the variant that the others are compared with, or {variant: its own reference}.
+      devices: several share the runs, one run on each at a time; by default all of an
+        accelerator, and on a CPU each run has all.
+      together: train the seeds of a variant in one program (``train_together``); by default on
+        accelerators, where they can.
+
+    Returns:
+      Rows of the table: "variant", "seed", "state" ("finished", or how it failed), the fields
+      that vary, what result.json holds, and "workdir".
+
+    Raises:
+      UserError: a name is not of that form, or the baseline is none of the variants.
+    """
+    variants = {_split(name)[0] for name in configs}
+    references = [baseline] if isinstance(baseline, str) else (baseline or {}).values()
+    for name in references:
+        if name not in variants:
+            near = did_you_mean(name, variants)
+            raise UserError(f"baseline={name!r} is none of {len(variants)} variants{near}")
+    accelerated = jax.default_backend() != "cpu"
+    if devices is None:
+        devices = jax.local_devices() if accelerated else ()
+    root = Path(workdir).expanduser()
+    one = _Sweep(configs, root, baseline, together, parallel=len(devices) > 1)
+    jobs = _jobs(configs, accelerated if together is None else together)
+    if len(devices) > 1:
+        _on_each(devices, jobs, one)
+    else:
+        for job in jobs:
+            one.run(job, devices[0] if devices else None)
+    return one.write()
+
+
+@dataclasses.dataclass
+class _Sweep:
+    """A sweep under way."""
+
+    configs: Mapping[str, TrainConfig]
+    root: Path
+    baseline: str | Mapping[str, str] | None
+    together: bool | None
+    parallel: bool
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
+    lock: Any = dataclasses.field(default_factory=threading.Lock)
+    stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def run(self, names: Sequence[str], device: jax.Device | None) -> None:
+        """Runs one job, on one device or on all, and writes the table."""
+        for name in [name for name in names if len(names) > 1 and not self._fits(name)]:
+            self.run([name], device)  # it fails, and the others do not with it
+            names = [other for other in names if other != name]
+        if not names:
+            return
+        try:
+            self._train(names, device)
+        except NotTogether as error:
+            if self.together:
+                self._failed(names, error)
+            else:
+                for name in names:
+                    self.run([name], device)
+        except Exception as error:  # whatever it is, the others are not its fault
+            self._failed(names, error)
+        else:
+            for name in names:
+                self._failure(name).unlink(missing_ok=True)
+        self.write()
+
+    def _fits(self, name: str) -> bool:
+        """False where another config's run is in the workdir."""
+        try:
+            check_workdir(self.root / name, self.configs[name])
+        except UserError:
+            return False
+        return True
+
+    def _train(self, names: Sequence[str], device: jax.Device | None) -> None:
+        own = {self.root / name: self.configs[name] for name in names}
+        if len(own) > 1:
+            train_together(own, self.root / "together", None if device is None else [device])
+            return
+        ((workdir, config),) = own.items()
+        mesh = None if device is None else distributed.data_mesh([device])
+        quiet = self.parallel or finished(workdir) is not None
+        train_and_evaluate(config, workdir, mesh=mesh, quiet=quiet, stop=self.stopped.is_set)
+
+    def _failed(self, names: Sequence[str], error: Exception) -> None:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        line = " ".join(f"failed: {kind}{error}".split())[:300]
+        for name in names:
+            if len(names) > 1 and finished(self.root / name) is not None:
+                continue  # before the others failed
+            self.failures[name] = line
+            path = self._failure(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as partial:
+                partial.write_text(traceback.format_exc(), encoding="utf-8")
+        print(f"{', '.join(names)}: {line}", flush=True)
+
+    def write(self) -> list[dict[str, Any]]:
+        """Writes the table; its rows."""
+        with self.lock:
+            workdirs = {name: self.root / name for name in self.configs}
+            rows = table_rows(self.configs, workdirs, self.failures)
+            if distributed.is_lead():
+                self.root.mkdir(parents=True, exist_ok=True)
+                tables.write(rows, self.root, self.baseline)
+            return rows
+
+    def _failure(self, name: str) -> Path:
+        return self.root / "failures" / (name.replace("/", "-") + ".txt")
+
+
+def _jobs(configs: Mapping[str, TrainConfig], together: bool) -> list[list[str]]:
+    """Names of what runs at once, in the order of seeds: so every variant has some early."""
+    groups: dict[str, list[str]] = {}
+    for name in configs:
+        groups.setdefault(_split(name)[0], []).append(name)
+    if together:
+        return [
+            job
+            for names in groups.values()
+            for job in (
+                [[name] for name in names]
+                if why_not([configs[name] for name in names])
+                else [names]
+            )
+        ]
+    rounds = itertools.zip_longest(*groups.values())
+    return [[name] for names in rounds for name in names if name is not None]
+
+
+def _on_each(
+    devices: Sequence[jax.Device], jobs: Sequence[Sequence[str]], sweeping: _Sweep
+) -> None:
+    """Hands jobs to threads, one a device; a program leaves Python while it computes."""
+    waiting: queue.SimpleQueue[Sequence[str]] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+
+    def work(device: jax.Device) -> None:
+        with jax.default_device(device), contextlib.suppress(queue.Empty, KeyboardInterrupt):
+            while not sweeping.stopped.is_set():
+                sweeping.run(waiting.get_nowait(), device)
+
+    threads = [threading.Thread(target=work, args=[d], daemon=True) for d in devices]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        sweeping.stopped.set()  # each run ends after its step
+        for thread in threads:
+            thread.join()
+        raise
+
+
+def table_rows(
+    configs: Mapping[str, TrainConfig], workdirs: Mapping[str, Path], failures: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """A row for each run, as ``sweep`` returns them.
+
+    Args:
+      configs: "VARIANT/seedN" to config.
+      workdirs: of each.
+      failures: how runs failed, by name.
+    """
+    flat = {name: flatten(to_record(config)) for name, config in configs.items()}
+    fields = list(dict.fromkeys(field for one in flat.values() for field in one))
+    varies = [
+        field
+        for field in fields
+        if field != "seed" and len({repr(one.get(field)) for one in flat.values()}) > 1
+    ]
+    rows = []
+    for name, own in flat.items():
+        variant, seed = _split(name)
+        result = finished(workdirs[name])
+        state = failures.get(name) or (tables.FINISHED if result else "not run")
+        row = {"variant": variant, "seed": seed, "state": state}
+        row |= {_column(field): own.get(field, "") for field in varies}
+        row |= {field: (result or {}).get(field, "") for field in tables.RESULTS}
+        rows.append({**row, "workdir": name})
+    return rows
+
+
+def _column(field: str) -> str:
+    """What a field of the config is called beside the results' own columns."""
+    return f"config.{field}" if field in (*tables.RESULTS, "state", "variant") else field
+
+
+def _split(name: str) -> tuple[str, int]:
+    variant, _, seed = name.rpartition("/seed")
+    if not variant or not seed.isdecimal():
+        raise UserError(f"a run is called {name!r}: expected VARIANT/seedN, as grid() gives")
+    return check_name(variant), int(seed)
+
+
+def train_seeds(
+    config: TrainConfig,
+    workdir: str | Path,
+    num_seeds: int,
+    *,
+    learning_rate: Sequence[float] | None = None,
+    weight_decay: Sequence[float] | None = None,
+    together: bool | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> list[dict[str, Any]]:
+    """Trains one config from several seeds, ``config.seed`` and those after it.
+
+    On a CPU they run one after another; on accelerators the same initialisation and step are
+    mapped over a seed axis, so that S networks train in one program.
+
+    Args:
+      config: the run.
+      workdir: gets seedN/, an ordinary workdir of each, and a table.
+      num_seeds: S.
+      learning_rate: S peak rates in place of the config's.
+      weight_decay: S weight decays, likewise.
+      together: in one program or in turn; by default in one on accelerators.
+      devices: those that share the networks, by default all.
+
+    Returns:
+      What each result.json holds.
+
+    Raises:
+      UserError: bad input.
+    """
+    check_range("num_seeds", num_seeds, 1)
+    seeds = range(config.seed, config.seed + num_seeds)
+    configs = [replaced(config, "seed", seed) for seed in seeds]
+    for field, values in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        if values is not None and len(values) != num_seeds:
+            raise UserError(f"{field}={values}: expected {num_seeds} values, one a seed")
+        for i, value in enumerate(values or ()):
+            configs[i] = replaced(configs[i], f"optimizer.{field}", value)
+    root = Path(workdir).expanduser()
+    runs = {root / f"seed{seed}": c for seed, c in zip(seeds, configs, strict=True)}
+    default = jax.default_backend() != "cpu" and num_seeds > 1
+    results = None
+    if default if together is None else together:
+        try:
+            results = train_together(runs, root / "together", devices)
+        except NotTogether:
+            if together:
+                raise
+    if results is None:
+        mesh = None if devices is None else distributed.data_mesh(devices)
+        results = [train_and_evaluate(c, path, mesh=mesh) for path, c in runs.items()]
+    named = {f"seeds/seed{seed}": c for seed, c in zip(seeds, configs, strict=True)}
+    rows = table_rows(named, {name: root / name.rpartition("/")[2] for name in named}, {})
+    tables.write([{**row, "workdir": f"seed{row['seed']}"} for row in rows], root)
+    return results
