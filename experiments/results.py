@@ -3,8 +3,8 @@
 python -m experiments.results DIR... takes the figures of all finished runs in the directories, one
 experiment's, into a record, experiments/results/NAME.json, and writes README.md anew from all
 records and the experiments' docstrings. Without DIR it only does the latter. A record says what was
-run, on what, and how it differs from the experiment as it stands; it holds nothing of the machine's
-directories.
+run, on what, over all starts of each run, how that differs from the experiment as it stands, and
+which seeds are not finished; it holds nothing of the machine's directories.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import gradient_flow, table
+from experiments.found import FINISHED, FoundRun, find_runs, pairs, unfinished
 from flax_resnet import flags
 from flax_resnet.config import TrainConfig, free_fields, write_json
 from flax_resnet.errors import UserError
@@ -33,6 +34,7 @@ from flax_resnet.record import flatten, to_record
 HERE = Path(__file__).parent
 KEPT = ("step", "epochs", "num_train", "num_eval", "top1", "loss", "train_top1", "train_loss",
         "seconds")  # fmt: skip
+KEPT_WHERE_IT_IS = ("together",)  # networks that trained in one program
 PLACES = {"--data.data-dir": "DIR", "--data.folder": "DIR"}
 """Flags whose values are places, and what a record says in their stead."""
 
@@ -53,22 +55,6 @@ class Settings:
     """Directory that gets results/NAME.json and README.md."""
 
 
-def find_runs(workdir: Path) -> list[tuple[str, Path]]:
-    """(variant, directory) of each finished run; the variant is the path less a last "seedN"."""
-    found = []
-    for path in sorted(workdir.rglob("result.json")):
-        parts = path.parent.relative_to(workdir).parts
-        if (path.parent / "config.json").exists():
-            seed = bool(parts) and re.fullmatch(r"seed\d+", parts[-1]) is not None
-            found.append(("/".join(parts[:-1] if seed else parts), path.parent))
-    if not found:
-        raise UserError(
-            f"{workdir}: no finished run is in it (result.json beside config.json): name the "
-            "workdir of a run, of its seeds or of a sweep"
-        )
-    return found
-
-
 def collect(
     workdirs: Sequence[Path], note: str = "", data_note: str | None = None
 ) -> tuple[str, dict[str, Any]]:
@@ -85,17 +71,21 @@ def collect(
     Raises:
       UserError: no finished run, runs of several experiments, a run that is there twice.
     """
-    runs, starts, modules = [], [], {}
-    titles, changed = set(), set()
-    for variant, path in (found for workdir in workdirs for found in find_runs(workdir)):
-        config, start, result = _read(path)
-        module, parameters = _module_of(path, start["argv"])
-        modules[_name(module, parameters)] = (module, parameters)
-        flat = flatten(config)
-        runs.append({"variant": variant, "seed": flat["seed"], **{k: result[k] for k in KEPT}})
-        starts.append(start)
+    everything = [found for workdir in workdirs for found in find_runs(workdir)]
+    runs: list[dict[str, Any]] = []
+    starts: list[Mapping[str, Any]] = []
+    modules, titles, changed = {}, set(), set()
+    for run in everything:
+        if run.state != FINISHED:
+            continue
+        for start in run.starts:
+            module, parameters = _module_of(run.path, start["argv"])
+            modules[_name(module, parameters)] = (module, parameters)
+        flat = flatten(run.config)
+        runs.append(_figures(run, flat["data.train_split"]))
+        starts += run.starts
         titles.add(_public(flat["data.folder"] or flat["data.name"]))
-        expected = _expected(module, parameters, variant)
+        expected = _expected(module, parameters, run.variant)
         changed.update([] if expected is None else _differences(flat, expected))
     if len(modules) > 1:
         raise UserError(
@@ -115,6 +105,7 @@ def collect(
         "data": data_note or " and ".join(sorted(titles)),
         "changed_fields": sorted(changed),
         "missing_variants": _missing(module, {run["variant"] for run in runs}),
+        "unfinished": unfinished(everything),
         "note": note,
         "runs": runs,
     }
@@ -150,22 +141,18 @@ def collect_networks(workdir: Path, note: str = "") -> tuple[str, dict[str, Any]
         "data": "sklearn_digits",
         "changed_fields": [f"{n} {_plain(v)}, not {_plain(usual[n])}" for n, v in changed.items()],
         "missing_variants": [],
+        "unfinished": [],
         "note": note,
         "networks": networks,
     }
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """(config, last start, result) of a finished run."""
-    try:
-        record = json.loads((path / "config.json").read_text())
-        return (
-            record["config"],
-            record["starts"][-1],
-            json.loads((path / "result.json").read_text()),
-        )
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path}: not a run's record ({error!r}): leave it out") from error
+def _figures(run: FoundRun, train_split: str) -> dict[str, Any]:
+    """What a record keeps of a finished run; the split where it is a part of one."""
+    kept = {name: run.result[name] for name in KEPT}
+    kept |= {name: run.result[name] for name in KEPT_WHERE_IT_IS if name in run.result}
+    part = {"train_split": train_split} if "[" in train_split else {}
+    return {"variant": run.variant, "seed": run.seed, **kept, **part}
 
 
 def _module_of(path: Path, argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -182,19 +169,6 @@ def _module_of(path: Path, argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     return module, {n: v for n, v in given.items() if v != defaults[n].default}
 
 
-def _pairs(argv: Sequence[str]) -> list[tuple[str, str | None]]:
-    """(flag, value or None) of each flag, values joined by blanks."""
-    pairs: list[tuple[str, str | None]] = []
-    for word in argv:
-        if re.match(r"--[a-zA-Z]", word):
-            flag, equals, value = word.partition("=")
-            pairs.append((flag.replace("_", "-"), value if equals else None))
-        elif pairs:
-            flag, old = pairs[-1]
-            pairs[-1] = (flag, word if old is None else f"{old} {word}")
-    return pairs
-
-
 def _name(module: str, parameters: Mapping[str, Any]) -> str:
     return "-".join([module, *(f"{name}{value}" for name, value in parameters.items())])
 
@@ -207,11 +181,11 @@ def _public(value: Any) -> Any:
 
 def _commands(module: str, argvs: Sequence[Sequence[str]]) -> list[str]:
     """The command lines, each once: without workdirs, places named, seeds of several as S."""
-    several = len({tuple(argv) for argv in argvs}) > 1
+    several = len({dict(pairs(argv[1:])).get("--seed") for argv in argvs}) > 1
     found = []
     for argv in argvs:
         words = ["python", "-m", f"experiments.{module}"]
-        for flag, value in _pairs(argv[1:]):
+        for flag, value in pairs(argv[1:]):
             if flag == "--workdir":
                 continue
             values = [] if value is None else value.split(" ")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_resnet.tables import mean_and_deviation
+from flax_resnet.tables import markdown_table, plus_minus
 
 LABELS = ("Claim", "Command", "Hardware", "Published")
 MOST_CHANGES = 6
@@ -22,8 +22,8 @@ runs in DIR.
 
 Figures are mean ± standard deviation (n - 1) over n seeds, of the last step, not of the best.
 Training figures are over the last logged interval, of augmented images. "Run as it stands" is a run
-of the experiment's own config; of others the fields that differ are named. DIR is where the data
-is.
+of the experiment's own config; of others the fields that differ are named, and so are seeds that
+are not finished. DIR is where the data is.
 """
 
 
@@ -68,7 +68,7 @@ def render(records: Mapping[str, Record], texts: Mapping[str, Document]) -> str:
         if all(_changes(record) for record in own.values()):
             not_run = ["", "", text["Hardware"], text["Published"], "not run here"]
             rows.append([f"`{module}`", f"`{text['Command']}`", *not_run])
-    parts = [HEAD, _markdown(head, rows)]
+    parts = [HEAD, markdown_table(head, rows)]
     for name, record in records.items():
         if len(_variants(record)) > 1:
             parts += [f"## {name}\n", _variant_table(record)]
@@ -82,8 +82,10 @@ def render(records: Mapping[str, Record], texts: Mapping[str, Document]) -> str:
 def _row(name: str, record: Record, text: Document) -> list[str]:
     changes = _changes(record)
     commands = "; ".join(f"`{command}`" for command in record["commands"])
-    differs = "; ".join([*changes[:MOST_CHANGES], *_more(changes)])
+    unfinished = record.get("unfinished", [])
+    differs = "; ".join([*unfinished, *changes[:MOST_CHANGES], *_more(changes)])
     status = "run, changed" if changes else "run as it stands"
+    status += ", not finished" if unfinished else ""
     hardware = "; ".join(record["hardware"])
     return [f"`{name}`", commands, _result(name, record), differs, hardware, text["Published"],
             status]  # fmt: skip
@@ -115,17 +117,9 @@ def _result(name: str, record: Record) -> str:
     if len(variants) != 1:
         return f"[below](#{re.sub(r'[^a-z0-9_-]', '', name.lower())})"
     (runs,) = variants.values()
-    last = runs[-1]
-    return (
-        f"{spread([100 * run['top1'] for run in runs])} % top-1 of {last['num_eval']:,} images, "
-        f"{record['data']}; n = {len(runs)}"
-    )
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation (n - 1); of one value, that value."""
-    mean, deviation = mean_and_deviation(values)
-    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
+    images = f"{runs[-1]['num_eval']:,} images, {record['data']}"
+    top1 = plus_minus([100 * run["top1"] for run in runs])
+    return f"{top1} % top-1 of {images}; n = {len(runs)}"
 
 
 def _variant_table(record: Record) -> str:
@@ -133,12 +127,12 @@ def _variant_table(record: Record) -> str:
     head = ["variant", "n", "top-1 error, %", "training error, %", "training loss", "steps"]
     rows = []
     for variant, runs in _variants(record).items():
-        errors = [spread([100 * (1 - run[k]) for run in runs]) for k in ("top1", "train_top1")]
-        loss = spread([run["train_loss"] for run in runs], 4)
+        errors = [plus_minus([100 * (1 - run[k]) for run in runs]) for k in ("top1", "train_top1")]
+        loss = plus_minus([run["train_loss"] for run in runs], 4)
         steps = " and ".join(f"{step:,}" for step in sorted({run["step"] for run in runs}))
         rows.append([f"`{variant}`" if variant else "", str(len(runs)), *errors, loss, steps])
     images = f"{record['runs'][0]['num_eval']:,} images of {record['data']}"
-    return f"Top-1 error of {images}.\n\n{_markdown(head, rows)}"
+    return f"Top-1 error of {images}.\n\n{markdown_table(head, rows)}"
 
 
 def _network_table(networks: Sequence[Record]) -> str:
@@ -149,7 +143,7 @@ def _network_table(networks: Sequence[Record]) -> str:
         ratios = [f"{network[k]:.1e}" for k in ("output", "kernel")]
         rows.append([network["norm"], network["connection"], str(network["depth"]), *ratios,
                      str(network["n"])])  # fmt: skip
-    return _markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def _details(records: Mapping[str, Record]) -> str:
@@ -161,15 +155,22 @@ def _details(records: Mapping[str, Record]) -> str:
         commits += " and uncommitted changes" if record["uncommitted_changes"] else ""
         versions = [record["versions"].get(package, "") for package in ("jax", "flax")]
         runs = record.get("runs", [])
-        images = " and ".join(f"{n:,}" for n in sorted({run["num_train"] for run in runs}))
+        images = " and ".join(sorted({_training_images(run) for run in runs}))
         epochs = " and ".join(f"{e:g}" for e in sorted({round(run["epochs"], 2) for run in runs}))
-        seconds = spread([run["seconds"] for run in runs], 1) if runs else ""
+        seconds = plus_minus([run["seconds"] for run in runs], 1) if runs else ""
+        seconds += _together(runs)
         rows.append([f"`{name}`", record["date"], commits, *versions, record["data"], images,
                      epochs, seconds])  # fmt: skip
-    return _markdown(head, rows)
+    return markdown_table(head, rows)
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+def _training_images(run: Record) -> str:
+    """How many, and of a part of a split which."""
+    part = f" ({run['train_split']})" if "train_split" in run else ""
+    return f"{run['num_train']:,}{part}"
+
+
+def _together(runs: Sequence[Record]) -> str:
+    """Says that seconds are of a program that trained several networks."""
+    counts = sorted({run["together"] for run in runs if run.get("together", 1) > 1})
+    return f" ({' and '.join(map(str, counts))} networks in one program)" if counts else ""

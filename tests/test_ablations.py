@@ -53,13 +53,41 @@ def test_docstring_states_claim_command_hardware_and_published_figure(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_variant_has_its_seeds_and_the_baseline_is_one(name):
+def test_every_variant_has_its_seeds(name):
     found = variants(name, 2)
     assert all(isinstance(config, TrainConfig) for config in found.values())
     names = {key.rpartition("/")[0] for key in found}
     assert {f"{variant}/seed{seed}" for variant in names for seed in (0, 1)} == set(found)
     assert all(found[f"{variant}/seed1"].seed == 1 for variant in names)
-    assert MODULES[name].BASELINE in names
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_reference_is_another_variant(name):
+    names = {key.rpartition("/")[0] for key in variants(name)}
+    baseline = MODULES[name].BASELINE
+    if isinstance(baseline, str):
+        baseline = dict.fromkeys(names - {baseline}, baseline)
+    assert baseline
+    assert {*baseline, *baseline.values()} <= names
+    assert all(variant != reference for variant, reference in baseline.items())
+
+
+@pytest.mark.parametrize("name", ["connections", "depth", "dropblock", "versions", "zero_init"])
+def test_a_variant_and_its_own_reference_differ_in_one_field(name):
+    """So a difference of the two has one cause; of depths the stages' sizes are that field."""
+    found = {key.rpartition("/")[0]: config for key, config in variants(name).items()}
+    for variant, reference in MODULES[name].BASELINE.items():
+        fields = differing(found[variant], found[reference])
+        assert len(fields) == 1, (variant, reference)
+        assert fields <= {"model.stage_sizes"} or name != "depth"
+
+
+def test_depth_and_connections_call_the_same_runs_the_same():
+    deep, connected = variants("depth"), variants("connections")
+    assert deep.items() <= connected.items()
+    assert {name.partition("/")[0] for name in connected.keys() - deep.keys()} == {
+        "highway-20", "highway-56",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VARYING)

@@ -8,7 +8,7 @@ import pytest
 from helpers import count_parameters
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.benchmarks import common, compile, transfer
+from experiments.benchmarks import common, compile, seeds, transfer
 from flax_resnet.models import PreActBottleneckBlock, cifar_preact
 
 SMALL = compile.Settings(depths=(20,), image_size=4, batch_size=2, compile_repeats=1, steps=2)
@@ -160,3 +160,16 @@ def test_transfer_says_what_it_scaled():
     lines = transfer.report([fast, row]).splitlines()
     assert lines[1].split()[:4] == ["cached", "40", "20.5", "20.0"]
     assert "30.0, scaled 410.0" in lines[2]
+
+
+def test_the_seeds_benchmark_times_both_ways(digits_dir, monkeypatch):
+    """What it compares: one step of two networks together, with two steps of one."""
+    times = iter([[0.5, 0.25, 1.0], [2.0, 3.0, 1.0]])
+    ready = []
+    monkeypatch.setattr(seeds, "step_seconds", lambda run: ready.append(run) or next(times))
+    settings = seeds.Settings((2,), depth=8, image_size=8, batch_size=16, data_dir=digits_dir)
+    row = seeds.measure(settings, 2)
+    assert [run.lead for run in ready] == [(), (2,)]
+    assert [config.seed for config in ready[1].configs] == [0, 1]
+    assert (row["one_step_seconds"]["median"], row["together_step_seconds"]["median"]) == (0.5, 2.0)
+    assert row["together_over_in_turn"] == 2.0

@@ -5,7 +5,6 @@ import importlib
 import inspect
 import pkgutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -99,15 +98,6 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def quick_compilation():
-    """Compiles in half the time, for what runs one step."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 def test_one_step_on_synthetic_images(module, tmp_path, mesh, folder, monkeypatch):
     monkeypatch.setenv("FLAX_RESNET_CACHE", str(tmp_path / "cache"))
     config = shrunk(module.get_config(), folder)

@@ -398,13 +398,15 @@ def test_groups_of_a_sweep_a_variant_and_a_run(sweep):
         ("plain8", 2),
         ("residual8", 2),
     ]
-    assert said == [f"left out residual20 of {sweep}: it has logged nothing yet"]
+    assert said == [
+        f"left out {sweep}/residual20/seed{seed}: it has logged nothing yet" for seed in (0, 1)
+    ]
     groups = inspection.find_groups([sweep / "plain8", sweep / "residual8" / "seed1"])
     assert [(g.name, len(g.runs)) for g in groups] == [("plain8", 2), ("seed1", 1)]
     assert inspection.study_title([sweep], 6).endswith(" on sklearn_digits, n = 6 runs")
     with pytest.raises(UserError, match="holds no run"):
         inspection.find_groups([sweep.parent / "nowhere"])
-    with pytest.raises(UserError, match="no run has logged anything yet"):
+    with pytest.raises(UserError, match="no run has been evaluated yet"):
         inspection.find_groups([sweep / "residual20"])
 
 

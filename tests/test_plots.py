@@ -1,6 +1,7 @@
 """experiments.plots draws what it is asked for, from workdirs alone."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -86,6 +87,43 @@ def test_studies_of_a_sweep(sweep, titles, capsys):
         np.array([(20, 9, 5), (20, 10, 5), (56, 9, 5), (56, 10, 5)])
     )
     assert (len(one[1]), *one[2:]) == (1, "plain20 on sklearn_digits, n = 1 run", "step")
+
+
+@pytest.fixture
+def unfinished(sweep, tmp_path):
+    """The sweep, with plain56's second seed in its first epoch."""
+    root = tmp_path / "sweep"
+    shutil.copytree(sweep, root)
+    path = root / "plain56" / "seed1" / "metrics.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    return root
+
+
+def test_a_run_without_evaluations_is_left_out_and_named(unfinished, titles, capsys):
+    code, _, error = command(capsys, "curves", unfinished)
+    young = unfinished / "plain56" / "seed1"
+    assert (code, error) == (0, f"left out {young}: it has no evaluation line yet\n")
+    assert [len(group.runs) for group in titles[0][1]] == [2, 1, 2, 2]
+
+
+def test_a_run_alone_is_drawn_with_what_it_has(unfinished, capsys):
+    young = unfinished / "plain56" / "seed1"
+    for what in ("curves", "paper"):
+        figure = young / "plots" / f"{what}.png"
+        assert command(capsys, what, young) == (0, f"figure: {figure}\n", "")
+        assert figure.exists()
+
+
+def test_seeds_beside_a_run_are_said_not_to_be_drawn(sweep, tmp_path, titles, capsys):
+    root = shutil.copytree(sweep / "plain20", tmp_path / "run")
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(root / "seed0" / name, root)
+    code, _, error = command(capsys, "curves", root)
+    assert (code, error) == (
+        0,
+        f"{root} is a run itself, and is drawn; the 2 seeds in it are not\n",
+    )
+    assert [(group.name, len(group.runs)) for group in titles[0][1]] == [("run", 1)]
 
 
 def test_a_figure_is_written(sweep, tmp_path, capsys):

@@ -14,6 +14,7 @@ KEY = jax.random.key(3)
 apply_ops = jax.jit(randaugment.apply_ops)
 draw = jax.jit(randaugment.draw, static_argnums=1)
 FILL = (124, 116, 104)
+EXACT = ("Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd")
 
 
 def add_below_128(image, add):
@@ -79,7 +80,7 @@ def test_each_op_is_pillows_within_a_grey_level(pairs, name):
     images, ours, theirs, op = pairs
     mine = op == OPS.index(name)
     apart = np.abs(ours[mine].astype(int) - theirs[mine].astype(int))
-    assert (apart > 0).mean() < 0.01
+    assert (apart > 0).mean() <= (0 if name in EXACT else 0.01)
     assert apart.max() <= 1
     assert (ours[mine][1] != images[mine][1]).any()  # at full strength it does something
 

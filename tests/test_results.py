@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ EXPERIMENTS = Path(results.__file__).parent
 DIGITS = "/home/someone/code/experiments/digits.py"
 
 
-def leave_run(path, config, argv, top1, seed=0, **start):
+def leave_run(path, config, argv, top1, seed=0, together=None, **start):
     """A finished run's two files, as training leaves them."""
     path.mkdir(parents=True)
     began = {
@@ -37,7 +38,16 @@ def leave_run(path, config, argv, top1, seed=0, **start):
         "step": 690, "epochs": 30.0, "num_train": 1442, "num_eval": 355, "top1": top1, "top5": 1.0,
         "loss": 0.5, "train_top1": 0.75, "train_loss": 0.25, "seconds": 12.0, "best_top1": 1.0,
     }  # fmt: skip
+    if together:
+        result["together"] = together
     (path / "result.json").write_text(json.dumps(result))
+
+
+def add_start(path, **changed):
+    """Another start of a run, after those that it has."""
+    record = json.loads((path / "config.json").read_text())
+    record["starts"].append({**record["starts"][-1], **changed})
+    (path / "config.json").write_text(json.dumps(record))
 
 
 @pytest.fixture
@@ -81,6 +91,79 @@ def test_a_record_has_the_figures_and_where_they_come_from(seeds):
     assert record["runs"][0]["train_loss"] == 0.25
     assert (record["changed_fields"], record["missing_variants"]) == ([], [])
     assert record["note"] == "a note"
+
+
+def test_a_record_says_what_every_start_ran_on(seeds):
+    """Begun on a GPU at another commit, and ended on a CPU."""
+    path = seeds / "seed1"
+    shutil.rmtree(path)
+    gpu = {"devices": ["NVIDIA H200"], "platform": "gpu", "cpu_cores": 16}
+    argv = [DIGITS, "--num-seeds", "3", "--model.dtype", "bfloat16"]
+    leave_run(path, digits.get_config(), argv, 0.5, 1, time="2026-01-01T00:00:00Z", **gpu,
+              git={"commit": "f" * 40, "changed": True},
+              packages={"jax": "0.10.1", "flax": "0.12.8"})  # fmt: skip
+    last = json.loads((seeds / "seed0" / "config.json").read_text())["starts"][-1]
+    add_start(path, **last)
+    _, record = results.collect([seeds])
+    assert record["hardware"] == ["1 x NVIDIA H200, 16-core CPU", "2-core CPU"]
+    assert record["commits"] == ["0123456789ab", "f" * 12]
+    assert record["uncommitted_changes"]
+    assert record["versions"] == {"jax": "0.10.1 and 0.10.2", "flax": "0.12.8"}
+    assert record["date"] == "2026-01-02"
+    assert record["commands"] == [
+        "python -m experiments.digits --num-seeds 3",
+        "python -m experiments.digits --num-seeds 3 --model.dtype bfloat16",
+    ]
+
+
+def test_seeds_that_are_not_finished_are_said(seeds):
+    (seeds / "seed2" / "result.json").unlink()
+    _, record = results.collect([seeds])
+    assert record["unfinished"] == ["seed 2 not finished"]
+    text = table.render({"digits": record}, {"digits": TEXT})
+    assert "n = 2 | seed 2 not finished | 2-core CPU | 8.75 %. | run as it stands, not finished |" \
+        in text  # fmt: skip
+    shutil.rmtree(seeds / "seed1")
+    (seeds / "seed2").rename(seeds / "seed1")  # its config says 2
+    assert results.collect([seeds])[1]["unfinished"] == ["seed 1 not begun", "seed 2 not finished"]
+
+
+def test_runs_of_a_sweep_that_failed_are_said(ablation):
+    """One that had begun, one that had not, and one that was tried again and is finished."""
+    (ablation / "failures").mkdir()
+    for run in ("shortcut=B-seed1", "shortcut=C-seed0", "shortcut=A-seed0"):
+        (ablation / "failures" / f"{run}.txt").write_text("Traceback")
+    (ablation / "shortcut=B" / "seed1" / "result.json").unlink()
+    name, record = results.collect([ablation])
+    assert record["unfinished"] == [
+        "seed 1 of shortcut=B failed", "seed 0 of shortcut=C failed",
+    ]  # fmt: skip
+    assert [(run["variant"], run["seed"]) for run in record["runs"]] == [
+        ("shortcut=A", 0), ("shortcut=A", 1), ("shortcut=B", 0),
+    ]  # fmt: skip
+    text = table.render({name: record}, {name: TEXT})
+    assert "| seed 1 of shortcut=B failed; seed 0 of shortcut=C failed; num_steps 7," in text
+    assert "| run, changed, not finished |" in text
+
+
+def test_a_part_of_the_training_split_is_said(tmp_path):
+    data = dataclasses.replace(digits.get_config().data, train_split="train[:20%]")
+    leave_run(tmp_path / "w", dataclasses.replace(digits.get_config(), data=data), [DIGITS], 0.5)
+    name, record = results.collect([tmp_path / "w"])
+    assert record["changed_fields"] == ["data.train_split train[:20%], not train"]
+    assert record["runs"][0]["train_split"] == "train[:20%]"
+    text = table.render({name: record}, {"digits": TEXT})
+    assert "| sklearn_digits | 1,442 (train[:20%]) | 30 | 12.0 |" in text
+
+
+def test_networks_that_trained_in_one_program_are_said(tmp_path):
+    argv = [DIGITS, "--num-seeds", "2"]
+    for seed in (0, 1):
+        leave_run(tmp_path / f"seed{seed}", digits.get_config(), argv, 0.5, seed, together=2)
+    name, record = results.collect([tmp_path])
+    assert [run["together"] for run in record["runs"]] == [2, 2]
+    text = table.render({name: record}, {"digits": TEXT})
+    assert "| 12.0 ± 0.0 (2 networks in one program) |" in text
 
 
 def test_the_table_has_mean_deviation_and_count(seeds):

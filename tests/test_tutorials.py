@@ -3,7 +3,9 @@
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -67,6 +69,30 @@ def test_a_command_is_ended_when_the_time_is_up(tmp_path):
     assert not tutorials.run(words, tmp_path / "log", began + 1, os.environ)
     assert time.monotonic() - began < 10
     assert (tmp_path / "log").read_text().strip() in ("", "began")
+
+
+def test_a_command_is_ended_with_its_launcher(tmp_path, monkeypatch):
+    log, before = tmp_path / "log", signal.getsignal(signal.SIGTERM)
+
+    def terminate():
+        while not log.exists() or not log.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def launch(settings):
+        assert signal.getsignal(signal.SIGTERM) != before
+        threading.Thread(target=terminate, daemon=True).start()
+        code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+        end = time.monotonic() + 60
+        return tutorials.run([sys.executable, "-c", code], log, end, os.environ)
+
+    monkeypatch.setattr(tutorials, "launch", launch)
+    with pytest.raises(SystemExit) as stop:
+        tutorials.main(["--trial"])
+    assert stop.value.code == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_command_that_fails_is_reported_by_its_last_line(tmp_path):

@@ -15,8 +15,8 @@ Published: none.
 
 from experiments import cifar10_resnet
 from flax_resnet.config import TrainConfig
+from flax_resnet.grids import grid
 from flax_resnet.main import ablate
-from flax_resnet.sweep import grid
 
 BASELINE = "bn_momentum=0.9"
 

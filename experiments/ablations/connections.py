@@ -11,33 +11,28 @@ Published: test error of residual networks of 20 and 56 layers 8.75 and 6.97 % (
 table 6), of plain ones about 9 and 13 % (read off its figure 6); of such highway networks: none.
 """
 
-from experiments import cifar10_resnet
+from experiments.ablations import depth
 from flax_resnet.config import TrainConfig
+from flax_resnet.grids import grid
 from flax_resnet.main import ablate
-from flax_resnet.models import cifar_resnet
-from flax_resnet.sweep import grid
+from flax_resnet.models.blocks import Connection
 
-BASELINE = "residual20"
-CONNECTIONS = ("plain", "residual", "highway")
-DEPTHS = (20, 56)
+CONNECTIONS: tuple[Connection, ...] = ("plain", "residual", "highway")
+BASELINE = {
+    f"{connection}-{layers}": f"residual-{layers}"
+    for layers in depth.DEPTHS
+    for connection in ("plain", "highway")
+}
 
 
 def get_base() -> TrainConfig:
     """ResNet-20 by the paper's recipe."""
-    return cifar10_resnet.get_config(20)
+    return depth.get_base()
 
 
 def get_grid(base: TrainConfig, seeds: int) -> dict[str, TrainConfig]:
     """The base's network with each connection at each depth."""
-    variants = {
-        f"{connection}{depth}": {
-            "model.connection": connection,
-            "model.stage_sizes": cifar_resnet(depth).stage_sizes,
-        }
-        for depth in DEPTHS
-        for connection in CONNECTIONS
-    }
-    return grid(base, {"": variants}, seeds)
+    return grid(base, {"": depth.networks(CONNECTIONS)}, seeds)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,15 @@ import dataclasses
 
 from experiments import cifar100_dropblock
 from flax_resnet.config import TrainConfig
+from flax_resnet.grids import grid
 from flax_resnet.main import ablate
-from flax_resnet.sweep import grid
 
-BASELINE = "dropblock_rate=0.0"
+RATES = (0.1, 0.2, 0.3)
+# A rate held throughout against none, one that rises against the same held.
+BASELINE = {f"dropblock_rate={r},dropblock_rise=0.0": "dropblock_rate=0.0" for r in RATES} | {
+    f"dropblock_rate={r},dropblock_rise=1.0": f"dropblock_rate={r},dropblock_rise=0.0"
+    for r in RATES
+}
 
 
 def get_base() -> TrainConfig:
@@ -30,7 +35,7 @@ def get_base() -> TrainConfig:
 def get_grid(base: TrainConfig, seeds: int) -> dict[str, TrainConfig]:
     """No DropBlock, and three rates, throughout and rising over the whole run."""
     none = grid(base, {"model.dropblock_rate": (0.0,)}, seeds)
-    axes = {"model.dropblock_rate": (0.1, 0.2, 0.3), "dropblock_rise": (0.0, 1.0)}
+    axes = {"model.dropblock_rate": RATES, "dropblock_rise": (0.0, 1.0)}
     return none | grid(base, axes, seeds)
 
 

@@ -17,6 +17,7 @@ all in a minute or two on a CPU: small networks, a few steps, scikit-learn's dig
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -24,8 +25,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments import results
 from flax_resnet import flags
@@ -175,6 +177,20 @@ def _end(child: subprocess.Popen) -> None:
             child.wait()
 
 
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Turns SIGTERM into SystemExit, so that a child in its own session is ended too."""
+
+    def stop(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def launch(settings: Settings) -> bool:
     """Runs what is not finished; False where the time did not suffice."""
     end = time.monotonic() + 60 * settings.minutes
@@ -196,7 +212,7 @@ def launch(settings: Settings) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs studies; status 0 when all are finished, 75 when the time is up."""
-    with one_line_errors():
+    with one_line_errors(), terminable():
         about, prog = __doc__ or "", "python -m experiments.launch.tutorials"
         done = launch(flags.cli(Settings, argv, about, prog))
     if not done:

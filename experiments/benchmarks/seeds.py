@@ -1,0 +1,112 @@
+"""Several seeds trained together, one program under vmap, against one after another.
+
+Both train the same networks for the same steps, on the bundled digits, from the same seeds; the
+steps alone are timed, without compilation, evaluation and saving. One line of JSON for each number
+of seeds: seconds a step of all networks, and the ratio.
+
+On a CPU together is slower (the design measured 4 times), so there seeds run in turn by default.
+
+Command: python -m experiments.benchmarks.seeds --num-seeds 1 4
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import digits
+from experiments.benchmarks import common
+from flax_resnet import distributed, flags, run, together
+from flax_resnet.config import TrainConfig
+from flax_resnet.errors import UserError, check_range
+from flax_resnet.grids import replaced
+from flax_resnet.main import one_line_errors
+from flax_resnet.models import cifar_resnet
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is timed."""
+
+    num_seeds: tuple[int, ...] = (1, 2, 4, 8)
+    """Networks that train together."""
+    depth: int = 20
+    """Of the CIFAR ResNet."""
+    image_size: int = 32
+    """The digits, 8x8, are enlarged to this."""
+    batch_size: int = 128
+    """Images in a step of one network."""
+    steps: int = 20
+    """Steps timed of each, after one that is not."""
+    data_dir: str | None = None
+    """Where the digits are prepared, or will be."""
+
+    def __post_init__(self) -> None:
+        if not self.num_seeds:
+            raise UserError("--num-seeds: expected one or more")
+        for value in self.num_seeds:
+            check_range("--num-seeds", value, 1)
+        check_range("--steps", self.steps, 1)
+        check_range("--batch-size", self.batch_size, 1)
+
+
+def configs(settings: Settings, num_seeds: int) -> list[TrainConfig]:
+    """The runs."""
+    base = digits.get_config()
+    data = dataclasses.replace(
+        base.data, data_dir=settings.data_dir, image_size=settings.image_size
+    )
+    base = dataclasses.replace(
+        base,
+        model=cifar_resnet(settings.depth),
+        data=data,
+        batch_size=settings.batch_size,
+        num_steps=settings.steps + 1,
+    )
+    return [replaced(base, "seed", seed) for seed in range(num_seeds)]
+
+
+def step_seconds(ready: run.Run) -> list[float]:
+    """Seconds of each step but the first, which also loads the program."""
+    step, _ = ready.compile()
+    seconds = []
+    for batch in ready.batches():
+        (ready.state, _), took = common.timed(step, ready.state, batch)
+        seconds.append(took)
+    return seconds[1:]
+
+
+def measure(settings: Settings, num_seeds: int) -> dict[str, object]:
+    """Times both ways: together on as many devices as divide the seeds, in turn on all."""
+    runs = configs(settings, num_seeds)
+    with tempfile.TemporaryDirectory() as nowhere:
+        one = run.set_up(runs[0], Path(nowhere), distributed.data_mesh())
+        alone = common.Timing.of(step_seconds(one))
+        all_at_once = together.set_up(runs, Path(nowhere))
+        several = common.Timing.of(step_seconds(all_at_once))
+    return {
+        "benchmark": "seeds",
+        "num_seeds": num_seeds,
+        "depth": settings.depth,
+        "image_size": settings.image_size,
+        "batch_size": settings.batch_size,
+        "together_step_seconds": dataclasses.asdict(several),
+        "one_step_seconds": dataclasses.asdict(alone),
+        "together_over_in_turn": several.median / (num_seeds * alone.median),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures every number of seeds; prints lines of JSON."""
+    with one_line_errors():
+        settings = flags.cli(
+            Settings, argv, __doc__ or "", "python -m experiments.benchmarks.seeds"
+        )
+        for num_seeds in settings.num_seeds:
+            common.print_json({**measure(settings, num_seeds), "hardware": common.hardware()})
+
+
+if __name__ == "__main__":
+    main()
