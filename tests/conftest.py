@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, prepared digits, and small networks and images."""
+"""Eight virtual CPU devices, quick compilation, prepared digits, and small networks and images."""
 
 import os
 import pathlib
@@ -17,6 +17,25 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 SHARED_DATA = pathlib.Path(
     os.environ.get("FLAX_RESNET_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data")
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """Compiles in half the time, but for modules with OPTIMIZED: they compare numbers tightly."""
+    optimized = getattr(request.module, "OPTIMIZED", False)
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+
+
+@pytest.fixture(scope="session")
+def clean_environment():
+    """For processes that tests start: what they compile is kept too, a shell's settings are not."""
+    foreign = ("JAX_", "XLA_", "TFDS_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    return kept | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ import numpy as np
 
 from flax_resnet.models import ResNet
 
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for a process that compiles in half the time
+
 
 def tiny_resnet(**fields):
     """One block of 8 filters: compiles in a second."""
@@ -39,6 +41,21 @@ def shapes_of(module, shape):
     """Shapes of a module's variables on images of ``shape`` (H, W, C), computing none."""
     images = jnp.zeros((1, *shape))
     return jax.eval_shape(lambda: module.init(jax.random.key(0), images, train=False))
+
+
+def drawn(module, images):
+    """Variables as a start has them, drawn by NumPy: no initialiser has to be compiled."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, like):
+        if path[-1].key == "kernel":
+            fan_in, fan_out = like.size / like.shape[-1], like.size / like.shape[-2]
+            variance = 1 / fan_in if like.ndim == 2 else 2 / fan_out
+            return rng.normal(0, np.sqrt(variance), like.shape).astype(like.dtype)
+        return np.full(like.shape, path[-1].key in ("scale", "var"), like.dtype)
+
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def count_parameters(module, shape):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import tiny_resnet
+from helpers import drawn, tiny_resnet
 from PIL import Image
 
 from experiments import gradient_flow
@@ -18,14 +18,10 @@ from flax_resnet.models import cifar_resnet, stack_blocks
 SMALL = Settings(seeds=1, batch_size=8, image_size=8)
 
 
-def init(module, batch):
-    return module.init(jax.random.key(0), batch["image"])
-
-
 def test_norms_equal_brute_force():
     batch = digits_batch(0, 6, 8)
     module = tiny_resnet(num_filters=4)
-    variables = init(module, batch)
+    variables = drawn(module, batch["image"])
 
     def loss(params):
         logits, _ = module.apply(
@@ -53,7 +49,7 @@ def test_norms_equal_brute_force():
 def test_stacked_variables_give_the_same_norms():
     batch = digits_batch(0, 4, 8)
     module = tiny_resnet(stage_sizes=(12,), num_filters=2, norm_kind="none")
-    variables = init(module, batch)
+    variables = drawn(module, batch["image"])
     scanned = module.clone(scan_blocks=True)
     norms = gradient_norms(module, variables, batch)
     assert gradient_norms(scanned, stack_blocks(module, variables), batch) == norms

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from flax_resnet.layers import Layers, as_dtype, average_pool_2, max_pool, shortcut_a
 
+OPTIMIZED = True
 LAYERS = Layers()
 
 

@@ -1,7 +1,6 @@
 """The command line as a person uses it: processes, exit status, files."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import time
 
 import pytest
-from helpers import assert_one_line_error, assert_trees_equal
+from helpers import QUICK, assert_one_line_error, assert_trees_equal
 from tensorboard_events import read_scalars
 from test_train import saved
 
@@ -25,10 +24,9 @@ SMALL = (
 
 
 @pytest.fixture
-def environment(digits_dir):
+def environment(digits_dir, clean_environment):
     """One CPU device, the prepared digits, no TensorFlow whatever is installed."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TFDS_"))}
-    return {**kept, "TFDS_DATA_DIR": digits_dir, "JAX_PLATFORMS": "cpu"}
+    return clean_environment | {"TFDS_DATA_DIR": digits_dir}
 
 
 def start(environment, *arguments, module="experiments.digits", **kwargs):
@@ -209,7 +207,7 @@ def test_tensorflow_is_never_imported(environment, tmp_path):
     (tmp_path / "site" / "tensorflow" / "__init__.py").write_text(
         f"open({str(marker)!r}, 'a').close()\nraise ImportError('TensorFlow was imported')\n"
     )
-    environment["PYTHONPATH"] = str(tmp_path / "site")
+    environment |= QUICK | {"PYTHONPATH": str(tmp_path / "site")}
     code, out, err = run(
         environment, "--workdir", tmp_path / "w", "--num-steps", 6, *SMALL,
         "--data.resident-mb", 0, "--data.num-workers", 1,

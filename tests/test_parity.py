@@ -10,6 +10,8 @@ from parity_helpers import assert_close, channels_first, keras, torch, torch_lay
 from flax_resnet import augment, optim
 from flax_resnet.models import BasicBlock, MiniModel, ResidualUnit, cifar_resnet
 
+OPTIMIZED = True
+
 
 def randomized(variables, rng):
     """Random parameters near their initial scale, and statistics of their own."""

@@ -29,6 +29,7 @@ from flax_resnet.models import create
 from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.pretrained.weights import open_file, read_weights, write_weights
 
+OPTIMIZED = True
 SIZES = [(301, 507), (640, 479), (97, 223)]
 DEEP = pytest.mark.slow
 # Keras's variables meet numpy 2 and h5py when Keras saves them.

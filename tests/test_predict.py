@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import assert_one_line_error
+from helpers import QUICK, assert_one_line_error
 from prediction_helpers import (
     NAMES,
     damaged,
@@ -179,15 +179,14 @@ def test_help(call, name):
     assert name in call("--help")[1]
 
 
-def test_a_process_imports_no_other_framework(weights, photos, tmp_path):
+def test_a_process_imports_no_other_framework(weights, photos, tmp_path, clean_environment):
     marker = tmp_path / "imported"
     for name in ("torch", "tensorflow", "keras"):
         (tmp_path / "site" / name).mkdir(parents=True)
         (tmp_path / "site" / name / "__init__.py").write_text(
             f"open({str(marker)!r}, 'a').write({name!r})\nraise ImportError({name!r})\n"
         )
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    environment = {**kept, "PYTHONPATH": str(tmp_path / "site"), "JAX_PLATFORMS": "cpu"}
+    environment = clean_environment | QUICK | {"PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "flax_resnet", "predict", photos,
          "--weights", weights, "--format", "json"],

@@ -1,6 +1,6 @@
 """The README's commands and Python run as written."""
 
-import os
+import importlib
 import pathlib
 import re
 import subprocess
@@ -9,25 +9,25 @@ import sys
 import pytest
 
 import flax_resnet
-from experiments import cifar10_mini, digits, finetune, mnist_transfer
-from flax_resnet import convert, evaluate, flags, models, predict
+from flax_resnet import convert, evaluate, flags, main, models, predict, report
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-CONFIGS = {
-    "digits": digits.get_config,
-    "cifar10_mini": cifar10_mini.get_config,
-    "mnist_transfer": mnist_transfer.get_config,
-    "finetune": finetune.get_config,
-}
+
+
+def module(name):
+    return importlib.import_module(f"experiments.{name}")
+
+
 RUNS = re.findall(r"python -m experiments\.([\w.]+)([^\n`|]*)", README)
-COMMANDS = [(name, arguments) for name, arguments in RUNS if name in CONFIGS]
+COMMANDS = [(name, arguments) for name, arguments in RUNS if hasattr(module(name), "get_config")]
+ABLATIONS = [(name, arguments) for name, arguments in RUNS if hasattr(module(name), "get_grid")]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def parse(name, arguments):
-    argv = re.sub(r"\bS\b", "0", arguments).split()
-    return flags.parse(CONFIGS[name](), f"runs/{name}", argv)
+    argv = re.sub(r"\bS\b", "2", arguments).split()
+    return main.chosen_by(module(name).get_config, f"runs/{name}", argv)
 
 
 @pytest.mark.parametrize(("name", "arguments"), COMMANDS)
@@ -35,12 +35,19 @@ def test_every_flag_in_the_readme_is_one(name, arguments):
     parse(name, arguments)
 
 
+@pytest.mark.parametrize(("name", "arguments"), ABLATIONS)
+def test_every_flag_of_an_ablation_is_one(name, arguments):
+    own = module(name)
+    asked = main.chosen_by(own.get_base, "runs", arguments.split(), flags.SweepInvocation)
+    assert own.get_grid(asked.config, asked.seeds)
+
+
 def test_commands_followed_in_order_do_not_meet_another_configs_workdir():
     configs = {}
     for name, arguments in COMMANDS:
         chosen = parse(name, arguments)
         assert configs.setdefault(chosen.workdir, chosen.config) == chosen.config
-    assert len(configs) >= 11
+    assert len(configs) >= 10
 
 
 def test_there_are_two_commands_that_install_and_run():
@@ -57,13 +64,16 @@ def test_every_module_that_is_run_is_there():
 
 
 @pytest.mark.parametrize("code", BLOCKS)
-def test_the_python_runs(code, tmp_path, digits_dir):
-    environment = {**os.environ, "TFDS_DATA_DIR": digits_dir, "PYTHONPATH": str(ROOT)}
+def test_the_python_runs(code, tmp_path, digits_dir, clean_environment):
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+    environment = clean_environment | quick | {"TFDS_DATA_DIR": digits_dir}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    if "sweep(" in code:
+        assert "| residual=True | 2 | " in done.stdout
     if "train_and_evaluate" in code:
         assert 0 < float(done.stdout.splitlines()[-1]) <= 1
         assert (tmp_path / "runs" / "python" / "result.json").exists()
@@ -84,7 +94,7 @@ def test_fine_tuning_as_the_readme_says_leaves_batch_norm_as_it_was():
 
 
 def test_every_tool_in_the_readme_parses():
-    tools = {m.__name__.split(".")[1]: m.Settings for m in (predict, evaluate, convert)}
+    tools = {m.__name__.split(".")[1]: m.Settings for m in (predict, evaluate, convert, report)}
     found = re.findall(r"^python -m flax_resnet (\w+) (.*)$", README, re.MULTILINE)
     assert tools.keys() <= {name for name, _ in found}
     for name, arguments in found:

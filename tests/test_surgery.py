@@ -10,6 +10,7 @@ from flax import linen as nn
 from helpers import (
     UNIT_STATS,
     assert_trees_equal,
+    drawn,
     max_difference,
     random_batch,
     shapes_of,
@@ -38,7 +39,7 @@ from flax_resnet.step import create_state, train_step
     ],
 )
 def test_stacking_and_unstacking_are_inverse_and_put_equal_blocks_together(model):
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    variables = drawn(model, jnp.zeros((1, 8, 8, 3)))
     stacked = stack_blocks(model, variables)
     names = {n for n in stacked["params"] if n.startswith("stage")}
     want = {
@@ -139,7 +140,7 @@ def test_trainable_says_what_frozen_stages_freezes():
 )
 def test_a_replaced_head_has_its_classes_and_starts_afresh(model, rng):
     x = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = drawn(model, x)
     other, changed = replace_head(model, variables, 3, seed=1)
     assert other == model.clone(num_classes=3)
     assert other.apply(changed, x).shape == (2, 3)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from helpers import assert_trees_equal, max_difference, random_batch
+from helpers import QUICK, assert_trees_equal, drawn, max_difference, random_batch
 from test_train import saved
 
 from experiments import finetune, mnist_transfer
@@ -49,7 +48,7 @@ def cache(tmp_path, monkeypatch):
 
 def noisy(module, shape=(8, 8, 3)):
     """Variables with statistics that are not those of a start."""
-    variables = initialize(module, jax.random.key(7), jnp.zeros((1, *shape)))
+    variables = drawn(module, jnp.zeros((1, *shape)))
     rng = np.random.default_rng(0)
 
     def change(path, x):
@@ -60,12 +59,12 @@ def noisy(module, shape=(8, 8, 3)):
     return jax.tree_util.tree_map_with_path(change, variables)
 
 
-@pytest.fixture
-def weights(tmp_path):
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
     """A file of a small network of Keras's kind, of 7 classes: (path, its variables)."""
     module = keras_resnet(50, num_classes=7, **SMALL)
     variables = noisy(module)
-    path = tmp_path / "net.safetensors"
+    path = tmp_path_factory.mktemp("weights") / "net.safetensors"
     how = create_preprocessing()
     write_weights(path, module, variables, preprocessing=how)
     return str(path), variables
@@ -85,7 +84,7 @@ def config(weights, digits_dir):
         config,
         model=config.model.clone(**SMALL, frozen_stages=2, hidden_units=(16,)),
         weights=weights[0],
-        data=DataConfig(data_dir=digits_dir, channels=3, pad=1),
+        data=DataConfig(data_dir=digits_dir, channels=3, pad=1, train_split="train[:320]"),
         num_epochs=2,
         log_every_steps=4,
         checkpoint=CheckpointConfig(),
@@ -173,7 +172,7 @@ def test_a_streamed_set_and_a_resumed_run_give_the_same(config, tmp_path, mesh):
 
         def few(seed, size, start, stop):
             for step, batch in enumerate(batches(seed, size, start, stop)):
-                if step == 14:
+                if step == 4:
                     raise Stop
                 yield batch
 
@@ -184,7 +183,7 @@ def test_a_streamed_set_and_a_resumed_run_give_the_same(config, tmp_path, mesh):
         patch.setattr(transfer, "with_cached_features", breaks)
         with pytest.raises(Stop):
             train_and_evaluate(config, tmp_path / "broken", mesh=mesh)
-    assert saved(tmp_path / "broken")[1]["step"] == 12  # one epoch of 1,442 images
+    assert saved(tmp_path / "broken")[1]["step"] == 3  # one epoch of 320 images
     other_way = dataclasses.replace(config, cache_features=False)
     result = train_and_evaluate(other_way, tmp_path / "broken", mesh=mesh)
     assert result["loss"] == pytest.approx(whole["loss"], rel=1e-5)
@@ -401,7 +400,7 @@ def test_finetuning_starts_from_the_weights(weights, tmp_path, mesh, image_folde
     assert stage > stem > 0
 
 
-def test_no_other_framework_is_imported(config, weights, digits_dir, tmp_path):
+def test_no_other_framework_is_imported(weights, digits_dir, tmp_path, clean_environment):
     """Stand-ins that leave a mark when anything imports them."""
     site, marker = tmp_path / "site", tmp_path / "imported"
     for name in ("torch", "tensorflow", "keras"):
@@ -409,8 +408,7 @@ def test_no_other_framework_is_imported(config, weights, digits_dir, tmp_path):
         (site / name / "__init__.py").write_text(
             f"open({str(marker)!r}, 'a').write({name!r})\nraise ImportError({name!r})\n"
         )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    environment |= {"PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu"}
+    environment = clean_environment | QUICK | {"PYTHONPATH": str(site)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "experiments.mnist_transfer", "--weights", weights[0],
          "--data.name", "sklearn_digits", "--data.data-dir", digits_dir, "--num-steps", "3",
