@@ -12,6 +12,9 @@ from flax_resnet.tables import markdown_table, plus_minus
 
 LABELS = ("Claim", "Command", "Hardware", "Published")
 MOST_CHANGES = 6
+REDUCES = ("data.train_split ", "data.image_size ", "num_steps ", "num_epochs ",
+           "model.num_filters ", "model.stage_filters ")  # fmt: skip
+"""What a changed field begins with where less is trained, on less or of less."""
 Record = Mapping[str, Any]
 Document = Mapping[str, str]
 HEAD = """# Results
@@ -84,7 +87,8 @@ def _row(name: str, record: Record, text: Document) -> list[str]:
     commands = "; ".join(f"`{command}`" for command in record["commands"])
     unfinished = record.get("unfinished", [])
     differs = "; ".join([*unfinished, *changes[:MOST_CHANGES], *_more(changes)])
-    status = "run, changed" if changes else "run as it stands"
+    reduced = any(change.startswith(REDUCES) for change in changes)
+    status = "run, reduced" if reduced else "run, changed" if changes else "run as it stands"
     status += ", not finished" if unfinished else ""
     hardware = "; ".join(record["hardware"])
     return [f"`{name}`", commands, _result(name, record), differs, hardware, text["Published"],
@@ -94,9 +98,9 @@ def _row(name: str, record: Record, text: Document) -> list[str]:
 def _changes(record: Record) -> list[str]:
     """What sets the runs of a record apart from the experiment as it stands."""
     missing = record["missing_variants"]
-    parts = [*record["changed_fields"]]
+    parts = [record["note"]] if record["note"] else []
     parts += [f"without {', '.join(missing)}"] if missing else []
-    return [*parts, *([record["note"]] if record["note"] else [])]
+    return [*parts, *record["changed_fields"]]
 
 
 def _more(changes: Sequence[str]) -> list[str]:

@@ -142,8 +142,9 @@ def test_runs_of_a_sweep_that_failed_are_said(ablation):
         ("shortcut=A", 0), ("shortcut=A", 1), ("shortcut=B", 0),
     ]  # fmt: skip
     text = table.render({name: record}, {name: TEXT})
-    assert "| seed 1 of shortcut=B failed; seed 0 of shortcut=C failed; num_steps 7," in text
-    assert "| run, changed, not finished |" in text
+    assert "| seed 1 of shortcut=B failed; seed 0 of shortcut=C failed; " in text
+    assert "num_steps 7, not 64000 |" in text
+    assert "| run, reduced, not finished |" in text
 
 
 def test_a_part_of_the_training_split_is_said(tmp_path):
@@ -190,7 +191,7 @@ def test_what_was_changed_is_found_and_named(tmp_path):
     name, record = results.collect([tmp_path / "w"])
     assert record["changed_fields"] == ["num_epochs 2.0, not 30"]
     text = table.render({name: record}, {"digits": TEXT})
-    assert "| run, changed |" in text
+    assert "| run, reduced |" in text
     assert (
         "| `digits` | `run \\| it` |  |  | not run here; one GPU. | 8.75 %. | not run here |"
         in text
@@ -234,7 +235,7 @@ def test_an_ablation_has_a_row_for_each_variant(ablation):
     # Of 50 and 25 %: mean 37.5, deviation 25 / sqrt(2).
     assert "| `shortcut=A` | 2 | 37.50 ± 17.68 | 25.00 ± 0.00 | 0.2500 ± 0.0000 | 690 |" in text
     assert "| `shortcut=B` | 2 | 75.00 ± 0.00 | 25.00 ± 0.00 | 0.2500 ± 0.0000 | 690 |" in text
-    assert "[below](#ablationsshortcuts) | num_steps 7, not 64000; without shortcut=C |" in text
+    assert "[below](#ablationsshortcuts) | without shortcut=C; num_steps 7, not 64000 |" in text
 
 
 def test_gradients_are_collected_from_their_own_result(tmp_path):

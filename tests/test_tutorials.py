@@ -135,4 +135,4 @@ def test_the_trial_runs_all_and_records_it(tmp_path):
         assert [run["step"] for run in record["runs"]] == [2, 2]
         assert str(tmp_path) not in json.dumps(record)
     readme = (tmp_path / "README.md").read_text()
-    assert readme.count("run, changed") == len(STUDIES)
+    assert readme.count("run, reduced") == len(STUDIES)
