@@ -89,6 +89,14 @@ class Checkpoints:
         """The step with the highest evaluation top-1."""
         return self._manager.best_step()
 
+    def evaluated_step(self) -> int:
+        """The best step, or where none was kept by its evaluation the newest.
+
+        Raises:
+          UserError: there is no checkpoint.
+        """
+        return self.step("latest" if self.best_step() is None else "best")
+
     def step(self, which: int | Literal["latest", "best"]) -> int:
         """The step number that ``which`` names.
 

@@ -168,8 +168,7 @@ class Classifier:
             # A run on images of one size decodes them as they are; others have to get that size.
             decoder = dataclasses.replace(decoder, size=prepared.size - 2 * decoder.pad)
             prepared = dataclasses.replace(prepared, decoder=decoder)
-        side = prepared.size if decoder is None else (decoder.size or 0) + 2 * decoder.pad
-        images = jax.ShapeDtypeStruct((1, side, side, prepared.channels), jnp.float32)
+        images = jax.ShapeDtypeStruct((1, *prepared.shape), jnp.float32)
         try:
             out = jax.eval_shape(functools.partial(module.apply, opened.variables), images)
         except (ValueError, TypeError, ZeroDivisionError) as error:

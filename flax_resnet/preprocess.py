@@ -73,9 +73,7 @@ class Preprocessing:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the result."""
-        side = self.size
-        if self.decoder is not None and self.decoder.size is not None:
-            side = self.decoder.size + 2 * self.decoder.pad
+        side = (self.decoder and self.decoder.side) or self.size
         return side, side, self.channels
 
     def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:

@@ -28,6 +28,7 @@ from flax_resnet.layers import needs_x64
 from flax_resnet.models import WeightsError, initializer
 from flax_resnet.optim import LAMB, LARS, learning_rate_at
 from flax_resnet.pretrained import Pretrained
+from flax_resnet.record import to_record
 from flax_resnet.step import LOSSES, Batch, TrainState, create_state, eval_step, train_step
 
 
@@ -94,6 +95,15 @@ class Run:
             dropblock_rate=rate,
         )
         return step, functools.partial(eval_step, loss=loss)
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says beside its arrays, as JSON values."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            **self.data.describe(),
+            "config": to_record(self.config),
+        }
 
     def compile(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """(train step compiled for the mesh, its state donated; eval step, jitted)."""

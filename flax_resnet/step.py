@@ -112,6 +112,23 @@ def of_trainable(
     return optax.masked(tx, functools.partial(trainable, model))
 
 
+def step_keys(
+    key_data: jax.Array, step: jax.Array | int, axis_name: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(key of the augmentation, key of dropout) of one step.
+
+    Args:
+      key_data: TrainState.key.
+      step: steps done before it.
+      axis_name: under jax.pmap, the mapped axis; each device draws its own.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
+    if axis_name is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    augment_key, dropout_key = jax.random.split(key)
+    return augment_key, dropout_key
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -144,10 +161,7 @@ def train_step(
       (state after the step, sums as metrics.classification_sums gives; with mixed labels
       top-1 and top-5 count the label with the larger share).
     """
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    if axis_name is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-    augment_key, dropout_key = jax.random.split(key)
+    augment_key, dropout_key = step_keys(state.key, state.step, axis_name)
     pixels = augment.pixels(augment_key, batch["image"], state.normalization)
     images = normalize(pixels, state.normalization)
     batch = augment(augment_key, {**batch, "image": images})

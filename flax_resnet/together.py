@@ -274,9 +274,7 @@ def _leave(run: Run) -> None:
     checkpoints = Checkpoints(run.workdir / "checkpoints", run.config.checkpoint)
     try:
         if checkpoints.latest_step() != run.step:  # not killed just here before
-            meta = {"step": run.step, "seconds": run.seconds, **run.data.describe()}
-            meta["config"] = to_record(run.config)
-            checkpoints.save(run.step, run.arrays(), meta, run.evaluation)
+            checkpoints.save(run.step, run.arrays(), run.meta(), run.evaluation)
             checkpoints.wait()
     finally:
         checkpoints.close()

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from flax_resnet import distributed, figures, metrics
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
-from flax_resnet.record import to_record
 from flax_resnet.run import Run, set_up
 
 # Dispatch is asynchronous: without a bound the host would queue every batch of the run.
@@ -140,14 +139,8 @@ def _loop(
             log.write("eval", run.step, run.epoch, run.evaluation)
         if saves:
             run.seconds = time.perf_counter() - began
-            meta = {
-                "step": run.step,
-                "seconds": run.seconds,
-                **run.data.describe(),
-                "config": to_record(config),
-            }
             scores = {name: float(np.mean(value)) for name, value in run.evaluation.items()}
-            checkpoints.save(run.step, run.arrays(), meta, scores if evaluates else None)
+            checkpoints.save(run.step, run.arrays(), run.meta(), scores if evaluates else None)
             timer.reset()
     if run.confusion is None:  # the last checkpoint was the end, and the record was not written
         run.evaluate(eval_fn)

@@ -65,6 +65,11 @@ class Decoder:
         if not is_number(self.crop_ratio) or not 0 < self.crop_ratio <= 1:
             raise UserError(f"decoder.crop_ratio={self.crop_ratio!r:.40}: expected a share")
 
+    @property
+    def side(self) -> int | None:
+        """Height and width of the result, padding included; None where the stored size is kept."""
+        return None if self.size is None else self.size + 2 * self.pad
+
     def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
         """Decodes one image, the first frame of several; one of DECODE_ERRORS otherwise."""
         image = open_image(data, self.channels)

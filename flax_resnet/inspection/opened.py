@@ -18,6 +18,7 @@ from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
+from flax_resnet.pretrained.load import saved_variables
 from flax_resnet.record import from_record
 
 Which = Literal["best", "latest"]
@@ -57,10 +58,8 @@ class Inspected:
     def eval_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of an evaluation image."""
         channels = self.image_shape[2]
-        decoder = self.config.data.decoder(channels)
-        if decoder.size is None:
-            return self.image_shape
-        return (decoder.size + 2 * decoder.pad,) * 2 + (channels,)
+        side = self.config.data.decoder(channels).side
+        return self.image_shape if side is None else (side, side, channels)
 
     @functools.cached_property
     def data(self) -> Data:
@@ -105,16 +104,13 @@ def open_run(workdir: str | Path, checkpoint: Which = "best") -> Inspected:
         raise UserError(f"{workdir} holds no checkpoints: expected checkpoints/ of a run")
     reader = Checkpoints(directory)
     try:
-        missing = checkpoint == "best" and reader.best_step() is None
-        which = reader.step("latest" if missing else checkpoint)
+        which = reader.evaluated_step() if checkpoint == "best" else reader.step(checkpoint)
         state, meta = reader.read(which)
     finally:
         reader.close()
-    averaged = state.get("ema") or {}
-    variables = {kind: averaged.get(kind, state.get(kind)) for kind in ("params", "batch_stats")}
     module = config.model
+    variables = saved_variables(module, state)
     if isinstance(module, ResNet):
-        variables = models.unstack_blocks(module, variables)
         module = module.clone(scan_blocks=False, remat=False)
     here = jax.local_devices()[0]
     return Inspected(
@@ -122,7 +118,7 @@ def open_run(workdir: str | Path, checkpoint: Which = "best") -> Inspected:
         config=config,
         step=which,
         module=module,
-        variables=jax.device_put({k: tree for k, tree in variables.items() if tree}, here),
+        variables=jax.device_put(variables, here),
         stats=jax.device_put(state["normalization"], here),
         key=jax.device_put(state["key"], here),
         image_shape=models.check_shape(meta["image_shape"]),

@@ -14,6 +14,7 @@ from flax_resnet.datasets.decode import DECODE_ERRORS
 from flax_resnet.errors import UserError
 from flax_resnet.inspection.opened import Inspected
 from flax_resnet.predict import find_images, reason, shown
+from flax_resnet.step import step_keys
 
 
 def eval_images(run: Inspected, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -109,8 +110,7 @@ def augmented(run: Inspected, count: int = 6, draws: int = 6) -> Augmented:
 
     @jax.jit
     def draw(step: jax.Array) -> dict[str, jax.Array]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(run.key), step)
-        augment_key, _ = jax.random.split(key)
+        augment_key, _ = step_keys(run.key, step)
         pixels = config.augment.pixels(augment_key, batch["image"], run.stats)
         return config.augment(augment_key, {**batch, "image": normalize(pixels, run.stats)})
 

@@ -199,22 +199,18 @@ def _open_run(workdir: Path) -> Pretrained:
         raise UserError(f"{workdir} holds no run: expected its checkpoints/, or a weight file")
     reader = Checkpoints(directory)
     try:
-        state, meta = reader.read("latest" if reader.best_step() is None else "best")
+        state, meta = reader.read(reader.evaluated_step())
     finally:
         reader.close()
     config = from_record(meta["config"])
-    averaged = state.get("ema") or {}
-    variables = {kind: averaged.get(kind, state.get(kind)) for kind in ("params", "batch_stats")}
     module = config.model
-    if isinstance(module, ResNet):
-        variables = models.unstack_blocks(module, variables)
     stats, shape = state["normalization"], models.check_shape(meta["image_shape"])
     decoder = config.data.decoder(shape[2])
     return Pretrained(
         module=module,
-        variables={kind: tree for kind, tree in variables.items() if tree},
+        variables=saved_variables(module, state),
         preprocessing=Preprocessing(
-            size=shape[0] if decoder.size is None else decoder.size + 2 * decoder.pad,
+            size=decoder.side or shape[0],
             resize=None,
             channels=shape[2],
             mean=tuple(np.ravel(stats["mean"]).tolist()),
@@ -227,3 +223,12 @@ def _open_run(workdir: Path) -> Pretrained:
         class_names=tuple(meta["class_names"]),
         certain=True,
     )
+
+
+def saved_variables(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's state is evaluated with: averaged where it is, blocks not stacked."""
+    averaged = state.get("ema") or {}
+    variables = {kind: averaged.get(kind, state.get(kind)) for kind in ("params", "batch_stats")}
+    if isinstance(module, ResNet):
+        variables = models.unstack_blocks(module, variables)
+    return {kind: tree for kind, tree in variables.items() if tree}
