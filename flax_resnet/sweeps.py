@@ -186,7 +186,9 @@ def _on_each(
             while not sweeping.stopped.is_set():
                 sweeping.run(waiting.get_nowait(), device)
 
-    threads = [threading.Thread(target=work, args=[d], daemon=True) for d in devices]
+    threads = [
+        threading.Thread(target=work, args=[d], name=f"sweep on {d}", daemon=True) for d in devices
+    ]
     for thread in threads:
         thread.start()
     try:
