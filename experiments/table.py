@@ -87,7 +87,7 @@ def _row(name: str, record: Record, text: Document) -> list[str]:
     commands = "; ".join(f"`{command}`" for command in record["commands"])
     unfinished = record.get("unfinished", [])
     differs = "; ".join([*unfinished, *changes[:MOST_CHANGES], *_more(changes)])
-    reduced = any(change.startswith(REDUCES) for change in changes)
+    reduced = any(field.startswith(REDUCES) for field in record["changed_fields"])
     status = "run, reduced" if reduced else "run, changed" if changes else "run as it stands"
     status += ", not finished" if unfinished else ""
     hardware = "; ".join(record["hardware"])
