@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_resnet.errors import UserError, check_choices
+from flax_resnet.errors import UserError, check_choices, check_range
 
 Dtype = Any  # a numpy dtype, or its name: "float32", "bfloat16", "float64"
 ShortcutKind = Literal["A", "B", "C", "D"]
@@ -37,6 +38,8 @@ class Layers:
         leaves them as they are (scale and offset train); "none" is without normalisation.
       bn_momentum: share of the running statistics kept at each step (torch's 0.1 is 0.9 here).
       bn_epsilon: added to the variance.
+      bn_group: images in a row that are normalised together in training, 32 in Goyal et al. 2017,
+        section 2.3 (Hoffer et al. 2017, section 4); None: the whole batch, over all devices.
       conv_bias: convolutions with a bias: "none", "unnormalized" (those whose output no norm
         takes directly) or "all". Without normalisation all have one.
       kernel_init: "he_normal" (fan-out; dense layers LeCun normal) or "glorot_uniform" (Keras).
@@ -48,6 +51,7 @@ class Layers:
     norm_kind: NormKind = "batch"
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5
+    bn_group: int | None = None
     conv_bias: BiasKind = "none"
     kernel_init: InitKind = "he_normal"
     dtype: Dtype = "float32"
@@ -56,6 +60,12 @@ class Layers:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_range("bn_group", self.bn_group, 1)
+        if self.bn_group is not None and self.axis_name is not None:
+            raise UserError(
+                f"bn_group={self.bn_group} with axis_name={self.axis_name!r}: one normalises parts "
+                "of a device's batch, the other the batches of all devices; leave one out"
+            )
 
     def with_dtypes(self, dtype: Dtype, param_dtype: Dtype, axis_name: str | None) -> Layers:
         """The same with the dtypes and the mapped axis of a network."""
@@ -115,7 +125,7 @@ class Layers:
 
         Statistics are computed in at least float32 whatever ``dtype`` is. Under ``jax.jit``
         with a sharded batch they cover the global batch; ``axis_name`` asks for the same
-        under ``jax.pmap``.
+        under ``jax.pmap``, and ``bn_group`` for those of parts of the batch.
 
         Args:
           train: normalise by the batch and update the running statistics; else by these.
@@ -125,7 +135,10 @@ class Layers:
         if self.norm_kind == "none":
             return lambda x: x
         train = train and self.norm_kind != "frozen"
-        return nn.BatchNorm(
+        kind: Callable[..., nn.BatchNorm] = nn.BatchNorm
+        if train and self.bn_group is not None:
+            kind = functools.partial(BatchNorm, group=self.bn_group)
+        return kind(
             use_running_average=not train,
             momentum=self.bn_momentum,
             epsilon=self.bn_epsilon,
@@ -146,6 +159,57 @@ class Layers:
             param_dtype=as_dtype(self.param_dtype),
             name=name,
         )
+
+
+class BatchNorm(nn.BatchNorm):
+    """nn.BatchNorm in training, but of each ``group`` images in a row by themselves.
+
+    Ghost batch normalisation (Hoffer et al. 2017, "Train longer, generalize better", section 4).
+    The running statistics move by the mean over the groups of their means and of their variances,
+    as where every device has its own and these are averaged. The variables are nn.BatchNorm's.
+
+    Attributes:
+      group: images normalised together.
+    """
+
+    group: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        """Maps (N, ..., C) to the same shape."""
+        if self.is_initializing():  # with one image, as a rule
+            return super().__call__(x)
+        check_bn_group(self.group, len(x))
+        # Devices hold runs of rows: whole groups of one device stay there.
+        groups = x.reshape(-1, self.group, *x.shape[1:])
+        dtype = x.dtype if self.dtype is None else self.dtype
+        wide = groups.astype(jnp.promote_types(dtype, jnp.float32))
+        axes = tuple(range(1, x.ndim))
+        mean = jnp.mean(wide, axes, keepdims=True)
+        var = jnp.mean(jnp.square(wide), axes, keepdims=True) - jnp.square(mean)
+        var = jnp.maximum(var, 0)  # rounding can leave it below
+        for name, found, start in (("mean", mean, jnp.zeros), ("var", var, jnp.ones)):
+            kept = self.variable("batch_stats", name, start, x.shape[-1:], jnp.float32)
+            average = jnp.mean(found, (0, *axes))
+            kept.value = self.momentum * kept.value + (1 - self.momentum) * average
+        scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype)
+        bias = self.param("bias", self.bias_init, x.shape[-1:], self.param_dtype)
+        y = (groups - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+        dtype = jnp.result_type(x, scale, bias) if self.dtype is None else self.dtype
+        return y.astype(dtype).reshape(x.shape)
+
+
+def check_bn_group(bn_group: int | None, batch_size: int, accum_steps: int = 1) -> None:
+    """Raises UserError unless each of ``accum_steps`` parts of a batch is whole groups."""
+    rows = batch_size // accum_steps
+    if bn_group is None or rows % bn_group == 0:
+        return
+    below = max(n for n in range(1, min(bn_group, rows) + 1) if rows % n == 0)
+    parts = f", each of accum_steps={accum_steps} parts of {batch_size}" if accum_steps > 1 else ""
+    raise UserError(
+        f"bn_group={bn_group} does not divide a batch of {rows} images{parts}: use {below}, None "
+        "for all of them, or another batch"
+    )
 
 
 def convolve(

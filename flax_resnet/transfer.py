@@ -145,8 +145,8 @@ def measure_norms(state: TrainState, model: nn.Module, data: Data, batch_size: i
     Returns:
       Like ``state.batch_stats``.
     """
-    # The statistics of a batch alone: nothing of the old ones is kept.
-    unfrozen = model.clone(bn_momentum=0.0, norm_kind="batch", frozen_stages=-1,
+    # The statistics of a batch alone, and of all of it: nothing of the old ones is kept.
+    unfrozen = model.clone(bn_momentum=0.0, bn_group=None, norm_kind="batch", frozen_stages=-1,
                            drop_path_rate=0.0, dropblock_rate=0.0, dropout_rate=0.0)  # fmt: skip
 
     @jax.jit

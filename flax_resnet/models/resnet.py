@@ -79,6 +79,8 @@ class ResNet(nn.Module):
         "none" (convolutions have biases then).
       bn_momentum: share of the running statistics kept at each step (torch's 0.1 is 0.9 here).
       bn_epsilon: added to the variance.
+      bn_group: images in a row that are normalised together in training, 32 in Goyal et al. 2017,
+        section 2.3 (Hoffer et al. 2017, section 4); None: the whole batch, over all devices.
       conv_bias: convolutions with a bias: "none", "unnormalized" (no norm follows) or "all".
       kernel_init: "he_normal" (fan-out) or "glorot_uniform" (Keras).
       dropout_rate: dropout before each block's last convolution.
@@ -120,6 +122,7 @@ class ResNet(nn.Module):
     norm_kind: NormKind = "batch"
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5
+    bn_group: int | None = None
     conv_bias: BiasKind = "none"
     kernel_init: InitKind = "he_normal"
     dropout_rate: float = 0.0
@@ -171,6 +174,7 @@ class ResNet(nn.Module):
         for name in ("num_classes", "num_filters", "stem_filters", "groups", "width_per_group",
                      "se_reduction", "dropblock_size"):  # fmt: skip
             check_range(name, getattr(self, name), 1)
+        _ = self.layers  # checks bn_group
 
     @property
     def layers(self) -> Layers:
@@ -179,6 +183,7 @@ class ResNet(nn.Module):
             norm_kind=self.norm_kind,
             bn_momentum=self.bn_momentum,
             bn_epsilon=self.bn_epsilon,
+            bn_group=self.bn_group,
             conv_bias=self.conv_bias,
             kernel_init=self.kernel_init,
             dtype=self.dtype,
