@@ -19,15 +19,20 @@ from typing import Any, Literal
 import jax
 from flax import linen as nn
 
+from flax_resnet import distributed
 from flax_resnet.augment import Augment, NormalizationKind
 from flax_resnet.checkpoint import CheckpointConfig
 from flax_resnet.data import FREE, DataConfig
+from flax_resnet.distributed import StateSharding
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
 from flax_resnet.files import replacing
+from flax_resnet.guards import Guard
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD, Optimizer
 from flax_resnet.record import flatten, to_record
 
+# Fields of a network that say how it is computed and not what: a resumed run may change them.
+FREE_MODEL_FIELDS = ("model.scan_blocks", "model.remat")
 RECORDED_PACKAGES = ("flax_resnet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
                      "tensorflow-datasets", "numpy")  # fmt: skip
 
@@ -83,7 +88,12 @@ class TrainConfig:
     log_every_steps: int = dataclasses.field(default=50, metadata=FREE)
     """Steps between lines of training metrics."""
     checkpoint: CheckpointConfig = dataclasses.field(default=CheckpointConfig(), metadata=FREE)
-    """When to save and what to keep."""
+    """When to save, where, and what to keep."""
+    sharding: StateSharding = dataclasses.field(default="replicated", metadata=FREE)
+    """What several devices split of the state: nothing; "zero", the optimizer's state and the
+    average; "fsdp", the parameters too (Rajbhandari et al. 2020, section 5)."""
+    guard: Guard = dataclasses.field(default=Guard(), metadata=FREE)
+    """What to do when the run goes wrong."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -134,7 +144,8 @@ def free_fields(config: Any, prefix: str = "", free: bool = False) -> set[str]:
 
 def differences(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
     """What a recorded run and a config disagree on, as ``field: there X, here Y``."""
-    old, new, free = flatten(there), flatten(to_record(config)), free_fields(config)
+    old, new = flatten(there), flatten(to_record(config))
+    free = {*free_fields(config), *FREE_MODEL_FIELDS}
     absent = "not a field"
     return [
         f"{name}: there {old.get(name, absent)}, here {new.get(name, absent)}"
@@ -192,6 +203,7 @@ def claimed(workdir: Path, config: TrainConfig) -> Iterator[None]:
                 stack.callback(os.close, directory)
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process lets go
                 write_record(workdir, config)
+            _check_shared(workdir)
         except BlockingIOError as error:
             raise UserError(
                 f"--workdir {workdir} is in use by another process: wait for it, or choose another"
@@ -199,6 +211,28 @@ def claimed(workdir: Path, config: TrainConfig) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"--workdir {workdir} cannot be written: {error}") from error
         yield
+
+
+def _check_shared(workdir: Path) -> None:
+    """Raises UserError in a process that does not see the record that the lead has written."""
+    if jax.process_count() == 1:
+        return
+
+    def starts() -> int:
+        try:
+            return len(json.loads((workdir / "config.json").read_text())["starts"])
+        except (OSError, ValueError, KeyError):
+            return 0
+
+    written = distributed.same_everywhere(starts())
+    for _ in range(20):  # a network's file system may take its time
+        if starts() == written:
+            return
+        time.sleep(0.5)
+    raise UserError(
+        f"--workdir {workdir} is not the same directory in process {jax.process_index()} as in "
+        "process 0: put it on a file system that all hosts share"
+    )
 
 
 def write_record(workdir: Path, config: TrainConfig) -> None:

@@ -1,14 +1,17 @@
-"""Writing a file whole or not at all, a hash of arrays."""
+"""Writing a file whole or not at all, a hash of arrays, and of this library's source."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+from flax_resnet.errors import UserError
 
 
 @contextlib.contextmanager
@@ -24,6 +27,22 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def room(place: Path, advice: str) -> Iterator[None]:
+    """Turns a disk or a quota that is full into one line.
+
+    Args:
+      place: where it is written.
+      advice: what to do, after the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(f"{place} cannot be written ({error.strerror}): {advice}") from error
+
+
 def digest(parts: Iterable[np.ndarray | bytes | str]) -> str:
     """sha256 of arrays (their dtypes, shapes and values), bytes and texts, in order."""
     found = hashlib.sha256()
@@ -36,3 +55,9 @@ def digest(parts: Iterable[np.ndarray | bytes | str]) -> str:
             found.update(f"{len(data)} ".encode())
             found.update(data)
     return found.hexdigest()
+
+
+def source_hash() -> str:
+    """A hash of this library's modules: a change in any might change what it computes."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return digest([file.read_bytes() for file in files])

@@ -26,6 +26,7 @@ from tyro.constructors import (
 from flax_resnet import models
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError, check_range, did_you_mean
+from flax_resnet.hosts import Hosts
 from flax_resnet.layers import check_dtype
 from flax_resnet.record import class_name, find_class, module_fields
 
@@ -43,6 +44,7 @@ class Invocation:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     num_seeds: int = 1
     """Train so many seeds, the config's and those after it, each in WORKDIR/seedN."""
+    hosts: Hosts = Hosts()
 
     def __post_init__(self) -> None:
         check_range("--num-seeds", self.num_seeds, 1)
@@ -57,6 +59,7 @@ class SweepInvocation:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     seeds: int = 3
     """Seeds of each variant, counted from 0."""
+    hosts: Hosts = Hosts()
 
     def __post_init__(self) -> None:
         check_range("--seeds", self.seeds, 1)

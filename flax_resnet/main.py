@@ -10,7 +10,19 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flax_resnet import convert, evaluate, flags, models, predict, report, summary, tables
+from flax_resnet import (
+    convert,
+    distributed,
+    evaluate,
+    flags,
+    hosts,
+    models,
+    predict,
+    preemption,
+    report,
+    summary,
+    tables,
+)
 from flax_resnet.config import TrainConfig
 from flax_resnet.datasets.prepare import prepare
 from flax_resnet.errors import UserError, check_range
@@ -33,7 +45,8 @@ def main(
 ) -> None:
     """Runs an experiment: its config, changed by flags, through train_and_evaluate.
 
-    Bad input ends the process with status 2 and one line on stderr.
+    Bad input ends the process with status 2 and one line on stderr. Of several processes
+    (``hosts.joined``) all end when one does.
 
     Args:
       get_config: gives the experiment's config; its parameters are flags too, ``--depth 110``,
@@ -43,10 +56,11 @@ def main(
     """
     with one_line_errors():
         chosen = chosen_by(get_config, workdir, argv)
-        if chosen.num_seeds > 1:
-            train_seeds(chosen.config, chosen.workdir, chosen.num_seeds)
-        else:
-            train_and_evaluate(chosen.config, chosen.workdir)
+        with hosts.joined(chosen.hosts), preemption.restartable():
+            if chosen.num_seeds > 1:
+                train_seeds(chosen.config, chosen.workdir, chosen.num_seeds)
+            else:
+                train_and_evaluate(chosen.config, chosen.workdir)
 
 
 def ablate(
@@ -70,13 +84,15 @@ def ablate(
     """
     with one_line_errors():
         chosen = chosen_by(get_config, workdir, argv, flags.SweepInvocation, get_grid)
-        rows = sweep(get_grid(chosen.config, chosen.seeds), chosen.workdir, baseline=baseline)
-        print(tables.markdown(rows, baseline))
-        if failed := [row for row in rows if row["state"] != tables.FINISHED]:
-            raise UserError(
-                f"{len(failed)} of {len(rows)} runs failed: {chosen.workdir}/failures says how; "
-                "the same command tries them again"
-            )
+        with hosts.joined(chosen.hosts), preemption.restartable():
+            rows = sweep(get_grid(chosen.config, chosen.seeds), chosen.workdir, baseline=baseline)
+            if distributed.is_lead():
+                print(tables.markdown(rows, baseline))
+            if failed := [row for row in rows if row["state"] != tables.FINISHED]:
+                raise UserError(
+                    f"{len(failed)} of {len(rows)} runs failed: {chosen.workdir}/failures says "
+                    "how; the same command tries them again"
+                )
 
 
 def chosen_by(

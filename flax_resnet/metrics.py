@@ -73,13 +73,19 @@ def means(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     "loss" is the mean loss in nats, "top1" and "top5" shares in 0..1: floats, or arrays (S,) of
     the sums of S networks that train together.
     """
+    total = totals(sums)
+    count = total.pop("count")
+    means = {name: value / count for name, value in total.items()}
+    return {name: value if np.ndim(value) else float(value) for name, value in means.items()}
+
+
+def totals(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Adds up sums on the host, one after the other in float64: floats, or arrays (S,)."""
     total: dict[str, Any] = {}
     for one in jax.device_get(list(sums)):
         for name, value in one.items():
             total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)[()]
-    count = total.pop("count")
-    means = {name: value / count for name, value in total.items()}
-    return {name: value if np.ndim(value) else float(value) for name, value in means.items()}
+    return total
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -128,10 +134,7 @@ class RunLog:
         self._progress: Progress | None = None
         if not lead:
             return
-        kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
-        with replacing(self._path) as partial:
-            partial.write_text("".join(_line(record) for record in kept))
-        self._file = self._path.open("a")
+        self._keep_to(start_step)
         self._events = _summary_writer()(str(workdir / "tensorboard"), purge_step=start_step + 1)
         self._console = Console(highlight=False)
         if self._console.is_terminal and not quiet:
@@ -161,6 +164,19 @@ class RunLog:
             self._progress.update(self._task, completed=step, description=shown)
         else:
             self._progress.console.print(line)
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines after a step that the run has gone back to."""
+        if not self._lead:
+            return
+        self._file.close()
+        self._keep_to(step)
+
+    def _keep_to(self, step: int) -> None:
+        kept = [record for record in read_metrics(self._path.parent) if record["step"] <= step]
+        with replacing(self._path) as partial:
+            partial.write_text("".join(_line(record) for record in kept))
+        self._file = self._path.open("a")
 
     def message(self, text: str) -> None:
         """Prints a line, above the progress bar where there is one."""
@@ -198,6 +214,11 @@ class RunLogs:
             for name, v in values.items()
         )
         self.message(f"step {step}/{self._num_steps} epoch {epoch:.2f} {split}: {text}")
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines after a step in every log."""
+        for log in self._logs:
+            log.rewind(step)
 
     def message(self, text: str) -> None:
         """Prints a line."""

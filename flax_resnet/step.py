@@ -140,6 +140,7 @@ def train_step(
     accum_steps: int = 1,
     ema_decay: float | None = None,
     dropblock_rate: optax.Schedule | None = None,
+    gather: Callable[[Any], Any] | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, metrics.Sums]:
     """One optimizer step: a pure function, to be jitted, pmapped or vmapped.
@@ -154,6 +155,8 @@ def train_step(
       accum_steps: parts that the batch is cut into; BatchNorm sees one part at a time.
       ema_decay: of ``state.ema``; it rises to this as (1 + step) / (10 + step).
       dropblock_rate: step to the model's DropBlock rate, in place of the model's own.
+      gather: brings parameters that are split over devices together for the network; the
+        update stays split (ZeRO, Rajbhandari et al. 2020, section 5).
       axis_name: under jax.pmap, the mapped axis to average gradients over. Under jax.jit
         leave it None: there the batch is global.
 
@@ -169,8 +172,9 @@ def train_step(
         soft_targets, label_smoothing=label_smoothing, threshold=target_threshold
     )
     rates = {} if dropblock_rate is None else {"dropblock_rate": dropblock_rate(state.step)}
+    whole = state if gather is None else state.replace(params=gather(state.params))
     grads, batch_stats, sums = _gradients(
-        state, batch, dropout_key, loss, targets, accum_steps, rates
+        whole, batch, dropout_key, loss, targets, accum_steps, rates
     )
     if axis_name is not None:
         grads, batch_stats = jax.lax.pmean((grads, batch_stats), axis_name)
@@ -281,7 +285,11 @@ def cut_batch(batch: Batch, parts: int) -> Batch:
 
 
 def eval_step(
-    state: TrainState, batch: Batch, *, loss: Loss = metrics.cross_entropy
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss: Loss = metrics.cross_entropy,
+    gather: Callable[[Any], Any] | None = None,
 ) -> metrics.Sums:
     """Sums over one evaluation batch: a pure function.
 
@@ -289,11 +297,13 @@ def eval_step(
       state: its averaged variables are evaluated where there are some.
       batch: "image" uint8 (B, H, W, C), "label" int (B,), "mask" bool (B,), False on padding.
       loss: (logits (N, K), targets (N, K)) to (N,).
+      gather: as of ``train_step``.
 
     Returns:
       The scalars of metrics.classification_sums and "confusion" int32 (K, K).
     """
-    logits = state.apply_fn(state.variables(), normalize(batch["image"], state.normalization))
+    variables = state.variables() if gather is None else gather(state.variables())
+    logits = state.apply_fn(variables, normalize(batch["image"], state.normalization))
     losses = loss(logits, soft_targets(batch, logits.shape[-1], 0.0))
     label, mask = batch["label"], batch["mask"]
     sums = metrics.classification_sums(logits, label, losses, mask)

@@ -28,7 +28,9 @@ from flax_resnet.errors import UserError
 from flax_resnet.files import digest
 from flax_resnet.optim import Constant, ReduceOnPlateau, learning_rate_at
 from flax_resnet.record import to_record
-from flax_resnet.run import Run, measure_statistics, prepare, restore
+from flax_resnet.resume import restore
+from flax_resnet.run import Run
+from flax_resnet.setup import measure_statistics, prepare
 from flax_resnet.step import Batch, TrainState, of_trainable
 from flax_resnet.train import conclude, finished, go
 
@@ -51,6 +53,11 @@ class Together(Run):
     @property
     def held(self) -> NamedSharding:
         """Each device has its share of the networks."""
+        return distributed.batch_sharding(self.mesh)
+
+    @property
+    def summed(self) -> NamedSharding:
+        """Likewise of the sums."""
         return distributed.batch_sharding(self.mesh)
 
     def learning_rate(self) -> Any:
@@ -136,6 +143,10 @@ def why_not(configs: Sequence[TrainConfig]) -> str | None:
     for name in ("cache_features", "measure_norms"):
         if getattr(first, name):
             return f"{name} is for one network at a time"
+    if first.sharding != "replicated":
+        return f"sharding={first.sharding} splits one network over the devices"
+    if first.guard.skips:
+        return "guard.skips goes back with one network at a time"
     if jax.process_count() > 1:
         return "there are several processes"
     return None
@@ -143,7 +154,8 @@ def why_not(configs: Sequence[TrainConfig]) -> str | None:
 
 def _without_own(config: TrainConfig) -> TrainConfig:
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1.0, weight_decay=1.0)
-    return dataclasses.replace(config, seed=0, optimizer=optimizer)
+    checkpoint = dataclasses.replace(config.checkpoint, directory=None)
+    return dataclasses.replace(config, seed=0, optimizer=optimizer, checkpoint=checkpoint)
 
 
 def set_up(
@@ -164,7 +176,9 @@ def set_up(
         raise NotTogether(f"these runs do not train together: {reason}; train them in turn")
     devices = jax.devices() if devices is None else devices
     most = max(n for n in range(1, len(devices) + 1) if len(configs) % n == 0)
-    run = prepare(configs[0], directory, distributed.data_mesh(devices[:most]))
+    here = dataclasses.replace(configs[0].checkpoint, directory=None)
+    config = dataclasses.replace(configs[0], checkpoint=here)
+    run = prepare(config, directory, distributed.data_mesh(devices[:most]))
     if not run.data.resident:
         raise NotTogether(
             f"{configs[0].data.title} is streamed, and networks that train together need it on the "
@@ -263,7 +277,7 @@ def _train_group(
             metrics.RunLog(path, run.step, run.num_steps, lead=path in open_ones, quiet=True)
             for path in configs
         ]
-        go(run, *steps, own / "checkpoints", metrics.RunLogs(logs, run.num_steps))
+        go(run, *steps, metrics.RunLogs(logs, run.num_steps))
         for i, path in enumerate(configs):
             if path in open_ones:
                 _leave(run.of(i, path))
@@ -271,7 +285,8 @@ def _train_group(
 
 def _leave(run: Run) -> None:
     """Writes what a run of its own would have left."""
-    checkpoints = Checkpoints(run.workdir / "checkpoints", run.config.checkpoint)
+    config = run.config.checkpoint
+    checkpoints = Checkpoints(config.place(run.workdir), config)
     try:
         if checkpoints.latest_step() != run.step:  # not killed just here before
             checkpoints.save(run.step, run.arrays(), run.meta(), run.evaluation)

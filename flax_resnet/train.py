@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import distributed, figures, metrics
+from flax_resnet import distributed, figures, hosts, metrics
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
-from flax_resnet.run import Run, set_up
+from flax_resnet.errors import UserError
+from flax_resnet.files import room
+from flax_resnet.guards import Diverged, all_finite, check_loss
+from flax_resnet.preemption import Preempted, Signals
+from flax_resnet.record import to_record
+from flax_resnet.resume import changes, restore
+from flax_resnet.run import Run
+from flax_resnet.setup import set_up
+from flax_resnet.watch import Watch
 
 # Dispatch is asynchronous: without a bound the host would queue every batch of the run.
 MOST_STEPS_IN_FLIGHT = 2
@@ -38,18 +47,23 @@ def train_and_evaluate(
         confusion.png and, when the run is finished, result.json.
       mesh: devices to run on; by default all.
       quiet: print nothing; for runs side by side.
-      stop: asked after each step; where it says so the run ends there, as by Ctrl-C.
+      stop: asked after each step; where it says so the run saves and ends there, as by Ctrl-C.
 
     Returns:
       What result.json holds; in a process that does not lead, nothing.
 
     Raises:
-      UserError: bad input; the workdir has not been touched then.
+      UserError: bad input, and the workdir has not been touched; or the run cannot go on.
+      Preempted: SIGTERM, SIGINT or ``stop`` ended it early; all is saved, and called again it
+        goes on. It is a KeyboardInterrupt.
     """
     workdir = Path(workdir).expanduser()
+    record = to_record(config)
+    del record["data"]["data_dir"]  # each host may have its own copy of the data
+    hosts.check_alike({"config": record, "workdir": str(workdir)})
     check_workdir(workdir, config)
     if (result := finished(workdir)) is not None:
-        if not quiet:
+        if not quiet and distributed.is_lead():
             print(
                 f"{workdir} is finished: {result['step']} steps, top-1 {100 * result['top1']:.2f} "
                 "%. Nothing to do; another --workdir trains again."
@@ -58,9 +72,10 @@ def train_and_evaluate(
     run = set_up(config, workdir, distributed.data_mesh() if mesh is None else mesh)
     steps = run.compile()  # what can be wrong has been by now; only then is anything written
     lead = distributed.is_lead()
-    with claimed(workdir, config):
+    advice = "make room, and the same command goes on from the last checkpoint"
+    with claimed(workdir, config), room(workdir, advice):
         log = metrics.RunLog(workdir, run.step, run.num_steps, lead=lead, quiet=quiet)
-        go(run, *steps, workdir / "checkpoints", log, stop)
+        go(run, *steps, log, stop)
         return conclude(run, quiet=quiet) if lead else {}
 
 
@@ -74,7 +89,6 @@ def go(
     run: Run,
     step_fn: Callable[..., Any],
     eval_fn: Callable[..., Any],
-    directory: Path,
     log: metrics.RunLog | metrics.RunLogs,
     stop: Callable[[], bool] | None = None,
 ) -> None:
@@ -84,66 +98,173 @@ def go(
       run: is at its last step afterwards.
       step_fn: what ``run.compile()`` gave.
       eval_fn: likewise.
-      directory: of the checkpoints.
       log: is closed afterwards.
       stop: as of ``train_and_evaluate``.
+
+    Raises:
+      Preempted: it was stopped, and saved.
+      UserError: the loss diverged, a checkpoint could not be written, or memory did not suffice.
     """
-    try:
-        checkpoints = Checkpoints(directory, run.config.checkpoint)
-        try:
-            log.message(_opening_line(run))
-            _loop(run, step_fn, eval_fn, checkpoints, log, stop)
-            checkpoints.wait()
-        finally:
-            checkpoints.close()
-    finally:
-        log.close()
-
-
-def _loop(
-    run: Run,
-    step_fn: Callable[..., Any],
-    eval_fn: Callable[..., Any],
-    checkpoints: Checkpoints,
-    log: metrics.RunLog | metrics.RunLogs,
-    stop: Callable[[], bool] | None,
-) -> None:
-    """Trains from ``run.step`` to the end; evaluates, logs and saves on the way."""
     config = run.config
-    began = time.perf_counter() - run.seconds - run.compile_seconds
-    log.message(f"compiled in {run.compile_seconds:.1f} s")
-    eval_every = max(1, round(config.eval_every_epochs * run.steps_per_epoch))
-    save_every = (eval_every * config.checkpoint.every_evals,
-                  config.checkpoint.every_steps or run.num_steps)  # fmt: skip
-    pending: list[metrics.Sums] = []
-    timer = metrics.Timer()
-    for batch in timer.waiting(run.batches(), math.prod(run.lead) * config.batch_size):
-        run.state, sums = step_fn(run.state, batch)
-        run.step += 1
-        if stop is not None and stop():
-            raise KeyboardInterrupt
-        pending.append(sums)
-        if len(pending) > MOST_STEPS_IN_FLIGHT:
-            jax.block_until_ready(pending[-1 - MOST_STEPS_IN_FLIGHT])
-        evaluates = run.step == run.num_steps or run.step % eval_every == 0
-        saves = run.step == run.num_steps or any(run.step % every == 0 for every in save_every)
-        if saves or run.step % config.log_every_steps == 0:
-            # Saves end an interval too, so that a resumed run logs what an unbroken one does.
-            rate = {"learning_rate": run.learning_rate()}
-            values = {**metrics.means(pending), **rate, **timer.summary()}
-            log.write("train", run.step, run.epoch, values)
-            pending.clear()
-            timer.reset()
-        if evaluates:
-            run.evaluate(eval_fn)
-            log.write("eval", run.step, run.epoch, run.evaluation)
-        if saves:
-            run.seconds = time.perf_counter() - began
-            scores = {name: float(np.mean(value)) for name, value in run.evaluation.items()}
-            checkpoints.save(run.step, run.arrays(), run.meta(), scores if evaluates else None)
-            timer.reset()
-    if run.confusion is None:  # the last checkpoint was the end, and the record was not written
-        run.evaluate(eval_fn)
+    with contextlib.ExitStack() as stack:
+        stack.callback(log.close)
+        directory = config.checkpoint.place(run.workdir)
+        checkpoints = Checkpoints(directory, config.checkpoint, run.step)
+        stack.callback(checkpoints.close)
+        watch = stack.enter_context(hosts.watching(log.message, config.guard.report_after))
+        signals = stack.enter_context(Signals(stop))
+        stack.enter_context(run.memory_advice())
+        log.message(_opening_line(run))
+        if changed := changes(run):
+            log.message(changed)
+        log.message(f"compiled in {run.compile_seconds:.1f} s")
+        while True:
+            loop = _Loop(run, step_fn, eval_fn, checkpoints, log, signals, watch)
+            try:
+                loop.train()
+                break
+            except Diverged as error:
+                _go_back(run, checkpoints, log, error)
+        checkpoints.wait()
+
+
+def _go_back(
+    run: Run, checkpoints: Checkpoints, log: metrics.RunLog | metrics.RunLogs, error: Diverged
+) -> None:
+    """Puts a run that diverged back to its newest checkpoint, past the batches since.
+
+    Raises:
+      UserError: it has been put back as often as it may be, or there is no checkpoint.
+    """
+    checkpoints.wait()
+    last, used, may = checkpoints.latest_step(), len(run.skipped), run.config.guard.skips
+    if last is None or used >= may:
+        good = "no checkpoint was saved before" if last is None else f"the last good one is {last}"
+        raise UserError(
+            f"{error}; checkpoints: {good}, in {checkpoints.directory}. Lower "
+            "--optimizer.learning-rate, set --optimizer.max-grad-norm, or go back and skip what "
+            f"came since with --guard.skips {used + 1}"
+        ) from error
+    skipped = [*run.skipped, [last, error.step - last]]
+    restore(run, checkpoints)
+    run.skipped = skipped
+    log.rewind(last)
+    log.message(
+        f"{error}: goes back to step {last} and skips {error.step - last} batches "
+        f"({used + 1} of {may} times)"
+    )
+
+
+class _Loop:
+    """Trains from ``run.step`` to the end; evaluates, logs and saves on the way."""
+
+    def __init__(
+        self,
+        run: Run,
+        step_fn: Callable[..., Any],
+        eval_fn: Callable[..., Any],
+        checkpoints: Checkpoints,
+        log: metrics.RunLog | metrics.RunLogs,
+        stop: Callable[[], bool],
+        watch: Watch,
+    ):
+        self.run, self.step_fn, self.eval_fn = run, step_fn, eval_fn
+        self.checkpoints, self.log, self.stop, self.watch = checkpoints, log, stop, watch
+        config = run.config
+        self.eval_every = max(1, round(config.eval_every_epochs * run.steps_per_epoch))
+        self.save_every = (
+            self.eval_every * config.checkpoint.every_evals,
+            config.checkpoint.every_steps or run.num_steps,
+        )
+        self.limit = config.guard.limit(config.loss, config.model.num_classes)
+        self.began = time.perf_counter() - run.seconds - run.compile_seconds
+        self.timer = metrics.Timer()
+        self.pending: list[Any] = []
+        if run.open_interval is not None:
+            self.pending = [{name: np.asarray(x) for name, x in run.open_interval.items()}]
+            run.open_interval = None
+
+    def train(self) -> None:
+        """The loop."""
+        run, config, watch = self.run, self.run.config, self.watch
+        if run.owes_evaluation:
+            self._evaluate()
+            if self._due(self.save_every):
+                self.checkpoints.rate(run.step, self._scores())
+        watch.at("waiting for data", run.step)
+        images = math.prod(run.lead) * config.batch_size
+        for batch in self.timer.waiting(run.batches(), images):
+            watch.at("in a training step", run.step)
+            run.state, sums = self.step_fn(run.state, batch)
+            run.step += 1
+            self.pending.append(sums)
+            if len(self.pending) > MOST_STEPS_IN_FLIGHT:
+                jax.block_until_ready(self.pending[-1 - MOST_STEPS_IN_FLIGHT])
+            run.owes_evaluation = self._due((self.eval_every,))
+            saves = self._due(self.save_every)
+            if saves or run.step % config.log_every_steps == 0:
+                # Saves end an interval too, so that a resumed run logs what an unbroken one does.
+                self._log_interval()
+            if self.stop():
+                self._save_and_stop()
+            evaluates = run.owes_evaluation
+            if evaluates:
+                self._evaluate()
+            if saves:
+                self._save(self._scores() if evaluates else None)
+                self.timer.reset()
+            watch.at("waiting for data", run.step)
+        if run.confusion is None:  # the last checkpoint was the end, and the record was not written
+            run.evaluate(self.eval_fn)
+
+    def _due(self, every: Sequence[int]) -> bool:
+        step = self.run.step
+        return step == self.run.num_steps or any(step % n == 0 for n in every)
+
+    def _scores(self) -> dict[str, float]:
+        return {name: float(np.mean(value)) for name, value in self.run.evaluation.items()}
+
+    def _log_interval(self) -> None:
+        run, sums = self.run, jax.device_get(self.pending)
+        check_loss(sums, run.step, self.limit)
+        rate = {"learning_rate": run.learning_rate()}
+        values = {**metrics.means(sums), **rate, **self.timer.summary()}
+        self.log.write("train", run.step, run.epoch, values)
+        self.pending.clear()
+        self.timer.reset()
+
+    def _evaluate(self) -> None:
+        run = self.run
+
+        def stop() -> bool:
+            self.watch.at("evaluating", run.step)
+            return self.stop()
+
+        try:
+            run.evaluate(self.eval_fn, stop)
+        except Preempted:
+            self._save_and_stop()
+        run.owes_evaluation = False
+        self.log.write("eval", run.step, run.epoch, run.evaluation)
+
+    def _save(self, scores: dict[str, float] | None) -> None:
+        run = self.run
+        self.watch.at("saving a checkpoint", run.step)
+        if not run.lead and not all_finite(run.state.arrays()):
+            raise Diverged(run.step, "the state holds numbers that are not finite")
+        run.seconds = time.perf_counter() - self.began
+        self.checkpoints.save(run.step, run.arrays(), run.meta(), scores)
+
+    def _save_and_stop(self) -> None:
+        """Saves where the run stands, so that it goes on as if it had not been stopped."""
+        run, sums = self.run, jax.device_get(self.pending)
+        if sums:
+            check_loss(sums, run.step, self.limit)
+            run.open_interval = {n: np.asarray(x).tolist() for n, x in metrics.totals(sums).items()}
+        self._save(None)
+        self.checkpoints.wait()
+        self.log.message(f"stopped at step {run.step} of {run.num_steps}, which is saved")
+        raise Preempted
 
 
 def _opening_line(run: Run) -> str:

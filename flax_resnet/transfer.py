@@ -149,11 +149,13 @@ def measure_norms(state: TrainState, model: nn.Module, data: Data, batch_size: i
     unfrozen = model.clone(bn_momentum=0.0, bn_group=None, norm_kind="batch", frozen_stages=-1,
                            drop_path_rate=0.0, dropblock_rate=0.0, dropout_rate=0.0)  # fmt: skip
 
+    # Not by closure: arrays of several processes are no constants of a program.
     @jax.jit
-    def of_batch(images: jax.Array) -> Any:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        images = normalize(images, state.normalization)
+    def of_batch(variables: Any, normalization: Any, images: jax.Array) -> Any:
+        images = normalize(images, normalization)
         return unfrozen.apply(variables, images, train=True, mutable=["batch_stats"])[1]
+
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
 
     size = min(batch_size, data.num_train) // data.num_devices * data.num_devices
     if not size:
@@ -166,7 +168,8 @@ def measure_norms(state: TrainState, model: nn.Module, data: Data, batch_size: i
     for batch in data.in_order("train", size):
         if not bool(jnp.all(batch["mask"])):
             break
-        found = flatten_dict(jax.device_get(of_batch(batch["image"])["batch_stats"]))
+        measured = of_batch(variables, state.normalization, batch["image"])
+        found = flatten_dict(jax.device_get(measured["batch_stats"]))
         for p, x in found.items():
             # In float64: a mean far from zero leaves little of a variance's bits otherwise.
             wide = np.asarray(x, np.float64)

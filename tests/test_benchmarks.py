@@ -1,14 +1,16 @@
 """The compile benchmark's rows, and what benchmarks share."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import count_parameters
+from helpers import count_parameters, max_difference, random_batch, tiny_resnet
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.benchmarks import common, compile, seeds, transfer
+from experiments.benchmarks import common, compile, scaling, seeds, transfer
+from flax_resnet import distributed
 from flax_resnet.models import PreActBottleneckBlock, cifar_preact
 
 SMALL = compile.Settings(depths=(20,), image_size=4, batch_size=2, compile_repeats=1, steps=2)
@@ -173,3 +175,87 @@ def test_the_seeds_benchmark_times_both_ways(digits_dir, monkeypatch):
     assert [config.seed for config in ready[1].configs] == [0, 1]
     assert (row["one_step_seconds"]["median"], row["together_step_seconds"]["median"]) == (0.5, 2.0)
     assert row["together_over_in_turn"] == 2.0
+
+
+@pytest.fixture
+def tiny_scaling(monkeypatch):
+    """Settings of the scaling benchmark with two devices and a network of one block."""
+    monkeypatch.setattr(scaling.models, "create", lambda name, **fields: tiny_resnet(**fields))
+    return scaling.Settings((2,), image_size=8, images_per_device=2, steps=1, rounds=2)
+
+
+def test_the_scaling_benchmark_times_the_step_with_collectives_and_without(tiny_scaling):
+    settings = dataclasses.replace(tiny_scaling, sharding="fsdp", bn_group=2)
+    row = scaling.measure(settings, 2)
+    assert row["collectives"]["all-gather"]["count"] == 4  # three convolutions, one dense layer
+    times = row["step_seconds"], row["alone_step_seconds"]
+    assert all(each["n"] == 2 and 0 < each["least"] <= each["median"] for each in times)
+    assert row["images_per_second"] == pytest.approx(4 / times[0]["median"])
+    share = 1 - times[1]["median"] / times[0]["median"]
+    assert row["collectives_share"] == pytest.approx(share)
+    text = scaling.report([{**row, "number": 1, "images_per_second": 10.0}, row])
+    assert text.splitlines()[2].startswith("| 1 | 10 | 100 |")
+    assert "virtual and share this machine's" in text.splitlines()[-1]
+
+
+def test_devices_by_themselves_each_take_the_step_of_one_device(tiny_scaling, rng, meshes):
+    """What the time of collectives is told by: the same work, and nothing sent."""
+    batch = random_batch(rng, 4)
+    two = distributed.data_mesh(jax.devices()[:2])
+    ready, _ = scaling.set_up(tiny_scaling, two)
+    alone = scaling.compile_alone(ready, distributed.put_batch(two, batch))
+    after, _ = alone(ready.state, distributed.put_batch(two, batch))
+    single, _ = scaling.set_up(tiny_scaling, meshes[0])
+    step, _ = single.compile()
+    start = jax.device_get(single.state)
+    for device in range(2):
+        rows = {name: x[2 * device : 2 * device + 2] for name, x in batch.items()}
+        state = distributed.put_replicated(meshes[0], start)
+        want, _ = step(state, distributed.put_batch(meshes[0], rows))
+        got = jax.tree.map(lambda x, i=device: x.addressable_shards[i].data, after)
+        assert max_difference(got.params, want.params) < 1e-6
+        assert max_difference(got.batch_stats, want.batch_stats) < 1e-6
+    assert max_difference(want.params, start.params) > 1e-3
+
+
+def test_the_scaling_benchmark_takes_powers_of_two_and_all_devices(monkeypatch):
+    assert scaling.Settings().numbers() == [1, 2, 4, 8]
+    monkeypatch.setattr(jax, "local_device_count", lambda: 6)
+    assert scaling.Settings().numbers() == [1, 2, 4, 6]
+    assert scaling.Settings((3, 1)).numbers() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--devices", "9"], "--devices 9: there are 8; on a CPU, JAX_NUM_CPU_DEVICES=9"),
+        (["--bn-group", "3"], "bn_group=3 does not divide a batch of 32 images"),
+        (["--accum-steps", "3"], "does not divide into --accum-steps 3 equal parts"),
+        (["--model", "mini", "--bn-group", "4"], "it is no ResNet"),
+        (["--rounds", "0"], "--rounds=0: expected 1 or more"),
+    ],
+)
+def test_bad_input_of_the_scaling_benchmark_is_one_line(argv, line, capfd):
+    with pytest.raises(SystemExit) as stop:
+        scaling.main(argv)
+    assert stop.value.code == 2
+    error = capfd.readouterr().err
+    assert line in error
+    assert error.count("\n") == 1
+
+
+def test_the_scaling_benchmark_prints_json_and_a_table(monkeypatch, capfd):
+    times = {"median": 0.5, "least": 0.5, "most": 0.5, "n": 1}
+
+    def measure(settings, number):
+        return {"number": number, "images_per_second": 64.0, "collectives": {}, "virtual": False,
+                "step_seconds": times, "alone_step_seconds": times, "collectives_share": 0.0,
+                "state_bytes_a_device": 10**6}  # fmt: skip
+
+    monkeypatch.setattr(scaling, "measure", measure)
+    scaling.main(["--devices", "1", "2"])
+    out, err = capfd.readouterr()
+    assert [json.loads(line)["efficiency"] for line in out.splitlines()] == [1.0, 0.5]
+    cells = "| 2 | 64 | 50 | 0.5 (0.5-0.5) | 0.5 (0.5-0.5) | 0 | none | 0 | 1 |"
+    assert err.splitlines()[-1] == cells
+    assert "virtual" not in err

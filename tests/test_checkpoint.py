@@ -1,4 +1,5 @@
 import functools
+import resource
 import shutil
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import UNIT_STATS, assert_trees_equal, random_batch, tiny_resnet
 
-from flax_resnet import distributed
+from flax_resnet import distributed, seals
 from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
 from flax_resnet.errors import UserError
 from flax_resnet.optim import Adam
@@ -55,8 +56,9 @@ def test_a_save_that_was_cut_off_is_no_checkpoint(checkpoints, tmp_path):
     partial = tmp_path / "c" / "2.orbax-checkpoint-tmp"
     partial.mkdir()
     (partial / "state").mkdir()
-    again = Checkpoints(tmp_path / "c", CheckpointConfig())
+    again = Checkpoints(tmp_path / "c", CheckpointConfig(), resumed_from=1)
     assert again.latest_step() == 1
+    assert not partial.exists()
     again.close()
 
 
@@ -83,17 +85,137 @@ def test_reading_creates_nothing(tmp_path):
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-@pytest.mark.parametrize("lost", ["state", "meta"])
-def test_a_damaged_checkpoint_is_one_line(checkpoints, tmp_path, lost):
-    checkpoints.save(7, tree(1), {}, None)
+@pytest.fixture
+def two(checkpoints, tmp_path):
+    """Two sealed steps, 3 and 7; their directory."""
+    for step, top1 in ((3, 0.9), (7, 0.5)):
+        checkpoints.save(step, tree(step), {"step": step}, {"top1": top1})
     checkpoints.wait()
-    shutil.rmtree(tmp_path / "c" / "7" / lost)
-    reader = Checkpoints(tmp_path / "c")
-    with pytest.raises(
-        UserError, match=r"checkpoint .*/7 cannot be read .*: remove that directory"
-    ):
+    return tmp_path / "c"
+
+
+def damaged(path, how):
+    data = path.read_bytes()
+    half = len(data) // 2
+    return {
+        "truncated": data[:half],
+        "emptied": b"",
+        "flipped": data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :],
+        "lengthened": data + b"x",
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["truncated", "emptied", "flipped", "lengthened"])
+def test_damage_to_any_file_is_found_and_the_step_before_is_read(two, how):
+    files = [path for path in sorted((two / "7").rglob("*")) if path.is_file()]
+    assert len(files) >= 8
+    changed = 0
+    for path in files:
+        whole = path.read_bytes()
+        bad = damaged(path, how) if whole or how == "lengthened" else whole
+        if bad == whole:
+            continue  # an empty file cannot be emptied
+        changed += 1
+        path.write_bytes(bad)
+        said = []
+        reader = Checkpoints(two, say=said.append)
+        state, meta = reader.restore(tree(0))
+        assert_trees_equal(state, tree(3))
+        assert meta == {"step": 3}
+        assert len(said) == 1
+        assert f"checkpoint 7 in {two} is damaged ({path.relative_to(two / '7')} " in said[0]
+        with pytest.raises(UserError, match=r"checkpoint 7 in .* is damaged: put back a copy"):
+            reader.restore(tree(0), 7)
+        reader.close()
+        path.write_bytes(whole)
+    assert changed >= 6
+    reader = Checkpoints(two)
+    assert (reader.latest_step(), reader.best_step()) == (7, 3)
+    reader.close()
+
+
+@pytest.mark.parametrize("what", ["missing", "strange"])
+def test_files_too_few_or_too_many_are_damage(two, what):
+    (two / "7/meta/metadata").unlink() if what == "missing" else (two / "7/x").write_text("x")
+    said = []
+    reader = Checkpoints(two, say=said.append)
+    assert reader.latest_step() == reader.step("latest") == 3
+    assert len(said) == 1
+    assert ("meta/metadata is missing" if what == "missing" else "x is not one of") in said[0]
+    reader.close()
+
+
+def test_the_best_is_passed_over_too(two):
+    (two / "3/meta/metadata").write_text("{}")
+    said = []
+    reader = Checkpoints(two, say=said.append)
+    assert reader.best_step() == reader.evaluated_step() == 7
+    assert "checkpoint 3" in said[0]
+    reader.close()
+
+
+def test_nothing_good_left_is_one_line_and_no_fresh_start(two):
+    for step in (3, 7):
+        (two / f"{step}/meta/metadata").write_text("{}")
+    reader = Checkpoints(two, say=lambda line: None)
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged: put back a copy, or"):
         reader.restore(tree(0))
     reader.close()
+
+
+def test_a_step_without_a_seal_was_never_finished(two):
+    (two / "7" / seals.SEAL).unlink()
+    said = []
+    reader = Checkpoints(two, say=said.append)
+    assert reader.latest_step() == 3
+    assert f"checkpoint 7 in {two} is unfinished (SEALED.json is not there)" in said[0]
+    reader.close()
+    (two / "3" / seals.SEAL).unlink()
+    reader = Checkpoints(two, say=said.append)
+    assert reader.latest_step() is None  # so the run begins anew
+    reader.close()
+
+
+def test_who_goes_on_sets_the_damaged_aside_and_removes_the_unfinished(two):
+    (two / "7/meta/metadata").write_text("{}")
+    shutil.copytree(two / "3", two / "5")
+    (two / "5" / seals.SEAL).unlink()
+    (two / "9.orbax-checkpoint-tmp").mkdir()
+    opened = Checkpoints(two, CheckpointConfig(), resumed_from=3)
+    assert sorted(path.name for path in two.iterdir()) == ["3", "7.damaged"]
+    opened.save(7, tree(8), {"step": 7}, None)
+    opened.wait()
+    assert opened.latest_step() == 7
+    assert_trees_equal(opened.restore(tree(0))[0], tree(8))
+    opened.close()
+
+
+def test_an_evaluation_may_come_after_its_checkpoint(two):
+    opened = Checkpoints(two, CheckpointConfig(), resumed_from=7)
+    opened.rate(7, {"top1": 0.95})
+    assert opened.best_step() == 7
+    opened.close()
+
+
+def test_a_save_that_fails_is_one_line_and_leaves_the_others(two):
+    opened = Checkpoints(two, CheckpointConfig(keep_last=1, keep_best=0), resumed_from=7)
+    big = {**tree(9), "a": np.random.default_rng(0).normal(size=(100, 1000))}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        try:
+            opened.save(9, big, {}, None)
+            opened.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    with pytest.raises(UserError, match=r"checkpoint 9 could .* \(File too large.* step 7:"):
+        save()
+    assert opened.latest_step() == 7
+    opened.save(9, big, {}, None)  # there is room again
+    opened.close()
+    assert Checkpoints(two).latest_step() == 9
 
 
 def test_a_state_resumed_on_other_devices_is_bit_equal(checkpoints, meshes, rng):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import UNIT_STATS, assert_trees_equal, max_difference, random_batch, tiny_resnet
 
-from flax_resnet import run
+from flax_resnet import setup
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
@@ -26,7 +26,7 @@ def config(digits_dir):
 
 def rate_of(config, tmp_path, mesh):
     """The step's DropBlock schedule."""
-    return run.set_up(config, tmp_path, mesh).steps()[0].keywords["dropblock_rate"]
+    return setup.set_up(config, tmp_path, mesh).steps()[0].keywords["dropblock_rate"]
 
 
 def test_the_tutorials_dropblock_rate_rises_by_0005_an_epoch(config, tmp_path, mesh):
@@ -59,10 +59,3 @@ def test_the_schedule_is_what_the_network_drops_by(rng):
 def test_a_rise_of_nothing_is_one_line(config):
     with pytest.raises(UserError, match=r"dropblock_rise=0.5 and the model has no DropBlock: set"):
         dataclasses.replace(config, model=MiniModel(), dropblock_rise=0.5)
-
-
-def test_every_seed_starts_as_a_run_of_its_own(config, tmp_path, mesh):
-    here = run.prepare(config, tmp_path, mesh)
-    other = run.prepare(dataclasses.replace(config, seed=7), tmp_path, mesh)
-    assert_trees_equal(here.start(7).params, other.state.params)
-    assert max_difference(here.state.params, other.state.params) > 0.01

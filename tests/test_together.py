@@ -7,7 +7,7 @@ import pytest
 from helpers import assert_trees_equal, max_difference, tiny_resnet
 from test_train import saved, timeless
 
-from flax_resnet import run, together
+from flax_resnet import setup, together
 from flax_resnet.augment import Augment
 from flax_resnet.checkpoint import CheckpointConfig
 from flax_resnet.config import TrainConfig
@@ -66,7 +66,7 @@ def test_networks_trained_together_equal_runs_of_their_own_in_x64(digits_dir, tm
         state = last_state(together.set_up(configs, tmp_path, jax.devices()[:2]))
         assert len(state.step.sharding.device_set) == 2
         for i in (0, 3):
-            one = last_state(run.set_up(configs[i], tmp_path, data_mesh(jax.devices()[:1])))
+            one = last_state(setup.set_up(configs[i], tmp_path, data_mesh(jax.devices()[:1])))
             for name in ("params", "batch_stats", "ema"):
                 here = jax.tree.map(lambda x, i=i: x[i], getattr(state, name))
                 assert max_difference(here, getattr(one, name)) < 1e-10

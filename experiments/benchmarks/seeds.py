@@ -18,12 +18,13 @@ from pathlib import Path
 
 from experiments import digits
 from experiments.benchmarks import common
-from flax_resnet import distributed, flags, run, together
+from flax_resnet import distributed, flags, setup, together
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.grids import replaced
 from flax_resnet.main import one_line_errors
 from flax_resnet.models import cifar_resnet
+from flax_resnet.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def configs(settings: Settings, num_seeds: int) -> list[TrainConfig]:
     return [replaced(base, "seed", seed) for seed in range(num_seeds)]
 
 
-def step_seconds(ready: run.Run) -> list[float]:
+def step_seconds(ready: Run) -> list[float]:
     """Seconds of each step but the first, which also loads the program."""
     step, _ = ready.compile()
     seconds = []
@@ -82,7 +83,7 @@ def measure(settings: Settings, num_seeds: int) -> dict[str, object]:
     """Times both ways: together on as many devices as divide the seeds, in turn on all."""
     runs = configs(settings, num_seeds)
     with tempfile.TemporaryDirectory() as nowhere:
-        one = run.set_up(runs[0], Path(nowhere), distributed.data_mesh())
+        one = setup.set_up(runs[0], Path(nowhere), distributed.data_mesh())
         alone = common.Timing.of(step_seconds(one))
         all_at_once = together.set_up(runs, Path(nowhere))
         several = common.Timing.of(step_seconds(all_at_once))

@@ -15,7 +15,7 @@ import numpy as np
 
 from flax_resnet import distributed
 from flax_resnet.errors import POSITIVE, UserError, check_range
-from flax_resnet.run import set_up
+from flax_resnet.setup import set_up
 
 SMOOTHING = 0.9
 DIVERGED = 4.0

@@ -1,0 +1,281 @@
+"""Weak scaling: images/s of the training step on 1, 2, 4, ... devices, and what collectives cost.
+
+Each device has the same number of images however many devices there are. What is timed is the step
+that a run compiles (its state donated, laid out by --sharding), on one batch of noise that lies on
+the devices: no data pipeline. Efficiency is images/s a device against that of the fewest devices.
+
+The share of time in collectives is 1 - t'/t. t is the time of the step; t' that of the same step on
+as many devices at the same time, each by itself: its own whole state, its own norms, nothing sent.
+So it is the time that collectives add: one that runs beside computation counts only as far as it
+is waited for. With zero and fsdp, t' has the optimizer's whole update in place of a device's part,
+and the share is that much too low. Rounds of the two take turns. On one device the share ought to
+be zero: what is printed there is the error of the comparison.
+
+The number of collectives and their bytes a step are read from the compiled program: whole arrays,
+those in a loop (--accum-steps on an accelerator) once.
+
+Virtual devices share one processor: there the figures are no claim of speed, and the table says
+so.
+
+Claim: none; it measures. (Goyal et al. 2017: 90 % from 8 to 256 GPUs, ResNet-50.)
+
+Command: python -m experiments.benchmarks.scaling --model resnet50 --image-size 224 --dtype bfloat16
+  (on a CPU: JAX_NUM_CPU_DEVICES=8 python -m experiments.benchmarks.scaling --image-size 8)
+
+Hardware: several accelerators, not run here.
+
+Published: none for this library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, PartitionSpec
+
+from experiments.benchmarks import common
+from flax_resnet import distributed, flags, models, programs, run
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import Data
+from flax_resnet.errors import UserError, check_range
+from flax_resnet.layers import check_bn_group
+from flax_resnet.main import one_line_errors
+from flax_resnet.optim import SGD
+from flax_resnet.step import Batch, TrainState, create_state
+from flax_resnet.tables import markdown_table
+
+CHANNELS = 3
+HEADER = (
+    "devices",
+    "images/s",
+    "efficiency %",
+    "step s",
+    "alone s",
+    "in collectives %",
+    "collectives",
+    "MB sent",
+    "state MB a device",
+)
+SHARED_CORES = (
+    "These devices are virtual and share this machine's {cores} cores: no claim of speed, nor of "
+    "scaling. The collectives are those of a CPU's program."
+)
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is timed."""
+
+    devices: tuple[int, ...] = ()
+    """Numbers of devices; by default 1, 2, 4, ... and all of this process's."""
+    model: str = "resnet20"
+    """A name that `python -m flax_resnet names` lists."""
+    image_size: int = 32
+    """Height and width of the images."""
+    images_per_device: int = 32
+    """Images in a step, for each device."""
+    sharding: distributed.StateSharding = "replicated"
+    """What devices split of the state."""
+    bn_group: int | None = None
+    """Images normalised together; None: the whole batch, over all devices."""
+    accum_steps: int = 1
+    """Parts of a batch."""
+    dtype: str = "float32"
+    """What the network computes in."""
+    steps: int = 10
+    """Steps of a round, dispatched one after another and timed together."""
+    rounds: int = 5
+    """Rounds timed, after one that is not."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "images_per_device", "accum_steps", "steps", "rounds"):
+            check_range("--" + name.replace("_", "-"), getattr(self, name), 1)
+        if self.images_per_device % self.accum_steps:
+            raise UserError(
+                f"--images-per-device {self.images_per_device} does not divide into "
+                f"--accum-steps {self.accum_steps} equal parts: change one"
+            )
+        check_bn_group(self.bn_group, self.images_per_device, self.accum_steps)
+
+    def numbers(self) -> list[int]:
+        """Numbers of devices, fewest first.
+
+        Raises:
+          UserError: more than there are.
+        """
+        most = jax.local_device_count()
+        for number in self.devices:
+            check_range("--devices", number, 1)
+            if number > most:
+                raise UserError(
+                    f"--devices {number}: there are {most}; on a CPU, JAX_NUM_CPU_DEVICES={number} "
+                    "in the environment makes virtual ones"
+                )
+        powers = [2**n for n in range(most.bit_length()) if 2**n <= most]
+        return sorted({*(self.devices or (*powers, most))})
+
+    def network(self) -> nn.Module:
+        """The model.
+
+        Raises:
+          UserError: it has no norms of parts of a batch.
+        """
+        fields: dict[str, Any] = {"dtype": self.dtype}
+        if self.bn_group is not None:
+            if not isinstance(models.create(self.model), models.ResNet):
+                raise UserError(f"--bn-group with --model {self.model}: it is no ResNet")
+            fields["bn_group"] = self.bn_group
+        return models.create(self.model, **fields)
+
+
+def set_up(settings: Settings, mesh: Mesh) -> tuple[run.Run, Batch]:
+    """(a run at step 0 on the devices of a mesh, a batch of noise there)."""
+    model: Any = settings.network()
+    shape = (settings.image_size, settings.image_size, CHANNELS)
+    batch_size = settings.images_per_device * mesh.size
+    config = TrainConfig(
+        model=model,
+        batch_size=batch_size,
+        accum_steps=settings.accum_steps,
+        sharding=settings.sharding,
+    )
+    tx, schedule = SGD().build(num_steps=1000, steps_per_epoch=100)
+    stats = {"mean": np.full(CHANNELS, 0.5), "std": np.full(CHANNELS, 0.25)}
+    start = functools.partial(create_state, model, tx, image_shape=shape, normalization=stats)
+    fresh = start(seed=0)
+    state = distributed.put(fresh, run.held(fresh, mesh, settings.sharding))
+    rng = np.random.default_rng(0)
+    noise = {
+        "image": rng.integers(0, 256, (batch_size, *shape), np.uint8),
+        "label": rng.integers(0, model.num_classes, batch_size, np.int32),
+    }
+    # The step asks of the data for nothing but its shape.
+    data = cast(Data, types.SimpleNamespace(batch_shape=shape))
+    made = run.Run(config, Path(), mesh, data, 1000, 100, schedule, state, start)
+    return made, distributed.put_batch(mesh, noise)
+
+
+def compile_alone(ready: run.Run, batch: Batch) -> jax.stages.Compiled:
+    """The same step on the same devices, each with its own state and images: nothing is sent."""
+    config = dataclasses.replace(ready.config, sharding="replicated")
+    step, _ = dataclasses.replace(ready, config=config).steps()
+    whole, split = PartitionSpec(), PartitionSpec(distributed.DATA_AXIS)
+    # The devices' states part, and are said to be equal: nothing looks.
+    alone = jax.shard_map(
+        step, mesh=ready.mesh, in_specs=(whole, split), out_specs=whole, check_vma=False
+    )
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=distributed.replicated(ready.mesh)
+        ),
+        ready.state,
+    )
+    return jax.jit(alone, donate_argnums=0).lower(like, batch).compile()
+
+
+def round_seconds(
+    step: Callable[..., Any], state: TrainState, batch: Batch, steps: int
+) -> tuple[TrainState, float]:
+    """(the state after, seconds a step) of some steps, waiting for the last."""
+
+    def several() -> TrainState:
+        now = state
+        for _ in range(steps):
+            now, _ = step(now, batch)
+        return now
+
+    after, seconds = common.timed(several)
+    return after, seconds / steps
+
+
+def measure(settings: Settings, number: int) -> Row:
+    """Times both steps on the first ``number`` devices."""
+    mesh = distributed.data_mesh(jax.local_devices()[:number])
+    ready, batch = set_up(settings, mesh)
+    state_bytes = programs.device_bytes(ready.state)
+    compiled = cast(jax.stages.Compiled, ready.compile()[0])
+    state, alone = ready.state, compile_alone(ready, batch)
+    if sent := programs.collectives(alone):
+        raise AssertionError(f"the step of devices by themselves sends {programs.totals(sent)}")
+    own = distributed.put_replicated(mesh, jax.device_get(state))
+    together_seconds, alone_seconds = [], []
+    for _ in range(1 + settings.rounds):
+        state, seconds = round_seconds(compiled, state, batch, settings.steps)
+        together_seconds.append(seconds)
+        own, seconds = round_seconds(alone, own, batch, settings.steps)
+        alone_seconds.append(seconds)
+    together, by_itself = (common.Timing.of(each[1:]) for each in (together_seconds, alone_seconds))
+    found = programs.totals(programs.collectives(compiled))
+    return {
+        "benchmark": "scaling",
+        "number": number,
+        **{k: v for k, v in dataclasses.asdict(settings).items() if k != "devices"},
+        "step_seconds": dataclasses.asdict(together),
+        "alone_step_seconds": dataclasses.asdict(by_itself),
+        "images_per_second": number * settings.images_per_device / together.median,
+        "collectives_share": 1 - by_itself.median / together.median,
+        "collectives": {
+            kind: {"count": count, "bytes": size} for kind, (count, size) in found.items()
+        },
+        "state_bytes_a_device": state_bytes,
+        "virtual": mesh.devices.flat[0].platform == "cpu",
+    }
+
+
+def with_efficiency(rows: Sequence[Row]) -> list[Row]:
+    """The rows with images/s a device over that of the first."""
+    first = rows[0]["images_per_second"] / rows[0]["number"]
+    return [{**row, "efficiency": row["images_per_second"] / row["number"] / first} for row in rows]
+
+
+def report(rows: Sequence[Row]) -> str:
+    """The table for people, in Markdown, and what it does not say."""
+    lines = []
+    for row in with_efficiency(rows):
+        found = row["collectives"]
+        lines.append(
+            [
+                str(row["number"]),
+                f"{row['images_per_second']:,.0f}",
+                f"{100 * row['efficiency']:.0f}",
+                str(common.Timing(**row["step_seconds"])),
+                str(common.Timing(**row["alone_step_seconds"])),
+                f"{100 * row['collectives_share']:.0f}",
+                ", ".join(f"{each['count']} {kind}" for kind, each in found.items()) or "none",
+                f"{math.fsum(each['bytes'] for each in found.values()) / 1e6:.3g}",
+                f"{row['state_bytes_a_device'] / 1e6:.3g}",
+            ]
+        )
+    text = markdown_table(HEADER, lines)
+    if any(row["virtual"] for row in rows):
+        text += f"\n{SHARED_CORES.format(cores=common.hardware()['cores'])}\n"
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures every number of devices; prints lines of JSON, then the table."""
+    with one_line_errors():
+        prog = "python -m experiments.benchmarks.scaling"
+        settings = flags.cli(Settings, argv, __doc__ or "", prog)
+        hardware, rows = common.hardware(), []
+        for number in settings.numbers():
+            row = measure(settings, number)
+            rows.append(row)
+            common.print_json({**with_efficiency(rows)[-1], "hardware": hardware})
+        print(", ".join(f"{name} {value}" for name, value in hardware.items()), file=sys.stderr)
+        print(report(rows), end="", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What stops a run that goes wrong: a loss that diverges, and memory that does not suffice."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_resnet.errors import POSITIVE, UserError, check_range
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """What to do when a run goes wrong."""
+
+    times_chance: float = 100.0
+    """The run has diverged when the training loss is not a number, or so many times what guessing
+    gives (ln of the classes; of binary_cross_entropy ln 2), on average over a log interval."""
+    skips: int = 0
+    """So many times go back to the newest checkpoint and skip the batches since; then stop."""
+    report_after: float = 60.0
+    """Seconds without a batch, a step or a save after which the terminal says so."""
+
+    def __post_init__(self) -> None:
+        check_range("guard.times_chance", self.times_chance, POSITIVE)
+        check_range("guard.skips", self.skips, 0)
+        check_range("guard.report_after", self.report_after, POSITIVE)
+
+    def limit(self, loss: str, num_classes: int) -> float:
+        """The largest mean loss that does not count as diverged, in nats."""
+        chance = math.log(2) if loss == "binary_cross_entropy" else math.log(max(2, num_classes))
+        return self.times_chance * chance
+
+
+class Diverged(UserError):
+    """The training loss is not a number any more, or far above what guessing gives.
+
+    Attributes:
+      step: the first step whose loss shows it.
+    """
+
+    def __init__(self, step: int, found: str):
+        super().__init__(f"the run diverged: {found} at step {step}")
+        self.step = step
+
+
+def check_loss(sums: Sequence[Mapping[str, Any]], step: int, limit: float) -> None:
+    """Makes sure of the steps of a log interval.
+
+    Args:
+      sums: of each step, on the host; of networks that train together with a leading axis.
+      step: the last of them.
+      limit: the largest good mean loss, in nats.
+
+    Raises:
+      Diverged: the mean is not good; of several networks, that of none is.
+    """
+    losses = [np.asarray(one["loss"], np.float64) / np.asarray(one["count"]) for one in sums]
+    counts = [np.asarray(one["count"], np.float64) for one in sums]
+    mean = np.sum([x * n for x, n in zip(losses, counts, strict=True)], 0) / np.sum(counts, 0)
+    if _good(mean, limit):
+        return
+    first = next((i for i, loss in enumerate(losses) if not _good(loss, limit)), len(sums) - 1)
+    shown = np.nanmax(losses[first]) if np.isfinite(losses[first]).any() else losses[first].max()
+    raise Diverged(step - len(sums) + 1 + first, f"the training loss is {shown:.4g} nats")
+
+
+def _good(loss: np.ndarray, limit: float) -> bool:
+    return bool(np.any(np.isfinite(loss) & (loss <= limit)))
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every floating-point number in a tree is finite."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
+@contextlib.contextmanager
+def memory_advice(batch_size: int, accum_steps: int, num_devices: int) -> Iterator[None]:
+    """Turns a device's running out of memory into one line with what helps.
+
+    Args:
+      batch_size: of the optimizer step, over all devices.
+      accum_steps: parts that it is cut into.
+      num_devices: that it is split over.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError) and not any(
+            sign in text for sign in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
+        ):
+            raise
+        at_once = batch_size // num_devices // accum_steps
+        raise UserError(
+            f"out of memory with batch_size={batch_size}, {max(1, at_once)} images at once on each "
+            f"of {num_devices} devices: set --accum-steps {2 * accum_steps} (the same step in "
+            "smaller parts), --model.remat (computes blocks again), --model.dtype bfloat16, "
+            f"--sharding fsdp, or a smaller --batch-size ({text.splitlines()[0][:120]})"
+            if text
+            else f"out of memory with batch_size={batch_size}: take a smaller one"
+        ) from error

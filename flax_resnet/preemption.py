@@ -1,0 +1,99 @@
+"""Being stopped from outside: SIGTERM and SIGINT as a question that the loop asks.
+
+A run that is stopped saves a checkpoint at the step where it is, the same one in every process,
+and its command ends with EXIT_PREEMPTED; the same command goes on from there, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+# EX_TEMPFAIL of sysexits.h: "try again later". Launchers restart on it.
+EXIT_PREEMPTED = 75
+# As many times as this process has asked: jax's agreement between processes wants a number that
+# rises, and is itself one a process.
+_asked = itertools.count(1)
+
+
+class Preempted(KeyboardInterrupt):
+    """A run was stopped from outside and saved what it has; the same command goes on."""
+
+
+@contextlib.contextmanager
+def restartable() -> Iterator[None]:
+    """Ends a command that is stopped with EXIT_PREEMPTED.
+
+    A SIGTERM that comes before the training loop ends it at once: there is nothing to save yet.
+    """
+
+    def take(number: int, frame: FrameType | None) -> None:
+        raise Preempted
+
+    alone = not jax.distributed.is_initialized()
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, take) if alone and main else None
+    try:
+        yield
+    except Preempted:
+        sys.exit(EXIT_PREEMPTED)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+class Signals:
+    """While it is entered, SIGTERM and SIGINT (Ctrl-C) ask the run to stop after its step.
+
+    A second SIGINT ends the program at once. Only the main thread can take signals; in another
+    one this does nothing. With several processes jax's own preemption service takes SIGTERM, and
+    a signal to any of them stops all at one step.
+    """
+
+    def __init__(self, stop: Callable[[], bool] | None = None):
+        """``stop`` is asked too."""
+        self._stop = stop
+        self._came: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            kinds = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+            self._before = {kind: signal.signal(kind, self._take) for kind in kinds}
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for kind_, handler in self._before.items():
+            signal.signal(kind_, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        again, self._came = self._came is not None, signal.Signals(number)
+        if again and self._came is signal.SIGINT:
+            raise KeyboardInterrupt
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        # Not print: a signal may come while the same stream is being written.
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, self._line().encode())
+
+    def _line(self) -> str:
+        assert self._came is not None
+        return f"{self._came.name}: saves a checkpoint and stops (Ctrl-C again: at once)\n"
+
+    def __call__(self) -> bool:
+        """Whether to stop here. With several processes each has to ask equally often."""
+        asked = self._came is not None or (self._stop is not None and self._stop())
+        if jax.process_count() == 1:
+            return asked
+        return bool(multihost_utils.reached_preemption_sync_point(next(_asked)))

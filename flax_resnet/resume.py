@@ -1,0 +1,96 @@
+"""Going on from a checkpoint: also on other devices, and with blocks scanned that were not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from flax_resnet import distributed
+from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.config import differences
+from flax_resnet.errors import UserError
+from flax_resnet.models import stack_blocks, unstack_blocks
+from flax_resnet.run import Run
+
+
+def restore(run: Run, checkpoints: Checkpoints | None = None) -> bool:
+    """Puts the run's newest good checkpoint into it; False where there is none.
+
+    Args:
+      run: its state has the arrays' shapes and shardings.
+      checkpoints: by default those of its workdir.
+
+    Raises:
+      UserError: all are damaged, or of another run.
+    """
+    if checkpoints is None:
+        checkpoints = Checkpoints(run.config.checkpoint.place(run.workdir))
+        try:
+            return restore(run, checkpoints)
+        finally:
+            checkpoints.close()
+    step = checkpoints.latest_step()
+    if step is None:
+        return False
+    meta = checkpoints.meta(step)
+    _check_same(run, meta, f"checkpoint {step} in {checkpoints.directory}")
+    arrays, _ = _arrays(run, checkpoints, step, meta)
+    run.state = run.state.replace(**arrays)
+    run.step, run.seconds = meta["step"], meta["seconds"]
+    run.skipped = [list(pair) for pair in meta["skipped"]]
+    run.open_interval, run.owes_evaluation = meta["open_interval"], meta["owes_evaluation"]
+    run.resumed_on = meta["ran_on"]
+    return True
+
+
+def _check_same(run: Run, meta: dict[str, Any], what: str) -> None:
+    for name, here in run.data.describe().items():
+        if meta[name] != here:
+            raise UserError(
+                f"{run.workdir} was trained on data with {name} {meta[name]} and it is {here} now: "
+                "give the same data, or another --workdir"
+            )
+    if found := differences(meta["config"], run.config):
+        raise UserError(
+            f"{what} is of a run with another config ({'; '.join(found[:3])}): choose another "
+            "--workdir, or the same config to resume"
+        )
+
+
+def _arrays(
+    run: Run, checkpoints: Checkpoints, step: int, meta: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The arrays of a checkpoint as this run has them, blocks scanned or not."""
+    here = run.state.arrays()
+    scans = run.ran_on()["scan_blocks"]
+    if meta["ran_on"]["scan_blocks"] == scans:
+        return checkpoints.restore(here, step)
+    model = run.config.model
+    change, back = (stack_blocks, unstack_blocks) if scans else (unstack_blocks, stack_blocks)
+
+    def mapped(change: Callable[..., Any], arrays: Any) -> Any:
+        for _ in run.lead:
+            change = jax.vmap(change, in_axes=(None, 0))
+        return change(model, arrays)
+
+    whole = distributed.replicated(run.mesh)
+    there = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+        jax.eval_shape(lambda arrays: mapped(back, arrays), here),
+    )
+    arrays, meta = checkpoints.restore(there, step)
+    shardings = jax.tree.map(lambda x: x.sharding, here)
+    return jax.jit(lambda arrays: mapped(change, arrays), out_shardings=shardings)(arrays), meta
+
+
+def changes(run: Run) -> str:
+    """What is otherwise than where the run was saved, for a message; "" where nothing is."""
+    here, there = run.ran_on(), run.resumed_on or run.ran_on()
+    found = [
+        f"{name.replace('_', ' ')} {there[name]}, now {here[name]}"
+        for name in here
+        if there[name] != here[name]
+    ]
+    return f"saved with {'; '.join(found)}: the last bits may differ" if found else ""

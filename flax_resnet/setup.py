@@ -1,0 +1,186 @@
+"""From a config to a run that is set up: everything checked and opened, and nothing written yet."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax.errors import FlaxError
+from jax.sharding import Mesh
+
+from flax_resnet import distributed, transfer
+from flax_resnet.augment import Augment, statistics, statistics_shape
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import Data
+from flax_resnet.errors import UserError
+from flax_resnet.layers import check_bn_group, needs_x64
+from flax_resnet.models import WeightsError, initializer
+from flax_resnet.optim import LAMB, LARS
+from flax_resnet.pretrained import Pretrained
+from flax_resnet.resume import restore
+from flax_resnet.run import Run, held
+from flax_resnet.step import TrainState, create_state
+
+
+def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
+    """Checks and opens everything that a run needs, and writes nothing to the workdir.
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    distributed.check_divisible("batch_size", config.batch_size, mesh)
+    if config.batch_size // mesh.size % config.accum_steps:
+        raise UserError(
+            f"batch_size={config.batch_size} over {mesh.size} devices does not divide into "
+            f"accum_steps={config.accum_steps} equal parts: change one"
+        )
+    run = prepare(config, workdir, mesh)
+    if not restore(run):
+        measure_statistics(run)
+    if config.cache_features:
+        run.data = transfer.with_cached_features(
+            run.state, config.model, run.data, config.eval_batch_size, _say
+        )
+        classify = functools.partial(config.model.apply, method="classify")
+        run.whole, run.state = run.state, transfer.top_of(run.state).replace(apply_fn=classify)
+    return run
+
+
+def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
+    """The run at step 0, before anything is measured on the data or restored.
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    distributed.check_divisible("eval_batch_size", config.eval_batch_size, mesh)
+    _check_model(config.model)
+    if getattr(config.model, "norm_kind", None) == "batch" and not config.cache_features:
+        check_bn_group(config.model.bn_group, config.batch_size, config.accum_steps)
+    transfer.check(
+        config.model,
+        cache_features=config.cache_features,
+        images_change=config.augment != Augment() or config.data.random_resized_crop,
+        measure_norms=config.measure_norms,
+        unfreezes=bool(config.optimizer.unfreeze),
+    )
+    if isinstance(config.optimizer, (LARS, LAMB)) and getattr(config.model, "scan_blocks", False):
+        raise UserError(
+            f"{type(config.optimizer).__name__} with model.scan_blocks: its trust ratios are by "
+            "layer, and scanned blocks share one array; use SGD, Adam or AdamW, or unrolled blocks"
+        )
+    data = Data(config.data, mesh, config.model.num_classes)
+    steps_per_epoch = math.ceil(data.num_train / config.batch_size)
+    num_steps = config.num_steps or max(1, round(config.num_epochs * steps_per_epoch))
+    tx, schedule = config.optimizer.build(num_steps, steps_per_epoch)
+    opened = None if config.weights is None else transfer.open_for(config.model, config.weights)
+    start = _starter(config, tx, data.image_shape, opened)
+    fresh = start(config.seed)
+    state = distributed.put(fresh, held(fresh, mesh, config.sharding))
+    _check_output(config.model, state, data.image_shape)
+    if data.eval_shape != data.image_shape:
+        _check_sizes(config.model, state, data)
+    return Run(config, workdir, mesh, data, num_steps, steps_per_epoch, schedule, state, start)
+
+
+def _say(line: str) -> None:
+    if distributed.is_lead():
+        print(line, flush=True)
+
+
+def _starter(
+    config: TrainConfig,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    opened: Pretrained | None,
+) -> Callable[[int], TrainState]:
+    """seed -> the state at step 0, but for statistics that are measured on the data."""
+    model = config.model
+    init = transfer.initializer(model, opened, config.weights, _say)
+    if init is None:
+        fresh = initializer(model, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+        init = lambda key, images: fresh(key)  # noqa: E731
+    if config.normalization == "weights":
+        stats = transfer.normalization_of(opened, config.weights, image_shape)
+    else:
+        shapes = statistics_shape(config.normalization, image_shape)
+        stats = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    ema = config.ema_decay is not None
+
+    def start(seed: int) -> TrainState:
+        try:
+            return create_state(model, tx, seed, image_shape, stats, ema=ema, init=init)
+        except WeightsError:
+            raise
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            name = type(model).__name__
+            raise UserError(
+                f"{name} with the fields given does not take images of {image_shape}: {error}"
+            ) from error
+
+    return start
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raises UserError for fields that this loop cannot honour."""
+    for name in ("dtype", "param_dtype"):
+        if needs_x64(getattr(model, name, None)):
+            raise UserError(
+                f"model.{name}=float64 needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment"
+            )
+    if getattr(model, "axis_name", None) is not None:
+        raise UserError(
+            f"model.axis_name={model.axis_name}: it is for your own jax.pmap; leave it None here, "
+            "where the statistics are those of the global batch already"
+        )
+
+
+def _check_output(model: nn.Module, state: TrainState, image_shape: tuple[int, ...]) -> None:
+    """Raises UserError unless the model gives one logit for each class."""
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    out = jax.eval_shape(state.apply_fn, state.variables(), images)
+    if getattr(out, "shape", None) != (2, model.num_classes):
+        raise UserError(
+            f"{type(model).__name__} gives {getattr(out, 'shape', type(out))} for two images, "
+            f"expected (2, {model.num_classes}) logits: train it with include_top=True"
+        )
+
+
+def _check_sizes(model: nn.Module, state: TrainState, data: Data) -> None:
+    """Raises UserError unless what is trained at one size can be evaluated at the other."""
+    if state.normalization["std"].ndim > 1:
+        raise UserError(
+            f"data.eval_image_size: normalised by pixel, images of {data.image_shape} in training "
+            f"cannot be {data.eval_shape} in evaluation; use --normalization channel"
+        )
+    images = jax.ShapeDtypeStruct((1, *data.eval_shape), jnp.float32)
+    try:
+        jax.eval_shape(state.apply_fn, state.variables(), images)
+    except (ValueError, TypeError, ZeroDivisionError, FlaxError) as error:
+        raise UserError(
+            f"data.eval_image_size: {type(model).__name__}, trained on images of "
+            f"{data.image_shape}, does not take {data.eval_shape}; leave it out, or take a network "
+            "that pools globally"
+        ) from error
+
+
+def measure_statistics(run: Run) -> None:
+    """Puts what is measured on the training split into the state."""
+    config, data, like = run.config, run.data, run.state.normalization
+    if config.normalization != "weights":
+        stats = statistics(config.normalization, data.image_shape, data.train_images())
+        stats = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), stats, like)
+        run.state = run.state.replace(normalization=distributed.put_replicated(run.mesh, stats))
+    if config.measure_norms:
+        norms = transfer.measure_norms(run.state, config.model, data, config.eval_batch_size)
+        run.state = run.state.replace(batch_stats=distributed.put_replicated(run.mesh, norms))
+        if run.state.ema is not None:
+            averaged = distributed.put(norms, run.held.ema["batch_stats"])
+            ema = {**run.state.ema, "batch_stats": averaged}
+            run.state = run.state.replace(ema=ema)

@@ -1,0 +1,74 @@
+"""Trains five steps in each of several ways, and keeps the numbers: python parity_worker.py OUT."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from flax_resnet import distributed, hosts, setup
+from flax_resnet.augment import Augment
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import DataConfig
+from flax_resnet.models import BasicBlock, ResNet
+from flax_resnet.optim import SGD
+
+# name: (dtype, steps, sharding, accum_steps, MiB that may live on the device, BatchNorm groups)
+WAYS = {
+    "plain": ("float64", 5, "replicated", 1, 2048, None),
+    "plain, accumulated": ("float64", 5, "replicated", 2, 2048, None),
+    "fsdp": ("float64", 5, "fsdp", 1, 2048, None),
+    "fsdp, accumulated, streamed": ("float64", 5, "fsdp", 2, 0, None),
+    "groups, zero": ("float64", 5, "zero", 1, 2048, 8),
+    "float32": ("float32", 1, "replicated", 1, 2048, None),
+}
+
+
+def run(name: str, out: pathlib.Path) -> None:
+    """Writes OUT/NAME.npz: the state's arrays after the steps, and the evaluation."""
+    dtype, steps, sharding, accum_steps, resident_mb, group = WAYS[name]
+    model = ResNet((1,), BasicBlock, num_classes=10, num_filters=8, stem="cifar", dtype=dtype,
+                   param_dtype=dtype, bn_group=group)  # fmt: skip
+    config = TrainConfig(
+        model=model,
+        data=DataConfig(data_dir=os.environ["FAULTS_DATA"], resident_mb=resident_mb, num_workers=0),
+        augment=Augment(width_shift=0.1, cutout=2, mixup=0.2),
+        optimizer=SGD(weight_decay=1e-3, max_grad_norm=1.0),
+        measure_norms=name == "plain",
+        batch_size=64,
+        eval_batch_size=120,
+        num_steps=steps,
+        accum_steps=accum_steps,
+        sharding=sharding,
+        ema_decay=0.9,
+    )
+    mesh = distributed.data_mesh()
+    config = dataclasses.replace(config)
+    here = setup.set_up(config, out / "nowhere", mesh)
+    step, evaluate = here.compile()
+    for batch in here.batches():
+        here.state, _ = step(here.state, batch)
+    here.evaluate(evaluate)
+    whole = jax.jit(lambda tree: tree, out_shardings=distributed.replicated(mesh))
+    arrays = jax.device_get(whole(here.state.arrays()))
+    if distributed.is_lead():
+        leaves = {
+            jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(arrays)
+        }
+        np.savez(out / f"{name}.npz", **leaves, **here.evaluation, confusion=here.confusion)
+
+
+def main() -> None:
+    """Every way, in this process or as one of several."""
+    out = pathlib.Path(sys.argv[1])
+    with hosts.joined(hosts.Hosts()):
+        for name, (dtype, *_) in WAYS.items():
+            with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
+                run(name, out)
+
+
+if __name__ == "__main__":
+    main()
