@@ -19,6 +19,8 @@ from flax_resnet.config import TrainConfig, check_workdir
 from flax_resnet.errors import UserError, check_range, did_you_mean
 from flax_resnet.files import replacing
 from flax_resnet.grids import check_name, replaced
+from flax_resnet.guards import Diverged
+from flax_resnet.preemption import Preempted, Signals
 from flax_resnet.record import flatten, to_record
 from flax_resnet.together import NotTogether, train_together, why_not
 from flax_resnet.train import finished, train_and_evaluate
@@ -62,8 +64,10 @@ def sweep(
             raise UserError(f"baseline={name!r} is none of {len(variants)} variants{near}")
     accelerated = jax.default_backend() != "cpu"
     if devices is None:
-        devices = jax.local_devices() if accelerated else ()
+        # Several processes train each run together, or each would train all of them.
+        devices = jax.local_devices() if accelerated and jax.process_count() == 1 else ()
     root = Path(workdir).expanduser()
+    configs = {name: _with_own_place(config, name) for name, config in configs.items()}
     one = _Sweep(configs, root, baseline, together, parallel=len(devices) > 1)
     jobs = _jobs(configs, accelerated if together is None else together)
     if len(devices) > 1:
@@ -103,6 +107,8 @@ class _Sweep:
                 for name in names:
                     self.run([name], device)
         except Exception as error:  # whatever it is, the others are not its fault
+            if jax.process_count() > 1 and not isinstance(error, Diverged):
+                raise  # perhaps of this process alone, and the others wait for it
             self._failed(names, error)
         else:
             for name in names:
@@ -120,7 +126,8 @@ class _Sweep:
     def _train(self, names: Sequence[str], device: jax.Device | None) -> None:
         own = {self.root / name: self.configs[name] for name in names}
         if len(own) > 1:
-            train_together(own, self.root / "together", None if device is None else [device])
+            devices = None if device is None else [device]
+            train_together(own, self.root / "together", devices, stop=self.stopped.is_set)
             return
         ((workdir, config),) = own.items()
         mesh = None if device is None else distributed.data_mesh([device])
@@ -130,7 +137,7 @@ class _Sweep:
     def _failed(self, names: Sequence[str], error: Exception) -> None:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         line = " ".join(f"failed: {kind}{error}".split())[:300]
-        for name in names:
+        for name in names if distributed.is_lead() else ():
             if len(names) > 1 and finished(self.root / name) is not None:
                 continue  # before the others failed
             self.failures[name] = line
@@ -189,16 +196,28 @@ def _on_each(
     threads = [
         threading.Thread(target=work, args=[d], name=f"sweep on {d}", daemon=True) for d in devices
     ]
-    for thread in threads:
-        thread.start()
-    try:
+    with Signals() as signals:
         for thread in threads:
-            thread.join()
-    except KeyboardInterrupt:
-        sweeping.stopped.set()  # each run ends after its step
-        for thread in threads:
-            thread.join()
-        raise
+            thread.start()
+        try:
+            while any(thread.is_alive() for thread in threads):
+                for thread in threads:
+                    thread.join(0.2)
+                if signals():
+                    raise Preempted
+        except KeyboardInterrupt as error:
+            sweeping.stopped.set()  # each run saves and ends after its step
+            for thread in threads:
+                thread.join()
+            raise Preempted from error
+
+
+def _with_own_place(config: TrainConfig, name: str) -> TrainConfig:
+    """A run's config with a directory of its own where checkpoints are not in its workdir."""
+    shared = config.checkpoint.directory
+    return (
+        config if shared is None else replaced(config, "checkpoint.directory", f"{shared}/{name}")
+    )
 
 
 def table_rows(
@@ -216,7 +235,8 @@ def table_rows(
     varies = [
         field
         for field in fields
-        if field != "seed" and len({repr(one.get(field)) for one in flat.values()}) > 1
+        if field not in ("seed", "checkpoint.directory")
+        and len({repr(one.get(field)) for one in flat.values()}) > 1
     ]
     rows = []
     for name, own in flat.items():
@@ -274,7 +294,7 @@ def train_seeds(
     """
     check_range("num_seeds", num_seeds, 1)
     seeds = range(config.seed, config.seed + num_seeds)
-    configs = [replaced(config, "seed", seed) for seed in seeds]
+    configs = [_with_own_place(replaced(config, "seed", s), f"seed{s}") for s in seeds]
     for field, values in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
         if values is not None and len(values) != num_seeds:
             raise UserError(f"{field}={values}: expected {num_seeds} values, one a seed")
@@ -295,5 +315,6 @@ def train_seeds(
         results = [train_and_evaluate(c, path, mesh=mesh) for path, c in runs.items()]
     named = {f"seeds/seed{seed}": c for seed, c in zip(seeds, configs, strict=True)}
     rows = table_rows(named, {name: root / name.rpartition("/")[2] for name in named}, {})
-    tables.write([{**row, "workdir": f"seed{row['seed']}"} for row in rows], root)
+    if distributed.is_lead():
+        tables.write([{**row, "workdir": f"seed{row['seed']}"} for row in rows], root)
     return results

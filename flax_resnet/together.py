@@ -199,6 +199,8 @@ def train_together(
     configs: Mapping[Path, TrainConfig],
     directory: Path,
     devices: Sequence[jax.Device] | None = None,
+    *,
+    stop: Callable[[], bool] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains runs that differ by seed, learning rate and weight decay in one program.
 
@@ -211,6 +213,7 @@ def train_together(
       configs: workdir to config; ``batch_size`` is each network's.
       directory: of the common checkpoints; the workdirs lie below its parent.
       devices: to run on, by default all.
+      stop: as of ``train_and_evaluate``.
 
     Returns:
       What each result.json holds.
@@ -232,7 +235,7 @@ def train_together(
         groups[directory / digest(names)[:12]] = fresh
     for own, members in groups.items():
         if not all(map(finished, members)):
-            _train_group({path: configs[path] for path in members}, own, devices)
+            _train_group({path: configs[path] for path in members}, own, devices, stop)
         shutil.rmtree(own, ignore_errors=True)
     with contextlib.suppress(OSError):
         directory.rmdir()
@@ -261,7 +264,10 @@ def _begun(workdirs: Sequence[Path], directory: Path) -> dict[Path, list[Path]]:
 
 
 def _train_group(
-    configs: Mapping[Path, TrainConfig], own: Path, devices: Sequence[jax.Device] | None
+    configs: Mapping[Path, TrainConfig],
+    own: Path,
+    devices: Sequence[jax.Device] | None,
+    stop: Callable[[], bool] | None,
 ) -> None:
     """Trains those that belong together to the end; what a finished one has left stays."""
     run = set_up(list(configs.values()), own, devices)
@@ -277,7 +283,7 @@ def _train_group(
             metrics.RunLog(path, run.step, run.num_steps, lead=path in open_ones, quiet=True)
             for path in configs
         ]
-        go(run, *steps, metrics.RunLogs(logs, run.num_steps))
+        go(run, *steps, metrics.RunLogs(logs, run.num_steps), stop)
         for i, path in enumerate(configs):
             if path in open_ones:
                 _leave(run.of(i, path))

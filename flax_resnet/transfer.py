@@ -22,7 +22,7 @@ from flax_resnet import models
 from flax_resnet.augment import normalize
 from flax_resnet.data import SPLITS, Data, Split
 from flax_resnet.errors import UserError
-from flax_resnet.files import digest, replacing
+from flax_resnet.files import digest, replacing, source_hash
 from flax_resnet.models import ResNet
 from flax_resnet.pretrained import Pretrained, check_same, is_path, open_weights
 from flax_resnet.pretrained.fetch import cache_dir
@@ -269,7 +269,7 @@ def with_cached_features(
         "network": to_record(trunk),
         "program": program,
         "normalization": digest(_parts(state.normalization)),
-        "versions": {"jax": jax.__version__, "Pillow": PIL.__version__, "own": _own_source()},
+        "versions": {"jax": jax.__version__, "Pillow": PIL.__version__, "own": source_hash()},
         "platform": jax.devices()[0].device_kind,
     }
     features, labels = {}, {}
@@ -283,12 +283,6 @@ def with_cached_features(
             path, *_compute(trunk, variables, state.normalization, data, split, batch_size)
         )
     return data.with_features(features, labels)
-
-
-def _own_source() -> str:
-    """A hash of this library's modules: a change in any might change a feature."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    return digest([file.read_bytes() for file in files])
 
 
 def top_of(state: TrainState) -> TrainState:

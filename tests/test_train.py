@@ -21,6 +21,7 @@ from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
 from flax_resnet.models import DropBlockResNet, MiniModel
 from flax_resnet.optim import LARS, Adam, Cosine
+from flax_resnet.preemption import Preempted
 from flax_resnet.train import train_and_evaluate
 
 
@@ -292,3 +293,24 @@ def test_evaluations_need_not_all_save(config, tmp_path, mesh):
     assert steps == [2, 4, 6, 8]
     kept = {int(p.name) for p in (tmp_path / "w" / "checkpoints").iterdir() if p.name.isdigit()}
     assert kept == {6, 8}
+
+
+@pytest.mark.parametrize(
+    ("asked", "step", "owes"), [(2, 2, False), (5, 5, True), (6, 5, True), (8, 6, False)]
+)
+def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
+    config, whole, tmp_path, capsys, asked, step, owes
+):
+    """Between two logged lines; where an evaluation is due; in one; where a checkpoint is due."""
+    workdir, one = tmp_path / "w", data_mesh(jax.devices()[:1])
+    times = iter(range(1, 100))
+    with pytest.raises(Preempted):
+        train_and_evaluate(config, workdir, mesh=one, stop=lambda: next(times) >= asked)
+    assert f"stopped at step {step} of 12, which is saved" in capsys.readouterr().out
+    state, meta = saved(workdir)
+    assert (meta["step"], meta["owes_evaluation"], int(state["step"])) == (step, owes, step)
+    train_and_evaluate(config, workdir, mesh=one)
+    assert f"resumes at step {step}" in capsys.readouterr().out
+    assert timeless(metrics.read_metrics(workdir)) == timeless(metrics.read_metrics(whole[0]))
+    assert_trees_equal(saved(workdir)[0], saved(whole[0])[0])
+    assert_trees_equal(saved(workdir, "best")[0], saved(whole[0], "best")[0])

@@ -99,9 +99,9 @@ def open_run(workdir: str | Path, checkpoint: Which = "best") -> Inspected:
     """
     workdir = Path(workdir).expanduser()
     config = read_record(workdir)[0]
-    directory = workdir / "checkpoints"
+    directory = config.checkpoint.place(workdir)
     if not directory.is_dir():
-        raise UserError(f"{workdir} holds no checkpoints: expected checkpoints/ of a run")
+        raise UserError(f"{workdir} holds no checkpoints: expected {directory} of a run")
     reader = Checkpoints(directory)
     try:
         which = reader.evaluated_step() if checkpoint == "best" else reader.step(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +11,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import linen as nn
 
 from flax_resnet import models
-from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
 from flax_resnet.errors import UserError
 from flax_resnet.layers import Dtype
 from flax_resnet.models import ResNet
@@ -194,7 +196,7 @@ def check_same(opened: Pretrained, module: nn.Module, name: str) -> None:
 
 def _open_run(workdir: Path) -> Pretrained:
     """The best checkpoint of a run, else its newest: what was evaluated."""
-    directory = workdir / "checkpoints"
+    directory = _checkpoints_of(workdir)
     if not directory.is_dir():
         raise UserError(f"{workdir} holds no run: expected its checkpoints/, or a weight file")
     reader = Checkpoints(directory)
@@ -223,6 +225,16 @@ def _open_run(workdir: Path) -> Pretrained:
         class_names=tuple(meta["class_names"]),
         certain=True,
     )
+
+
+def _checkpoints_of(workdir: Path) -> epath.Path:
+    """Where a run's checkpoints are: in its workdir, or where its record says."""
+    try:
+        record = json.loads((workdir / "config.json").read_text())
+        elsewhere = record["config"]["checkpoint"]["directory"]
+    except (OSError, ValueError, KeyError, TypeError):
+        elsewhere = None
+    return CheckpointConfig(directory=elsewhere).place(workdir)
 
 
 def saved_variables(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,180 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_trees_equal, tiny_resnet
+from test_train import saved
+
+from flax_resnet import guards, run
+from flax_resnet.checkpoint import CheckpointConfig
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import DataConfig
+from flax_resnet.errors import UserError
+from flax_resnet.guards import Diverged, Guard, all_finite, check_loss
+from flax_resnet.metrics import read_metrics
+from flax_resnet.optim import SGD
+from flax_resnet.train import train_and_evaluate
+
+
+def sums(*losses, count=4):
+    return [{"loss": np.float32(x) * count, "count": np.int32(count)} for x in losses]
+
+
+def test_the_limit_is_in_times_of_guessing():
+    assert Guard().limit("cross_entropy", 10) == pytest.approx(100 * math.log(10))
+    assert Guard(times_chance=3).limit("binary_cross_entropy", 10) == 3 * math.log(2)
+
+
+@pytest.mark.parametrize(
+    ("losses", "step", "said"),
+    [
+        ((1, 2, math.nan, 1), 8, "nan nats at step 8"),
+        ((1, math.inf, math.nan), 8, "inf nats at step 8"),
+        ((1, 1, 1, 900), 9, "900 nats at step 9"),
+    ],
+)
+def test_the_first_bad_step_is_named(losses, step, said):
+    last = 9
+    with pytest.raises(Diverged, match=said) as found:
+        check_loss(sums(*losses), last, 200.0)
+    assert found.value.step == step
+
+
+def test_one_bad_batch_of_many_is_no_divergence_nor_one_network_of_several():
+    check_loss(sums(1, 1, 300, 1), 4, 200.0)
+    together = [{"loss": np.array([4.0, math.nan]), "count": np.array([4, 4])}]
+    check_loss(together, 1, 200.0)
+    with pytest.raises(Diverged):
+        check_loss([{"loss": np.full(2, math.nan), "count": np.array([4, 4])}], 1, 200.0)
+
+
+def test_finiteness_looks_at_every_float():
+    tree = {"a": jnp.ones(3), "b": {"c": jnp.ones((2, 2), jnp.bfloat16)}, "n": jnp.int32(1)}
+    assert all_finite(tree)
+    tree["b"]["c"] = tree["b"]["c"].at[1, 1].set(jnp.inf)
+    assert not all_finite(tree)
+
+
+def test_out_of_memory_names_the_batch_and_the_levers():
+    levers = "--accum-steps 4 .* --model.remat .* --model.dtype bfloat16, --sharding fsdp, or a"
+    said = f"batch_size=256, 16 images at once on each of 8 devices: set {levers}"
+    with pytest.raises(UserError, match=said), guards.memory_advice(256, 2, 8):
+        jnp.zeros((1 << 50,), jnp.float32).block_until_ready()
+
+
+def test_other_errors_are_none_of_memory():
+    with pytest.raises(jax.errors.JaxRuntimeError), guards.memory_advice(8, 1, 1):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: x")
+
+
+@pytest.fixture
+def config(digits_dir):
+    return TrainConfig(
+        model=tiny_resnet(num_filters=4),
+        data=DataConfig(data_dir=digits_dir),
+        optimizer=SGD(0.05),
+        batch_size=64,
+        eval_batch_size=400,
+        num_steps=20,
+        log_every_steps=2,
+        checkpoint=CheckpointConfig(every_steps=5, keep_last=9),
+    )
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """A set of batch numbers whose images make the loss no number; and which were read."""
+    bad, read = set(), []
+    plain = run.Run.steps
+
+    def steps(self):
+        step, evaluate = plain(self)
+        batches = self.data.train_batches
+
+        def noting(seed, size, start, stop):
+            for k, batch in zip(range(start, stop), batches(seed, size, start, stop), strict=True):
+                read.append(k)
+                label = jnp.where(k in bad, -100, batch["label"])
+                yield {**batch, "label": jax.device_put(label, batch["label"].sharding)}
+
+        monkeypatch.setattr(self.data, "train_batches", noting)
+
+        def spoilt(state, batch):
+            state, sums = step(state, {**batch, "label": jnp.abs(batch["label"]) % 10})
+            lost = jnp.where(jnp.any(batch["label"] < 0), jnp.nan, 0.0)
+            params = jax.tree.map(lambda x: x + lost, state.params)
+            return state.replace(params=params), {**sums, "loss": sums["loss"] + lost}
+
+        return spoilt, evaluate
+
+    monkeypatch.setattr(run.Run, "steps", steps)
+    return bad, read
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(
+    config, tmp_path, mesh, poisoned
+):
+    poisoned[0].add(12)  # the 13th batch
+    with pytest.raises(
+        UserError,
+        match=r"the run diverged: the training loss is nan nats at step 13; checkpoints: the last "
+        r"good one is 10, .* --guard.skips 1",
+    ):
+        train_and_evaluate(config, tmp_path / "w", mesh=mesh)
+    state, meta = saved(tmp_path / "w")
+    assert meta["step"] == 10
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
+
+
+def test_a_run_goes_back_and_skips_as_often_as_it_may(config, tmp_path, mesh, poisoned, capsys):
+    bad, read = poisoned
+    bad.update({12, 17})
+    workdir = tmp_path / "w"
+    twice = dataclasses.replace(config, guard=Guard(skips=2))
+    result = train_and_evaluate(twice, workdir, mesh=mesh)
+    # To step 14 of two a line; from 10 on with batch 13; to 18, where batch 17 has been read as
+    # the 15th step and the first checkpoint since is 15: to the next line; from 10 with 18.
+    assert result["step"] == 20
+    said = capsys.readouterr().out
+    assert "at step 13: goes back to step 10 and skips 3 batches (1 of 2 times)" in said
+    assert "at step 15: goes back to step 10 and skips 5 batches (2 of 2 times)" in said
+    assert read == [*range(14), *range(13, 18), *range(18, 28)]
+    records = read_metrics(workdir)
+    steps = [r["step"] for r in records if r["split"] == "train"]
+    assert steps == sorted(set(steps))
+    assert all(math.isfinite(r["loss"]) for r in records)
+    assert saved(workdir)[1]["skipped"] == [[10, 3], [10, 5]]
+    bad.add(25)
+    with pytest.raises(UserError, match=r"last good one is .* --guard.skips 3"):
+        train_and_evaluate(twice, tmp_path / "again", mesh=mesh)
+
+
+def test_a_skip_is_taken_again_by_a_run_that_is_restarted(config, tmp_path, mesh, poisoned):
+    poisoned[0].add(12)
+    once = dataclasses.replace(config, guard=Guard(skips=1))
+    train_and_evaluate(once, tmp_path / "whole", mesh=mesh)
+    asked = iter(range(1, 100))
+    with pytest.raises(KeyboardInterrupt):  # 13 good steps, back to 10, and on to 17
+        train_and_evaluate(once, tmp_path / "w", mesh=mesh, stop=lambda: next(asked) >= 20)
+    assert saved(tmp_path / "w")[1]["step"] == 17
+    train_and_evaluate(once, tmp_path / "w", mesh=mesh)
+    (state, meta), (other, other_meta) = saved(tmp_path / "w"), saved(tmp_path / "whole")
+    assert_trees_equal(state, other)
+    assert meta["skipped"] == other_meta["skipped"] == [[10, 3]]
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(config, tmp_path, mesh, poisoned):
+    poisoned[0].add(2)
+    with pytest.raises(UserError, match=r"step 3; checkpoints: no checkpoint was saved before"):
+        train_and_evaluate(
+            dataclasses.replace(config, guard=Guard(skips=1)), tmp_path / "w", mesh=mesh
+        )
+
+
+@pytest.mark.parametrize("fields", [{"skips": -1}, {"times_chance": 0}, {"report_after": 0}])
+def test_bad_fields(fields):
+    with pytest.raises(UserError, match=f"guard.{next(iter(fields))}="):
+        Guard(**fields)
