@@ -6,17 +6,20 @@ is what was written.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
 
 SEAL = "SEALED.json"
 BLOCK_BYTES = 2**20
+THREADS = 8  # hashing lets go of the interpreter, and so does waiting for a bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Seal:
 
 def take(directory: epath.Path, scores: dict[str, float] | None = None) -> Seal:
     """Hashes every file of a directory."""
-    return Seal({name: _hashed(directory / name) for name in sorted(_files(directory))}, scores)
+    return Seal(_hashes(directory, sorted(_files(directory))), scores)
 
 
 def write(directory: epath.Path, seal: Seal) -> None:
@@ -51,7 +54,8 @@ def write(directory: epath.Path, seal: Seal) -> None:
         partial.write_text(record)
         partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise
 
 
@@ -75,11 +79,15 @@ def exists(directory: epath.Path) -> bool:
 
 def problem(directory: epath.Path, seal: Seal) -> str | None:
     """The first thing in which a directory is not what was sealed, or None."""
-    found = set(_files(directory))
-    for name in sorted(found ^ seal.files.keys()):
-        return f"{name} is " + ("missing" if name in seal.files else "not one of its files")
+    try:
+        found = set(_files(directory))
+        for name in sorted(found ^ seal.files.keys()):
+            return f"{name} is " + ("missing" if name in seal.files else "not one of its files")
+        hashes = _hashes(directory, seal.files)
+    except OSError as error:  # it is being removed, or the disk is bad
+        return f"it cannot be read: {error.strerror or error}"
     for name, (size, sha) in seal.files.items():
-        have, hashed = _hashed(directory / name)
+        have, hashed = hashes[name]
         if have != size:
             return f"{name} has {have} bytes of {size}"
         if hashed != sha:
@@ -90,7 +98,7 @@ def problem(directory: epath.Path, seal: Seal) -> str | None:
 def remove(directory: epath.Path) -> None:
     """Removes a sealed directory, the seal first."""
     (directory / SEAL).unlink(missing_ok=True)
-    directory.rmtree()
+    directory.rmtree(missing_ok=True)
 
 
 def _files(directory: epath.Path, prefix: str = "") -> Iterator[str]:
@@ -100,6 +108,13 @@ def _files(directory: epath.Path, prefix: str = "") -> Iterator[str]:
             yield from _files(path, f"{prefix}{path.name}/")
         elif prefix or not path.name.startswith(SEAL):
             yield prefix + path.name
+
+
+def _hashes(directory: epath.Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        names = list(names)
+        hashed = pool.map(_hashed, [directory / name for name in names])
+        return dict(zip(names, hashed, strict=True))
 
 
 def _hashed(path: epath.Path) -> tuple[int, str]:

@@ -130,3 +130,18 @@ def test_bad_fields(fields):
 def test_a_typo_fails_in_python():
     with pytest.raises(TypeError, match="num_epoch"):
         TrainConfig(num_epoch=3)
+
+
+@pytest.mark.parametrize("seen", [None, 2, 3])
+def test_a_workdir_that_processes_do_not_share_is_named(tmp_path, monkeypatch, seen):
+    monkeypatch.setattr(config_module.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(config_module.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(config_module.distributed, "same_everywhere", lambda value: 3)
+    monkeypatch.setattr(config_module.time, "sleep", lambda seconds: None)
+    if seen is not None:  # an old run's record of this host alone, or what the lead has written
+        (tmp_path / "config.json").write_text(json.dumps({"starts": [{}] * seen}))
+    if seen == 3:
+        config_module._check_shared(tmp_path)
+        return
+    with pytest.raises(UserError, match="is not the same directory in process 1 as in process 0"):
+        config_module._check_shared(tmp_path)

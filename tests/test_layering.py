@@ -7,7 +7,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "flax_resnet"
 LEVELS = [
     {"errors"},
     {"files", "seals", "preemption", "programs"},
-    {"clusters", "watch"},
+    {"clusters", "storage", "watch"},
     {"lifeline"},
     {"hosts"},
     {"guards", "record", "pretrained._h5_child", "pretrained.untrusted", "pretrained.classes"},
@@ -21,6 +21,7 @@ LEVELS = [
         "tables",
         "datasets.decode",
     },
+    {"shelf"},
     {"checkpoint", "figures.runs", "figures.studies", "figures.pictures"},
     {"figures"},
     {"augment", "optim", "models.blocks", "models.mini", "models.dropblock_resnet"},

@@ -60,3 +60,7 @@ def newest(workdir: pathlib.Path) -> int:
     steps = [int(p.parent.name) for p in workdir.glob("checkpoints/*/SEALED.json")
              if p.parent.name.isdecimal()]  # fmt: skip
     return max(steps, default=0)
+
+
+if __name__ == "__main__":
+    main.main(get_config, "runs/faults")

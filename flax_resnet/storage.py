@@ -1,0 +1,153 @@
+"""Where checkpoints lie: a directory, or a bucket; and the noise of a save that fails.
+
+Orbax writes to s3:// not at all, and to gs:// in ways of its own, with credentials of its own. So
+a checkpoint for a bucket is put together in a local directory, and copied when it is whole, its
+seal last; and it is read from a local copy.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from etils import epath
+from etils.epath import backend
+
+from flax_resnet.errors import UserError
+from flax_resnet.seals import BLOCK_BYTES, THREADS
+
+NEEDS = {"gs": "gcsfs", "s3": "s3fs"}
+FULL = ("No space left on device", "Disk quota exceeded", "File too large")
+
+
+def is_remote(directory: epath.PathLike) -> bool:
+    """Whether it is a bucket's."""
+    return "://" in str(directory)
+
+
+def opened(directory: epath.PathLike) -> epath.Path:
+    """The absolute path of a directory, or the one of a bucket's that can be used here.
+
+    Raises:
+      UserError: it is of no kind that there is, or what it needs is not installed.
+    """
+    if not is_remote(directory):
+        return epath.Path(directory).resolve()
+    scheme = str(directory).partition("://")[0]
+    if scheme not in NEEDS:
+        raise UserError(f"{directory}: expected a path, gs://BUCKET/PATH or s3://BUCKET/PATH")
+    if importlib.util.find_spec(NEEDS[scheme]) is None:
+        raise UserError(
+            f"{directory}: {scheme}:// needs {NEEDS[scheme]}: pip install 'flax_resnet[remote]'"
+        )
+    path = epath.Path(directory)
+    if importlib.util.find_spec("tensorflow") and os.environ.get("EPATH_USE_TF") not in ("0", "no"):
+        raise UserError(
+            f"{directory}: tensorflow is installed, and would be used for it instead of "
+            f"{NEEDS[scheme]}: set EPATH_USE_TF=0 in the environment"
+        )
+    with reached(path):
+        files = backend.fsspec_backend.fs(path)
+        files.invalidate_cache()
+        files.dircache.use_listings_cache = False  # others write there too
+    return path
+
+
+@contextlib.contextmanager
+def reached(directory: epath.Path) -> Iterator[None]:
+    """Turns whatever a client of a bucket raises into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_remote(directory):
+            raise
+        raise UserError(
+            f"{directory} cannot be used ({reason(error)}): is the bucket there, and do this "
+            "machine's credentials open it?"
+        ) from error
+
+
+def prepare(directory: epath.Path) -> None:
+    """Makes a directory; of a bucket's, makes sure that it can be written.
+
+    Raises:
+      UserError: the bucket cannot be written.
+    """
+    if not is_remote(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        return
+    with reached(directory):  # no mkdir: s3fs would make a bucket that is not there
+        trial = directory / f".{uuid.uuid4().hex[:8]}.trial"
+        trial.write_text("")
+        trial.unlink()
+
+
+def copy(source: epath.Path, target: epath.Path, names: Iterable[str]) -> None:
+    """Copies files, several at a time; one that is not there is left out."""
+
+    def one(name: str) -> None:
+        if not is_remote(target):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context((source / name).open("rb"))
+            except FileNotFoundError:
+                return
+            shutil.copyfileobj(file, stack.enter_context((target / name).open("wb")), BLOCK_BYTES)
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(one, names))
+
+
+def reason(error: BaseException) -> str:
+    """An error on one line, short; what a full disk is called comes first."""
+    text = " ".join(f"{error or type(error).__name__}".split())
+    return next((known for known in FULL if known in text), text[:200])
+
+
+class _Hush(logging.Filter):
+    """Keeps from stderr what is raised to us as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock, self._count = threading.Lock(), 0
+        self._hook: Any = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        """As sys.excepthook: tensorstore's writes that end after the first of them has failed."""
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            (self._hook or sys.__excepthook__)(kind, error, trace)
+
+    def begin(self) -> None:
+        """May be called again before its ``end``, by another save."""
+        with self._lock:
+            self._count += 1
+            if self._count == 1:
+                logging.getLogger("absl").addFilter(self)
+                self._hook, sys.excepthook = sys.excepthook, self
+
+    def end(self) -> None:
+        """As often as ``begin``."""
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                logging.getLogger("absl").removeFilter(self)
+                if sys.excepthook is self:
+                    sys.excepthook = self._hook
+
+
+hush = _Hush()

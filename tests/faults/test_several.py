@@ -1,0 +1,120 @@
+"""Two processes train one run; one is stopped or killed; the launcher starts both again."""
+
+import pathlib
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from fault_worker import newest
+from helpers import assert_trees_equal
+
+from experiments.launch import local
+from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+WORKER = str(pathlib.Path(__file__).with_name("fault_worker.py"))
+
+
+@pytest.fixture(scope="module")
+def trained(digits_dir, clean_environment):
+    """Trains 60 steps in a workdir, as processes; the exit status of all."""
+    environment = clean_environment | {"FAULTS_DATA": digits_dir}
+
+    def train(workdir, *flags, processes=2, restart=0, act=None):
+        command = [sys.executable, WORKER, "--workdir", str(workdir), "--num-steps", "60", *flags]
+        settings = local.Settings(processes=processes, devices=1, restart=restart)
+        threads = []
+
+        def started(children):
+            if act is not None and not threads:  # the first time alone
+                threads.append(threading.Thread(target=act, args=[children]))
+                threads[0].start()
+
+        status = local.launch(command, settings, environment, started)
+        for thread in threads:
+            thread.join()
+        return status
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def unbroken(trained, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken") / "w"
+    assert trained(workdir) == 0
+    return workdir
+
+
+def assert_same_end(workdir, unbroken):
+    states = []
+    for place in (workdir, unbroken):
+        reader = Checkpoints(place / "checkpoints")
+        states.append(reader.read())
+        reader.close()
+    assert states[0][1]["step"] == states[1][1]["step"] == 60
+    assert_trees_equal(states[0][0], states[1][0])
+    clock = ("images_per_second", "data_wait")
+    records = [
+        [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(place)]
+        for place in (workdir, unbroken)
+    ]
+    assert records[0] == records[1]
+
+
+def sends(workdir, number, who, ended):
+    """What sends one process a signal when a checkpoint is there, and times the other's end."""
+
+    def act(children):
+        while newest(workdir) < 10:
+            time.sleep(0.02)
+        children[who].send_signal(number)
+        sent = time.monotonic()
+        while any(child.returncode is None for child in children):
+            time.sleep(0.02)
+        ended.append((time.monotonic() - sent, [child.returncode for child in children]))
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("number", "who"),
+    [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGKILL, 0), (signal.SIGKILL, 1)],
+)
+def test_what_one_of_two_meets_costs_no_bit(trained, unbroken, tmp_path, capfd, number, who):
+    workdir, ended = tmp_path / "w", []
+    assert trained(workdir, restart=1, act=sends(workdir, number, who, ended)) == 0
+    said = capfd.readouterr()
+    ((seconds, statuses),) = ended
+    with capfd.disabled():
+        print(
+            f"\n{number.name} to process {who} of 2: both ended after {seconds:.2f} s, {statuses}"
+        )
+    assert seconds < 10
+    assert "resumes at step" in said.out
+    if number == signal.SIGKILL:
+        assert statuses[who] == -signal.SIGKILL
+        assert statuses[1 - who] == 1
+        other = [line for line in said.err.splitlines() if line.startswith(f"[{1 - who}] process")]
+        assert len(other) == 1
+        assert f"process {who} has died" in other[0]
+    else:
+        assert statuses == [75, 75]
+        assert "of 60, which is saved" in said.out
+    assert_same_end(workdir, unbroken)
+
+
+def test_a_run_goes_from_two_processes_to_one(trained, unbroken, tmp_path, capfd):
+    workdir, ended = tmp_path / "w", []
+    stops = sends(workdir, signal.SIGTERM, 0, ended)
+    assert trained(workdir, "--sharding", "fsdp", act=stops) == 75
+    step = newest(workdir)
+    capfd.readouterr()
+    assert trained(workdir, processes=1) == 0
+    said = capfd.readouterr().out
+    assert f"resumes at step {step}" in said
+    assert "saved with processes 2, now 1; devices 2, now 1; sharding fsdp, now replicated" in said
+    last = [read_metrics(place)[-1] for place in (workdir, unbroken)]
+    assert last[0]["loss"] == pytest.approx(last[1]["loss"], rel=1e-3)
