@@ -10,6 +10,9 @@ from flax_resnet.distributed import data_mesh as data_mesh
 from flax_resnet.errors import UserError as UserError
 from flax_resnet.grids import grid as grid
 from flax_resnet.grids import replaced as replaced
+from flax_resnet.guards import Guard as Guard
+from flax_resnet.hosts import Hosts as Hosts
+from flax_resnet.hosts import joined as joined
 from flax_resnet.models import BasicBlock as BasicBlock
 from flax_resnet.models import Block as Block
 from flax_resnet.models import BottleneckBlock as BottleneckBlock
@@ -47,6 +50,7 @@ from flax_resnet.optim import OneCycle as OneCycle
 from flax_resnet.optim import Piecewise as Piecewise
 from flax_resnet.optim import ReduceOnPlateau as ReduceOnPlateau
 from flax_resnet.optim import linear_scaled_lr as linear_scaled_lr
+from flax_resnet.preemption import Preempted as Preempted
 from flax_resnet.preprocess import Preprocessing as Preprocessing
 from flax_resnet.pretrained import load as load
 from flax_resnet.pretrained import preprocessing as preprocessing

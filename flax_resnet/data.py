@@ -9,10 +9,13 @@ that lives on the device gives the same batches as one that streams.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
+import itertools
 import math
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -322,14 +325,33 @@ class Data:
         if self._config.num_workers and stop - start > 4 * self._config.num_workers:
             _mark_flags_parsed()
             batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(self._config.num_workers, per_worker_buffer_size=2)
+                grain.MultiprocessingOptions(self._config.num_workers, per_worker_buffer_size=2),
+                worker_init_fn=_ignore_signals,
             )
-        iterator = iter(batches)
+        with _signals_held():  # a worker begins with what its parent holds, until it ignores it
+            iterator = iter(batches)
+            first = list(itertools.islice(iterator, 1))
         try:
-            for batch in iterator:
+            for batch in itertools.chain(first, iterator):
                 yield distributed.put_batch(self._mesh, batch)
         finally:
             iterator.close()  # ends the workers, also where the caller stops early
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """SIGTERM and SIGINT of this thread wait until the block is left."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ignore_signals(worker: int, workers: int) -> None:
+    """In a worker process: what stops the run (Slurm tells all processes) is for its main one."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _open(config: DataConfig) -> list[Any]:
