@@ -118,7 +118,6 @@ class Checkpoints:
             with self._writing(step):
                 self._orbax.save(self._shelf.made / str(step), args=items, force=True)
         except BaseException:
-            storage.hush.end()
             self._discard(step)
             raise
         commit = threading.Thread(
@@ -280,7 +279,7 @@ class Checkpoints:
         except BaseException as error:
             self._failed = (step, error)  # raised by wait()
             self._discard(step)
-        finally:
+        else:
             storage.hush.end()
 
     def _discard(self, step: int) -> None:
@@ -301,7 +300,8 @@ class Checkpoints:
             )
             raise UserError(
                 f"checkpoint {step} could not be written to {self.directory} "
-                f"({storage.reason(error)}); {rest}: make room or mend the place, and the same command goes on from there"
+                f"({storage.reason(error)}); {rest}: make room or mend the place, and the same "
+                "command goes on from there"
             ) from error
 
     @contextlib.contextmanager

@@ -17,6 +17,8 @@ from pathlib import Path
 from flax_resnet.errors import UserError
 
 TPU_PORT = 8476
+LOOPBACK = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
+"""Names of this machine for itself: what listens there for them, no other machine reaches."""
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """What a manifest or a launcher of our own sets; Kubernetes gives the id of an indexed Job."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import importlib.metadata
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -24,17 +22,20 @@ from flax_resnet.augment import Augment, NormalizationKind
 from flax_resnet.checkpoint import CheckpointConfig
 from flax_resnet.data import FREE, DataConfig
 from flax_resnet.distributed import StateSharding
-from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
+from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_choices, check_range
 from flax_resnet.files import replacing
 from flax_resnet.guards import Guard
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD, Optimizer
+from flax_resnet.provenance import git_state, versions
 from flax_resnet.record import flatten, to_record
 
 # Fields of a network that say how it is computed and not what: a resumed run may change them.
 FREE_MODEL_FIELDS = ("model.scan_blocks", "model.remat")
 RECORDED_PACKAGES = ("flax_resnet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
                      "tensorflow-datasets", "numpy")  # fmt: skip
+SHARED_SECONDS = 90.0
+"""NFS remembers for up to 60 s that a directory held no such file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +194,8 @@ def claimed(workdir: Path, config: TrainConfig) -> Iterator[None]:
     """Makes the workdir, writes the record, and keeps other runs of this machine out of it.
 
     Raises:
-      UserError: it cannot be written, or another process is running in it.
+      UserError: it cannot be written.
+      TryAgain: another process is running in it, or not all processes see it.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -205,7 +207,7 @@ def claimed(workdir: Path, config: TrainConfig) -> Iterator[None]:
                 write_record(workdir, config)
             _check_shared(workdir)
         except BlockingIOError as error:
-            raise UserError(
+            raise TryAgain(
                 f"--workdir {workdir} is in use by another process: wait for it, or choose another"
             ) from error
         except OSError as error:
@@ -214,7 +216,7 @@ def claimed(workdir: Path, config: TrainConfig) -> Iterator[None]:
 
 
 def _check_shared(workdir: Path) -> None:
-    """Raises UserError in a process that does not see the record that the lead has written."""
+    """Raises TryAgain in a process that does not see the record that the lead has written."""
     if jax.process_count() == 1:
         return
 
@@ -225,11 +227,11 @@ def _check_shared(workdir: Path) -> None:
             return 0
 
     written = distributed.same_everywhere(starts())
-    for _ in range(20):  # a network's file system may take its time
+    for _ in range(int(SHARED_SECONDS / 0.5)):
         if starts() == written:
             return
         time.sleep(0.5)
-    raise UserError(
+    raise TryAgain(
         f"--workdir {workdir} is not the same directory in process {jax.process_index()} as in "
         "process 0: put it on a file system that all hosts share"
     )
@@ -244,7 +246,7 @@ def write_record(workdir: Path, config: TrainConfig) -> None:
         "argv": sys.argv,
         "git": git_state(),
         "python": sys.version.split()[0],
-        "packages": _versions(),
+        "packages": versions(RECORDED_PACKAGES),
         "devices": [d.device_kind for d in jax.devices()],
         "platform": jax.default_backend(),
         "processes": jax.process_count(),
@@ -257,30 +259,3 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout that this code runs from, and whether it was changed; else None."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in RECORDED_PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions

@@ -1,4 +1,4 @@
-"""The one exception for bad input, the check of a number, and the name that was meant."""
+"""The exceptions that are one line, the check of a number, and the name that was meant."""
 
 from __future__ import annotations
 
@@ -17,11 +17,21 @@ class UserError(ValueError):
     """Bad input from the person at the keyboard.
 
     The message is one line: the value, what was expected, what to do. The command line
-    prints it without a traceback and exits with status 2; in Python it is a ValueError.
+    prints it without a traceback and exits with ``status``; in Python it is a ValueError.
     """
+
+    status = 2
+    """Of the command: the same one ends so again."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+class TryAgain(UserError):
+    """Nothing is wrong with the command: it may do better later, or on another machine."""
+
+    status = 1
+    """As of a process that has died: launchers start it again a few times."""
 
 
 def check_range(name: str, value: float | None, least: float, below: float = math.inf) -> None:

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, a hash of arrays, and of this library's source."""
+"""Writing a file whole or not at all, and a hash of arrays."""
 
 from __future__ import annotations
 
@@ -55,9 +55,3 @@ def digest(parts: Iterable[np.ndarray | bytes | str]) -> str:
             found.update(f"{len(data)} ".encode())
             found.update(data)
     return found.hexdigest()
-
-
-def source_hash() -> str:
-    """A hash of this library's modules: a change in any might change what it computes."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    return digest([file.read_bytes() for file in files])

@@ -45,8 +45,8 @@ class Diverged(UserError):
       step: the first step whose loss shows it.
     """
 
-    def __init__(self, step: int, found: str):
-        super().__init__(f"the run diverged: {found} at step {step}")
+    def __init__(self, step: int, message: str):
+        super().__init__(message)
         self.step = step
 
 
@@ -68,7 +68,8 @@ def check_loss(sums: Sequence[Mapping[str, Any]], step: int, limit: float) -> No
         return
     first = next((i for i, loss in enumerate(losses) if not _good(loss, limit)), len(sums) - 1)
     shown = np.nanmax(losses[first]) if np.isfinite(losses[first]).any() else losses[first].max()
-    raise Diverged(step - len(sums) + 1 + first, f"the training loss is {shown:.4g} nats")
+    bad = step - len(sums) + 1 + first
+    raise Diverged(bad, f"the run diverged: the training loss is {shown:.4g} nats at step {bad}")
 
 
 def _good(loss: np.ndarray, limit: float) -> bool:
@@ -83,28 +84,44 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 @contextlib.contextmanager
-def memory_advice(batch_size: int, accum_steps: int, num_devices: int) -> Iterator[None]:
-    """Turns a device's running out of memory into one line with what helps.
+def memory_advice(advice: str) -> Iterator[None]:
+    """Turns running out of memory into one line.
+
+    Args:
+      advice: what took a device's memory and what helps, after "out of memory: ".
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise UserError(
+            "out of this machine's memory: take fewer --data.num-workers, a smaller "
+            "--data.resident-mb, or smaller batches"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        first = (str(error).splitlines() or [""])[0]
+        if not any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "ut of memory")):
+            raise
+        raise UserError(f"out of memory: {advice} ({first[:120]})") from error
+
+
+def step_advice(batch_size: int, accum_steps: int, num_devices: int) -> str:
+    """What helps where a training step takes too much memory.
 
     Args:
       batch_size: of the optimizer step, over all devices.
       accum_steps: parts that it is cut into.
       num_devices: that it is split over.
     """
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        text = str(error)
-        if not isinstance(error, MemoryError) and not any(
-            sign in text for sign in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
-        ):
-            raise
-        at_once = batch_size // num_devices // accum_steps
-        raise UserError(
-            f"out of memory with batch_size={batch_size}, {max(1, at_once)} images at once on each "
-            f"of {num_devices} devices: set --accum-steps {2 * accum_steps} (the same step in "
-            "smaller parts), --model.remat (computes blocks again), --model.dtype bfloat16, "
-            f"--sharding fsdp, or a smaller --batch-size ({text.splitlines()[0][:120]})"
-            if text
-            else f"out of memory with batch_size={batch_size}: take a smaller one"
-        ) from error
+    each = batch_size // num_devices
+    more = next((k for k in range(accum_steps + 1, each + 1) if each % k == 0), None)
+    levers = [
+        *([f"--accum-steps {more} (the same step in smaller parts)"] if more else []),
+        "--model.remat (computes blocks again)",
+        "--model.dtype bfloat16",
+        *(["--sharding fsdp"] if num_devices > 1 else []),
+        "a smaller --batch-size",
+    ]
+    return (
+        f"batch_size={batch_size}, {each // accum_steps} images at once on each of {num_devices} "
+        f"devices; set {', '.join(levers[:-1])} or {levers[-1]}"
+    )

@@ -9,32 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
-from flax_resnet.clusters import Cluster, detect
+from flax_resnet.clusters import LOOPBACK, Cluster, address, detect
 from flax_resnet.errors import POSITIVE, UserError, check_range
-from flax_resnet.files import source_hash
-from flax_resnet.lifeline import Lifeline, meet
+from flax_resnet.lifeline import Lifeline
+from flax_resnet.meeting import meet
 from flax_resnet.preemption import EXIT_PREEMPTED
+from flax_resnet.provenance import git_state, source_hash, versions
 from flax_resnet.watch import Watch, end_now
 
-EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 COMMON_ENDS = (None, 0, EXIT_PREEMPTED)
 """Exit statuses that all processes end with together."""
@@ -43,11 +40,15 @@ SHUTDOWN_SECONDS = 60
 CAUSE_SECONDS = 1.0
 """An error is often another process's death, seen by a collective first: wait for its cause."""
 MOST_DIFFERENCES = 3
+COMPUTING = ("jax", "jaxlib", "flax", "optax", "numpy")
+"""Packages that have to be the same in all processes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Several processes as one run; found by itself under Slurm, Open MPI and on Cloud TPU."""
+    """Several processes as one run; found by itself under Slurm, Open MPI, on Cloud TPU and
+    Kubernetes, and wherever JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so.
+    """
 
     coordinator: str | None = None
     """HOST:PORT on which process 0 listens; the same in all."""
@@ -131,7 +132,8 @@ def start(hosts: Hosts) -> bool:
     It comes before anything that touches devices. A process can do it once.
 
     Raises:
-      UserError: the coordinator is missing or its port taken, or processes have not come.
+      UserError: what is said of the processes is wrong, or they disagree.
+      TryAgain: the coordinator is missing or its port taken, or processes have not come.
     """
     global _joined
     cluster = find(hosts)
@@ -146,6 +148,7 @@ def start(hosts: Hosts) -> bool:
         joined.lifeline = Lifeline(peers, this, silence, lambda *said: _other_failed(joined, *said))
         silence = 1.5 * silence + 5  # JAX's own, which aborts, is for what is left
     _joined = joined
+    inside = cluster.coordinator is not None and address(cluster.coordinator)[0] in LOOPBACK
     left = hosts.start_timeout - (time.monotonic() - began)
     jax.distributed.initialize(
         cluster.coordinator,
@@ -158,6 +161,7 @@ def start(hosts: Hosts) -> bool:
         heartbeat_timeout_seconds=math.ceil(silence),
         # JAX's barrier aborts those that wait in it, and whom they wait for too.
         shutdown_timeout_seconds=SHUTDOWN_SECONDS if joined.lifeline else math.ceil(longest),
+        coordinator_bind_address=cluster.coordinator if inside else None,
     )
     return True
 
@@ -171,8 +175,8 @@ def joined(hosts: Hosts) -> Iterator[None]:
     """Starts the processes of a run, and ends them together.
 
     With one process errors pass as they are. With several none does: the process prints one line,
-    after the traceback of what is unexpected, and ends with status 2 for a UserError, 130 for an
-    interruption, a SystemExit's own, and 1 for anything else; the others end with it. A
+    after the traceback of what is unexpected, and ends with a UserError's or a SystemExit's own
+    status, 130 for an interruption, and 1 for anything else; the others end with it. A
     SystemExit with 0 or 75 (preempted: start me again) is an end that all come to.
 
     Raises:
@@ -192,7 +196,7 @@ def joined(hosts: Hosts) -> Iterator[None]:
             _joined.end(f"{_joined.who()}: ends with status {code}{said}", code)
         status = stop.code
     except UserError as error:
-        _joined.end(f"{_joined.who()}: error: {error}", EXIT_BAD_INPUT)
+        _joined.end(f"{_joined.who()}: error: {error}", error.status)
     except KeyboardInterrupt:
         _joined.end(f"{_joined.who()}: interrupted", EXIT_INTERRUPTED)
     except BaseException as error:
@@ -236,18 +240,17 @@ def _leave(joined: _Joined) -> None:
     _joined = None
 
 
-def watching(say: Callable[[str], None], report_after: float = 60) -> Watch:
+def watching(report_after: float = 60) -> Watch:
     """A watch over this process's loop; of several processes one that ends it when it is stuck.
 
     Args:
-      say: prints a report.
-      report_after: seconds without progress after which it is reported.
+      report_after: seconds without progress after which stderr says so, in each process.
     """
     if _joined is None:
-        return Watch(None, say, report_after)
+        return Watch(None, report_after=report_after)
     joined = _joined
     limit = joined.hosts.step_timeout
-    return Watch(limit, say, report_after, who=joined.who(), end=joined.end)
+    return Watch(limit, report_after=report_after, who=joined.who(), end=joined.end)
 
 
 def check_alike(facts: Mapping[str, Any]) -> None:
@@ -268,29 +271,17 @@ def check_alike(facts: Mapping[str, Any]) -> None:
         devices[device.process_index][device.device_kind] += 1
     # First, and from what JAX knows: collectives need as many devices in each.
     _check_equal([{"devices": _counts(devices[i])} for i in sorted(devices)])
-    own = {**facts, "versions": versions(), "code": source_hash(), "commit": commit()}
+    own = {
+        **facts,
+        "versions": {"python": platform.python_version(), **versions(COMPUTING)},
+        "code": source_hash(),
+        "commit": (git_state() or {}).get("commit"),
+    }
     _check_equal([_flat(one) for one in _gathered(own)])
 
 
 def _counts(found: Counter[str]) -> str:
     return ", ".join(f"{count} x {kind}" for kind, count in sorted(found.items())) or "none"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that compute."""
-    names = ("jax", "jaxlib", "flax", "optax", "numpy")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found}
-
-
-def commit() -> str | None:
-    """The git commit of this library's checkout; None where it is none, or there is no git."""
-    ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        said = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return said.stdout.strip()
 
 
 def _gathered(own: Any) -> list[Any]:

@@ -30,7 +30,6 @@ from flax_resnet.pretrained import tags
 from flax_resnet.sweeps import sweep, train_seeds
 from flax_resnet.train import train_and_evaluate
 
-EXIT_BAD_INPUT = 2
 # Commands whose flags are the fields of a dataclass: (what they do, their main).
 TOOLS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "predict": ("name what is in images", predict.main),
@@ -86,8 +85,9 @@ def ablate(
         chosen = chosen_by(get_config, workdir, argv, flags.SweepInvocation, get_grid)
         with hosts.joined(chosen.hosts), preemption.restartable():
             rows = sweep(get_grid(chosen.config, chosen.seeds), chosen.workdir, baseline=baseline)
-            if distributed.is_lead():
-                print(tables.markdown(rows, baseline))
+            if not distributed.is_lead():
+                return
+            print(tables.markdown(rows, baseline))
             if failed := [row for row in rows if row["state"] != tables.FINISHED]:
                 raise UserError(
                     f"{len(failed)} of {len(rows)} runs failed: {chosen.workdir}/failures says "
@@ -192,13 +192,13 @@ def _summary(given: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a UserError into one line on stderr and exit status 2."""
+    """Turns a UserError into one line on stderr and its exit status."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's notes are for its own users
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(error.status)
     except BrokenPipeError:  # the reader of our output has gone, `head` for one
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -135,7 +135,6 @@ class RunLog:
         if not lead:
             return
         self._keep_to(start_step)
-        self._events = _summary_writer()(str(workdir / "tensorboard"), purge_step=start_step + 1)
         self._console = Console(highlight=False)
         if self._console.is_terminal and not quiet:
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -151,7 +150,7 @@ class RunLog:
         self._file.write(_line(record))
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+            self._events.write(f"{split}/{name}", value, step)
         self._events.flush()  # or a killed run would lose its last two minutes for good
         if self._quiet:
             return
@@ -170,9 +169,12 @@ class RunLog:
         if not self._lead:
             return
         self._file.close()
+        self._events.close()
         self._keep_to(step)
 
     def _keep_to(self, step: int) -> None:
+        events = self._path.parent / "tensorboard"
+        self._events = _Events(events, step + 1)
         kept = [record for record in read_metrics(self._path.parent) if record["step"] <= step]
         with replacing(self._path) as partial:
             partial.write_text("".join(_line(record) for record in kept))
@@ -230,8 +232,41 @@ class RunLogs:
             log.close()
 
 
-def _summary_writer() -> Any:
-    """tensorboardX's SummaryWriter, imported without torch.
+class _Events:
+    """Scalars in TensorBoard's format, written at once.
+
+    tensorboardX's SummaryWriter has a thread and an exit handler: on a full disk they print
+    tracebacks, and whoever writes on waits for ever.
+    """
+
+    def __init__(self, directory: Path, purge_step: int):
+        """Events of ``purge_step`` and later, in the files of earlier starts, are not shown."""
+        board = _tensorboardx()
+        self._event, self._scalar = board.proto.event_pb2.Event, board.summary.scalar
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = board.event_file_writer.EventsWriter(str(directory / "events"))
+        session = board.proto.event_pb2.SessionLog
+        self._add(purge_step, session_log=session(status=session.START))
+        self.flush()
+
+    def write(self, name: str, value: float, step: int) -> None:
+        """Records a value after ``step`` optimizer steps."""
+        self._add(step, summary=self._scalar(name, value, display_name=""))
+
+    def _add(self, step: int, **what: Any) -> None:
+        self._file.write_event(self._event(step=step, wall_time=time.time(), **what))
+
+    def flush(self) -> None:
+        """Writes what has been recorded."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Writes what has been recorded, and closes the file."""
+        self._file.close()
+
+
+def _tensorboardx() -> Any:
+    """tensorboardX, imported without torch.
 
     It imports torch wherever that is installed, for tensors that it never sees here: seconds of
     start-up, and a framework in the process that nobody asked for.
@@ -240,11 +275,13 @@ def _summary_writer() -> Any:
     if hides:
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
-        from tensorboardX import SummaryWriter
+        import tensorboardX.event_file_writer
+        import tensorboardX.proto.event_pb2
+        import tensorboardX.summary
     finally:
         if hides:
             del sys.modules["torch"]
-    return SummaryWriter
+    return tensorboardX
 
 
 def _line(record: Mapping[str, Any]) -> str:

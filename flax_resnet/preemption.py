@@ -34,22 +34,27 @@ class Preempted(KeyboardInterrupt):
 def restartable() -> Iterator[None]:
     """Ends a command that is stopped with EXIT_PREEMPTED.
 
-    A SIGTERM that comes before the training loop ends it at once: there is nothing to save yet.
+    A SIGTERM that comes before the training loop, or after it, ends it too, when Python next looks:
+    in a compilation that is when it is done. There is nothing to save then.
     """
 
     def take(number: int, frame: FrameType | None) -> None:
-        raise Preempted
+        # No exception: one that leaves the middle of JAX's tracing takes the process down with it.
+        os.write(2, b"SIGTERM outside of the training loop: stops, and nothing is lost\n")
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(EXIT_PREEMPTED)
 
     alone = not jax.distributed.is_initialized()
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, take) if alone and main else None
+    takes = alone and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, take) if takes else None
     try:
         yield
     except Preempted:
         sys.exit(EXIT_PREEMPTED)
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        if takes:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 class Signals:
@@ -63,6 +68,8 @@ class Signals:
     def __init__(self, stop: Callable[[], bool] | None = None):
         """``stop`` is asked too."""
         self._stop = stop
+        self._told = False
+        self._sent = False
         self._came: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -76,24 +83,33 @@ class Signals:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for kind_, handler in self._before.items():
-            signal.signal(kind_, handler)
+            signal.signal(kind_, handler or signal.SIG_DFL)
+        if self._came is not None and not self._told and error is None:
+            signal.raise_signal(self._came)  # too late for this run; not for what comes after it
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         again, self._came = self._came is not None, signal.Signals(number)
         if again and self._came is signal.SIGINT:
             raise KeyboardInterrupt
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
         # Not print: a signal may come while the same stream is being written.
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, self._line().encode())
 
     def _line(self) -> str:
         assert self._came is not None
-        return f"{self._came.name}: saves a checkpoint and stops (Ctrl-C again: at once)\n"
+        return f"{self._came.name}: stops after this step, and saves (Ctrl-C again: at once)\n"
 
     def __call__(self) -> bool:
-        """Whether to stop here. With several processes each has to ask equally often."""
+        """Whether to stop here; once it is so it stays so.
+
+        With several processes each has to ask equally often, and all hear the same.
+        """
+        if self._told:
+            return True
         asked = self._came is not None or (self._stop is not None and self._stop())
-        if jax.process_count() == 1:
-            return asked
-        return bool(multihost_utils.reached_preemption_sync_point(next(_asked)))
+        if jax.process_count() > 1:
+            if asked and not self._sent:
+                self._sent = True
+                os.kill(os.getpid(), signal.SIGTERM)  # jax's service passes it on
+            asked = bool(multihost_utils.reached_preemption_sync_point(next(_asked)))
+        self._told = asked
+        return asked

@@ -45,6 +45,24 @@ def restore(run: Run, checkpoints: Checkpoints | None = None) -> bool:
     return True
 
 
+def check_current(run: Run) -> None:
+    """Makes sure, once the workdir is claimed, that nobody has gone on in it since ``restore``.
+
+    Raises:
+      UserError: a run was under way there, and has moved.
+    """
+    reader = Checkpoints(run.config.checkpoint.place(run.workdir), say=lambda line: None)
+    try:
+        newest = reader.latest_step() or 0
+    finally:
+        reader.close()
+    if newest != run.step or (run.workdir / "result.json").exists():
+        raise UserError(
+            f"{run.workdir} has gone on to step {newest} while this one was set up at step "
+            f"{run.step}: another process was at work there; start again"
+        )
+
+
 def _check_same(run: Run, meta: dict[str, Any], what: str) -> None:
     for name, here in run.data.describe().items():
         if meta[name] != here:

@@ -145,26 +145,51 @@ class Run:
         }
 
     def compile(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """(train step compiled for the mesh, its state donated; eval step, jitted)."""
-        step, evaluate = self.steps()
-        split = distributed.batch_sharding(self.mesh)
+        """(train step, its state donated; eval step), compiled for the mesh."""
+        began = time.perf_counter()
+        compiled = self.compile_step(), self.compile_evaluation()
+        self.compile_seconds = time.perf_counter() - began
+        return compiled
+
+    def compile_step(self) -> Callable[..., Any]:
+        """The train step, compiled for the mesh, its state donated."""
+        step = jax.jit(self.steps()[0], donate_argnums=0, out_shardings=(self.held, self.summed))
         images = (*self.lead, self.config.batch_size)
+        with self.step_memory():
+            return step.lower(self.state, self._batch(images, self.data.batch_shape)).compile()
+
+    def compile_evaluation(self) -> Callable[..., Any]:
+        """The eval step, compiled for the mesh."""
+        step = jax.jit(self.steps()[1], out_shardings=self.summed)
+        images = (self.config.eval_batch_size,)
+        shape = self.data.batch_shape if self.config.cache_features else self.data.eval_shape
+        batch = self._batch(images, shape)
+        label = batch["label"]
+        mask = jax.ShapeDtypeStruct(label.shape, jnp.bool_, sharding=label.sharding)
+        with self.eval_memory():
+            return step.lower(self.state, {**batch, "mask": mask}).compile()
+
+    def _batch(self, images: tuple[int, ...], shape: tuple[int, ...]) -> dict[str, Any]:
+        split = distributed.batch_sharding(self.mesh)
         kind = jnp.float32 if self.config.cache_features else jnp.uint8
-        batch = {
-            "image": jax.ShapeDtypeStruct((*images, *self.data.batch_shape), kind, sharding=split),
+        return {
+            "image": jax.ShapeDtypeStruct((*images, *shape), kind, sharding=split),
             "label": jax.ShapeDtypeStruct(images, jnp.int32, sharding=split),
         }
-        began = time.perf_counter()
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.held, self.summed))
-        with self.memory_advice():
-            compiled = jitted.lower(self.state, batch).compile()
-        self.compile_seconds = time.perf_counter() - began
-        return compiled, jax.jit(evaluate, out_shardings=self.summed)
 
-    def memory_advice(self) -> contextlib.AbstractContextManager[None]:
-        """Turns running out of a device's memory into one line."""
+    def step_memory(self) -> contextlib.AbstractContextManager[None]:
+        """Turns running out of memory in training into one line."""
         config = self.config
-        return guards.memory_advice(config.batch_size, config.accum_steps, self.mesh.size)
+        advice = guards.step_advice(config.batch_size, config.accum_steps, self.mesh.size)
+        return guards.memory_advice(advice)
+
+    def eval_memory(self) -> contextlib.AbstractContextManager[None]:
+        """Likewise in evaluation."""
+        size = self.config.eval_batch_size
+        return guards.memory_advice(
+            f"eval_batch_size={size} over {self.mesh.size} devices; set a smaller "
+            "--eval-batch-size or --model.dtype bfloat16"
+        )
 
     def batches(self) -> Iterator[Batch]:
         """The training batches that are left."""
@@ -183,7 +208,8 @@ class Run:
           stop: asked before each batch; where it says so, Preempted is raised.
         """
         batches = self.data.eval_batches(self.config.eval_batch_size)
-        self.evaluation, self.confusion = evaluate(step, self.state, _until(stop, batches))
+        with self.eval_memory():
+            self.evaluation, self.confusion = evaluate(step, self.state, _until(stop, batches))
 
 
 def held(state: TrainState, mesh: Mesh, kind: distributed.StateSharding) -> Any:

@@ -37,7 +37,7 @@ class Seal:
 
 def take(directory: epath.Path, scores: dict[str, float] | None = None) -> Seal:
     """Hashes every file of a directory."""
-    return Seal(_hashes(directory, sorted(_files(directory))), scores)
+    return Seal(_hashes(directory, sorted(files(directory))), scores)
 
 
 def write(directory: epath.Path, seal: Seal) -> None:
@@ -60,27 +60,44 @@ def write(directory: epath.Path, seal: Seal) -> None:
 
 
 def read(directory: epath.Path) -> Seal | None:
-    """The seal of a directory; None where there is none, or it is damaged."""
+    """The seal of a directory; None where there is none, or it is damaged.
+
+    Raises:
+      OSError: a bucket did not answer.
+    """
     try:
-        record = json.loads((directory / SEAL).read_text())
+        text = (directory / SEAL).read_text()
+    except FileNotFoundError:
+        return None
+    except ValueError:  # no UTF-8
+        return None
+    except OSError:
+        if "://" in str(directory):  # that says nothing of the seal
+            raise
+        return None
+    try:
+        record = json.loads(text)
         if record["sha256"] != _digest(record["sealed"]):
             return None
         sealed = json.loads(record["sealed"])
         files = {name: (int(size), str(sha)) for name, (size, sha) in sealed["files"].items()}
         return Seal(files, sealed["scores"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def exists(directory: epath.Path) -> bool:
     """Whether a directory has a seal, whole or not."""
-    return (directory / SEAL).exists()
+    try:  # not Path.exists: it is False too where a bucket does not answer
+        return any(path.name == SEAL for path in directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def problem(directory: epath.Path, seal: Seal) -> str | None:
     """The first thing in which a directory is not what was sealed, or None."""
     try:
-        found = set(_files(directory))
+        found = set(files(directory))
         for name in sorted(found ^ seal.files.keys()):
             return f"{name} is " + ("missing" if name in seal.files else "not one of its files")
         hashes = _hashes(directory, seal.files)
@@ -95,19 +112,19 @@ def problem(directory: epath.Path, seal: Seal) -> str | None:
     return None
 
 
+def files(directory: epath.Path, prefix: str = "") -> Iterator[str]:
+    """Relative names of all files of a directory but the seal."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            yield from files(path, f"{prefix}{path.name}/")
+        elif prefix or not path.name.startswith(SEAL):
+            yield prefix + path.name
+
+
 def remove(directory: epath.Path) -> None:
     """Removes a sealed directory, the seal first."""
     (directory / SEAL).unlink(missing_ok=True)
     directory.rmtree(missing_ok=True)
-
-
-def _files(directory: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Relative names of all files but the seal."""
-    for path in directory.iterdir():
-        if path.is_dir():
-            yield from _files(path, f"{prefix}{path.name}/")
-        elif prefix or not path.name.startswith(SEAL):
-            yield prefix + path.name
 
 
 def _hashes(directory: epath.Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:

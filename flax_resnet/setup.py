@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from flax import linen as nn
 from flax.errors import FlaxError
 from jax.sharding import Mesh
 
-from flax_resnet import distributed, transfer
+from flax_resnet import distributed, guards, transfer
 from flax_resnet.augment import Augment, statistics, statistics_shape
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
@@ -41,15 +43,21 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
             f"batch_size={config.batch_size} over {mesh.size} devices does not divide into "
             f"accum_steps={config.accum_steps} equal parts: change one"
         )
-    run = prepare(config, workdir, mesh)
-    if not restore(run):
-        measure_statistics(run)
-    if config.cache_features:
-        run.data = transfer.with_cached_features(
-            run.state, config.model, run.data, config.eval_batch_size, _say
-        )
-        classify = functools.partial(config.model.apply, method="classify")
-        run.whole, run.state = run.state, transfer.top_of(run.state).replace(apply_fn=classify)
+    advice = (
+        "the state, the data set and what is measured before the first step; set "
+        "--data.resident-mb 0 (the data set streams), --sharding fsdp or a smaller "
+        "--eval-batch-size"
+    )
+    with guards.memory_advice(advice):
+        run = prepare(config, workdir, mesh)
+        if not restore(run):
+            measure_statistics(run)
+        if config.cache_features:
+            run.data = transfer.with_cached_features(
+                run.state, config.model, run.data, config.eval_batch_size, _say
+            )
+            classify = functools.partial(config.model.apply, method="classify")
+            run.whole, run.state = run.state, transfer.top_of(run.state).replace(apply_fn=classify)
     return run
 
 
@@ -75,18 +83,34 @@ def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
             f"{type(config.optimizer).__name__} with model.scan_blocks: its trust ratios are by "
             "layer, and scanned blocks share one array; use SGD, Adam or AdamW, or unrolled blocks"
         )
+    if config.cache_features and config.guard.skips:
+        raise UserError(
+            f"guard.skips={config.guard.skips} with cache_features: a head alone has nothing to go "
+            "back for; leave one out"
+        )
     data = Data(config.data, mesh, config.model.num_classes)
     steps_per_epoch = math.ceil(data.num_train / config.batch_size)
     num_steps = config.num_steps or max(1, round(config.num_epochs * steps_per_epoch))
     tx, schedule = config.optimizer.build(num_steps, steps_per_epoch)
     opened = None if config.weights is None else transfer.open_for(config.model, config.weights)
     start = _starter(config, tx, data.image_shape, opened)
-    fresh = start(config.seed)
+    with _starting_place(config.sharding):
+        fresh = start(config.seed)
     state = distributed.put(fresh, held(fresh, mesh, config.sharding))
     _check_output(config.model, state, data.image_shape)
     if data.eval_shape != data.image_shape:
         _check_sizes(config.model, state, data)
     return Run(config, workdir, mesh, data, num_steps, steps_per_epoch, schedule, state, start)
+
+
+def _starting_place(sharding: str) -> contextlib.AbstractContextManager[Any]:
+    """Where a state is drawn that may not fit one device whole: in the machine's memory."""
+    if sharding == "replicated":
+        return contextlib.nullcontext()
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX was told to leave the CPU alone
+        return contextlib.nullcontext()
 
 
 def _say(line: str) -> None:

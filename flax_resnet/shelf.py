@@ -9,7 +9,7 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from etils import epath
@@ -130,10 +130,13 @@ class Shelf:
     def _seals(self) -> dict[int, seals.Seal | None]:
         """Every step that there is, with its seal; None where it has none, or a damaged one."""
         with storage.reached(self.directory):
-            if not self.directory.exists():
-                return {}
-            names = [path.name for path in self.directory.iterdir() if path.name.isdecimal()]
+            names = [path.name for path in self._entries() if path.name.isdecimal()]
             return {int(name): seals.read(self.directory / name) for name in names}
+
+    def _entries(self) -> list[epath.Path]:
+        with contextlib.suppress(FileNotFoundError):
+            return list(self.directory.iterdir())
+        return []
 
     def _choose(self, which: Which) -> int:
         steps = self._seals()
@@ -144,8 +147,10 @@ class Shelf:
             if chosen is not None or steps == before:
                 break
         outcome = NONE
-        for step in problems.keys() & steps.keys():  # the others were removed meanwhile
-            finished = seals.exists(self.path(step))
+        for step in problems:
+            if step not in steps or steps[step] != before[step]:
+                continue  # removed or sealed meanwhile
+            finished = problems[step] != f"{seals.SEAL} is not there"
             outcome = ALL_DAMAGED if finished and which != "best" else outcome
             if step not in self._told:
                 self._told.add(step)
@@ -162,12 +167,9 @@ class Shelf:
         """The first that is; what is wrong with those before it is added to ``problems``."""
         latest = sorted(steps, reverse=True)
         best = [step for _, step in sorted(_rated(steps), reverse=True)]
-        orders: dict[Any, list[int]] = {
-            "latest": latest,
-            "best": best,
-            "evaluated": best + latest,
-        }
-        for step in orders.get(which, [which] if which in steps else []):
+        orders = {"latest": latest, "best": best, "evaluated": best + latest}
+        named = [s for s in latest if s == which] if isinstance(which, int) else orders[which]
+        for step in named:
             problem = self._problem(step, steps[step])
             if problem is None:
                 return step
@@ -200,7 +202,7 @@ class Shelf:
     def _tidy(self, resumed_from: int | None) -> None:
         sealed = self.sealed()
         newest = math.inf if resumed_from is None else resumed_from
-        for path in list(self.directory.iterdir()) if self.directory.exists() else ():
+        for path in self._entries():
             if ".orbax-checkpoint-tmp" in path.name:
                 path.rmtree()
             elif path.name.isdecimal() and int(path.name) not in sealed:
@@ -211,9 +213,12 @@ class Shelf:
     def _aside(self, path: epath.Path) -> None:
         """Keeps a damaged step out of the way, for whoever wants to look at it."""
         place = path.with_name(f"{path.name}.damaged")
-        if place.exists():
-            place.rmtree()
-        path.rename(place)
+        place.rmtree(missing_ok=True)
+        if self.remote:  # a bucket has no directories to rename
+            storage.copy(path, place, [*seals.files(path), seals.SEAL])
+            path.rmtree()
+        else:
+            path.rename(place)
 
     def _stage(self) -> epath.Path:
         if self._staging is None:

@@ -26,6 +26,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.seals import BLOCK_BYTES, THREADS
 
 NEEDS = {"gs": "gcsfs", "s3": "s3fs"}
+LOGGERS = ("absl", "asyncio")
 FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
@@ -73,8 +74,8 @@ def reached(directory: epath.Path) -> Iterator[None]:
         if not is_remote(directory):
             raise
         raise UserError(
-            f"{directory} cannot be used ({reason(error)}): is the bucket there, and do this "
-            "machine's credentials open it?"
+            f"{directory} cannot be used ({type(error).__name__}: {reason(error)}): is the bucket "
+            "there, and do this machine's credentials open it?"
         ) from error
 
 
@@ -112,7 +113,7 @@ def copy(source: epath.Path, target: epath.Path, names: Iterable[str]) -> None:
 
 def reason(error: BaseException) -> str:
     """An error on one line, short; what a full disk is called comes first."""
-    text = " ".join(f"{error or type(error).__name__}".split())
+    text = " ".join((str(error) or type(error).__name__).split())
     return next((known for known in FULL if known in text), text[:200])
 
 
@@ -125,29 +126,31 @@ class _Hush(logging.Filter):
         self._hook: Any = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
+        return not any("/orbax/" in text for text in (record.pathname, record.getMessage()))
 
-    def __call__(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        """As sys.excepthook: tensorstore's writes that end after the first of them has failed."""
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            (self._hook or sys.__excepthook__)(kind, error, trace)
+    def __call__(self, what: Any) -> None:
+        """As sys.unraisablehook: tensorstore's writes that end after the first has failed."""
+        if not (what.exc_type is RuntimeError and str(what.exc_value) == "Event loop is closed"):
+            (self._hook or sys.__unraisablehook__)(what)
 
     def begin(self) -> None:
         """May be called again before its ``end``, by another save."""
         with self._lock:
             self._count += 1
             if self._count == 1:
-                logging.getLogger("absl").addFilter(self)
-                self._hook, sys.excepthook = sys.excepthook, self
+                for name in LOGGERS:
+                    logging.getLogger(name).addFilter(self)
+                self._hook, sys.unraisablehook = sys.unraisablehook, self
 
     def end(self) -> None:
-        """As often as ``begin``."""
+        """After a save that went well: what one that failed has under way may still fail."""
         with self._lock:
             self._count -= 1
             if self._count == 0:
-                logging.getLogger("absl").removeFilter(self)
-                if sys.excepthook is self:
-                    sys.excepthook = self._hook
+                for name in LOGGERS:
+                    logging.getLogger(name).removeFilter(self)
+                if sys.unraisablehook is self:
+                    sys.unraisablehook = self._hook
 
 
 hush = _Hush()

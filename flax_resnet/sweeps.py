@@ -145,7 +145,8 @@ class _Sweep:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as partial:
                 partial.write_text(traceback.format_exc(), encoding="utf-8")
-        print(f"{', '.join(names)}: {line}", flush=True)
+        if distributed.is_lead():
+            print(f"{', '.join(names)}: {line}", flush=True)
 
     def write(self) -> list[dict[str, Any]]:
         """Writes the table; its rows."""

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from flax_resnet import distributed, metrics
+from flax_resnet import distributed, hosts, metrics
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.errors import UserError
@@ -33,6 +33,7 @@ from flax_resnet.run import Run
 from flax_resnet.setup import measure_statistics, prepare
 from flax_resnet.step import Batch, TrainState, of_trainable
 from flax_resnet.train import conclude, finished, go
+from flax_resnet.watch import COMPILING, RECORDING, SETTING_UP
 
 
 @dataclasses.dataclass
@@ -227,7 +228,7 @@ def train_together(
     groups = _begun(list(configs), directory)
     begun = {workdir for members in groups.values() for workdir in members}
     fresh = [path for path in configs if path not in begun and finished(path) is None]
-    alone = [path for path in fresh if (path / "checkpoints").exists()]
+    alone = [path for path in fresh if configs[path].checkpoint.place(path).exists()]
     if alone:
         raise NotTogether(f"{alone[0]} was begun by itself: train it on by itself, in turn")
     if fresh:
@@ -270,10 +271,14 @@ def _train_group(
     stop: Callable[[], bool] | None,
 ) -> None:
     """Trains those that belong together to the end; what a finished one has left stays."""
-    run = set_up(list(configs.values()), own, devices)
-    steps = run.compile()
-    open_ones = [path for path in configs if finished(path) is None]
     with contextlib.ExitStack() as stack:
+        first = next(iter(configs.values()))
+        watch = stack.enter_context(hosts.watching(first.guard.report_after))
+        watch.at(SETTING_UP, 0)
+        run = set_up(list(configs.values()), own, devices)
+        watch.at(COMPILING, run.step)
+        steps = run.compile()
+        open_ones = [path for path in configs if finished(path) is None]
         for path in open_ones:
             stack.enter_context(claimed(path, configs[path]))
         own.mkdir(parents=True, exist_ok=True)
@@ -283,7 +288,8 @@ def _train_group(
             metrics.RunLog(path, run.step, run.num_steps, lead=path in open_ones, quiet=True)
             for path in configs
         ]
-        go(run, *steps, metrics.RunLogs(logs, run.num_steps), stop)
+        go(run, *steps, metrics.RunLogs(logs, run.num_steps), watch, stop)
+        watch.at(RECORDING, run.step)
         for i, path in enumerate(configs):
             if path in open_ones:
                 _leave(run.of(i, path))
@@ -292,7 +298,8 @@ def _train_group(
 def _leave(run: Run) -> None:
     """Writes what a run of its own would have left."""
     config = run.config.checkpoint
-    checkpoints = Checkpoints(config.place(run.workdir), config)
+    staging = run.workdir / "staging"
+    checkpoints = Checkpoints(config.place(run.workdir), config, staging=staging)
     try:
         if checkpoints.latest_step() != run.step:  # not killed just here before
             checkpoints.save(run.step, run.arrays(), run.meta(), run.evaluation)

@@ -17,15 +17,23 @@ from jax.sharding import Mesh
 from flax_resnet import distributed, figures, hosts, metrics
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
-from flax_resnet.errors import UserError
 from flax_resnet.files import room
 from flax_resnet.guards import Diverged, all_finite, check_loss
 from flax_resnet.preemption import Preempted, Signals
 from flax_resnet.record import to_record
-from flax_resnet.resume import changes, restore
+from flax_resnet.resume import changes, check_current, restore
 from flax_resnet.run import Run
 from flax_resnet.setup import set_up
-from flax_resnet.watch import Watch
+from flax_resnet.watch import (
+    COMPILING,
+    EVALUATING,
+    RECORDING,
+    SAVING,
+    SETTING_UP,
+    STEP,
+    WAITING,
+    Watch,
+)
 
 # Dispatch is asynchronous: without a bound the host would queue every batch of the run.
 MOST_STEPS_IN_FLIGHT = 2
@@ -47,10 +55,11 @@ def train_and_evaluate(
         confusion.png and, when the run is finished, result.json.
       mesh: devices to run on; by default all.
       quiet: print nothing; for runs side by side.
-      stop: asked after each step; where it says so the run saves and ends there, as by Ctrl-C.
+      stop: asked after each step and each evaluation batch; where it says so the run saves and
+        ends there, as by Ctrl-C, with several processes all of them.
 
     Returns:
-      What result.json holds; in a process that does not lead, nothing.
+      What result.json holds; of a run that is not finished yet, in the lead alone.
 
     Raises:
       UserError: bad input, and the workdir has not been touched; or the run cannot go on.
@@ -58,25 +67,44 @@ def train_and_evaluate(
         goes on. It is a KeyboardInterrupt.
     """
     workdir = Path(workdir).expanduser()
-    record = to_record(config)
-    del record["data"]["data_dir"]  # each host may have its own copy of the data
-    hosts.check_alike({"config": record, "workdir": str(workdir)})
+    with hosts.watching(config.guard.report_after) as watch:
+        watch.at(SETTING_UP, 0)
+        record = to_record(config)
+        del record["data"]["data_dir"]  # each host may have its own copy of the data
+        hosts.check_alike({"config": record, "workdir": str(workdir)})
+        return _train(config, workdir, mesh, quiet, stop, watch)
+
+
+def _train(
+    config: TrainConfig,
+    workdir: Path,
+    mesh: Mesh | None,
+    quiet: bool,
+    stop: Callable[[], bool] | None,
+    watch: Watch,
+) -> dict[str, Any]:
     check_workdir(workdir, config)
-    if (result := finished(workdir)) is not None:
-        if not quiet and distributed.is_lead():
+    # The lead's word: another may not see the file yet, or see it already.
+    if distributed.same_everywhere(finished(workdir) is not None):
+        result = finished(workdir) or {}
+        if result and not quiet and distributed.is_lead():
             print(
                 f"{workdir} is finished: {result['step']} steps, top-1 {100 * result['top1']:.2f} "
                 "%. Nothing to do; another --workdir trains again."
             )
         return result
     run = set_up(config, workdir, distributed.data_mesh() if mesh is None else mesh)
+    watch.at(COMPILING, run.step)
     steps = run.compile()  # what can be wrong has been by now; only then is anything written
     lead = distributed.is_lead()
     advice = "make room, and the same command goes on from the last checkpoint"
     with claimed(workdir, config), room(workdir, advice):
         log = metrics.RunLog(workdir, run.step, run.num_steps, lead=lead, quiet=quiet)
-        go(run, *steps, log, stop)
-        return conclude(run, quiet=quiet) if lead else {}
+        go(run, *steps, log, watch, stop)
+        watch.at(RECORDING, run.step)
+        result = conclude(run, quiet=quiet) if lead else {}
+        distributed.same_everywhere(run.step)  # nobody leaves before the record is whole
+        return result
 
 
 def finished(workdir: Path) -> dict[str, Any] | None:
@@ -90,6 +118,7 @@ def go(
     step_fn: Callable[..., Any],
     eval_fn: Callable[..., Any],
     log: metrics.RunLog | metrics.RunLogs,
+    watch: Watch,
     stop: Callable[[], bool] | None = None,
 ) -> None:
     """Takes a run that is set up and compiled to its end.
@@ -99,6 +128,7 @@ def go(
       step_fn: what ``run.compile()`` gave.
       eval_fn: likewise.
       log: is closed afterwards.
+      watch: is told what is done.
       stop: as of ``train_and_evaluate``.
 
     Raises:
@@ -108,23 +138,28 @@ def go(
     config = run.config
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)
+        watch.at(SETTING_UP, run.step)
+        check_current(run)
         directory = config.checkpoint.place(run.workdir)
-        checkpoints = Checkpoints(directory, config.checkpoint, run.step)
+        staging = run.workdir / "staging"  # for a bucket's
+        checkpoints = Checkpoints(directory, config.checkpoint, run.step, staging=staging)
         stack.callback(checkpoints.close)
-        watch = stack.enter_context(hosts.watching(log.message, config.guard.report_after))
         signals = stack.enter_context(Signals(stop))
-        stack.enter_context(run.memory_advice())
+        stack.enter_context(run.step_memory())
         log.message(_opening_line(run))
         if changed := changes(run):
             log.message(changed)
         log.message(f"compiled in {run.compile_seconds:.1f} s")
+        began = time.perf_counter() - run.seconds - run.compile_seconds
         while True:
-            loop = _Loop(run, step_fn, eval_fn, checkpoints, log, signals, watch)
+            loop = _Loop(run, step_fn, eval_fn, checkpoints, log, signals, watch, began)
             try:
                 loop.train()
                 break
             except Diverged as error:
+                watch.at(SAVING, run.step)
                 _go_back(run, checkpoints, log, error)
+        watch.at(SAVING, run.step)
         checkpoints.wait()
 
 
@@ -134,16 +169,17 @@ def _go_back(
     """Puts a run that diverged back to its newest checkpoint, past the batches since.
 
     Raises:
-      UserError: it has been put back as often as it may be, or there is no checkpoint.
+      Diverged: it has been put back as often as it may be, or there is no checkpoint.
     """
     checkpoints.wait()
     last, used, may = checkpoints.latest_step(), len(run.skipped), run.config.guard.skips
     if last is None or used >= may:
         good = "no checkpoint was saved before" if last is None else f"the last good one is {last}"
-        raise UserError(
+        raise Diverged(
+            error.step,
             f"{error}; checkpoints: {good}, in {checkpoints.directory}. Lower "
             "--optimizer.learning-rate, set --optimizer.max-grad-norm, or go back and skip what "
-            f"came since with --guard.skips {used + 1}"
+            f"came since with --guard.skips {used + 1}",
         ) from error
     skipped = [*run.skipped, [last, error.step - last]]
     restore(run, checkpoints)
@@ -167,6 +203,7 @@ class _Loop:
         log: metrics.RunLog | metrics.RunLogs,
         stop: Callable[[], bool],
         watch: Watch,
+        began: float,
     ):
         self.run, self.step_fn, self.eval_fn = run, step_fn, eval_fn
         self.checkpoints, self.log, self.stop, self.watch = checkpoints, log, stop, watch
@@ -177,7 +214,8 @@ class _Loop:
             config.checkpoint.every_steps or run.num_steps,
         )
         self.limit = config.guard.limit(config.loss, config.model.num_classes)
-        self.began = time.perf_counter() - run.seconds - run.compile_seconds
+        self.began = began
+        self.saved = run.step  # the step of the newest checkpoint, or 0
         self.timer = metrics.Timer()
         self.pending: list[Any] = []
         if run.open_interval is not None:
@@ -191,10 +229,10 @@ class _Loop:
             self._evaluate()
             if self._due(self.save_every):
                 self.checkpoints.rate(run.step, self._scores())
-        watch.at("waiting for data", run.step)
+        watch.at(WAITING, run.step)
         images = math.prod(run.lead) * config.batch_size
         for batch in self.timer.waiting(run.batches(), images):
-            watch.at("in a training step", run.step)
+            watch.at(STEP, run.step)
             run.state, sums = self.step_fn(run.state, batch)
             run.step += 1
             self.pending.append(sums)
@@ -213,9 +251,9 @@ class _Loop:
             if saves:
                 self._save(self._scores() if evaluates else None)
                 self.timer.reset()
-            watch.at("waiting for data", run.step)
+            watch.at(WAITING, run.step)
         if run.confusion is None:  # the last checkpoint was the end, and the record was not written
-            run.evaluate(self.eval_fn)
+            self._measure()
 
     def _due(self, every: Sequence[int]) -> bool:
         step = self.run.step
@@ -235,33 +273,42 @@ class _Loop:
 
     def _evaluate(self) -> None:
         run = self.run
-
-        def stop() -> bool:
-            self.watch.at("evaluating", run.step)
-            return self.stop()
-
-        try:
-            run.evaluate(self.eval_fn, stop)
-        except Preempted:
-            self._save_and_stop()
+        self._measure()
         run.owes_evaluation = False
         self.log.write("eval", run.step, run.epoch, run.evaluation)
 
+    def _measure(self) -> None:
+        def stop() -> bool:
+            self.watch.at(EVALUATING, self.run.step)
+            return self.stop()
+
+        try:
+            self.run.evaluate(self.eval_fn, stop)
+        except Preempted:
+            self._save_and_stop()
+
     def _save(self, scores: dict[str, float] | None) -> None:
         run = self.run
-        self.watch.at("saving a checkpoint", run.step)
-        if not run.lead and not all_finite(run.state.arrays()):
-            raise Diverged(run.step, "the state holds numbers that are not finite")
+        self.watch.at(SAVING, run.step)
+        state = run.state
+        # Not the optimizer's state: the best loss of ReduceOnPlateau begins at infinity.
+        if not run.lead and not all_finite((state.params, state.batch_stats, state.ema)):
+            raise Diverged(
+                run.step,
+                f"the run diverged: the parameters are not finite any more at step {run.step}",
+            )
         run.seconds = time.perf_counter() - self.began
         self.checkpoints.save(run.step, run.arrays(), run.meta(), scores)
+        self.saved = run.step
 
     def _save_and_stop(self) -> None:
         """Saves where the run stands, so that it goes on as if it had not been stopped."""
         run, sums = self.run, jax.device_get(self.pending)
         if sums:
-            check_loss(sums, run.step, self.limit)
+            check_loss(sums, run.step, math.inf)  # the mean is judged when the interval is whole
             run.open_interval = {n: np.asarray(x).tolist() for n, x in metrics.totals(sums).items()}
-        self._save(None)
+        if self.saved != run.step:  # it was restored, and has only been evaluating since
+            self._save(None)
         self.checkpoints.wait()
         self.log.message(f"stopped at step {run.step} of {run.num_steps}, which is saved")
         raise Preempted

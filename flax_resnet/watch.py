@@ -20,14 +20,19 @@ from typing import Any
 
 from flax_resnet.errors import POSITIVE, check_range
 
+SETTING_UP = "setting up"
+COMPILING = "compiling"
 WAITING = "waiting for data"
 STEP = "in a training step"
 EVALUATING = "evaluating"
 SAVING = "saving a checkpoint"
-FIRST = (WAITING,)
+RECORDING = "writing the record"
+FIRST = (WAITING, COMPILING, RECORDING)
 """Phases that no other process can hold up: the process that is in one is the cause."""
 LATER = 1.1
 """The others, who wait for that one, are given so many times as long: it says the line."""
+SO_FAR = "{2} takes {0:.0f} s so far"
+"""The report of phases that may take long: set-up, compilation, the record."""
 STALLED = {
     WAITING: "no batch for {0:.0f} s: the input pipeline is stalled (step {1}); a slow disk, too "
     "few workers, or a blocked reader",
@@ -39,6 +44,11 @@ STALLED = {
 STDERR = 2
 
 
+def print_report(text: str) -> None:
+    """Prints a report on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class Watch:
     """Watches the main loop's progress from a thread; a context manager.
 
@@ -48,19 +58,19 @@ class Watch:
     def __init__(
         self,
         limit: float | None,
-        say: Callable[[str], None],
+        say: Callable[[str], None] = print_report,
         report_after: float = 60,
         *,
-        who: str = "the process",
+        who: str | None = None,
         end: Callable[[str, int], Any] | None = None,
     ):
         """Nothing is watched before the block is entered.
 
         Args:
           limit: seconds without progress after which the process ends; None only reports.
-          say: prints a report.
+          say: prints a report; whatever it raises is passed over.
           report_after: seconds without progress after which it is reported.
-          who: the process, as its last line calls it: "process 1 of 2".
+          who: the process, where there are several: "process 1 of 2".
           end: gets that line and the exit status, and does not return; by default prints the
             line and calls os._exit.
 
@@ -115,18 +125,20 @@ class Watch:
                 self._stop(phase, step, stalled)
             elif stalled > self.report_after and not said:
                 said = True
-                text = STALLED.get(phase, phase + " takes {0:.0f} s so far (step {1})")
-                self._say(text.format(stalled, step))
+                text = STALLED.get(phase, SO_FAR).format(stalled, step, phase)
+                with contextlib.suppress(Exception):  # the terminal may be gone; the watch stays
+                    self._say(f"{self.who}: {text}" if self.who else text)
 
     def _stop(self, phase: str, step: int, stalled: float) -> None:
+        who = self.who or "the process"
         line = (
-            f"{self.who}: stuck for {stalled:.0f} s {phase} after step {step}: ends, so that the "
+            f"{who}: stuck for {stalled:.0f} s {phase} after step {step}: ends, so that the "
             "others do too"
         )
         stack = sys._current_frames().get(self._main)
         if stack is not None:  # the main thread's alone; a report of all threads hides it
             said = "".join(traceback.format_stack(stack))
-            os.write(STDERR, f"Where {self.who} is (most recent call last):\n{said}".encode())
+            os.write(STDERR, f"Where {who} is (most recent call last):\n{said}".encode())
         self._end(line, 1)
 
 

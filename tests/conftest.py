@@ -121,6 +121,21 @@ def call(capsys):
     return call
 
 
+@pytest.fixture
+def bucket(monkeypatch):
+    """s3://bucket, empty, in memory; a function that sets its attributes to True."""
+    from buckets import Objects
+
+    from flax_resnet import storage
+
+    files = Objects()
+    monkeypatch.setattr(Objects, "held", {})
+    monkeypatch.setattr(type(storage.backend.fsspec_backend), "fs", lambda self, path: files)
+    monkeypatch.setitem(storage.NEEDS, "s3", "fsspec")
+    monkeypatch.setenv("EPATH_USE_TF", "0")
+    return lambda name: monkeypatch.setattr(Objects, name, True)
+
+
 def pytest_sessionfinish(session, exitstatus):
     """FLAX_RESNET_NO_SKIP=1 (what .ci/run sets) fails a session that skipped anything."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

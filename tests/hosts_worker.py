@@ -23,7 +23,7 @@ def work(what: str, who: int, seconds: float = 40) -> None:
     facts = {"config": {"seed": this if what == "differ" else 0, "model": {"depth": 20}}}
     hosts.check_alike(facts)
     until = time.monotonic() + (3 if what in ("end", "late", "preempted") else seconds)
-    with hosts.watching(print) as watching:
+    with hosts.watching() as watching:
         step = 0
         while time.monotonic() < until:
             watching.at(watch.WAITING, step)

@@ -1,11 +1,16 @@
+import concurrent.futures
 import functools
 import resource
 import shutil
+import tempfile
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from buckets import Objects
 from helpers import UNIT_STATS, assert_trees_equal, random_batch, tiny_resnet
 
 from flax_resnet import distributed, seals
@@ -213,9 +218,162 @@ def test_a_save_that_fails_is_one_line_and_leaves_the_others(two):
     with pytest.raises(UserError, match=r"checkpoint 9 could .* \(File too large.* step 7:"):
         save()
     assert opened.latest_step() == 7
+    assert sorted(path.name for path in two.iterdir()) == ["3", "7"]  # room comes back
     opened.save(9, big, {}, None)  # there is room again
     opened.close()
     assert Checkpoints(two).latest_step() == 9
+
+
+def test_a_seal_that_cannot_be_written_is_a_failed_save(two, monkeypatch):
+    opened = Checkpoints(two, CheckpointConfig(), resumed_from=7)
+
+    def full(directory, seal):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(seals, "write", full)
+    opened.save(9, tree(9), {}, None)
+    with pytest.raises(UserError, match=r"checkpoint 9 could .* \(No space left .* step 7:"):
+        opened.wait()
+    with pytest.raises(UserError, match="checkpoint 7 could not be written"):
+        opened.rate(7, {"top1": 1.0})
+    opened.close()
+    assert sorted(path.name for path in two.iterdir()) == ["3", "7"]
+    assert seals.read(two / "7").scores == {"top1": 0.5}
+
+
+def test_a_reader_takes_the_next_where_a_step_is_removed_while_it_reads(two, monkeypatch):
+    reader = Checkpoints(two)
+    for step in (7, 3):
+        shutil.copytree(two / str(step), two.parent / str(step))
+    restored = Checkpoints._restored
+
+    def removed(self, path, template):
+        found = restored(self, path, template)
+        if path.name == "7":  # all was read, but who knows what
+            seals.remove(path)
+        return found
+
+    monkeypatch.setattr(Checkpoints, "_restored", removed)
+    assert reader.read("latest")[1] == {"step": 3}
+    reader.close()
+
+    shutil.copytree(two.parent / "7", two / "7")
+
+    def removed_before(self, path, template):
+        seals.remove(path)
+        return restored(self, path, template)
+
+    monkeypatch.setattr(Checkpoints, "_restored", removed_before)
+    reader = Checkpoints(two)
+    with pytest.raises(UserError, match=r"no checkpoint 'latest' in .* it holds steps \[\]"):
+        reader.read("latest")
+    shutil.copytree(two.parent / "7", two / "7")
+    with pytest.raises(UserError, match="no checkpoint 7 in"):
+        reader.read(7)
+    reader.close()
+
+
+# A read whose files vanish leaves callbacks of tensorstore's to a loop that orbax has closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_two_readers_beside_a_run_that_goes_on(tmp_path):
+    writer = Checkpoints(tmp_path / "c", CheckpointConfig(keep_last=1, keep_best=0))
+    writer.save(0, tree(0), {"step": 0}, None)
+    writer.wait()
+    over, said, read = threading.Event(), [], []
+
+    def reads():
+        reader = Checkpoints(tmp_path / "c", say=said.append)
+        while not over.is_set():
+            state, meta = reader.read()
+            np.testing.assert_array_equal(state["a"], np.full((3, 4), meta["step"]))
+            read.append(meta["step"])
+        reader.close()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        readers = [pool.submit(reads) for _ in range(2)]
+        try:
+            for step in range(1, 12):
+                writer.save(step, tree(step), {"step": step}, None)
+                writer.wait()
+                now = len(read)
+                while len(read) < now + 2 and not any(one.done() for one in readers):
+                    time.sleep(0.01)  # or a busy machine's readers would never keep up
+        finally:
+            writer.close()
+            over.set()
+        for one in readers:
+            one.result()
+    assert len(set(read)) > 2
+    assert not [line for line in said if "damaged" in line]
+
+
+def test_a_bucket_holds_what_a_directory_would(bucket, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    opened = Checkpoints("s3://bucket/x", CheckpointConfig(keep_last=2, keep_best=1))
+    assert opened.latest_step() is None
+    reader = Checkpoints("s3://bucket/x")
+    for step, top1 in ((1, 0.9), (2, 0.5), (3, None), (4, 0.6)):
+        opened.save(step, tree(step), {"step": step}, top1 and {"top1": top1})
+        opened.wait()
+        state, meta = reader.restore(tree(0))
+        assert meta == {"step": step}
+        assert_trees_equal(state, tree(step))
+    assert sorted(path.name for path in opened.directory.iterdir()) == ["1", "3", "4"]
+    opened.rate(3, {"top1": 0.95})
+    assert (reader.latest_step(), reader.best_step(), reader.evaluated_step()) == (4, 3, 3)
+    assert_trees_equal(reader.read("evaluated")[0]["a"], tree(3)["a"])
+    opened.close()
+    reader.close()
+    assert list(tmp_path.iterdir()) == []  # what was on this machine of it
+
+    for key in sorted(Objects.held):
+        if not key.startswith("bucket/x/4/"):
+            continue
+        whole, said = Objects.held.pop(key), []
+        for bad in (None, whole[:-1], whole[:-1] + b"~", whole + b"x"):
+            Objects.held |= {} if bad is None else {key: bad}
+            again = Checkpoints("s3://bucket/x", say=said.append)
+            assert again.restore(tree(0))[1] == {"step": 3}
+            again.close()
+        Objects.held[key] = whole
+        assert len(said) == 4
+        assert "checkpoint 4 in s3://bucket/x is " in said[0]
+
+    Objects.held["bucket/x/4/meta/metadata"] += b"x"
+    Objects.held["bucket/x/5/state/cut-off"] = b"x"
+    again = Checkpoints("s3://bucket/x", CheckpointConfig(), 3, staging=tmp_path / "staging")
+    assert sorted(path.name for path in again.directory.iterdir()) == ["1", "3", "4.damaged"]
+    again.save(4, tree(40), {"step": 4}, None)
+    again.wait()
+    assert_trees_equal(again.restore(tree(0))[0], tree(40))
+    again.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bucket_that_fails_while_it_is_written(bucket, monkeypatch):
+    opened = Checkpoints("s3://bucket/x", CheckpointConfig())
+    opened.save(1, tree(1), {}, None)
+    opened.wait()
+    write = seals.write
+
+    def fails(directory, seal):
+        raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(seals, "write", fails)
+    opened.save(2, tree(2), {}, None)
+    with pytest.raises(
+        UserError, match=r"checkpoint 2 .* to s3://bucket/x \(Forbidden\); .* step 1:"
+    ):
+        opened.wait()
+    assert not [key for key in Objects.held if key.startswith("bucket/x/2")]
+    monkeypatch.setattr(seals, "write", write)
+    opened.save(2, tree(2), {}, None)
+    opened.wait()
+    assert opened.latest_step() == 2
+    bucket("forbids")
+    with pytest.raises(UserError, match=r"s3://bucket/x cannot be used \(PermissionError"):
+        opened.latest_step()
+    opened.close()
 
 
 def test_a_state_resumed_on_other_devices_is_bit_equal(checkpoints, meshes, rng):

@@ -13,7 +13,7 @@ from flax_resnet.config import (
     differences,
     write_record,
 )
-from flax_resnet.errors import UserError
+from flax_resnet.errors import TryAgain, UserError
 from flax_resnet.models import MiniModel
 from flax_resnet.optim import SGD
 from flax_resnet.record import from_record, to_record
@@ -75,7 +75,7 @@ def test_a_workdir_in_use_is_not_shared(tmp_path):
     with claimed(tmp_path, TrainConfig()):
         before = (tmp_path / "config.json").read_text()
         second = claimed(tmp_path, TrainConfig())
-        with pytest.raises(UserError, match="is in use by another process"), second:
+        with pytest.raises(TryAgain, match="is in use by another process"), second:
             pytest.fail("claimed twice")
         assert (tmp_path / "config.json").read_text() == before
     with claimed(tmp_path, TrainConfig()):
@@ -137,11 +137,13 @@ def test_a_workdir_that_processes_do_not_share_is_named(tmp_path, monkeypatch, s
     monkeypatch.setattr(config_module.jax, "process_count", lambda: 2)
     monkeypatch.setattr(config_module.jax, "process_index", lambda: 1)
     monkeypatch.setattr(config_module.distributed, "same_everywhere", lambda value: 3)
-    monkeypatch.setattr(config_module.time, "sleep", lambda seconds: None)
+    waits = []
+    monkeypatch.setattr(config_module.time, "sleep", waits.append)
     if seen is not None:  # an old run's record of this host alone, or what the lead has written
         (tmp_path / "config.json").write_text(json.dumps({"starts": [{}] * seen}))
     if seen == 3:
         config_module._check_shared(tmp_path)
         return
-    with pytest.raises(UserError, match="is not the same directory in process 1 as in process 0"):
+    with pytest.raises(TryAgain, match="is not the same directory in process 1 as in process 0"):
         config_module._check_shared(tmp_path)
+    assert sum(waits) == 90  # longer than NFS remembers

@@ -2,12 +2,17 @@ import math
 
 import pytest
 
-from flax_resnet.errors import POSITIVE, UserError, check_range, did_you_mean
+from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_range, did_you_mean
 
 
 def test_a_message_is_one_line():
     assert str(UserError("first\n   second\tthird")) == "first second third"
     assert isinstance(UserError("x"), ValueError)
+
+
+def test_what_another_try_may_mend_has_another_status():
+    assert isinstance(TryAgain("x"), UserError)
+    assert (UserError.status, TryAgain.status) == (2, 1)
 
 
 def test_ranges_name_the_value_and_what_was_expected():

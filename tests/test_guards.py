@@ -1,5 +1,7 @@
 import dataclasses
+import functools
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,12 @@ from test_train import saved
 from flax_resnet import guards, run
 from flax_resnet.checkpoint import CheckpointConfig
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data import Data, DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.guards import Diverged, Guard, all_finite, check_loss
 from flax_resnet.metrics import read_metrics
-from flax_resnet.optim import SGD
+from flax_resnet.optim import SGD, ReduceOnPlateau
+from flax_resnet.preemption import Preempted
 from flax_resnet.train import train_and_evaluate
 
 
@@ -59,14 +62,27 @@ def test_finiteness_looks_at_every_float():
 
 
 def test_out_of_memory_names_the_batch_and_the_levers():
-    levers = "--accum-steps 4 .* --model.remat .* --model.dtype bfloat16, --sharding fsdp, or a"
-    said = f"batch_size=256, 16 images at once on each of 8 devices: set {levers}"
-    with pytest.raises(UserError, match=said), guards.memory_advice(256, 2, 8):
+    levers = "--accum-steps 4 .* --model.remat .* bfloat16, --sharding fsdp or a smaller"
+    said = f"out of memory: batch_size=256, 16 images at once on each of 8 devices; set {levers}"
+    with pytest.raises(UserError, match=said), guards.memory_advice(guards.step_advice(256, 2, 8)):
         jnp.zeros((1 << 50,), jnp.float32).block_until_ready()
 
 
+def test_levers_that_do_not_help_are_left_out():
+    advice = guards.step_advice(12, 2, 1)
+    assert advice == (
+        "batch_size=12, 6 images at once on each of 1 devices; set --accum-steps 3 (the same step "
+        "in smaller parts), --model.remat (computes blocks again), --model.dtype bfloat16 or a "
+        "smaller --batch-size"
+    )
+    assert "accum" not in guards.step_advice(8, 1, 8)
+    said = "out of this machine's memory: take fewer --data"
+    with pytest.raises(UserError, match=said), guards.memory_advice("x"):
+        raise MemoryError
+
+
 def test_other_errors_are_none_of_memory():
-    with pytest.raises(jax.errors.JaxRuntimeError), guards.memory_advice(8, 1, 1):
+    with pytest.raises(jax.errors.JaxRuntimeError), guards.memory_advice("x"):
         raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: x")
 
 
@@ -92,7 +108,7 @@ def poisoned(monkeypatch):
 
     def steps(self):
         step, evaluate = plain(self)
-        batches = self.data.train_batches
+        batches = functools.partial(Data.train_batches, self.data)
 
         def noting(seed, size, start, stop):
             for k, batch in zip(range(start, stop), batches(seed, size, start, stop), strict=True):
@@ -150,6 +166,47 @@ def test_a_run_goes_back_and_skips_as_often_as_it_may(config, tmp_path, mesh, po
     bad.add(25)
     with pytest.raises(UserError, match=r"last good one is .* --guard.skips 3"):
         train_and_evaluate(twice, tmp_path / "again", mesh=mesh)
+
+
+def test_seconds_of_a_run_that_went_back_are_counted_once(config, tmp_path, mesh, poisoned):
+    poisoned[0].add(12)
+    began = time.perf_counter()
+    once = dataclasses.replace(config, guard=Guard(skips=1))
+    result = train_and_evaluate(once, tmp_path / "w", mesh=mesh)
+    assert result["seconds"] <= time.perf_counter() - began
+
+
+def test_a_plateaus_infinite_best_loss_is_no_divergence(config, tmp_path, mesh):
+    plateau = SGD(0.05, schedule=ReduceOnPlateau())
+    early = dataclasses.replace(config, optimizer=plateau, num_steps=3)
+    with pytest.raises(Preempted):
+        train_and_evaluate(early, tmp_path / "w", mesh=mesh, stop=lambda: True)
+    assert saved(tmp_path / "w")[1]["step"] == 1
+
+
+def test_parameters_that_are_not_finite_are_not_saved(config, tmp_path, mesh, monkeypatch):
+    steps = run.Run.steps
+
+    def spoilt(self):
+        step, evaluate = steps(self)
+
+        def last_spoils(state, batch):
+            state, sums = step(state, batch)
+            lost = jnp.where(state.step == 5, jnp.inf, 0.0)
+            return state.replace(params=jax.tree.map(lambda x: x + lost, state.params)), sums
+
+        return last_spoils, evaluate
+
+    monkeypatch.setattr(run.Run, "steps", spoilt)
+    with pytest.raises(Diverged, match="the parameters are not finite any more at step 5"):
+        train_and_evaluate(config, tmp_path / "w", mesh=mesh)
+
+
+def test_a_head_alone_has_nothing_to_skip(config, tmp_path, mesh):
+    head = config.model.clone(frozen_stages=1)
+    cached = dataclasses.replace(config, model=head, cache_features=True, guard=Guard(skips=1))
+    with pytest.raises(UserError, match=r"guard.skips=1 with cache_features"):
+        train_and_evaluate(cached, tmp_path / "w", mesh=mesh)
 
 
 def test_a_skip_is_taken_again_by_a_run_that_is_restarted(config, tmp_path, mesh, poisoned):

@@ -13,12 +13,12 @@ import time
 
 import pytest
 from test_clusters import SLURM
-from test_lifeline import coordinator
+from test_meeting import coordinator
 
 from experiments.launch import local
-from flax_resnet import hosts, lifeline
+from flax_resnet import hosts, meeting
 from flax_resnet.clusters import Cluster
-from flax_resnet.errors import UserError
+from flax_resnet.errors import TryAgain, UserError
 from flax_resnet.hosts import Hosts, find
 
 WORKER = str(pathlib.Path(__file__).with_name("hosts_worker.py"))
@@ -50,7 +50,7 @@ def test_one_process_has_nothing_to_do():
         hosts.check_alike({"config": 1})
     with pytest.raises(ZeroDivisionError), hosts.joined(Hosts()):
         raise ZeroDivisionError
-    assert hosts.watching(print).limit is None
+    assert hosts.watching().limit is None
 
 
 def test_differences_are_named():
@@ -71,16 +71,16 @@ def test_a_taken_port_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         where = f"localhost:{taken.getsockname()[1]}"
         said = Hosts(coordinator=where, num_processes=2, process_id=0)
-        with pytest.raises(UserError, match=f"cannot listen on {where} .address in use.: another"):
+        with pytest.raises(TryAgain, match=f"cannot listen on {where} .address in use.: another"):
             hosts.start(said)
         # A program that listens and is no coordinator.
-        with pytest.raises(UserError, match=r"no coordinator at .* after 0\.5 s"):
-            lifeline.meet(where, 2, 1, 0.5)
+        with pytest.raises(TryAgain, match=r"no coordinator at .* after 0\.5 s"):
+            meeting.meet(where, 2, 1, 0.5)
 
 
 def test_a_missing_coordinator_is_one_line():
     said = Hosts(coordinator=coordinator(), num_processes=2, process_id=1, start_timeout=0.5)
-    with pytest.raises(UserError, match=r"no coordinator at .* after 0.5 s \(Connection refused"):
+    with pytest.raises(TryAgain, match=r"no coordinator at .* after 0.5 s \(Connection refused"):
         hosts.start(said)
 
 
@@ -231,6 +231,6 @@ def test_a_process_that_never_comes(clean_environment):
     environ |= {"PYTHONPATH": str(pathlib.Path(WORKER).parents[1])}
     command = [sys.executable, "-W", "error", WORKER, "end", "0", "--start-timeout", "2"]
     ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
-    assert (ran.returncode, ran.stdout) == (2, "")
+    assert (ran.returncode, ran.stdout) == (TryAgain.status, "")
     assert re.fullmatch(r"error: 1 of 2 processes have not come to \S+ in 2 s: 1; .*\n", ran.stderr)
     assert os.environ.get(local.OURS[0]) is None

@@ -17,7 +17,8 @@ import yaml
 from experiments import imagenet_resnet
 from flax_resnet import main
 from flax_resnet.clusters import Cluster
-from flax_resnet.hosts import EXIT_BAD_INPUT, Hosts, find
+from flax_resnet.errors import UserError
+from flax_resnet.hosts import Hosts, find
 from flax_resnet.preemption import EXIT_PREEMPTED
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,6 +33,7 @@ POD = JOB["template"]["spec"]
 TRAIN = POD["containers"][0]
 COMMAND = ["-m", "experiments.digits", "--workdir", "a run's b", "*", ""]
 LONG_SLEEP = "exec -a sleeper sleep 60"
+EXIT_BAD_INPUT = UserError.status
 
 
 class Machine:

@@ -7,7 +7,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "flax_resnet"
 LEVELS = [
     {"errors"},
     {"files", "seals", "preemption", "programs"},
-    {"clusters", "storage", "watch"},
+    {"clusters", "provenance", "storage", "watch"},
+    {"meeting"},
     {"lifeline"},
     {"hosts"},
     {"guards", "record", "pretrained._h5_child", "pretrained.untrusted", "pretrained.classes"},

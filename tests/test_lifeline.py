@@ -1,50 +1,16 @@
-"""How processes meet, and hear of each other's end."""
+"""How processes hear of each other's end."""
 
+import json
 import threading
 
 import pytest
+from test_meeting import come
 
-from experiments.launch import local
 from flax_resnet import lifeline
-from flax_resnet.errors import UserError
-
-
-def coordinator():
-    return f"localhost:{local.free_port()}"
-
-
-def meeting(count, processes, timeout=10.0):
-    """What ``meet`` gives or raises in each of some processes, here threads."""
-    where, found = coordinator(), {}
-
-    def one(process, of):
-        try:
-            found[process] = lifeline.meet(where, of, process, timeout)
-        except UserError as error:
-            found[process] = str(error)
-
-    threads = [threading.Thread(target=one, args=[i, of]) for i, of in processes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-def test_who_has_not_come_is_named():
-    found = meeting(4, [(0, 4), (2, 4)], 1.0)
-    assert "2 of 4 processes have not come to localhost:" in found[0]
-    assert "in 1 s: 1, 3" in found[0]
-    assert "in 1 s: 1, 3" in found[2]
-
-
-def test_processes_that_disagree_about_how_many():
-    found = meeting(2, [(0, 2), (1, 3)])
-    assert found[0] == found[1] == "process 1 says that there are 3 processes, and process 0 2"
 
 
 def test_a_failure_passes_through_process_0_to_all():
-    found = meeting(3, [(0, 3), (1, 3), (2, 3)])
+    found = come(3, [(0, 3), (1, 3), (2, 3)])
     said, arrived = {}, threading.Semaphore(0)
 
     def failed(process):
@@ -67,7 +33,7 @@ def test_a_failure_passes_through_process_0_to_all():
 
 @pytest.mark.parametrize("leaves", [True, False])
 def test_an_end_as_it_should_be_is_no_failure(leaves):
-    found = meeting(2, [(0, 2), (1, 2)])
+    found = come(2, [(0, 2), (1, 2)])
     said = []
     other = lifeline.Lifeline(found[0], 0, 30, lambda *what: said.append(what))
     if leaves:
@@ -79,10 +45,59 @@ def test_an_end_as_it_should_be_is_no_failure(leaves):
 
 
 def test_silence_is_a_failure():
-    found = meeting(2, [(0, 2), (1, 2)])
+    found = come(2, [(0, 2), (1, 2)])
     said = []
     other = lifeline.Lifeline(found[1], 1, 0.5, lambda *what: said.append(what))
     other._thread.join(5)
     other.close()
     found[0][0].connection.close()
     assert said == [("process 0 has been silent for 0.5 s", 1)]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"\xff\xfe",
+        b"[" * 60_000,
+        b"1" * 5000,
+        b"[1]",
+        b'{"failed": "x"}',
+        b'{"failed": "x", "status": "2", "by": 1}',
+        b'{"failed": ["x"], "status": 2, "by": 1}',
+    ],
+)
+def test_what_no_process_says_is_an_end(said):
+    found, told = come(2, [(0, 2), (1, 2)]), []
+    other = lifeline.Lifeline(found[0], 0, 30, lambda *what: told.append(what))
+    found[1][0].connection.sendall(said + b"\n")
+    other._thread.join(5)
+    found[1][0].connection.close()
+    other.close()
+    assert told == [("process 1 has died (its connection is closed)", 1)]
+
+
+def test_a_status_is_one():
+    found, told = come(2, [(0, 2), (1, 2)]), []
+    other = lifeline.Lifeline(found[1], 1, 30, lambda *what: told.append(what))
+    message = {"failed": "x", "status": 2**70 + 3, "by": 0}
+    found[0][0].connection.sendall(json.dumps(message).encode() + b"\n")
+    other._thread.join(5)
+    other.close()
+    found[0][0].connection.close()
+    assert told == [("x", 3)]
+
+
+def test_a_lifeline_that_breaks_says_so():
+    found, told = come(2, [(0, 2), (1, 2)]), []
+
+    def broken():
+        raise RuntimeError("odd")
+
+    found[0][0].read = broken
+    other = lifeline.Lifeline(found[0], 0, 30, lambda *what: told.append(what))
+    found[1][0].tell()
+    other._thread.join(5)
+    # Others hear of it; and not being able to tell them keeps nothing from ending.
+    assert told == [("the lifeline of process 0 has failed (RuntimeError: odd)", 1)]
+    found[1][0].connection.close()
+    other.close()

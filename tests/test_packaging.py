@@ -18,7 +18,7 @@ def test_gpu_requirements_are_the_core_ones_with_cuda():
 
 
 def test_extras_are_there():
-    extras = {"test", "parity", "prepare", "export"}
+    extras = {"test", "parity", "prepare", "export", "remote"}
     assert set(PROJECT["optional-dependencies"]) == extras
 
 

@@ -331,4 +331,38 @@ def test_a_stalled_pipeline_is_reported(config, tmp_path, mesh, monkeypatch, cap
     monkeypatch.setattr(Data, "train_batches", slow)
     train_and_evaluate(stalls, tmp_path / "w", mesh=mesh)
     line = r"no batch for [01] s: the input pipeline is stalled \(step 1\)"
-    assert len(re.findall(line, capsys.readouterr().out)) == 1
+    assert len(re.findall(line, capsys.readouterr().err)) == 1
+
+
+def test_a_run_stopped_twice_in_the_same_evaluation_keeps_its_checkpoint(
+    config, whole, tmp_path, monkeypatch
+):
+    workdir, one = tmp_path / "w", data_mesh(jax.devices()[:1])
+    once = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=6, keep_last=1))
+    for asked in (6, 1):
+        answers = iter([*[False] * (asked - 1), True])
+        with pytest.raises(Preempted):
+            train_and_evaluate(once, workdir, mesh=one, stop=answers.__next__)
+        assert saved(workdir)[1]["step"] == 5
+        monkeypatch.setattr(Checkpoints, "save", None)  # a second one of step 5 is not written
+    monkeypatch.undo()
+    train_and_evaluate(once, workdir, mesh=one)
+    assert timeless(metrics.read_metrics(workdir)) == timeless(metrics.read_metrics(whole[0]))
+
+
+def test_a_run_that_was_set_up_before_another_went_on_does_not_undo_it(
+    config, whole, tmp_path, monkeypatch
+):
+    workdir, one = tmp_path / "w", data_mesh(jax.devices()[:1])
+    compile_ = run.Run.compile
+
+    def meanwhile(self):
+        monkeypatch.undo()
+        shutil.copytree(whole[0], workdir)  # another process runs to its end
+        return compile_(self)
+
+    monkeypatch.setattr(run.Run, "compile", meanwhile)
+    with pytest.raises(UserError, match=r"has gone on to step 12 while this one was .* step 0"):
+        train_and_evaluate(config, workdir, mesh=one)
+    assert saved(workdir)[1]["step"] == 12
+    assert json.loads((workdir / "result.json").read_text())["step"] == 12

@@ -19,13 +19,12 @@ package = types.ModuleType("flax_resnet")  # without all that the package import
 package.__path__ = {flax_resnet.__path__!r}
 sys.modules["flax_resnet"] = package
 from flax_resnet import watch
-def say(text): print(text, flush=True)
 """
 STUCK = (
     START
     + """
 def blocked_reader(): time.sleep(30)
-with watch.Watch(0.5, say, who="process 1 of 2") as watching:
+with watch.Watch(0.5, report_after=0.2, who="process 1 of 2") as watching:
     for step in range(3):
         watching.at(watch.WAITING, step)
     blocked_reader()
@@ -35,7 +34,7 @@ HOLDS_PYTHON = (
     START
     + """
 sys.setswitchinterval(1000)
-with watch.Watch(0.3, say) as watching:
+with watch.Watch(0.3) as watching:
     watching.at(watch.STEP, 7)
     while True:
         pass
@@ -56,6 +55,8 @@ def test_a_stuck_process_says_where_and_ends():
     line = "process 1 of 2: stuck for 1 s waiting for data after step 2: ends, so that the others"
     assert ran.stderr.splitlines()[-1].startswith(line)
     assert "in blocked_reader" in ran.stderr
+    assert re.match(r"process 1 of 2: no batch for \d s: .* \(step 2\)", ran.stderr)
+    assert ran.stdout == ""
     assert seconds < 15
 
 
@@ -80,10 +81,38 @@ def test_a_stall_is_reported_once():
     assert said[0].startswith("no batch for 0 s: the input pipeline is stalled (step 12)")
 
 
-@pytest.mark.parametrize("phase", [watch.STEP, watch.EVALUATING, watch.SAVING, "compiling"])
+@pytest.mark.parametrize("phase", [watch.STEP, watch.EVALUATING, watch.SAVING])
 def test_each_phase_has_a_text(phase):
     (said,) = reports(phase, 0.3)
     assert "(step 12)" in said
+
+
+@pytest.mark.parametrize("phase", [watch.SETTING_UP, watch.COMPILING, watch.RECORDING])
+def test_what_may_take_long_is_no_stall(phase):
+    assert reports(phase, 0.3) == [f"{phase} takes 0 s so far"]
+    assert reports(phase, 0.3, who="process 3 of 8")[0].startswith(f"process 3 of 8: {phase} ")
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_watch():
+    said = []
+
+    def say(text):
+        said.append(text)
+        raise BrokenPipeError
+
+    with Watch(None, say, 0.1) as watching:
+        for step in range(2):
+            watching.at(watch.WAITING, step)
+            time.sleep(0.4)
+    assert ["(step 0)" in said[0], "(step 1)" in said[1]] == [True, True]
+
+
+def test_reports_go_to_stderr(capsys):
+    with Watch(None, report_after=0.1) as watching:
+        watching.at(watch.SAVING, 4)
+        time.sleep(0.4)
+    out, err = capsys.readouterr()
+    assert (out, err.count("saving a checkpoint takes")) == ("", 1)
 
 
 def test_each_stall_is_reported():

@@ -75,11 +75,12 @@ def find_rate(
     optimizer = dataclasses.replace(
         config.optimizer, learning_rate=highest, schedule=Rising(lowest)
     )
-    config = dataclasses.replace(config, optimizer=optimizer, num_steps=num_steps)
+    here = dataclasses.replace(config.checkpoint, directory=None)  # not where a run of it is
+    config = dataclasses.replace(config, optimizer=optimizer, num_steps=num_steps, checkpoint=here)
     mesh = distributed.data_mesh(jax.local_devices()[:1])
     with tempfile.TemporaryDirectory() as empty:
         run = set_up(config, Path(empty), mesh)
-    step, _ = run.compile()
+    step = run.compile_step()
     state, losses, average, least = run.state, [], 0.0, math.inf
     smoothed: list[float] = []
     diverged = False

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from flax_resnet import distributed, models
+from flax_resnet import distributed, models, storage
 from flax_resnet.augment import normalize
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.data import Data
@@ -100,12 +100,11 @@ def open_run(workdir: str | Path, checkpoint: Which = "best") -> Inspected:
     workdir = Path(workdir).expanduser()
     config = read_record(workdir)[0]
     directory = config.checkpoint.place(workdir)
-    if not directory.is_dir():
+    if not storage.is_remote(directory) and not directory.is_dir():
         raise UserError(f"{workdir} holds no checkpoints: expected {directory} of a run")
     reader = Checkpoints(directory)
     try:
-        which = reader.evaluated_step() if checkpoint == "best" else reader.step(checkpoint)
-        state, meta = reader.read(which)
+        state, meta = reader.read("evaluated" if checkpoint == "best" else checkpoint)
     finally:
         reader.close()
     module = config.model
@@ -116,7 +115,7 @@ def open_run(workdir: str | Path, checkpoint: Which = "best") -> Inspected:
     return Inspected(
         workdir=workdir,
         config=config,
-        step=which,
+        step=meta["step"],
         module=module,
         variables=jax.device_put(variables, here),
         stats=jax.device_put(state["normalization"], here),

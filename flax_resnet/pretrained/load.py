@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from flax import linen as nn
 
-from flax_resnet import models
+from flax_resnet import models, storage
 from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
 from flax_resnet.errors import UserError
 from flax_resnet.layers import Dtype
@@ -197,11 +197,11 @@ def check_same(opened: Pretrained, module: nn.Module, name: str) -> None:
 def _open_run(workdir: Path) -> Pretrained:
     """The best checkpoint of a run, else its newest: what was evaluated."""
     directory = _checkpoints_of(workdir)
-    if not directory.is_dir():
+    if not storage.is_remote(directory) and not directory.is_dir():
         raise UserError(f"{workdir} holds no run: expected its checkpoints/, or a weight file")
     reader = Checkpoints(directory)
     try:
-        state, meta = reader.read(reader.evaluated_step())
+        state, meta = reader.read("evaluated")
     finally:
         reader.close()
     config = from_record(meta["config"])
