@@ -20,8 +20,9 @@ class Guard:
     """What to do when a run goes wrong."""
 
     times_chance: float = 100.0
-    """The run has diverged when the training loss is not a number, or so many times what guessing
-    gives (ln of the classes; of binary_cross_entropy ln 2), on average over a log interval."""
+    """The run has diverged when the training loss is not a number, or, on average over a log
+    interval, so many times that of the first one and of guessing (ln of the classes; of
+    binary_cross_entropy ln 2)."""
     skips: int = 0
     """So many times go back to the newest checkpoint and skip the batches since; then stop."""
     report_after: float = 60.0
@@ -32,10 +33,19 @@ class Guard:
         check_range("guard.skips", self.skips, 0)
         check_range("guard.report_after", self.report_after, POSITIVE)
 
-    def limit(self, loss: str, num_classes: int) -> float:
-        """The largest mean loss that does not count as diverged, in nats."""
+    def limit(self, loss: str, num_classes: int, first: float | None) -> float:
+        """The largest mean loss that does not count as diverged, in nats.
+
+        Args:
+          loss: its name.
+          num_classes: guessing is among.
+          first: the mean loss of the run's first log interval, which may be large with a fresh
+            head on features of any size; None: that is this one, of which anything is good.
+        """
+        if first is None:
+            return math.inf
         chance = math.log(2) if loss == "binary_cross_entropy" else math.log(max(2, num_classes))
-        return self.times_chance * chance
+        return self.times_chance * max(chance, first)
 
 
 class Diverged(UserError):

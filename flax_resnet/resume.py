@@ -41,7 +41,7 @@ def restore(run: Run, checkpoints: Checkpoints | None = None) -> bool:
     run.step, run.seconds = meta["step"], meta["seconds"]
     run.skipped = [list(pair) for pair in meta["skipped"]]
     run.open_interval, run.owes_evaluation = meta["open_interval"], meta["owes_evaluation"]
-    run.resumed_on = meta["ran_on"]
+    run.first_loss, run.resumed_on = meta["first_loss"], meta["ran_on"]
     return True
 
 

@@ -40,6 +40,8 @@ class Run:
       skipped: [step, batches] of each time that it went back to a step and skipped batches.
       open_interval: sums of the log interval that the run was stopped in.
       owes_evaluation: it was stopped before the evaluation that is due at its step.
+      first_loss: mean training loss of its first log interval, in nats; of several networks the
+        largest.
       resumed_on: what ``ran_on`` said where it was saved.
       shared_by: networks that trained in the program whose ``seconds`` these are.
     """
@@ -62,6 +64,7 @@ class Run:
     skipped: list[list[int]] = dataclasses.field(default_factory=list)
     open_interval: dict[str, Any] | None = None
     owes_evaluation: bool = False
+    first_loss: float | None = None
     resumed_on: dict[str, Any] | None = None
     shared_by: int = 1
 
@@ -131,6 +134,7 @@ class Run:
             "skipped": self.skipped,
             "open_interval": self.open_interval,
             "owes_evaluation": self.owes_evaluation,
+            "first_loss": self.first_loss,
             "ran_on": self.ran_on(),
             "config": to_record(self.config),
         }

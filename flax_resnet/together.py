@@ -28,7 +28,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.files import digest
 from flax_resnet.optim import Constant, ReduceOnPlateau, learning_rate_at
 from flax_resnet.record import to_record
-from flax_resnet.resume import restore
+from flax_resnet.resume import check_current, restore
 from flax_resnet.run import Run
 from flax_resnet.setup import measure_statistics, prepare
 from flax_resnet.step import Batch, TrainState, of_trainable
@@ -282,6 +282,7 @@ def _train_group(
         for path in open_ones:
             stack.enter_context(claimed(path, configs[path]))
         own.mkdir(parents=True, exist_ok=True)
+        check_current(run)
         names = [path.relative_to(own.parent.parent).as_posix() for path in configs]
         write_json(own / "members.json", names)
         logs = [

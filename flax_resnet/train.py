@@ -99,6 +99,8 @@ def _train(
     lead = distributed.is_lead()
     advice = "make room, and the same command goes on from the last checkpoint"
     with claimed(workdir, config), room(workdir, advice):
+        watch.at(SETTING_UP, run.step)
+        check_current(run)
         log = metrics.RunLog(workdir, run.step, run.num_steps, lead=lead, quiet=quiet)
         go(run, *steps, log, watch, stop)
         watch.at(RECORDING, run.step)
@@ -138,8 +140,6 @@ def go(
     config = run.config
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)
-        watch.at(SETTING_UP, run.step)
-        check_current(run)
         directory = config.checkpoint.place(run.workdir)
         staging = run.workdir / "staging"  # for a bucket's
         checkpoints = Checkpoints(directory, config.checkpoint, run.step, staging=staging)
@@ -213,7 +213,6 @@ class _Loop:
             self.eval_every * config.checkpoint.every_evals,
             config.checkpoint.every_steps or run.num_steps,
         )
-        self.limit = config.guard.limit(config.loss, config.model.num_classes)
         self.began = began
         self.saved = run.step  # the step of the newest checkpoint, or 0
         self.timer = metrics.Timer()
@@ -264,9 +263,12 @@ class _Loop:
 
     def _log_interval(self) -> None:
         run, sums = self.run, jax.device_get(self.pending)
-        check_loss(sums, run.step, self.limit)
-        rate = {"learning_rate": run.learning_rate()}
-        values = {**metrics.means(sums), **rate, **self.timer.summary()}
+        config, means = run.config, metrics.means(sums)
+        limit = config.guard.limit(config.loss, config.model.num_classes, run.first_loss)
+        check_loss(sums, run.step, limit)
+        if run.first_loss is None:
+            run.first_loss = float(np.nanmax(means["loss"]))
+        values = {**means, "learning_rate": run.learning_rate(), **self.timer.summary()}
         self.log.write("train", run.step, run.epoch, values)
         self.pending.clear()
         self.timer.reset()

@@ -206,7 +206,7 @@ def test_devices_by_themselves_each_take_the_step_of_one_device(tiny_scaling, rn
     alone = scaling.compile_alone(ready, distributed.put_batch(two, batch))
     after, _ = alone(ready.state, distributed.put_batch(two, batch))
     single, _ = scaling.set_up(tiny_scaling, meshes[0])
-    step, _ = single.compile()
+    step = single.compile_step()
     start = jax.device_get(single.state)
     for device in range(2):
         rows = {name: x[2 * device : 2 * device + 2] for name, x in batch.items()}

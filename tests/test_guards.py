@@ -27,8 +27,10 @@ def sums(*losses, count=4):
 
 
 def test_the_limit_is_in_times_of_guessing():
-    assert Guard().limit("cross_entropy", 10) == pytest.approx(100 * math.log(10))
-    assert Guard(times_chance=3).limit("binary_cross_entropy", 10) == 3 * math.log(2)
+    assert Guard().limit("cross_entropy", 10, 0.1) == pytest.approx(100 * math.log(10))
+    assert Guard(times_chance=3).limit("binary_cross_entropy", 10, 0.1) == 3 * math.log(2)
+    assert Guard().limit("cross_entropy", 10, 30_000.0) == 3_000_000
+    assert Guard().limit("cross_entropy", 10, None) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -221,6 +223,23 @@ def test_a_skip_is_taken_again_by_a_run_that_is_restarted(config, tmp_path, mesh
     (state, meta), (other, other_meta) = saved(tmp_path / "w"), saved(tmp_path / "whole")
     assert_trees_equal(state, other)
     assert meta["skipped"] == other_meta["skipped"] == [[10, 3]]
+
+
+def test_a_loss_that_rises_a_hundredfold_is_divergence(config, tmp_path, mesh, monkeypatch):
+    steps = run.Run.steps
+
+    def rising(self):
+        step, evaluate = steps(self)
+
+        def scaled(state, batch):
+            after, sums = step(state, batch)
+            return after, {**sums, "loss": sums["loss"] * jnp.where(state.step < 8, 1, 500)}
+
+        return scaled, evaluate
+
+    monkeypatch.setattr(run.Run, "steps", rising)
+    with pytest.raises(Diverged, match=r"loss is 1\d\d\d nats at step 9; .* good one is 5"):
+        train_and_evaluate(config, tmp_path / "w", mesh=mesh)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(config, tmp_path, mesh, poisoned):

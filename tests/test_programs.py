@@ -34,7 +34,7 @@ POINTER = 8  # bytes: a program's outputs are a tuple of pointers to them
 
 @functools.cache
 def step_of(model, batch_size=BATCH, **fields):
-    """(run, compiled train step): as Run.compile makes it, for shapes alone."""
+    """(run, compiled train step): as Run.compile_step makes it, for shapes alone."""
     mesh = distributed.data_mesh()
     config = TrainConfig(model=model, batch_size=batch_size, **fields)
     tx, schedule = SGD().build(100, 10)
@@ -47,7 +47,7 @@ def step_of(model, batch_size=BATCH, **fields):
     )
     data = types.SimpleNamespace(batch_shape=SHAPE)
     run = Run(config, pathlib.Path(), mesh, data, 100, 10, schedule, state, start=None)
-    return run, run.compile()[0]
+    return run, run.compile_step()
 
 
 def sizes(*trees):

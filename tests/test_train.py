@@ -365,4 +365,5 @@ def test_a_run_that_was_set_up_before_another_went_on_does_not_undo_it(
     with pytest.raises(UserError, match=r"has gone on to step 12 while this one was .* step 0"):
         train_and_evaluate(config, workdir, mesh=one)
     assert saved(workdir)[1]["step"] == 12
+    assert metrics.read_metrics(workdir) == metrics.read_metrics(whole[0])
     assert json.loads((workdir / "result.json").read_text())["step"] == 12

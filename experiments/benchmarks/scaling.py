@@ -204,7 +204,7 @@ def measure(settings: Settings, number: int) -> Row:
     mesh = distributed.data_mesh(jax.local_devices()[:number])
     ready, batch = set_up(settings, mesh)
     state_bytes = programs.device_bytes(ready.state)
-    compiled = cast(jax.stages.Compiled, ready.compile()[0])
+    compiled = cast(jax.stages.Compiled, ready.compile_step())
     state, alone = ready.state, compile_alone(ready, batch)
     if sent := programs.collectives(alone):
         raise AssertionError(f"the step of devices by themselves sends {programs.totals(sent)}")

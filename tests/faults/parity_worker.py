@@ -1,7 +1,6 @@
 """Trains five steps in each of several ways, and keeps the numbers: python parity_worker.py OUT."""
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import sys
@@ -37,7 +36,7 @@ def run(name: str, out: pathlib.Path) -> None:
         data=DataConfig(data_dir=os.environ["FAULTS_DATA"], resident_mb=resident_mb, num_workers=0),
         augment=Augment(width_shift=0.1, cutout=2, mixup=0.2),
         optimizer=SGD(weight_decay=1e-3, max_grad_norm=1.0),
-        measure_norms=name == "plain",
+        measure_norms=name in ("plain", "fsdp"),
         batch_size=64,
         eval_batch_size=120,
         num_steps=steps,
@@ -46,7 +45,6 @@ def run(name: str, out: pathlib.Path) -> None:
         ema_decay=0.9,
     )
     mesh = distributed.data_mesh()
-    config = dataclasses.replace(config)
     here = setup.set_up(config, out / "nowhere", mesh)
     step, evaluate = here.compile()
     for batch in here.batches():

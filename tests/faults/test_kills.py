@@ -1,6 +1,7 @@
 """kill -9 and SIGTERM at random moments: every restart goes on, and the end is bit-identical."""
 
 import collections
+import itertools
 import json
 import multiprocessing
 import os
@@ -74,11 +75,16 @@ def assert_same_end(workdir, unbroken):
     assert {k for k in results[0] if results[0][k] != results[1][k]} <= {"seconds"}
 
 
-def strike(process, phase, number, moment):
-    """Sends a signal ``moment`` seconds after the loop has begun; the phase it met, or None."""
+def strike(process, phase, number, moment, aim=None):
+    """Sends a signal ``moment`` seconds after the loop has begun; the phase it met, or None.
+
+    With ``aim`` it is the first moment after that in that phase.
+    """
     while process.is_alive() and phase() == "starting":
         time.sleep(0.005)
     process.join(moment)
+    while aim is not None and process.is_alive() and phase() != aim:
+        pass
     if not process.is_alive():
         return None
     met = phase()
@@ -94,8 +100,8 @@ def test_a_run_killed_fifty_times_ends_as_if_it_had_not_been(started, unbroken, 
     met, lost, finished = collections.Counter(), [], 0
     while met.total() < KILLS:
         process, phase = started(workdir, log)
-        # Early in the loop, or some way on: of the first kind many hit the first save.
-        where = strike(process, phase, signal.SIGKILL, rng.uniform(0, 0.5))
+        aim = {3: "evaluating", 6: "saving a checkpoint"}.get(met.total() % 10)
+        where = strike(process, phase, signal.SIGKILL, rng.uniform(0, 0.5), aim)
         assert where is None or process.exitcode == -signal.SIGKILL, log.read_text()[-2000:]
         if where is None:  # it came to its end before: another run, for the kills that are left
             assert process.exitcode == 0, log.read_text()[-2000:]
@@ -114,7 +120,7 @@ def test_a_run_killed_fifty_times_ends_as_if_it_had_not_been(started, unbroken, 
     with capsys.disabled():
         print(f"\n{met.total()} kills ({dict(met)}), {finished + 1} runs to the end")
         print(f"logged steps lost: {sum(lost)}, at most {max(lost)} at once")
-    assert len(met) >= 3
+    assert {"in a training step", "saving a checkpoint", "evaluating"} <= met.keys()
     assert max(lost) <= 10  # two intervals of saving: one under way, one not begun
 
 
@@ -135,7 +141,7 @@ def test_a_run_stopped_by_sigterm_loses_no_step(started, unbroken, tmp_path, cap
     process.join(300)
     assert process.exitcode == 0, log.read_text()[-2000:]
     assert_same_end(workdir, unbroken)
-    assert steps == sorted(steps)
-    assert len(steps) >= 5
+    assert all(after >= before for before, after in itertools.pairwise(steps))
+    assert len(set(steps)) >= 5
     with capsys.disabled():
         print(f"\n{len(steps)} SIGTERMs ({dict(met)}) at steps {steps}: none lost")

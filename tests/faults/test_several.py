@@ -11,6 +11,7 @@ from fault_worker import newest
 from helpers import assert_trees_equal
 
 from experiments.launch import local
+from flax_resnet import tables
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.metrics import read_metrics
 
@@ -19,9 +20,13 @@ WORKER = str(pathlib.Path(__file__).with_name("fault_worker.py"))
 
 
 @pytest.fixture(scope="module")
-def trained(digits_dir, clean_environment):
+def environment(digits_dir, clean_environment):
+    return clean_environment | {"FAULTS_DATA": digits_dir}
+
+
+@pytest.fixture(scope="module")
+def trained(environment):
     """Trains 60 steps in a workdir, as processes; the exit status of all."""
-    environment = clean_environment | {"FAULTS_DATA": digits_dir}
 
     def train(workdir, *flags, processes=2, restart=0, act=None):
         command = [sys.executable, WORKER, "--workdir", str(workdir), "--num-steps", "60", *flags]
@@ -104,6 +109,20 @@ def test_what_one_of_two_meets_costs_no_bit(trained, unbroken, tmp_path, capfd, 
         assert statuses == [75, 75]
         assert "of 60, which is saved" in said.out
     assert_same_end(workdir, unbroken)
+
+
+def test_a_sweep_of_two_processes_reports_what_diverged_and_goes_on(environment, tmp_path, capfd):
+    workdir = tmp_path / "w"
+    worker = str(pathlib.Path(WORKER).with_name("sweep_worker.py"))
+    flags = ["--workdir", str(workdir), "--num-steps", "10", "--seeds", "1"]
+    settings = local.Settings(processes=2, devices=1)
+    assert local.launch([sys.executable, worker, *flags], settings, environment) == 2
+    said = capfd.readouterr()
+    assert "1 of 2 runs failed" in said.err
+    rows = {row["optimizer.learning_rate"]: row for row in tables.read(workdir)}
+    assert rows["0.01"]["state"] == "finished"
+    assert "the run diverged: the training loss is" in rows["1e+20"]["state"]
+    assert (workdir / "learning_rate=0.01/seed0/curves.png").exists()
 
 
 def test_a_run_goes_from_two_processes_to_one(trained, unbroken, tmp_path, capfd):
