@@ -93,7 +93,9 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
-            )
+            ),
+            # Else threads wait at exit, for minutes, for a directory that could not be made.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         if config is not None:
             with self._writing(resumed_from or 0):

@@ -151,12 +151,12 @@ def test_a_disk_that_the_log_fills_ends_with_one_line(
 def test_reading_from_a_read_only_disk(on_disk, unbroken, tmp_path):
     shutil.copytree(unbroken, tmp_path / "kept/w")
     (tmp_path / "read.py").write_text(
-        "import sys, pathlib\n"
+        "import sys, pathlib, numpy as np\n"
         "from flax_resnet.checkpoint import CheckpointConfig, Checkpoints\n"
         "place = pathlib.Path(sys.argv[1])\n"
         "print(Checkpoints(place).read('evaluated')[1]['step'])\n"
         "try:\n"
-        "    Checkpoints(place, CheckpointConfig()).save(301, {}, {}, None)\n"
+        "    Checkpoints(place, CheckpointConfig()).save(301, {'a': np.ones(9)}, {}, None)\n"
         "except ValueError as error:\n"
         "    print(error)\n"
     )

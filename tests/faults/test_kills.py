@@ -11,9 +11,8 @@ import time
 import fault_worker
 import numpy as np
 import pytest
-from helpers import assert_trees_equal
+from fault_helpers import assert_same_end
 
-from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -55,22 +54,9 @@ def unbroken(started, tmp_path_factory):
     return directory / "w"
 
 
-def assert_same_end(workdir, unbroken):
+def assert_same_record(workdir, unbroken):
     """The state and the record of two finished runs are equal but for the clock."""
-    states = []
-    for place in (workdir, unbroken):
-        reader = Checkpoints(place / "checkpoints")
-        states.append(reader.read())
-        reader.close()
-    (state, meta), (other, other_meta) = states
-    assert_trees_equal(state, other)
-    assert meta["step"] == other_meta["step"] == 300
-    clock = ("images_per_second", "data_wait")
-    records = [
-        [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(place)]
-        for place in (workdir, unbroken)
-    ]
-    assert records[0] == records[1]
+    assert_same_end(workdir, unbroken, 300)
     results = [json.loads((place / "result.json").read_text()) for place in (workdir, unbroken)]
     assert {k for k in results[0] if results[0][k] != results[1][k]} <= {"seconds"}
 
@@ -105,7 +91,7 @@ def test_a_run_killed_fifty_times_ends_as_if_it_had_not_been(started, unbroken, 
         assert where is None or process.exitcode == -signal.SIGKILL, log.read_text()[-2000:]
         if where is None:  # it came to its end before: another run, for the kills that are left
             assert process.exitcode == 0, log.read_text()[-2000:]
-            assert_same_end(workdir, unbroken)
+            assert_same_record(workdir, unbroken)
             finished += 1
             workdir = tmp_path / f"w{finished}"
             continue
@@ -116,7 +102,7 @@ def test_a_run_killed_fifty_times_ends_as_if_it_had_not_been(started, unbroken, 
     process, _ = started(workdir, log)
     process.join(300)
     assert process.exitcode == 0, log.read_text()[-2000:]
-    assert_same_end(workdir, unbroken)
+    assert_same_record(workdir, unbroken)
     with capsys.disabled():
         print(f"\n{met.total()} kills ({dict(met)}), {finished + 1} runs to the end")
         print(f"logged steps lost: {sum(lost)}, at most {max(lost)} at once")
@@ -140,7 +126,7 @@ def test_a_run_stopped_by_sigterm_loses_no_step(started, unbroken, tmp_path, cap
     process, _ = started(workdir, log)
     process.join(300)
     assert process.exitcode == 0, log.read_text()[-2000:]
-    assert_same_end(workdir, unbroken)
+    assert_same_record(workdir, unbroken)
     assert all(after >= before for before, after in itertools.pairwise(steps))
     assert len(set(steps)) >= 5
     with capsys.disabled():
