@@ -19,7 +19,7 @@ def get_config() -> config.TrainConfig:
         augment=augment.Augment(width_shift=0.1, cutout=2, mixup=0.2),
         optimizer=optim.Adam(schedule=optim.Cosine(warmup=0.2)),
         batch_size=72,
-        eval_batch_size=100,
+        eval_batch_size=10,
         num_steps=300,
         eval_every_epochs=1,
         ema_decay=0.9,

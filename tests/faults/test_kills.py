@@ -73,7 +73,7 @@ def strike(process, phase, number, moment, aim=None):
         pass
     if not process.is_alive():
         return None
-    met = phase()
+    met = aim or phase()
     os.kill(process.pid, number)
     process.join(60)
     assert not process.is_alive()
@@ -83,7 +83,7 @@ def strike(process, phase, number, moment, aim=None):
 def test_a_run_killed_fifty_times_ends_as_if_it_had_not_been(started, unbroken, tmp_path, capsys):
     workdir, log = tmp_path / "w", tmp_path / "log"
     rng = np.random.default_rng(0)
-    met, lost, finished = collections.Counter(), [], 0
+    met, background, lost, finished = collections.Counter(), 0, [], 0
     while met.total() < KILLS:
         process, phase = started(workdir, log)
         aim = {3: "evaluating", 6: "saving a checkpoint"}.get(met.total() % 10)
@@ -96,7 +96,8 @@ def test_a_run_killed_fifty_times_ends_as_if_it_had_not_been(started, unbroken, 
             workdir = tmp_path / f"w{finished}"
             continue
         saving = [p for p in workdir.glob("checkpoints/*") if not (p / "SEALED.json").exists()]
-        met["saving in the background" if saving and where != "saving a checkpoint" else where] += 1
+        met[where] += 1
+        background += bool(saving) and where != "saving a checkpoint"
         logged = [r["step"] for r in read_metrics(workdir)]
         lost.append(max([*logged, 0]) - fault_worker.newest(workdir))
     process, _ = started(workdir, log)
@@ -104,8 +105,10 @@ def test_a_run_killed_fifty_times_ends_as_if_it_had_not_been(started, unbroken, 
     assert process.exitcode == 0, log.read_text()[-2000:]
     assert_same_record(workdir, unbroken)
     with capsys.disabled():
-        print(f"\n{met.total()} kills ({dict(met)}), {finished + 1} runs to the end")
-        print(f"logged steps lost: {sum(lost)}, at most {max(lost)} at once")
+        print(f"\n{met.total()} kills ({dict(met)}), {background} of them beside a save under way")
+        print(
+            f"{finished + 1} runs to the end; steps lost: {sum(lost)}, at most {max(lost)} at once"
+        )
     assert {"in a training step", "saving a checkpoint", "evaluating"} <= met.keys()
     assert max(lost) <= 10  # two intervals of saving: one under way, one not begun
 
