@@ -78,6 +78,15 @@ with preemption.restartable():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt; a shell that starts the tests behind it has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_that_came_too_late_for_a_run_is_not_lost():
     signals = Signals()
     with pytest.raises(KeyboardInterrupt), signals:
