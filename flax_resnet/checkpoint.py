@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from etils import epath
 from flax_resnet import distributed, seals, storage
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.shelf import CHOICES, Shelf, Which
+from flax_resnet.watch import print_report
 
 T = TypeVar("T")
 
@@ -52,10 +52,6 @@ class CheckpointConfig:
         return epath.Path(self.directory or workdir / "checkpoints").expanduser()
 
 
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 class Checkpoints:
     """The checkpoints of one run, in ``directory/STEP``.
 
@@ -69,7 +65,7 @@ class Checkpoints:
         directory: epath.PathLike,
         config: CheckpointConfig | None = None,
         resumed_from: int | None = None,
-        say: Callable[[str], None] = _tell,
+        say: Callable[[str], None] = print_report,
         staging: epath.PathLike | None = None,
     ):
         """Opens the directory. Without a config it is only read, and nothing is created.
@@ -288,35 +284,29 @@ class Checkpoints:
         if distributed.is_lead():
             self._shelf.discard(step)
 
-    @contextlib.contextmanager
-    def _writing(self, step: int) -> Iterator[None]:
+    def _writing(self, step: int) -> contextlib.AbstractContextManager[None]:
         """Turns whatever orbax, tensorstore and the file system raise into one line."""
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
+
+        def line(error: Exception) -> str:
             sealed = sorted(set(self._shelf.sealed()) - {step})
             rest = (
                 f"the newest whole one is of step {sealed[-1]}" if sealed else "there is no other"
             )
-            raise UserError(
+            return (
                 f"checkpoint {step} could not be written to {self.directory} "
                 f"({storage.reason(error)}); {rest}: make room or mend the place, and the same "
                 "command goes on from there"
-            ) from error
+            )
 
-    @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
+        return storage.one_line(line)
+
+    def _reading(self, step: int) -> contextlib.AbstractContextManager[None]:
+        return storage.one_line(
+            lambda error: (
                 f"checkpoint {self.directory}/{step} cannot be read ({storage.reason(error)}): "
                 "remove that directory to go on from the one before"
-            ) from error
+            )
+        )
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:

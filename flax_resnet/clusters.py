@@ -96,13 +96,15 @@ def detect(
     return None
 
 
-def _number(environ: Mapping[str, str], *names: str) -> int:
-    """The first of some variables that is set.
+def _number(environ: Mapping[str, str], *names: str, default: int | None = None) -> int:
+    """The first of some variables that is set, or else ``default``.
 
     Raises:
-      UserError: none is, or it is no whole number.
+      UserError: there is neither, or it is no whole number.
     """
     name = next((name for name in names if name in environ), None)
+    if name is None and default is not None:
+        return default
     if name is None:
         raise UserError(f"{names[0]} is not set: expected a whole number")
     if not environ[name].strip().isdecimal():
@@ -140,7 +142,7 @@ def _slurm(environ: Mapping[str, str]) -> Cluster | None:
     each = _tasks_per_node(
         environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", ""))
     )
-    node = int(environ.get("SLURM_NODEID", "0"))
+    node = _number(environ, "SLURM_NODEID", default=0)
     tasks = each[node] if node < len(each) else -(-count // len(nodes))
     devices = _share(environ, _number(environ, "SLURM_LOCALID"), tasks) if tasks > 1 else None
     this = _number(environ, "SLURM_PROCID")
@@ -184,7 +186,7 @@ def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:
     if count < 2:
         return None
     local = _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK")
-    tasks = int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
+    tasks = _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", default=1)
     devices = _share(environ, local, tasks) if tasks > 1 else None
     # Open MPI 4: "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"; 5: "prterun-HOST-1234@1".
     uri = environ.get("OMPI_MCA_orte_hnp_uri", "")
@@ -238,7 +240,7 @@ def _tpu(
         return None
     if not number.isdecimal():
         raise UserError(f"a TPU slice of {len(workers)} hosts, and TPU_WORKER_ID={number!r}")
-    port = _number({"JAX_COORDINATOR_PORT": str(TPU_PORT), **environ}, "JAX_COORDINATOR_PORT")
+    port = _number(environ, "JAX_COORDINATOR_PORT", default=TPU_PORT)
     host = workers[0].partition(":")[0]
     return Cluster("Cloud TPU", f"{host}:{port}", len(workers), int(number))
 

@@ -35,6 +35,11 @@ class Seal:
     scores: dict[str, float] | None = None
 
 
+def is_remote(directory: epath.PathLike) -> bool:
+    """Whether it is a bucket's."""
+    return "://" in str(directory)
+
+
 def take(directory: epath.Path, scores: dict[str, float] | None = None) -> Seal:
     """Hashes every file of a directory."""
     return Seal(_hashes(directory, sorted(files(directory))), scores)
@@ -45,7 +50,7 @@ def write(directory: epath.Path, seal: Seal) -> None:
     text = _text(seal)
     record = json.dumps({"sha256": _digest(text), "sealed": text})
     path = directory / SEAL
-    if "://" in str(directory):
+    if is_remote(directory):
         path.write_text(record)  # an object appears when it is whole
         return
     # Not files.replacing: that is for pathlib's paths.
@@ -72,7 +77,7 @@ def read(directory: epath.Path) -> Seal | None:
     except ValueError:  # no UTF-8
         return None
     except OSError:
-        if "://" in str(directory):  # that says nothing of the seal
+        if is_remote(directory):  # that says nothing of the seal
             raise
         return None
     try:

@@ -16,7 +16,7 @@ import shutil
 import sys
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from etils import epath
@@ -24,15 +24,11 @@ from etils.epath import backend
 
 from flax_resnet.errors import UserError
 from flax_resnet.seals import BLOCK_BYTES, THREADS
+from flax_resnet.seals import is_remote as is_remote
 
 NEEDS = {"gs": "gcsfs", "s3": "s3fs"}
 LOGGERS = ("absl", "asyncio")
 FULL = ("No space left on device", "Disk quota exceeded", "File too large")
-
-
-def is_remote(directory: epath.PathLike) -> bool:
-    """Whether it is a bucket's."""
-    return "://" in str(directory)
 
 
 def opened(directory: epath.PathLike) -> epath.Path:
@@ -64,19 +60,26 @@ def opened(directory: epath.PathLike) -> epath.Path:
 
 
 @contextlib.contextmanager
-def reached(directory: epath.Path) -> Iterator[None]:
-    """Turns whatever a client of a bucket raises into one line."""
+def one_line(line: Callable[[Exception], str]) -> Iterator[None]:
+    """Turns whatever a library or the file system raises into a UserError of one line."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if not is_remote(directory):
-            raise
-        raise UserError(
+        raise UserError(line(error)) from error
+
+
+def reached(directory: epath.Path) -> contextlib.AbstractContextManager[None]:
+    """Turns whatever a client of a bucket raises into one line."""
+    if not is_remote(directory):
+        return contextlib.nullcontext()
+    return one_line(
+        lambda error: (
             f"{directory} cannot be used ({type(error).__name__}: {reason(error)}): is the bucket "
             "there, and do this machine's credentials open it?"
-        ) from error
+        )
+    )
 
 
 def prepare(directory: epath.Path) -> None:

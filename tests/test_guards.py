@@ -132,6 +132,22 @@ def poisoned(monkeypatch):
     return bad, read
 
 
+@pytest.fixture
+def after_steps(monkeypatch):
+    """Sets a function of what every training step gives, whose result it gives instead."""
+
+    def set_to(change):
+        steps = run.Run.steps
+
+        def changed(self):
+            step, evaluate = steps(self)
+            return lambda state, batch: change(*step(state, batch)), evaluate
+
+        monkeypatch.setattr(run.Run, "steps", changed)
+
+    return set_to
+
+
 def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(
     config, tmp_path, mesh, poisoned
 ):
@@ -186,20 +202,12 @@ def test_a_plateaus_infinite_best_loss_is_no_divergence(config, tmp_path, mesh):
     assert saved(tmp_path / "w")[1]["step"] == 1
 
 
-def test_parameters_that_are_not_finite_are_not_saved(config, tmp_path, mesh, monkeypatch):
-    steps = run.Run.steps
+def test_parameters_that_are_not_finite_are_not_saved(config, tmp_path, mesh, after_steps):
+    def last_spoils(state, sums):
+        lost = jnp.where(state.step == 5, jnp.inf, 0.0)
+        return state.replace(params=jax.tree.map(lambda x: x + lost, state.params)), sums
 
-    def spoilt(self):
-        step, evaluate = steps(self)
-
-        def last_spoils(state, batch):
-            state, sums = step(state, batch)
-            lost = jnp.where(state.step == 5, jnp.inf, 0.0)
-            return state.replace(params=jax.tree.map(lambda x: x + lost, state.params)), sums
-
-        return last_spoils, evaluate
-
-    monkeypatch.setattr(run.Run, "steps", spoilt)
+    after_steps(last_spoils)
     with pytest.raises(Diverged, match="the parameters are not finite any more at step 5"):
         train_and_evaluate(config, tmp_path / "w", mesh=mesh)
 
@@ -225,19 +233,11 @@ def test_a_skip_is_taken_again_by_a_run_that_is_restarted(config, tmp_path, mesh
     assert meta["skipped"] == other_meta["skipped"] == [[10, 3]]
 
 
-def test_a_loss_that_rises_a_hundredfold_is_divergence(config, tmp_path, mesh, monkeypatch):
-    steps = run.Run.steps
+def test_a_loss_that_rises_a_hundredfold_is_divergence(config, tmp_path, mesh, after_steps):
+    def rising(state, sums):
+        return state, {**sums, "loss": sums["loss"] * jnp.where(state.step < 9, 1, 500)}
 
-    def rising(self):
-        step, evaluate = steps(self)
-
-        def scaled(state, batch):
-            after, sums = step(state, batch)
-            return after, {**sums, "loss": sums["loss"] * jnp.where(state.step < 8, 1, 500)}
-
-        return scaled, evaluate
-
-    monkeypatch.setattr(run.Run, "steps", rising)
+    after_steps(rising)
     with pytest.raises(Diverged, match=r"loss is 1\d\d\d nats at step 9; .* good one is 5"):
         train_and_evaluate(config, tmp_path / "w", mesh=mesh)
 
