@@ -25,6 +25,10 @@ from flax_resnet.watch import print_report
 
 T = TypeVar("T")
 
+# Orbax tells its threads apart by the number of the process's newest save: of two saves at once,
+# as of runs on several devices, each could take the other's signals for its own.
+_ONE_SAVE = threading.Lock()
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -112,10 +116,12 @@ class Checkpoints:
         self.wait()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         storage.hush.begin()
+        _ONE_SAVE.acquire()
         try:
             with self._writing(step):
                 self._orbax.save(self._shelf.made / str(step), args=items, force=True)
         except BaseException:
+            _ONE_SAVE.release()
             self._discard(step)
             raise
         commit = threading.Thread(
@@ -269,7 +275,10 @@ class Checkpoints:
     def _commit(self, step: int, scores: dict | None) -> None:
         """Waits until a save is on disk, seals it, and only then removes what is not kept."""
         try:
-            self._orbax.wait_until_finished()
+            try:
+                self._orbax.wait_until_finished()
+            finally:
+                _ONE_SAVE.release()
             if distributed.is_lead():
                 assert self._config is not None
                 self._shelf.seal(step, scores)

@@ -9,6 +9,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from buckets import Objects
 from helpers import UNIT_STATS, assert_trees_equal, random_batch, tiny_resnet
@@ -222,6 +223,37 @@ def test_a_save_that_fails_is_one_line_and_leaves_the_others(two):
     opened.save(9, big, {}, None)  # there is room again
     opened.close()
     assert Checkpoints(two).latest_step() == 9
+
+
+def test_saves_of_runs_side_by_side_are_written_in_turn(tmp_path, monkeypatch):
+    orbax, under_way = ocp.AsyncCheckpointer, []
+    save, finish = orbax.save, orbax.wait_until_finished
+
+    def spy_save(self, directory, *args, **kwargs):
+        under_way.append(directory)
+        assert len(under_way) == 1
+        save(self, directory, *args, **kwargs)
+
+    def spy_finish(self):
+        finish(self)
+        time.sleep(0.05)  # time for the others to come
+        under_way.clear()
+
+    monkeypatch.setattr(orbax, "save", spy_save)
+    monkeypatch.setattr(orbax, "wait_until_finished", spy_finish)
+
+    def run(number):
+        opened = Checkpoints(tmp_path / str(number), CheckpointConfig(keep_last=3))
+        for step in (1, 2, 3):
+            opened.save(step, tree(10 * number + step), {"run": number}, None)
+        opened.close()
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, range(3)))
+    for number in range(3):
+        state, meta = Checkpoints(tmp_path / str(number)).restore(tree(0))
+        assert meta == {"run": number}
+        assert_trees_equal(state, tree(10 * number + 3))
 
 
 def test_a_seal_that_cannot_be_written_is_a_failed_save(two, monkeypatch):
