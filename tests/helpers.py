@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from flax_resnet.models import ResNet
 
@@ -70,3 +71,13 @@ def assert_one_line_error(result, message):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def line_of_bad_input(main, argv, capfd):
+    """The one line that a command's ``main`` ends with where its flags are wrong."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    return error

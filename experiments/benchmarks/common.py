@@ -39,6 +39,12 @@ def _processor() -> str:
     return platform.machine()
 
 
+def device_peak() -> int | None:
+    """Most bytes of the first device's memory so far; None where it does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")
+
+
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Seconds of something done ``n`` times."""

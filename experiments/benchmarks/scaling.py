@@ -30,31 +30,25 @@ Published: none for this library.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import sys
-import types
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
-import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
 from experiments.benchmarks import common
+from experiments.benchmarks.steps import noise_run, round_seconds
 from flax_resnet import distributed, flags, models, programs, run
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import Data
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.layers import check_bn_group
 from flax_resnet.main import one_line_errors
-from flax_resnet.optim import SGD
-from flax_resnet.step import Batch, TrainState, create_state
+from flax_resnet.step import Batch
 from flax_resnet.tables import markdown_table
 
-CHANNELS = 3
 HEADER = (
     "devices",
     "images/s",
@@ -141,29 +135,13 @@ class Settings:
 
 def set_up(settings: Settings, mesh: Mesh) -> tuple[run.Run, Batch]:
     """(a run at step 0 on the devices of a mesh, a batch of noise there)."""
-    model: Any = settings.network()
-    shape = (settings.image_size, settings.image_size, CHANNELS)
-    batch_size = settings.images_per_device * mesh.size
     config = TrainConfig(
-        model=model,
-        batch_size=batch_size,
+        model=settings.network(),
+        batch_size=settings.images_per_device * mesh.size,
         accum_steps=settings.accum_steps,
         sharding=settings.sharding,
     )
-    tx, schedule = SGD().build(num_steps=1000, steps_per_epoch=100)
-    stats = {"mean": np.full(CHANNELS, 0.5), "std": np.full(CHANNELS, 0.25)}
-    start = functools.partial(create_state, model, tx, image_shape=shape, normalization=stats)
-    fresh = start(seed=0)
-    state = distributed.put(fresh, run.held(fresh, mesh, settings.sharding))
-    rng = np.random.default_rng(0)
-    noise = {
-        "image": rng.integers(0, 256, (batch_size, *shape), np.uint8),
-        "label": rng.integers(0, model.num_classes, batch_size, np.int32),
-    }
-    # The step asks of the data for nothing but its shape.
-    data = cast(Data, types.SimpleNamespace(batch_shape=shape))
-    made = run.Run(config, Path(), mesh, data, 1000, 100, schedule, state, start)
-    return made, distributed.put_batch(mesh, noise)
+    return noise_run(config, mesh, settings.image_size)
 
 
 def compile_alone(ready: run.Run, batch: Batch) -> jax.stages.Compiled:
@@ -182,21 +160,6 @@ def compile_alone(ready: run.Run, batch: Batch) -> jax.stages.Compiled:
         ready.state,
     )
     return jax.jit(alone, donate_argnums=0).lower(like, batch).compile()
-
-
-def round_seconds(
-    step: Callable[..., Any], state: TrainState, batch: Batch, steps: int
-) -> tuple[TrainState, float]:
-    """(the state after, seconds a step) of some steps, waiting for the last."""
-
-    def several() -> TrainState:
-        now = state
-        for _ in range(steps):
-            now, _ = step(now, batch)
-        return now
-
-    after, seconds = common.timed(several)
-    return after, seconds / steps
 
 
 def measure(settings: Settings, number: int) -> Row:

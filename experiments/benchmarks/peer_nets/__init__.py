@@ -1,0 +1,1 @@
+"""The same four networks as other frameworks' users write them, for benchmarks.peers."""

@@ -1,0 +1,301 @@
+"""A network's steps on noise, timed: what train_step and eval_step share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from experiments.benchmarks import common, peak, workers
+from experiments.benchmarks.peer_nets.specs import NETWORKS
+from flax_resnet import distributed, flags, models, optim, programs, run
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import Data
+from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
+from flax_resnet.main import one_line_errors
+from flax_resnet.step import Batch, create_state
+from flax_resnet.summary import count_layers
+
+Kind = Literal["train", "eval"]
+OptimizerName = Literal["sgd", "adam"]
+Turn = Callable[[int], float]
+"""Does so many steps; seconds a step."""
+Row = dict[str, Any]
+CHANNELS = 3
+BATCH_SIZE = 32
+"""Of networks that have no own in NETWORKS."""
+FORWARDS: Mapping[Kind, int] = {"train": 3, "eval": 1}
+"""A backward pass counts as two forward ones."""
+HEADER = (
+    "network",
+    "image",
+    "batch",
+    "step s",
+    "images/s",
+    "GFLOP a step",
+    "GFLOP/s",
+    "% of peak",
+    "program MB",
+    "process MB",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is timed."""
+
+    models: tuple[str, ...] = tuple(NETWORKS)
+    """Names that `python -m flax_resnet names` lists."""
+    image_size: int | None = None
+    """Height and width of the images; None: what the network was made for."""
+    batch_size: int | None = None
+    """Images in a step; None: 128 for CIFAR's, 8 for resnet50, else 32."""
+    dtype: str = "float32"
+    """What the networks compute in."""
+    optimizer: OptimizerName = "sgd"
+    """Of the training step: SGD with a momentum of 0.9, or Adam."""
+    steps: int = 5
+    """Steps of a round, dispatched one after another and timed together."""
+    rounds: int = 5
+    """Rounds timed, after one that is not."""
+    peak_size: int | None = None
+    """Rows of the matrices that the machine's peak is measured with; None: 4096, on GPUs 16384."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if not self.models:
+            raise UserError("--models: expected one or more names of networks")
+        for name in ("image_size", "batch_size", "steps", "rounds", "peak_size"):
+            check_range("--" + name.replace("_", "-"), getattr(self, name), 1)
+
+    def config(self, name: str) -> TrainConfig:
+        """What a run of a network is set up with.
+
+        Raises:
+          UserError: there is no such network, or no such dtype.
+        """
+        known = NETWORKS.get(name)
+        batch_size = self.batch_size or (known.batch_size if known else BATCH_SIZE)
+        return TrainConfig(
+            model=models.create(name, dtype=self.dtype),
+            batch_size=batch_size,
+            eval_batch_size=batch_size,
+            optimizer=optimizer(self.optimizer, 1e-3),
+        )
+
+    def side(self, config: TrainConfig) -> int:
+        """Height and width of a network's images."""
+        return self.image_size or models.default_shape(config.model)[0]
+
+    def gflop(self, name: str, kind: Kind) -> float:
+        """10^9 operations of a network's step.
+
+        Raises:
+          UserError: as ``config`` says, or the images are too small.
+        """
+        config = self.config(name)
+        return gflop(config.model, self.side(config), config.batch_size, kind)
+
+
+def optimizer(name: OptimizerName, learning_rate: float) -> optim.Optimizer:
+    """The optimizer of a name; SGD has a momentum of 0.9."""
+    check_range("--learning-rate", learning_rate, POSITIVE)
+    kinds: dict[OptimizerName, type[optim.SGD | optim.Adam]] = {
+        "sgd": optim.SGD,
+        "adam": optim.Adam,
+    }
+    return kinds[name](learning_rate)
+
+
+def one_device() -> Mesh:
+    """A mesh of this process's first device."""
+    return distributed.data_mesh(jax.local_devices()[:1])
+
+
+def noise_run(config: TrainConfig, mesh: Mesh, image_size: int) -> tuple[run.Run, Batch]:
+    """(a run at step 0 on the devices of a mesh, a batch of noise there)."""
+    model: Any = config.model
+    shape = (image_size, image_size, CHANNELS)
+    tx, schedule = config.optimizer.build(num_steps=1000, steps_per_epoch=100)
+    stats = {"mean": np.full(CHANNELS, 0.5), "std": np.full(CHANNELS, 0.25)}
+    start = functools.partial(create_state, model, tx, image_shape=shape, normalization=stats)
+    fresh = start(seed=0)
+    state = distributed.put(fresh, run.held(fresh, mesh, config.sharding))
+    rng = np.random.default_rng(0)
+    noise = {
+        "image": rng.integers(0, 256, (config.batch_size, *shape), np.uint8),
+        "label": rng.integers(0, model.num_classes, config.batch_size, np.int32),
+    }
+    # The steps ask of the data for nothing but its shapes.
+    data = cast(Data, types.SimpleNamespace(batch_shape=shape, eval_shape=shape))
+    made = run.Run(config, Path(), mesh, data, 1000, 100, schedule, state, start)
+    return made, distributed.put_batch(mesh, noise)
+
+
+def round_seconds(
+    step: Callable[..., Any], state: Any, batch: Batch, steps: int
+) -> tuple[Any, float]:
+    """(the state after, seconds a step) of some steps, waiting for the last."""
+
+    def several() -> Any:
+        now = state
+        for _ in range(steps):
+            now, _ = step(now, batch)
+        return now
+
+    after, seconds = common.timed(several)
+    return after, seconds / steps
+
+
+def training(ready: run.Run, batch: Batch) -> tuple[jax.stages.Compiled, Turn]:
+    """(the step that a run compiles, what times it); the run's state is gone afterwards."""
+    compiled = cast(jax.stages.Compiled, ready.compile_step())
+    state = ready.state
+
+    def turn(steps: int) -> float:
+        nonlocal state
+        state, seconds = round_seconds(compiled, state, batch, steps)
+        return seconds
+
+    return compiled, turn
+
+
+def evaluation(ready: run.Run, batch: Batch) -> tuple[jax.stages.Compiled, Turn]:
+    """(the step that a run compiles, what times it in the loop of a run)."""
+    compiled = cast(jax.stages.Compiled, ready.compile_evaluation())
+    mask = distributed.put_batch(ready.mesh, np.ones(ready.config.eval_batch_size, bool))
+    masked = {**batch, "mask": mask}
+
+    def turn(steps: int) -> float:
+        _, seconds = common.timed(run.evaluate, compiled, ready.state, [masked] * steps)
+        return seconds / steps
+
+    return compiled, turn
+
+
+TURNS: Mapping[Kind, Callable[[run.Run, Batch], tuple[jax.stages.Compiled, Turn]]] = {
+    "train": training,
+    "eval": evaluation,
+}
+
+
+def gflop(module: nn.Module, image_size: int, images: int, kind: Kind) -> float:
+    """10^9 operations of a step: two a multiply-add of convolutions and dense layers."""
+    rows, _ = count_layers(module, (image_size, image_size, CHANNELS))
+    return 2 * FORWARDS[kind] * images * sum(row.macs for row in rows) / 1e9
+
+
+def speed(seconds: float, gflop_a_step: float, images: int, best: peak.Peak) -> Row:
+    """What follows from the seconds of a step."""
+    return {
+        "images_per_second": images / seconds,
+        "gflop_a_step": gflop_a_step,
+        "gflops": gflop_a_step / seconds,
+        "peak_share": best.share(gflop_a_step / seconds),
+    }
+
+
+def measure(kind: Kind, name: str, settings: Settings, best: peak.Peak) -> Row:
+    """Compiles and times the step of a network on this process's first device."""
+    config = settings.config(name)
+    image_size = settings.side(config)
+    ready, batch = noise_run(config, one_device(), image_size)
+    parameters = sum(x.size for x in jax.tree.leaves(ready.state.params))
+    compiled, turn = TURNS[kind](ready, batch)
+    turn(1)
+    timing = common.Timing.of([turn(settings.steps) for _ in range(settings.rounds)])
+    memory = programs.memory(compiled)
+    return {
+        "model": name,
+        "image_size": image_size,
+        "batch_size": config.batch_size,
+        "dtype": settings.dtype,
+        "optimizer": settings.optimizer if kind == "train" else None,
+        "steps": settings.steps,
+        "parameters": parameters,
+        "step_seconds": dataclasses.asdict(timing),
+        **speed(timing.median, settings.gflop(name, kind), config.batch_size, best),
+        "program_bytes": memory
+        and memory.arguments + memory.outputs - memory.aliased + memory.temporaries,
+        "program_memory": memory and dataclasses.asdict(memory),
+        "process_peak_rss_bytes": workers.peak_rss(),
+        "device_peak_bytes": common.device_peak(),
+    }
+
+
+def megabytes(count: float | None) -> str:
+    """A cell of a table."""
+    return "not known" if count is None else f"{count / 1e6:,.0f}"
+
+
+def report(rows: Sequence[Row]) -> str:
+    """The table for people."""
+    lines = [
+        [
+            row["model"],
+            str(row["image_size"]),
+            str(row["batch_size"]),
+            str(common.Timing(**row["step_seconds"])),
+            f"{row['images_per_second']:,.0f}",
+            f"{row['gflop_a_step']:.3g}",
+            f"{row['gflops']:,.0f}",
+            f"{100 * row['peak_share']:.0f}",
+            megabytes(row["program_bytes"]),
+            megabytes(row["process_peak_rss_bytes"]),
+        ]
+        for row in rows
+    ]
+    return common.table(HEADER, lines)
+
+
+def show_peak(best: peak.Peak) -> str:
+    """A line for people."""
+    each = ", ".join(
+        f"{framework} {found.get('error') or format(found['gflops'], ',.0f')}"
+        for framework, found in best.by.items()
+    )
+    return (
+        f"peak: {best.gflops:,.0f} GFLOP/s, {best.dtype} products of {best.size} rows ({each}); "
+        f"memory read and written: {best.gb_per_second:.1f} GB/s"
+    )
+
+
+def main(kind: Kind, about: str, argv: Sequence[str] | None) -> None:
+    """Measures the peak and every network; prints lines of JSON, then the table."""
+    with one_line_errors():
+        benchmark = f"{kind}_step"
+        settings = flags.cli(Settings, argv, about, f"python -m experiments.benchmarks.{benchmark}")
+        for name in settings.models:
+            settings.gflop(name, kind)  # what is wrong is said before anything is measured
+        device: workers.Device = "gpu" if jax.default_backend() == "gpu" else "cpu"
+        best = machine_peak(device, settings.dtype, workers.usable_cores(), settings.peak_size)
+        hardware, rows = common.hardware(), []
+        for name in settings.models:
+            rows.append(measure(kind, name, settings, best))
+            facts = {"peak": dataclasses.asdict(best), "hardware": hardware}
+            common.print_json({"benchmark": benchmark, **rows[-1], **facts})
+        print(", ".join(f"{name} {value}" for name, value in hardware.items()), file=sys.stderr)
+        print(f"{show_peak(best)}\nmedian (least-most)\n{report(rows)}", file=sys.stderr)
+
+
+def machine_peak(device: workers.Device, dtype: str, cores: int, size: int | None) -> peak.Peak:
+    """The machine's best.
+
+    Raises:
+      UserError: it cannot be measured.
+    """
+    try:
+        return peak.measured(device, dtype, cores, size)
+    except workers.WorkerError as error:
+        raise UserError(
+            f"the machine's peak cannot be measured in {dtype} on the {device}: {error}"
+        ) from None

@@ -1,0 +1,37 @@
+"""Seconds of our training step, the share of the machine's peak that it reaches, and its memory.
+
+What is timed is the step that a run compiles, its state donated, on a batch of uint8 noise that
+lies on the device: normalisation, forward and backward pass, update and the sums of metrics; no
+augmentation and no data pipeline. Operations are those of the multiply-adds of convolutions and
+dense layers, three forward passes a step. The peak is measured in the same run (the peak module).
+
+Program bytes are what XLA says that the compiled program holds at once (arguments, outputs that
+take no argument's place, temporaries). The process's peak is that of its main memory so far,
+compilation and the networks before included: for one network's own, name it alone.
+
+Standard output has one line of JSON a network, standard error the table.
+
+Claim: none; it measures.
+
+Command: python -m experiments.benchmarks.train_step
+  (on a GPU: --dtype bfloat16 --models resnet50 --batch-size 256)
+
+Hardware: any.
+
+Published: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from experiments.benchmarks import steps
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures every network; prints lines of JSON, then the table."""
+    steps.main("train", __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The networks of benchmarks.peers in Keras and torch are ours: sizes, outputs, a step of each."""
+
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from helpers import drawn, shapes_of
+from parity_helpers import assert_close, channels_first, keras, torch, torch_layout
+from peer_helpers import SIDE, SMALL, small_task
+
+from experiments.benchmarks import peak, peer_worker, peers
+from experiments.benchmarks.peer_nets import keras_nets, specs, torch_nets
+from flax_resnet import models
+
+OPTIMIZED = True
+KERAS_NORM = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"}
+
+
+def sizes(tree):
+    return [math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("name", specs.NETWORKS)
+def test_the_networks_are_as_large_as_ours(name):
+    network = specs.NETWORKS[name]
+    ours = shapes_of(models.create(name), (network.image_size, network.image_size, 3))
+    with torch.device("meta"):
+        in_torch = torch_nets.build(network.spec, network.image_size)
+
+    def in_keras():
+        net = keras_nets.build(network.spec, network.image_size)
+        return [variable.value for variable in net.trainable_variables]
+
+    # Traced, so that no initial value is computed.
+    for theirs in (list(in_torch.parameters()), jax.eval_shape(in_keras)):
+        assert sorted(sizes(theirs)) == sorted(sizes(ours["params"]))
+
+
+def named(variables):
+    """{(layer's name with dots, leaf): value} of our variables."""
+    return {
+        (".".join(part.key for part in path[1:-1]), path[-1].key): np.asarray(value)
+        for path, value in jax.tree_util.tree_leaves_with_path(variables)
+    }
+
+
+def load_torch(net, variables):
+    state = {}
+    for (layer, leaf), value in named(variables).items():
+        name, value = torch_layout(leaf, value)
+        state[f"{layer}.{name}"] = torch.tensor(value)
+    if "dense1.weight" in state:  # torch flattens channels first
+        weight = state["dense1.weight"]
+        last = [module for module in net.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+        side = math.isqrt(weight.shape[1] // last.out_channels)
+        maps = weight.reshape(-1, side, side, last.out_channels)
+        state["dense1.weight"] = maps.permute(0, 3, 1, 2).reshape(weight.shape)
+    missing = net.load_state_dict(state, strict=False)
+    assert not missing.unexpected_keys
+    assert all("num_batches_tracked" in name for name in missing.missing_keys)
+
+
+def load_keras(net, variables):
+    for (layer, leaf), value in named(variables).items():
+        its = net.get_layer(layer)
+        norm = isinstance(its, keras.layers.BatchNormalization)
+        getattr(its, KERAS_NORM[leaf] if norm else leaf).assign(value)
+
+
+def perturbed(ours, images, rng):
+    """Our variables, those that start at 0 and 1 too moved off their start."""
+    return jax.tree.map(
+        lambda x: np.asarray(x + 0.1 * rng.random(x.shape), np.float32), drawn(ours, images)
+    )
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_networks_compute_what_ours_do(kind, rng):
+    spec, ours = SMALL[kind]
+    images = rng.normal(size=(4, SIDE, SIDE, 3)).astype(np.float32)
+    variables = perturbed(ours, images, rng)
+    in_torch, in_keras = torch_nets.build(spec, SIDE), keras_nets.build(spec, SIDE)
+    load_torch(in_torch, variables)
+    load_keras(in_keras, variables)
+    for train in (False, True):
+        want, _ = ours.apply(
+            variables, images, train, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
+        )
+        with torch.no_grad():
+            got = in_torch.train(train)(channels_first(images)).numpy()
+        assert_close(got, want, what=f"torch, train={train}")
+        assert_close(in_keras(images, training=train), want, what=f"Keras, train={train}")
+
+
+def test_drop_block_drops_as_much_in_each():
+    ones = np.ones((64, 16, 16, 4), np.float32)
+    in_torch = torch_nets.drop_block(channels_first(ones), 0.2, 5).numpy()
+    in_keras = np.asarray(keras_nets.DropBlock(0.2, 5)(ones, training=True))
+    for kept in (in_torch, in_keras):
+        assert np.mean(kept == 0) == pytest.approx(0.18, abs=0.03)
+        assert np.mean(kept) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("peer", ["torch", "keras"])
+def test_a_peer_trains_a_network_of_our_size(peer, monkeypatch):
+    task = small_task(monkeypatch, peer)
+    built = peer_worker.build(task)
+    _, ours = SMALL["basic"]
+    assert built.about["parameters"] == sum(sizes(shapes_of(ours, (SIDE, SIDE, 3))["params"]))
+    assert built.turn(2) > 0
+
+
+def test_torch_multiplies_and_moves():
+    task = {"size": 8, "dtype": "float32", "device": "cpu", "cores": 1}
+    multiply, move = peak.torch_calls(task)
+    assert peak.least_seconds(multiply, 2) > 0
+    assert peak.least_seconds(move, 2) > 0
+
+
+@pytest.mark.slow
+def test_all_peers_take_turns(clean_environment):
+    argv = ["--models", "resnet20", "--image-size", "8", "--batch-size", "2", "--steps", "1",
+            "--rounds", "1", "--peak-size", "64"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.benchmarks.peers", *argv],
+        cwd=pathlib.Path(__file__).parents[1], env=clean_environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["peer"] for row in rows] == [peers.OURS, *peers.OTHERS]
+    # torch.compile needs a C++ compiler, which a machine may lack.
+    assert [row["error"] for row in rows[:4]] == [None] * 4, done.stderr
+    assert {row["parameters"] for row in rows[:4]} == {269_722}
