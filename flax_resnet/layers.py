@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flax_resnet import cpu
 from flax_resnet.errors import UserError, check_choices, check_range
 
 Dtype = Any  # a numpy dtype, or its name: "float32", "bfloat16", "float64"
@@ -136,7 +137,7 @@ class Layers:
             return lambda x: x
         train = train and self.norm_kind != "frozen"
         kind: Callable[..., nn.BatchNorm] = nn.BatchNorm
-        if train and self.bn_group is not None:
+        if train and (self.bn_group is not None or (cpu.is_backend() and not self.axis_name)):
             kind = functools.partial(BatchNorm, group=self.bn_group)
         return kind(
             use_running_average=not train,
@@ -162,17 +163,17 @@ class Layers:
 
 
 class BatchNorm(nn.BatchNorm):
-    """nn.BatchNorm in training, but of each ``group`` images in a row by themselves.
+    """nn.BatchNorm in training, its variables the same, of a batch or of parts of it.
 
-    Ghost batch normalisation (Hoffer et al. 2017, "Train longer, generalize better", section 4).
-    The running statistics move by the mean over the groups of their means and of their variances,
-    as where every device has its own and these are averaged. The variables are nn.BatchNorm's.
+    Of parts it is ghost batch normalisation (Hoffer et al. 2017, "Train longer, generalize better",
+    section 4). The running statistics move by the mean over the groups of their means and of their
+    variances, as where every device has its own and these are averaged.
 
     Attributes:
-      group: images normalised together.
+      group: images in a row that are normalised together; None: all.
     """
 
-    group: int = 1
+    group: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
@@ -180,22 +181,21 @@ class BatchNorm(nn.BatchNorm):
         if self.is_initializing():  # with one image, as a rule
             return super().__call__(x)
         check_bn_group(self.group, len(x))
-        # Devices hold runs of rows: whole groups of one device stay there.
-        groups = x.reshape(-1, self.group, *x.shape[1:])
-        dtype = x.dtype if self.dtype is None else self.dtype
-        wide = groups.astype(jnp.promote_types(dtype, jnp.float32))
-        axes = tuple(range(1, x.ndim))
-        mean = jnp.mean(wide, axes, keepdims=True)
-        var = jnp.mean(jnp.square(wide), axes, keepdims=True) - jnp.square(mean)
-        var = jnp.maximum(var, 0)  # rounding can leave it below
-        for name, found, start in (("mean", mean, jnp.zeros), ("var", var, jnp.ones)):
-            kept = self.variable("batch_stats", name, start, x.shape[-1:], jnp.float32)
-            average = jnp.mean(found, (0, *axes))
-            kept.value = self.momentum * kept.value + (1 - self.momentum) * average
         scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype)
         bias = self.param("bias", self.bias_init, x.shape[-1:], self.param_dtype)
-        y = (groups - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
         dtype = jnp.result_type(x, scale, bias) if self.dtype is None else self.dtype
+        wide = x.astype(jnp.promote_types(dtype, jnp.float32))
+        normalize = functools.partial(cpu.batch_norm, epsilon=self.epsilon)
+        if self.group is None:
+            y, mean, var = normalize(wide, scale, bias)
+        else:
+            # Devices hold runs of rows: whole groups of one device stay there.
+            groups = wide.reshape(-1, self.group, *x.shape[1:])
+            y, means, variances = jax.vmap(normalize, (0, None, None))(groups, scale, bias)
+            mean, var = jnp.mean(means, 0), jnp.mean(variances, 0)
+        for name, found, start in (("mean", mean, jnp.zeros), ("var", var, jnp.ones)):
+            kept = self.variable("batch_stats", name, start, x.shape[-1:], jnp.float32)
+            kept.value = self.momentum * kept.value + (1 - self.momentum) * found
         return y.astype(dtype).reshape(x.shape)
 
 
@@ -219,29 +219,9 @@ def convolve(
     padding: Sequence[tuple[int, int]],
     **options: Any,
 ) -> jax.Array:
-    """``lax.conv_general_dilated``, but for one case on CPUs.
-
-    On a map that is smaller than the kernel, XLA's CPU convolution is 10 to 70 times slower than
-    one matrix product over the taps (jax 0.10.2, 3x3 kernels on maps of 1x1 to 3x2): the last
-    stages of an ImageNet network on 32x32 images are such maps.
-    """
-    height, width = kernel.shape[:2]
-    covers = x.shape[1] < height or x.shape[2] < width
-    plain = options["feature_group_count"] == 1 and set(options["rhs_dilation"]) == {1}
-    if not (covers and plain and jax.default_backend() == "cpu"):
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    rows, columns = (
-        (x.shape[1 + i] - kernel.shape[i]) // strides[i] * strides[i] + 1 for i in range(2)
-    )
-    taps = [
-        x[:, i : i + rows : strides[0], j : j + columns : strides[1]]
-        for i in range(height)
-        for j in range(width)
-    ]
-    patches = jnp.concatenate(taps, axis=-1)
-    flat = kernel.reshape(-1, kernel.shape[-1])
-    return jnp.matmul(patches, flat, precision=options.get("precision"))
+    """``lax.conv_general_dilated`` in the form that the backend runs fast."""
+    form = cpu.convolve if cpu.is_backend() else jax.lax.conv_general_dilated
+    return form(x, kernel, strides, padding, **options)
 
 
 # Keras's own: convolutions with biases, Glorot, and its BatchNorm's constants.
@@ -255,8 +235,13 @@ def max_pool(x: jax.Array, window: int, strides: int, pad: int | Literal["SAME"]
 
     "SAME" is TensorFlow's padding: at stride 2 of an even map, at the far edges only.
     """
-    padding = pad if isinstance(pad, str) else ((pad, pad), (pad, pad))
-    return nn.max_pool(x, (window, window), strides=(strides, strides), padding=padding)
+    square, steps = (window, window), (strides, strides)
+    padding: Any = ((pad, pad), (pad, pad))
+    if isinstance(pad, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], square, steps, pad)
+    if cpu.is_backend():
+        return cpu.max_pool(x, window, strides, padding)
+    return nn.max_pool(x, square, strides=steps, padding=padding)
 
 
 def shortcut_a(x: jax.Array, filters: int, strides: int) -> jax.Array:

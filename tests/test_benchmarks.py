@@ -15,8 +15,8 @@ from helpers import (
 )
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.benchmarks import common, compile, scaling, seeds, transfer
-from flax_resnet import distributed
+from experiments.benchmarks import common, compile, cpu_forms, scaling, seeds, transfer
+from flax_resnet import cpu, distributed
 from flax_resnet.models import PreActBottleneckBlock, cifar_preact
 
 SMALL = compile.Settings(depths=(20,), image_size=4, batch_size=2, compile_repeats=1, steps=2)
@@ -255,3 +255,38 @@ def test_the_scaling_benchmark_prints_json_and_a_table(monkeypatch, capfd):
     cells = "| 2 | 64 | 50 | 0.5 (0.5-0.5) | 0.5 (0.5-0.5) | 0 | none | 0 | 1 |"
     assert err.splitlines()[-1] == cells
     assert "virtual" not in err
+
+
+def test_the_forms_of_the_cpu_are_timed_beside_xlas_own(monkeypatch, capfd):
+    monkeypatch.setattr(cpu_forms, "COPIES", 1)
+    cpu_forms.main(["--batch-size", "2", "--image-size", "8", "--rounds", "2", "--no-step"])
+    out, err = capfd.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["operation"] for row in rows[::4]] == list(cpu_forms.operations())
+    assert [row["input"] for row in rows[:4]] == [
+        f"2x{8 >> n}x{8 >> n}x{32 << n}" for n in range(4)
+    ]
+    for row in rows:
+        assert {row[name]["n"] for name in ("ours_seconds", "xla_seconds", "ratio")} == {2}
+    assert len(err.splitlines()) == 2 + len(rows)
+
+
+def test_plain_forms_are_xlas_own_and_then_no_more():
+    options = cpu.compiler_options()
+    with cpu_forms.plain_forms():
+        assert cpu.compiler_options() is None
+        assert not cpu.is_backend()
+    assert cpu.is_backend()
+    assert cpu.compiler_options() == options
+    assert options is not None
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--image-size", "12"], "--image-size 12: expected a multiple of 8"),
+        (["--rounds", "0"], "--rounds=0: expected 1 or more"),
+    ],
+)
+def test_bad_input_of_the_cpu_forms_is_one_line(argv, line, capfd):
+    assert line in line_of_bad_input(cpu_forms.main, argv, capfd)

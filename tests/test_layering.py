@@ -6,7 +6,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_resnet"
 LEVELS = [
     {"errors"},
-    {"files", "seals", "preemption", "programs"},
+    {"cpu", "files", "seals", "preemption", "programs"},
     {"clusters", "provenance", "storage", "watch"},
     {"meeting"},
     {"lifeline"},

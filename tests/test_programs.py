@@ -91,9 +91,10 @@ def test_per_device_norms_leave_one_fused_reduction_and_it_has_each_gradient_onc
 )
 def test_global_norms_wait_for_two_reductions_each_and_the_other_gradients_for_none(model, norms):
     """2 N + 2. Forward, each norm waits for its mean and mean square over all devices: N. Backward,
-    each waits for two sums: N, of which the last norm's takes the dense layer's gradients along,
-    and the first norm's every gradient that nothing waits for. The first convolution's gradient
-    waited for that, and is in one more, with the loss. One of integers.
+    each waits for two sums, its scale's and its offset's gradients: N, of which the last norm's
+    takes the dense layer's gradients along, and the first norm's every one that nothing waits for.
+    The first convolution's gradient waited for that, and is in one more, with the loss. One of
+    integers.
     """
     run, compiled = step_of(model)
     found = programs.collectives(compiled)
@@ -101,10 +102,9 @@ def test_global_norms_wait_for_two_reductions_each_and_the_other_gradients_for_n
     assert collections.Counter(each.kind for each in found) == {"all-reduce": 2 * norms + 2}
     forward, backward = of_floats(found)[:norms], of_floats(found)[norms:]
     assert [len(each.operands) for each in forward] == [2] * norms
-    # Each gradient once, and one vector a norm besides.
-    vectors = [x for path, x in flat(run.state.batch_stats) if path.endswith("mean']")]
+    # Each gradient once.
     carried = sizes([each.operands for each in backward])
-    assert carried == sizes(run.state.params, vectors, jnp.zeros(()))
+    assert carried == sizes(run.state.params, jnp.zeros(()))
     # The gradients of all convolutions but the first are in one.
     kernels = sizes([x for path, x in flat(run.state.params) if x.ndim == 4 and "stem" not in path])
     assert any(not count(kernels) - count(sizes(each.operands)) for each in backward)

@@ -1,0 +1,238 @@
+"""Forms of a network's operations that XLA's CPU backend runs fast, and how to compile for it.
+
+Each computes what the plain form does, in another order of summation at most; on other backends the
+plain form is what runs. What they are worth: `python -m experiments.benchmarks.cpu`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+YNN = "xla_cpu_experimental_ynn_fusion_type"
+# By default XLA gives convolutions to YNNPACK, which has no fast gradient of a kernel, and sums
+# over the batch to its own loops; the other way round both are faster.
+FUSION_TYPES = "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+
+# Of a convolution's input, when the gradient of its kernel is computed in parts.
+PART_BYTES = 2**21
+LEAST_IMAGES = 8
+
+
+def is_backend() -> bool:
+    """Whether programs are compiled for a CPU."""
+    return jax.default_backend() == "cpu"
+
+
+def compiler_options() -> dict[str, Any] | None:
+    """What to give ``jax.jit(..., compiler_options=...)``: options for a CPU, None elsewhere.
+
+    A choice in $XLA_FLAGS stands, and a jax that does not know an option goes without.
+    """
+    if not is_backend() or YNN in os.environ.get("XLA_FLAGS", ""):
+        return None
+    return _known_options()
+
+
+@functools.cache
+def _known_options() -> dict[str, Any] | None:
+    options = {YNN: FUSION_TYPES}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return options
+
+
+def max_pool(
+    x: jax.Array, window: int, strides: int, padding: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """Square max-pool of (N, H, W, C) as slices and selections.
+
+    XLA's own gradient finds the places of the maxima by a sort of their indices, an array of
+    integers as large as the input, and scatters. Here as there the first of equal ones has it.
+    """
+    sizes = [
+        (n + sum(p) - window) // strides + 1 for n, p in zip(x.shape[1:3], padding, strict=True)
+    ]
+    # Rows in groups of ``strides``, so that a tap is a plain slice.
+    groups = [n + (window - 1) // strides for n in sizes]
+    config = [(0, 0, 0), *(
+        (low, strides * group - n - low, 0)
+        for n, group, (low, _) in zip(x.shape[1:3], groups, padding, strict=True)
+    ), (0, 0, 0)]  # fmt: skip
+    low = jnp.array(-jnp.inf, x.dtype)
+    grouped = lax.pad(x, low, config).reshape(
+        x.shape[0], groups[0], strides, groups[1], strides, x.shape[3]
+    )
+    taps = [
+        grouped[:, i : i + sizes[0], p, j : j + sizes[1], q]
+        for i, p in (divmod(n, strides) for n in range(window))
+        for j, q in (divmod(n, strides) for n in range(window))
+    ]
+    best = lax.stop_gradient(functools.reduce(jnp.maximum, taps))
+    y, found = best, jnp.zeros(best.shape, bool)
+    for tap in taps:
+        here = (lax.stop_gradient(tap) == best) & ~found
+        y, found = jnp.where(here, tap, y), found | here
+    return y
+
+
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **options: Any,
+) -> jax.Array:
+    """``lax.conv_general_dilated`` of (N, H, W, C) by (h, w, C, K).
+
+    Like XLA's, but for three cases (jax 0.10.2). On a map that is smaller than the kernel its
+    convolution is 10 to 70 times slower than one matrix product over the taps (3x3 kernels on maps
+    of 1x1 to 3x2: the last stages of an ImageNet network on 32x32 images). The gradient of a kernel
+    it computes as a convolution over the batch, and turns both operands round first: on a large map
+    that is done in parts of the batch that stay in a core's cache, and for a 1x1 kernel a matrix
+    product does without. On large maps there is no forward-mode derivative (``jax.jvp``) then; that
+    of a gradient there is.
+    """
+    height, width = kernel.shape[:2]
+    dense = options["feature_group_count"] == 1 and set(options["rhs_dilation"]) == {1}
+    if dense and (x.shape[1] < height or x.shape[2] < width):
+        return _over_taps(x, kernel, strides, padding, options.get("precision"))
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+    if not is_large(x.shape, x.dtype.itemsize):
+        return plain(x, kernel)
+    if dense and (height, width) == (1, 1) and not any(map(any, padding)):
+        gradient = functools.partial(_kernel_gradient_1x1, strides=strides)
+    else:
+        gradient = functools.partial(_kernel_gradient_in_parts, plain)
+    return _with_kernel_gradient(plain, gradient)(x, kernel)
+
+
+def is_large(shape: Sequence[int], itemsize: int) -> bool:
+    """Whether a map (N, H, W, C) does not stay in a core's cache."""
+    return math.prod(shape) * itemsize > PART_BYTES
+
+
+def gradient_parts(shape: Sequence[int], itemsize: int) -> int:
+    """Parts that a batch of images (N, H, W, C) is cut into for the gradient of a kernel.
+
+    A power of two; each has the same number of images, LEAST_IMAGES or more.
+    """
+    parts, (images, *rest) = 1, shape
+    while is_large((images // parts, *rest), itemsize) and images % (2 * parts * LEAST_IMAGES) == 0:
+        parts *= 2
+    return parts
+
+
+def _with_kernel_gradient(
+    plain: Callable[..., jax.Array], gradient: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """A convolution whose kernel's gradient is ``gradient(x, kernel, dy)``."""
+
+    def forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
+        return plain(x, kernel), (x, kernel)
+
+    def backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x, kernel = kept
+        (dx,) = jax.vjp(lambda x: plain(x, kernel), x)[1](dy)
+        return dx, gradient(x, kernel, dy)
+
+    convolution = jax.custom_vjp(plain)
+    convolution.defvjp(forward, backward)
+    return convolution
+
+
+def _kernel_gradient_1x1(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, *, strides: Sequence[int]
+) -> jax.Array:
+    # In two dimensions: over three contracted ones XLA turns them round all the same.
+    x = x[:, :: strides[0], :: strides[1]].reshape(-1, x.shape[-1])
+    return jnp.matmul(x.T, dy.reshape(-1, dy.shape[-1])).reshape(kernel.shape)
+
+
+def _kernel_gradient_in_parts(
+    plain: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array, dy: jax.Array
+) -> jax.Array:
+    parts = gradient_parts(x.shape, x.dtype.itemsize)
+    # Every parts-th row, so that a batch split over devices is cut without moving a row.
+    xs, dys = (a.reshape(-1, parts, *a.shape[1:]) for a in (x, dy))
+    sums = [
+        jax.vjp(lambda k, i=i: plain(xs[:, i], k), kernel)[1](dys[:, i])[0] for i in range(parts)
+    ]
+    return functools.reduce(jnp.add, sums)
+
+
+def _over_taps(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    precision: Any,
+) -> jax.Array:
+    height, width = kernel.shape[:2]
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = (
+        (x.shape[1 + i] - kernel.shape[i]) // strides[i] * strides[i] + 1 for i in range(2)
+    )
+    taps = [
+        x[:, i : i + rows : strides[0], j : j + columns : strides[1]]
+        for i in range(height)
+        for j in range(width)
+    ]
+    patches = jnp.concatenate(taps, axis=-1)
+    flat = kernel.reshape(-1, kernel.shape[-1])
+    return jnp.matmul(patches, flat, precision=precision)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def batch_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalisation by the batch, with a gradient of two sums and one pass over the map.
+
+    By automatic differentiation those of mean and variance are sums of their own: Ioffe and
+    Szegedy 2015, section 3, has them together.
+
+    Args:
+      x: (..., C).
+      scale: (C,).
+      bias: (C,).
+      epsilon: added to the variance.
+
+    Returns:
+      (normalised, mean (C,), variance (C,)).
+    """
+    mean, var = _moments(x)
+    return (x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias, mean, var
+
+
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    axes = tuple(range(x.ndim - 1))
+    mean = jnp.mean(x, axes)
+    return mean, jnp.maximum(jnp.mean(jnp.square(x), axes) - jnp.square(mean), 0)
+
+
+@batch_norm.defjvp
+def _(epsilon: float, primals: Any, tangents: Any) -> Any:
+    x, scale, bias = primals
+    dx, dscale, dbias = tangents
+    y, mean, var = batch_norm(x, scale, bias, epsilon)
+    axes = tuple(range(x.ndim - 1))
+    inverse = lax.rsqrt(var + epsilon)
+    centred = (x - mean) * inverse
+    dmean = jnp.mean(dx, axes)
+    along = jnp.mean(dx * centred, axes)  # of dx, what changes the deviation
+    slope = inverse * scale
+    dy = slope * dx + (dscale - slope * along) * centred + (dbias - slope * dmean)
+    return (y, mean, var), (dy, dmean, 2 * along / inverse)

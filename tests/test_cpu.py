@@ -1,0 +1,233 @@
+"""The CPU's forms compute what the plain ones do; its compiler options are given on it alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from flax_resnet import cpu
+
+OPTIMIZED = True
+DIMENSIONS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (2, 7, 9, 1), (1, 5, 5, 2)])
+@pytest.mark.parametrize(
+    ("window", "strides", "padding"),
+    [
+        (2, 2, ((0, 0), (0, 0))),
+        (3, 2, ((1, 1), (1, 1))),
+        (3, 2, ((0, 1), (0, 1))),
+        (3, 1, ((1, 1), (1, 1))),
+        (2, 3, ((0, 0), (0, 0))),
+    ],
+)
+def test_max_pool_and_its_gradients_are_the_plain_ones(rng, shape, window, strides, padding):
+    # Few different values: of several maxima in a window the same one has the gradient.
+    x = jnp.asarray(rng.integers(0, 3, shape), jnp.float32)
+
+    def plain(x):
+        return nn.max_pool(x, (window, window), (strides, strides), padding)
+
+    def ours(x):
+        return cpu.max_pool(x, window, strides, padding)
+
+    want, back = jax.vjp(plain, x)
+    got, our_back = jax.vjp(ours, x)
+    np.testing.assert_array_equal(got, want)
+    dy = jnp.asarray(rng.standard_normal(want.shape), jnp.float32)
+    np.testing.assert_allclose(our_back(dy)[0], back(dy)[0], rtol=1e-6, atol=1e-6)
+    dx = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    dy_of_dx = jax.jvp(ours, (x,), (dx,))[1]  # XLA's own takes another of equal ones here
+    assert float(jnp.vdot(dy, dy_of_dx)) == pytest.approx(
+        float(jnp.vdot(our_back(dy)[0], dx)), abs=1e-3
+    )
+
+
+def test_max_pool_keeps_what_is_not_a_number():
+    x = jnp.zeros((1, 4, 4, 1)).at[0, 3, 3, 0].set(jnp.nan)
+    pooled = cpu.max_pool(x, 2, 2, ((0, 0), (0, 0)))[0, ..., 0]
+    np.testing.assert_array_equal(jnp.isnan(pooled), [[False, False], [False, True]])
+
+
+def convolution(strides=1, padding=1, groups=1, dilation=1):
+    """(The plain convolution, ours), functions of input and kernel."""
+    arguments = (strides, strides), ((padding, padding), (padding, padding))
+    options = {
+        "lhs_dilation": (1, 1),
+        "rhs_dilation": (dilation, dilation),
+        "dimension_numbers": DIMENSIONS,
+        "feature_group_count": groups,
+        "precision": None,
+    }
+
+    def plain(x, kernel):
+        return lax.conv_general_dilated(x, kernel, *arguments, **options)
+
+    def ours(x, kernel):
+        return cpu.convolve(x, kernel, *arguments, **options)
+
+    return plain, ours
+
+
+CONVOLUTIONS = {
+    "3x3": ((8, 6, 6, 4), (3, 3, 4, 5), {}),
+    "3x3 of stride 2": ((8, 7, 7, 4), (3, 3, 4, 5), {"strides": 2}),
+    "1x1": ((8, 6, 6, 4), (1, 1, 4, 5), {"padding": 0}),
+    "1x1 of stride 2 with padding": ((8, 6, 6, 4), (1, 1, 4, 5), {"strides": 2}),
+    "1x1 of stride 2": ((8, 7, 7, 4), (1, 1, 4, 5), {"strides": 2, "padding": 0}),
+    "7x7 of stride 2": ((8, 12, 12, 3), (7, 7, 3, 5), {"strides": 2, "padding": 3}),
+    "groups": ((8, 6, 6, 4), (3, 3, 2, 6), {"groups": 2}),
+    "dilated": ((8, 9, 9, 4), (3, 3, 4, 5), {"padding": 2, "dilation": 2}),
+    "map below the kernel": ((8, 2, 2, 4), (3, 3, 4, 5), {}),
+}
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Takes every map for a large one, and cuts every batch into four."""
+    monkeypatch.setattr(cpu, "is_large", lambda shape, itemsize: True)
+    monkeypatch.setattr(cpu, "gradient_parts", lambda shape, itemsize: 4)
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_gradients_in_parts_are_the_plain_ones(rng, name):
+    shape, kernel_shape, fields = CONVOLUTIONS[name]
+    x, kernel = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in (shape, kernel_shape))
+    plain, ours = convolution(**fields)
+    (want, back), (got, our_back) = (jax.vjp(f, x, kernel) for f in (plain, ours))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    dy = jnp.asarray(rng.standard_normal(want.shape), jnp.float32)
+    for ours_is, plain_is in zip(our_back(dy), back(dy), strict=True):
+        np.testing.assert_allclose(ours_is, plain_is, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_gradients_in_parts_equal_the_plain_ones_in_float64(rng):
+    with jax.enable_x64(True):
+        shape, kernel_shape, fields = CONVOLUTIONS["3x3 of stride 2"]
+        x, kernel = (jnp.asarray(rng.standard_normal(s)) for s in (shape, kernel_shape))
+        gradients = [
+            jax.grad(lambda x, k, f=f: jnp.sum(jnp.tanh(f(x, k))), (0, 1))(x, kernel)
+            for f in convolution(**fields)
+        ]
+        for ours_is, plain_is in zip(*gradients, strict=True):
+            assert ours_is.dtype == jnp.float64
+            np.testing.assert_allclose(ours_is, plain_is, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_gradients_in_parts_are_mapped_and_differentiated_again(rng):
+    shape, kernel_shape, fields = CONVOLUTIONS["3x3"]
+    x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    kernels = jnp.asarray(rng.standard_normal((2, *kernel_shape)), jnp.float32)
+    mapped, curved = [], []
+    for f in convolution(**fields):
+        gradient = jax.grad(lambda k, f=f: jnp.sum(jnp.tanh(f(x, k))))
+        mapped.append(jax.vmap(gradient)(kernels))
+        curved.append(jax.jvp(gradient, (kernels[0],), (kernels[1],))[1])
+    np.testing.assert_allclose(*mapped, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(*curved, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ((128, 32, 32, 32), 8),  # 16 MiB: of 2 MiB each
+        ((128, 4, 4, 256), 1),
+        ((8, 112, 112, 64), 1),  # 24 MiB, and no part is of fewer than 8 images
+        ((120, 32, 32, 32), 1),
+        ((48, 32, 32, 32), 2),
+    ],
+)
+def test_parts_stay_in_a_cache_and_divide_the_batch(shape, parts):
+    assert cpu.gradient_parts(shape, 4) == parts
+
+
+def of_batch_norm(normalize):
+    """A function of x, scale and bias that takes everything that a BatchNorm gives."""
+
+    def value(x, scale, bias):
+        y, mean, var = normalize(x, scale, bias)
+        return jnp.sum(jnp.tanh(y)) + jnp.sum(jnp.sin(mean)) + jnp.sum(jnp.cos(var))
+
+    return value
+
+
+def flax_batch_norm(x, scale, bias):
+    norm = nn.BatchNorm(use_running_average=False, momentum=0.0, epsilon=1e-3, dtype=x.dtype)
+    kept = {"mean": jnp.zeros(x.shape[-1], x.dtype), "var": jnp.ones(x.shape[-1], x.dtype)}
+    variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": kept}
+    y, updates = norm.apply(variables, x, mutable=["batch_stats"])
+    return y, updates["batch_stats"]["mean"], updates["batch_stats"]["var"]
+
+
+def test_batch_norm_and_its_derivatives_are_flaxs(rng):
+    with jax.enable_x64(True):
+        point = [jnp.asarray(rng.standard_normal(s)) for s in ((4, 3, 3, 5), (5,), (5,))]
+        point[0] = 3 * point[0] + 2
+        along = [jnp.asarray(rng.standard_normal(a.shape)) for a in point]
+
+        def ours(x, scale, bias):
+            return cpu.batch_norm(x, scale, bias, 1e-3)
+
+        found = []
+        for normalize in (ours, flax_batch_norm):
+            value = of_batch_norm(normalize)
+            gradient = jax.grad(value, (0, 1, 2))
+            found.append(
+                jax.tree.leaves(
+                    [
+                        normalize(*point),
+                        gradient(*point),
+                        jax.jvp(value, tuple(point), tuple(along))[1],
+                        jax.jvp(gradient, tuple(point), tuple(along))[1],
+                        jax.vmap(gradient, (None, 0, None))(
+                            point[0], jnp.stack(point[1:]), point[2]
+                        ),
+                    ]
+                )
+            )
+        for got, want in zip(*found, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_the_compiler_gives_sums_to_ynnpack_and_convolutions_to_eigen(rng):
+    options = cpu.compiler_options()
+    assert options == {cpu.YNN: cpu.FUSION_TYPES}
+    x = jnp.asarray(rng.standard_normal((64, 8, 8, 32)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 32, 32)), jnp.float32)
+    plain, _ = convolution()
+
+    def program(x, kernel):
+        y = plain(x, kernel)
+        return jnp.sum(y, (0, 1, 2)), y
+
+    compiled = {
+        given: jax.jit(program, compiler_options=options if given else None).lower(x, kernel)
+        for given in (False, True)
+    }
+    compiled = {given: lowered.compile() for given, lowered in compiled.items()}
+    text = compiled[True].as_text()
+    entry = text[text.index("ENTRY") :]
+    assert " convolution(" in entry
+    assert "__ynn_fusion" in entry
+    for want, got in zip(compiled[False](x, kernel), compiled[True](x, kernel), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+
+
+def test_a_users_choice_stands_and_other_backends_have_no_options(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--{cpu.YNN}=")
+    assert cpu.compiler_options() is None
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    assert cpu.compiler_options() is not None
+    monkeypatch.setattr(cpu.jax, "default_backend", lambda: "gpu")
+    assert cpu.compiler_options() is None
+
+
+def test_a_jax_that_does_not_know_the_option_goes_without(monkeypatch):
+    monkeypatch.setattr(cpu, "YNN", "xla_cpu_of_another_version")
+    assert cpu._known_options.__wrapped__() is None
