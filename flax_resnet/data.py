@@ -15,18 +15,18 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
-import PIL
 from jax.sharding import Mesh
 
 from flax_resnet import distributed
 from flax_resnet.datasets import prepare, sources
-from flax_resnet.datasets.decode import Decoder
+from flax_resnet.datasets.decode import PACKAGES, Decoder
 from flax_resnet.datasets.rows import (
     BatchReader,
     batch_rows,
@@ -36,9 +36,12 @@ from flax_resnet.datasets.rows import (
 )
 from flax_resnet.errors import UserError, check_choices, check_range
 from flax_resnet.files import digest
+from flax_resnet.provenance import versions
 
 # Images are decoded and summed up this many bytes of pixels at a time.
 CHUNK_BYTES = 2**24
+# Threads that decode in this process: each has a batch in hand, and Python lets no more be of use.
+MOST_THREADS = 8
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 # Metadata of fields that a resumed run may change: they say where things lie, how to get at them
@@ -81,7 +84,9 @@ class DataConfig:
     resident_mb: int = dataclasses.field(default=2048, metadata=FREE)
     """Sets of up to this many MiB of pixels live on the device; larger ones stream."""
     num_workers: int = dataclasses.field(default=2, metadata=FREE)
-    """Worker processes that decode a streamed set; 0 decodes in threads of this process."""
+    """Worker processes that decode a streamed set, in two threads each; 0 decodes in threads of
+    this process, one a core and at most eight: nothing is sent, but the training loop waits for
+    Python with them."""
     statistics_examples: int = 100_000
     """Normalisation statistics read at most so many training images, evenly spaced."""
 
@@ -267,7 +272,7 @@ class Data:
             return digest([repr(self._shapes[split]), *map(np.asarray, arrays.values())])
         # Decoding takes longer than the rest of the work: what is decoded, and how, says the same.
         source = self._source(split)
-        found = hashlib.sha256(f"{self._decoders[split]} Pillow {PIL.__version__}".encode())
+        found = hashlib.sha256(f"{self._decoders[split]} {versions(PACKAGES)}".encode())
         for start in range(0, len(source), 256):
             encoded, labels = source.read(range(start, min(start + 256, len(source))))
             found.update(digest([labels, *encoded]).encode())
@@ -319,13 +324,16 @@ class Data:
 
         shard = (jax.process_index(), jax.process_count())
         reader = BatchReader(source, decoder, batch_size, seed, shard, self._config.repeats)
-        threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-        batches: Any = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(threads)
         # A worker process costs seconds to start; a handful of batches does not repay it.
-        if self._config.num_workers and stop - start > 4 * self._config.num_workers:
+        workers = self._config.num_workers if stop - start > 4 * self._config.num_workers else 0
+        threads = 2 if workers else min(max(2, os.cpu_count() or 1), MOST_THREADS)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 + threads)
+        batches: Any = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
+        if workers:
             _mark_flags_parsed()
+            # Grain hands their batches on in shared memory.
             batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(self._config.num_workers, per_worker_buffer_size=2),
+                grain.MultiprocessingOptions(workers, per_worker_buffer_size=2),
                 worker_init_fn=_ignore_signals,
             )
         with _signals_held():  # a worker begins with what its parent holds, until it ignores it

@@ -1,9 +1,14 @@
 import dataclasses
+import sys
 
 import jax
 import numpy as np
 import pytest
+from helpers import tiny_resnet
+from PIL import Image
+from sklearn.datasets import load_sample_image
 
+from flax_resnet import TrainConfig, train_and_evaluate
 from flax_resnet.data import BatchReader, Data, DataConfig, batch_rows
 from flax_resnet.datasets import rows, sources
 from flax_resnet.datasets.decode import Decoder
@@ -184,6 +189,62 @@ def test_folder_of_images_as_batches(image_folder, mesh):
     resized = Data(DataConfig(folder=str(image_folder), image_size=4), mesh, 2)
     (batch,) = resized.train_batches(0, 8, 0, 1)
     assert batch["image"].shape == (8, 4, 4, 3)
+
+
+def jpeg_source(root, sizes):
+    """Photographs of so many heights and widths, as a source."""
+    pixels = load_sample_image("flower.jpg")
+    paths = [root / f"{number}.jpg" for number in range(len(sizes))]
+    for path, (height, width) in zip(paths, sizes, strict=True):
+        Image.fromarray(pixels[:height, :width]).save(path)
+    labels = np.arange(len(sizes)) % 2
+    return sources.FolderSource(paths, labels, ("a", "b"), (None, None, 3))
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_batch_is_its_images_one_by_one(tmp_path, seed):
+    source = jpeg_source(tmp_path, [(50 + 9 * i, 120 - 7 * i) for i in range(10)])
+    decoder = Decoder(3, 32, random_crop=True, pad=1)
+    reader = BatchReader(source, decoder, 16, seed)
+    batch = reader(1)
+    assert batch["image"].shape == (16, 34, 34, 3)
+    places = np.arange(16, 32)
+    order = np.where(places < 10, places, 0) if seed is None else batch_rows(3, 1, 16, 10)
+    encoded = source.read(order)[0]
+    draws = [
+        None if seed is None else np.random.Generator(np.random.Philox(key=[seed, i], counter=1))
+        for i in places
+    ]
+    singly = [decoder(data, draw) for data, draw in zip(encoded, draws, strict=True)]
+    np.testing.assert_array_equal(batch["image"], singly)
+
+
+def test_images_of_two_sizes_are_named(tmp_path):
+    source = jpeg_source(tmp_path, [(20, 30), (20, 30), (30, 20)])
+    with pytest.raises(UserError, match=r"2\.jpg is 20x30 and others are 30x20: set --data"):
+        BatchReader(source, Decoder(3), 3)(0)
+
+
+@pytest.mark.slow
+def test_photographs_stream_through_workers_as_through_threads(tmp_path, mesh):
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / name).mkdir(parents=True)
+        jpeg_source(tmp_path / name, [(70, 90), (90, 60), (64, 64)])
+    config = DataConfig(folder=str(tmp_path), image_size=32, random_resized_crop=True)
+    workers, threads = (
+        Data(dataclasses.replace(config, num_workers=count), mesh, 2) for count in (2, 0)
+    )
+    assert_same_batches(workers.train_batches(0, 4, 5, 16), threads.train_batches(0, 4, 5, 16))
+
+
+def test_a_small_set_is_trained_on_without_grain(digits_dir, tmp_path, mesh, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "grain"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "grain", None)  # importing it is an error
+    config = TrainConfig(
+        model=tiny_resnet(), data=DataConfig(data_dir=digits_dir), num_steps=2, batch_size=8
+    )
+    assert train_and_evaluate(config, tmp_path, mesh=mesh)["step"] == 2
 
 
 def test_an_image_that_breaks_off_is_named(image_folder, mesh):

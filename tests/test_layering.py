@@ -6,12 +6,19 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_resnet"
 LEVELS = [
     {"errors"},
-    {"cpu", "files", "seals", "preemption", "programs"},
+    {"cpu", "files", "seals", "preemption", "programs", "datasets.resample"},
     {"clusters", "provenance", "storage", "watch"},
     {"meeting"},
     {"lifeline"},
     {"hosts"},
-    {"guards", "record", "pretrained._h5_child", "pretrained.untrusted", "pretrained.classes"},
+    {
+        "guards",
+        "record",
+        "pretrained._h5_child",
+        "pretrained.untrusted",
+        "pretrained.classes",
+        "datasets.jpeg",
+    },
     {
         "layers",
         "distributed",

@@ -1,4 +1,10 @@
-"""Encoded images to uint8 pixels, with Pillow: conversion, resize and crop."""
+"""Encoded images to uint8 pixels: conversion, crop and resize.
+
+JPEG photographs that are cropped and resized go through ``jpeg`` and ``resample``, all else through
+Pillow. They come out within one level of what Pillow gives, except where the crop shrinks to a
+third or less: there libjpeg-turbo does part of the shrinking, with a sharper filter, and they
+differ by less than a level on average.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +16,23 @@ import struct
 import numpy as np
 from PIL import Image
 
+from flax_resnet.datasets import jpeg, resample
+from flax_resnet.datasets.resample import Box
 from flax_resnet.errors import UserError, check_whole, is_number
 
 # Sides of decoded images stay below this many pixels.
 LARGEST = 2**11 + 1
+# Channels, stored and wanted, of JPEG files that do without Pillow's conversions.
+PLAIN = {(1, 1), (1, 3), (3, 3)}
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # What Pillow, and Decoder, raise on files that are no images they can read.
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, RuntimeError, TypeError, LookupError, ArithmeticError,
     AttributeError, EOFError, struct.error, Image.DecompressionBombError,
 )  # fmt: skip
+
+PACKAGES = ("pillow", "simplejpeg", "cykooz-resizer")
+"""What decides the pixels of an image besides this library: for records and the keys of caches."""
 
 
 def open_image(data: bytes, channels: int) -> Image.Image:
@@ -72,30 +85,40 @@ class Decoder:
 
     def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
         """Decodes one image, the first frame of several; one of DECODE_ERRORS otherwise."""
-        image = open_image(data, self.channels)
-        if self.size is not None:
-            if self.random_crop and rng is not None:
-                box = _random_box(rng, *image.size)
-            else:
-                box = _centre_box(self.crop_ratio, *image.size)
-            if (self.size, self.size) != image.size or box != (0, 0, *image.size):
-                image = image.resize(
-                    (self.size, self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0
-                )
-        pixels = np.asarray(image)
+        if self.size is None:
+            pixels = np.asarray(open_image(data, self.channels))
+        else:
+            pixels = self._cropped(data, rng, self.size)
         pixels = pixels if pixels.ndim == 3 else pixels[..., None]
         return np.pad(pixels, ((self.pad,) * 2,) * 2 + ((0, 0),)) if self.pad else pixels
 
+    def _cropped(self, data: bytes, rng: np.random.Generator | None, size: int) -> np.ndarray:
+        header, box = jpeg.read_header(data), None
+        if header is not None and (header.components, self.channels) in PLAIN:
+            box = self._box(rng, header.width, header.height)
+            decoded = jpeg.decode(data, header, box, size)
+            if decoded is not None:
+                pixels = resample.resized(*decoded, size)
+                return pixels.repeat(3, axis=2) if self.channels > pixels.shape[2] else pixels
+        image = open_image(data, self.channels)
+        box = box or self._box(rng, *image.size)
+        if (size, size) != image.size or box != (0, 0, *image.size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
+        return np.asarray(image)
 
-def _centre_box(ratio: float, width: int, height: int) -> tuple[float, float, float, float]:
+    def _box(self, rng: np.random.Generator | None, width: int, height: int) -> Box:
+        if self.random_crop and rng is not None:
+            return _random_box(rng, width, height)
+        return _centre_box(self.crop_ratio, width, height)
+
+
+def _centre_box(ratio: float, width: int, height: int) -> Box:
     side = ratio * min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
 
-def _random_box(
-    rng: np.random.Generator, width: int, height: int
-) -> tuple[float, float, float, float]:
+def _random_box(rng: np.random.Generator, width: int, height: int) -> Box:
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1.0)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))

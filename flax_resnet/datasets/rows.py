@@ -113,7 +113,7 @@ def decode_rows(
     rows: np.ndarray,
     generators: Iterable[np.random.Generator] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes rows of a source: uint8 (n, H, W, C) and int32 labels (n,)."""
+    """Decodes rows of a source, one or more: uint8 (n, H, W, C) and int32 labels (n,)."""
     encoded, labels = source.read([int(row) for row in rows])
     for row, label in zip(rows, labels, strict=True):
         if not 0 <= label < len(source.class_names):
@@ -121,20 +121,32 @@ def decode_rows(
                 f"{source.describe(int(row))} has label {label}, expected 0 to "
                 f"{len(source.class_names) - 1}: the split is unlabelled or damaged, give another"
             )
-    draws = iter(generators) if generators is not None else None
-    images = []
-    for row, data in zip(rows, encoded, strict=True):
+    draws = [None] * len(rows) if generators is None else list(generators)
+
+    def decoded(position: int) -> np.ndarray:
         try:
-            images.append(decoder(data, next(draws) if draws is not None else None))
+            return decoder(encoded[position], draws[position])
         except DECODE_ERRORS as error:
-            raise sources.unreadable(source.describe(int(row)), error) from error
-    return np.stack(images), labels
+            raise sources.unreadable(source.describe(int(rows[position])), error) from error
+
+    first = decoded(0)
+    images = np.empty((len(rows), *first.shape), np.uint8)
+    images[0] = first
+    for position in range(1, len(rows)):
+        pixels = decoded(position)
+        if pixels.shape != first.shape:
+            raise UserError(
+                f"{source.describe(int(rows[position]))} is {pixels.shape[1]}x{pixels.shape[0]} "
+                f"and others are {first.shape[1]}x{first.shape[0]}: set --data.image-size"
+            )
+        images[position] = pixels
+    return images, labels
 
 
 def decode_chunks(
     source: sources.Source, decoder: Decoder, rows: np.ndarray, chunk: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Decodes rows in order, ``chunk`` at a time, on the machine's cores (Pillow frees the GIL)."""
+    """Decodes rows in order, ``chunk`` at a time, on the machine's cores: decoders free the GIL."""
     cores = os.cpu_count() or 1
     ahead: collections.deque[Future] = collections.deque()
     with ThreadPoolExecutor(cores) as pool:

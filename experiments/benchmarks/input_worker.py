@@ -1,0 +1,230 @@
+"""The process of one way to read photographs: makes its batches anew each time it is asked.
+
+All read the same files and hand over batches of uint8 crops in main memory, in a shuffled order
+that does not end. Each imports its own framework and no other's. Nothing is kept from turn to turn,
+so that nothing is read ahead while another is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from experiments.benchmarks import workers
+
+Crop = Literal["random", "centre"]
+CENTRE = 0.875
+"""The centre crop's share of the shorter side."""
+AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
+"""Of random crops (Szegedy et al. 2015)."""
+Batches = Callable[[], Iterator[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a way is to read.
+
+    Attributes:
+      way: a key of WAYS.
+      folder: of the photographs, train/CLASS/NAME.jpg.
+      size: height and width of the crops.
+      crop: which.
+      batch_size: crops in a batch.
+      cores: of the processor.
+      read_ahead: batches passed over before any is timed: those that were made before the first
+        was asked for.
+    """
+
+    way: str
+    folder: str
+    size: int
+    crop: Crop
+    batch_size: int
+    cores: int
+    read_ahead: int
+
+    @property
+    def paths(self) -> list[str]:
+        """The training photographs."""
+        return sorted(map(str, Path(self.folder, "train").glob("*/*.jpg")))
+
+
+def ours(task: Task, *, processes: bool = True) -> tuple[dict[str, str], Batches]:
+    """Data.train_batches: Grain's processes or threads, and the batch put on a device."""
+    import grain
+    import jax
+
+    from flax_resnet import data, distributed
+    from flax_resnet.datasets import decode
+    from flax_resnet.provenance import versions
+
+    config = data.DataConfig(
+        folder=task.folder,
+        image_size=task.size,
+        crop_ratio=CENTRE,
+        random_resized_crop=task.crop == "random",
+        resident_mb=0,
+        num_workers=task.cores if processes else 0,
+    )
+    opened = data.Data(config, distributed.data_mesh(jax.devices()[:1]), 2)
+
+    def batches() -> Iterator[Any]:
+        made = opened.train_batches(0, task.batch_size, 0, 10**6)
+        with contextlib.closing(made):  # type: ignore[type-var]
+            for batch in made:
+                yield jax.block_until_ready(batch)
+
+    return {"grain": grain.__version__, **versions(decode.PACKAGES)}, batches
+
+
+def decoder(task: Task, *, quick: bool = True) -> tuple[dict[str, str], Batches]:
+    """The decoder by itself, in one thread."""
+    from flax_resnet.datasets import decode, jpeg
+    from flax_resnet.provenance import versions
+
+    if not quick:
+        jpeg.read_header = lambda data: None  # what Pillow is not for does not exist
+    crop = decode.Decoder(3, task.size, CENTRE, random_crop=task.crop == "random")
+
+    def batches() -> Iterator[np.ndarray]:
+        rng = np.random.default_rng(0)
+        paths = itertools.cycle(rng.permutation(task.paths))
+        while True:
+            files = itertools.islice(paths, task.batch_size)
+            yield np.stack([crop(Path(path).read_bytes(), rng) for path in files])
+
+    return versions(decode.PACKAGES), batches
+
+
+def tf_data(task: Task) -> tuple[dict[str, str], Batches]:
+    """tf.data: decode_and_crop_jpeg with the fast DCT, and a bilinear resize without antialias."""
+    os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="")
+    import tensorflow as tf
+
+    tf.random.set_seed(0)
+    whole = tf.constant([[[0.0, 0.0, 1.0, 1.0]]])
+
+    def window(shape: Any) -> Any:
+        if task.crop == "random":
+            begin, extent, _ = tf.image.sample_distorted_bounding_box(
+                shape,
+                whole,
+                min_object_covered=AREA[0],
+                aspect_ratio_range=ASPECT,
+                area_range=AREA,
+                max_attempts=10,
+                use_image_if_no_bounding_boxes=True,
+            )
+            return tf.concat([begin[:2], extent[:2]], 0)
+        side = tf.cast(CENTRE * tf.cast(tf.minimum(shape[0], shape[1]), tf.float32), tf.int32)
+        return tf.stack([(shape[0] - side) // 2, (shape[1] - side) // 2, side, side])
+
+    def read(path: Any) -> Any:
+        data = tf.io.read_file(path)
+        part = tf.io.decode_and_crop_jpeg(
+            data, window(tf.io.extract_jpeg_shape(data)), channels=3, dct_method="INTEGER_FAST"
+        )
+        return tf.cast(tf.image.resize(part, (task.size, task.size)), tf.uint8)
+
+    made = tf.data.Dataset.from_tensor_slices(task.paths).shuffle(len(task.paths)).repeat()
+    made = made.map(read, num_parallel_calls=task.cores).batch(task.batch_size)
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = task.cores
+    options.threading.max_intra_op_parallelism = 1
+    made = made.prefetch(tf.data.AUTOTUNE).with_options(options)
+    return {"tensorflow": tf.__version__}, made.as_numpy_iterator
+
+
+class Photographs:
+    """A torch data set: Pillow's decode, crop and resize."""
+
+    def __init__(self, task: Task):
+        self._task, self._paths = task, task.paths
+
+    def __len__(self) -> int:
+        """Number of photographs."""
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Any:
+        """A crop, uint8 (3, size, size): torchvision's RandomResizedCrop, and PILToTensor."""
+        import torch
+        from PIL import Image
+
+        with Image.open(self._paths[index]) as stored:
+            image = stored.convert("RGB")
+        box = self._box(*image.size)
+        image = image.crop(box).resize((self._task.size,) * 2, Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        import torch
+
+        for _ in range(10 * (self._task.crop == "random")):
+            area = width * height * torch.empty(1).uniform_(*AREA).item()
+            aspect = torch.empty(1).uniform_(*map(float, np.log(ASPECT))).exp().item()
+            w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if 0 < w <= width and 0 < h <= height:
+                left, top = (int(torch.randint(most + 1, (1,))) for most in (width - w, height - h))
+                return left, top, left + w, top + h
+        side = round(CENTRE * min(width, height))
+        left, top = (width - side) // 2, (height - side) // 2
+        return left, top, left + side, top + side
+
+
+def torch_loader(task: Task) -> tuple[dict[str, str], Batches]:
+    """torch's DataLoader, with a process for each core."""
+    import PIL
+    import torch
+    from torch.utils.data import DataLoader, RandomSampler
+
+    photographs: Any = Photographs(task)
+
+    def batches() -> Iterator[Any]:
+        sampler = RandomSampler(photographs, replacement=True, num_samples=10**8)
+        yield from DataLoader(photographs, task.batch_size, sampler=sampler, num_workers=task.cores)
+
+    return {"torch": torch.__version__, "pillow": PIL.__version__}, batches
+
+
+WAYS: dict[str, Callable[[Task], tuple[dict[str, str], Batches]]] = {
+    "ours": ours,
+    "ours, threads": functools.partial(ours, processes=False),
+    "tf.data": tf_data,
+    "torch": torch_loader,
+    "decoder": decoder,
+    "decoder, Pillow alone": functools.partial(decoder, quick=False),
+}
+"""By the names that the benchmark gives them."""
+
+
+def build(task: Mapping[str, Any]) -> workers.Built:
+    """In a worker: prepares a way."""
+    found = Task(**task)
+    versions, batches = WAYS[found.way](found)
+
+    def turn(steps: int) -> float:
+        made = batches()
+        for _ in range(found.read_ahead):
+            next(made)
+        start = time.perf_counter()
+        for _ in range(steps):
+            next(made)
+        seconds = time.perf_counter() - start
+        if isinstance(made, Iterator) and hasattr(made, "close"):
+            made.close()
+        return seconds / steps
+
+    return workers.Built({"versions": versions}, turn)
+
+
+if __name__ == "__main__":
+    workers.serve(build)
