@@ -21,6 +21,7 @@ from flax_resnet import distributed
 from flax_resnet.augment import Augment, NormalizationKind
 from flax_resnet.checkpoint import CheckpointConfig
 from flax_resnet.data import FREE, DataConfig
+from flax_resnet.datasets.decode import PACKAGES
 from flax_resnet.distributed import StateSharding
 from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_choices, check_range
 from flax_resnet.files import replacing
@@ -33,7 +34,7 @@ from flax_resnet.record import flatten, to_record
 # Fields of a network that say how it is computed and not what: a resumed run may change them.
 FREE_MODEL_FIELDS = ("model.scan_blocks", "model.remat")
 RECORDED_PACKAGES = ("flax_resnet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
-                     "tensorflow-datasets", "numpy")  # fmt: skip
+                     "tensorflow-datasets", "numpy", *PACKAGES)  # fmt: skip
 SHARED_SECONDS = 90.0
 """NFS remembers for up to 60 s that a directory held no such file."""
 
@@ -95,6 +96,8 @@ class TrainConfig:
     average; "fsdp", the parameters too (Rajbhandari et al. 2020, section 5)."""
     guard: Guard = dataclasses.field(default=Guard(), metadata=FREE)
     """What to do when the run goes wrong."""
+    profile_steps: int = dataclasses.field(default=0, metadata=FREE)
+    """Trace so many steps, after the first few, into WORKDIR/profile; 0: none."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -104,6 +107,7 @@ class TrainConfig:
             "eval_batch_size": (1, inf),
             "accum_steps": (1, inf),
             "log_every_steps": (1, inf),
+            "profile_steps": (0, inf),
             "num_steps": (1, inf),
             "num_epochs": (POSITIVE, inf),
             "eval_every_epochs": (POSITIVE, inf),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax_resnet import (
+    analysis,
     convert,
     distributed,
     evaluate,
@@ -23,6 +24,7 @@ from flax_resnet import (
     summary,
     tables,
 )
+from flax_resnet.compilation import use_cache
 from flax_resnet.config import TrainConfig
 from flax_resnet.datasets.prepare import prepare
 from flax_resnet.errors import UserError, check_range
@@ -56,6 +58,10 @@ def main(
     with one_line_errors():
         chosen = chosen_by(get_config, workdir, argv)
         with hosts.joined(chosen.hosts), preemption.restartable():
+            if chosen.analyze:  # without the cache: it says how long compiling takes
+                analysis.show(chosen.config)
+                return
+            use_cache()
             if chosen.num_seeds > 1:
                 train_seeds(chosen.config, chosen.workdir, chosen.num_seeds)
             else:
@@ -84,6 +90,7 @@ def ablate(
     with one_line_errors():
         chosen = chosen_by(get_config, workdir, argv, flags.SweepInvocation, get_grid)
         with hosts.joined(chosen.hosts), preemption.restartable():
+            use_cache()
             rows = sweep(get_grid(chosen.config, chosen.seeds), chosen.workdir, baseline=baseline)
             if not distributed.is_lead():
                 return
@@ -124,6 +131,7 @@ def command(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in TOOLS:
         with one_line_errors():
+            use_cache()
             TOOLS[argv[0]][1](argv[1:])
         return
     parser = argparse.ArgumentParser(

@@ -88,12 +88,14 @@ class Memory:
       outputs: of its outputs, those in an argument's place too.
       aliased: of outputs that take a donated argument's place.
       temporaries: of what it needs meanwhile.
+      code: of the program itself.
     """
 
     arguments: int
     outputs: int
     aliased: int
     temporaries: int
+    code: int
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory | None:
@@ -106,7 +108,29 @@ def memory(compiled: jax.stages.Compiled) -> Memory | None:
         outputs=found.output_size_in_bytes,
         aliased=found.alias_size_in_bytes,
         temporaries=found.temp_size_in_bytes,
+        code=found.generated_code_size_in_bytes,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What XLA counts that a program does on one device; a loop's body once.
+
+    Attributes:
+      flops: operations on floats.
+      bytes: read and written, by each of its parts.
+    """
+
+    flops: float
+    bytes: float
+
+
+def cost(compiled: jax.stages.Compiled) -> Cost | None:
+    """What a program costs on each device, or None where the backend does not say."""
+    found = compiled.cost_analysis() or {}
+    if "flops" not in found or "bytes accessed" not in found:
+        return None
+    return Cost(found["flops"], found["bytes accessed"])
 
 
 def collectives(compiled: jax.stages.Compiled | str) -> list[Collective]:

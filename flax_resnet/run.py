@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from flax_resnet import distributed, guards, metrics, transfer
+from flax_resnet import cpu, distributed, guards, metrics, transfer
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.optim import learning_rate_at
@@ -81,6 +81,11 @@ class Run:
     def learning_rate(self) -> Any:
         """The rate of the last step: a float, or one a network of those that train together."""
         return float(learning_rate_at(self.schedule, self.state.opt_state, self.step - 1))
+
+    @property
+    def profiles(self) -> Path:
+        """Where the traces of ``profile_steps`` go."""
+        return self.workdir / "profile"
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -157,14 +162,21 @@ class Run:
 
     def compile_step(self) -> Callable[..., Any]:
         """The train step, compiled for the mesh, its state donated."""
-        step = jax.jit(self.steps()[0], donate_argnums=0, out_shardings=(self.held, self.summed))
+        step = jax.jit(
+            self.steps()[0],
+            donate_argnums=0,
+            out_shardings=(self.held, self.summed),
+            compiler_options=cpu.compiler_options(),
+        )
         images = (*self.lead, self.config.batch_size)
         with self.step_memory():
             return step.lower(self.state, self._batch(images, self.data.batch_shape)).compile()
 
     def compile_evaluation(self) -> Callable[..., Any]:
         """The eval step, compiled for the mesh."""
-        step = jax.jit(self.steps()[1], out_shardings=self.summed)
+        step = jax.jit(
+            self.steps()[1], out_shardings=self.summed, compiler_options=cpu.compiler_options()
+        )
         images = (self.config.eval_batch_size,)
         shape = self.data.batch_shape if self.config.cache_features else self.data.eval_shape
         batch = self._batch(images, shape)

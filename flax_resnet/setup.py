@@ -37,12 +37,7 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
     Raises:
       UserError: the first thing that is wrong.
     """
-    distributed.check_divisible("batch_size", config.batch_size, mesh)
-    if config.batch_size // mesh.size % config.accum_steps:
-        raise UserError(
-            f"batch_size={config.batch_size} over {mesh.size} devices does not divide into "
-            f"accum_steps={config.accum_steps} equal parts: change one"
-        )
+    check_batch(config, mesh)
     advice = (
         "the state, the data set and what is measured before the first step; set "
         "--data.resident-mb 0 (the data set streams), --sharding fsdp or a smaller "
@@ -59,6 +54,16 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
             classify = functools.partial(config.model.apply, method="classify")
             run.whole, run.state = run.state, transfer.top_of(run.state).replace(apply_fn=classify)
     return run
+
+
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises UserError where a batch does not divide over the devices, and into its parts."""
+    distributed.check_divisible("batch_size", config.batch_size, mesh)
+    if config.batch_size // mesh.size % config.accum_steps:
+        raise UserError(
+            f"batch_size={config.batch_size} over {mesh.size} devices does not divide into "
+            f"accum_steps={config.accum_steps} equal parts: change one"
+        )
 
 
 def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:

@@ -52,6 +52,11 @@ class Together(Run):
         return (len(self.configs),)
 
     @property
+    def profiles(self) -> Path:
+        """Beside the networks' own workdirs: this run's goes when it is finished."""
+        return self.workdir.parent.parent / "profile"
+
+    @property
     def held(self) -> NamedSharding:
         """Each device has its share of the networks."""
         return distributed.batch_sharding(self.mesh)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import distributed, figures, hosts, metrics
+from flax_resnet import distributed, figures, hosts, metrics, profiling
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.files import room
@@ -146,6 +146,8 @@ def go(
         stack.callback(checkpoints.close)
         signals = stack.enter_context(Signals(stop))
         stack.enter_context(run.step_memory())
+        tracing = profiling.traced(step_fn, config.profile_steps, run.profiles, log.message)
+        step_fn = stack.enter_context(tracing)
         log.message(_opening_line(run))
         if changed := changes(run):
             log.message(changed)

@@ -27,14 +27,18 @@ def quick_compilation(request):
 
 
 @pytest.fixture(scope="session")
-def clean_environment():
-    """For processes that tests start: what they compile is kept too, a shell's settings are not."""
+def clean_environment(tmp_path_factory):
+    """For processes that tests start: what they compile is kept too, a shell's settings are not.
+
+    Nor do they touch the user's cache.
+    """
     foreign = ("JAX_", "XLA_", "TFDS_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     return kept | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "FLAX_RESNET_CACHE": str(tmp_path_factory.mktemp("cache")),
     }
 
 

@@ -6,7 +6,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_resnet"
 LEVELS = [
     {"errors"},
-    {"cpu", "files", "seals", "preemption", "programs", "datasets.resample"},
+    {"cpu", "files", "seals", "preemption", "profiling", "programs", "datasets.resample"},
     {"clusters", "provenance", "storage", "watch"},
     {"meeting"},
     {"lifeline"},
@@ -51,6 +51,7 @@ LEVELS = [
     {"run", "flags", "grids"},
     {"resume"},
     {"setup"},
+    {"analysis"},
     {"train"},
     {"together"},
     {"sweeps"},
@@ -60,7 +61,7 @@ LEVELS = [
     {"inspection.predictions", "inspection.samples", "inspection.studies"},
     {"inspection.parts"},
     {"inspection"},
-    {"report"},
+    {"report", "compilation"},
     {"main"},
     {"__main__", ""},
 ]
@@ -123,6 +124,7 @@ def test_only_the_top_sees_the_whole_config():
         "run",
         "resume",
         "setup",
+        "analysis",
         "train",
         "together",
         "grids",

@@ -1,0 +1,78 @@
+"""What --analyze says of a run's steps, and that it leaves nothing behind."""
+
+import re
+
+import jax
+import pytest
+from helpers import tiny_resnet
+
+from experiments import digits
+from flax_resnet import analysis
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import DataConfig
+from flax_resnet.distributed import data_mesh
+from flax_resnet.errors import UserError
+from flax_resnet.main import main
+from flax_resnet.summary import summarize
+
+
+@pytest.fixture(scope="module")
+def config(digits_dir):
+    data = DataConfig(data_dir=digits_dir)
+    return TrainConfig(tiny_resnet(), data, batch_size=64, eval_batch_size=32)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def found(request, config):
+    return request.param, *analysis.analyze(config, data_mesh(jax.devices()[: request.param]))
+
+
+def test_what_the_steps_cost_is_in_proportion(config, found):
+    devices, train, evaluation = found
+    macs = summarize(config.model, (8, 8, 1)).macs
+    assert (train.images, evaluation.images) == (64 // devices, 32 // devices)
+    assert train.counted == 6 * macs * train.images
+    assert evaluation.counted == 2 * macs * evaluation.images
+    for one in (train, evaluation):
+        assert 0.2 < one.cost.flops / one.counted < 20
+        assert one.cost.bytes > one.memory.arguments
+        assert one.seconds > 0
+
+
+def test_the_donated_state_is_what_training_has_in_place(found):
+    _, train, evaluation = found
+    assert 0 < train.memory.aliased <= train.memory.outputs
+    assert evaluation.memory.aliased == 0
+    assert train.memory.temporaries > 0
+
+
+def test_collectives_are_those_of_several_devices(found):
+    devices, train, _ = found
+    assert ("all-reduce" in train.collectives) == (devices > 1)
+
+
+def test_the_command_prints_a_table_and_leaves_nothing(config, tmp_path, capsys, digits_dir):
+    argv = ["--analyze", "--workdir", str(tmp_path / "w"), "--data.data-dir", digits_dir,
+            "--model.stage-sizes", "1", "--model.num-filters", "8"]  # fmt: skip
+    before = set(tmp_path.rglob("*"))
+    main(digits.get_config, "runs/digits", argv)
+    assert set(tmp_path.rglob("*")) == before
+    out = capsys.readouterr().out
+    assert out.startswith("a step of ResNet on each of 8 x cpu")
+    assert re.search(r"GFLOP, by XLA +│ +[\d.e-]+ │ +[\d.e-]+ │", out)
+    assert re.search(r"collectives +│ +\d+ all-reduce, ", out)
+
+
+def test_unknown_costs_are_said():
+    none = analysis.Analysis("eval", 1, 2e9, None, None, {}, 0.5)
+    cells = dict(analysis.table([none]))
+    assert cells["GFLOP, by XLA"] == cells["MB of code"] == "not known"
+    assert cells["GFLOP, by the network's multiply-adds"] == "2"
+    assert cells["collectives"] == "none"
+
+
+def test_cached_features_are_not_analyzed(config):
+    with pytest.raises(UserError, match="cache_features"):
+        analysis.analyze(
+            TrainConfig(tiny_resnet(frozen_stages=1), config.data, cache_features=True)
+        )

@@ -1,0 +1,106 @@
+"""Traces of training steps: what they hold, when they end, and that they change no number."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import assert_trees_equal, tiny_resnet
+from test_compilation import numbers
+from test_train import saved
+
+from flax_resnet import profiling
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import DataConfig
+from flax_resnet.profiling import FIRST_STEPS, traced
+from flax_resnet.train import train_and_evaluate
+
+
+def events(directory):
+    """[(name, stats)] of the one trace in a directory."""
+    (path,) = directory.rglob("*.xplane.pb")
+    (other,) = directory.rglob("*.trace.json.gz")
+    assert other.stat().st_size > 0
+    planes = jax.profiler.ProfileData.from_file(str(path)).planes
+    return [(e.name, dict(e.stats)) for p in planes for line in p.lines for e in line.events]
+
+
+def test_a_run_is_traced_and_has_the_same_numbers(digits_dir, tmp_path, mesh, capsys):
+    data = DataConfig(data_dir=digits_dir)
+    config = TrainConfig(tiny_resnet(), data, batch_size=64, num_steps=8, log_every_steps=1)
+    train_and_evaluate(config, tmp_path / "plain", mesh=mesh, quiet=True)
+    config = dataclasses.replace(config, profile_steps=2)
+    train_and_evaluate(config, tmp_path / "traced", mesh=mesh)
+    found = events(tmp_path / "traced" / "profile")
+    assert sum(stats.get("hlo_module") == "jit_train_step" for _, stats in found) > 10
+    assert [stats["step_num"] for name, stats in found if name == "train"] == [1, 2]
+    out = capsys.readouterr().out
+    assert re.search(r"profile of 2 steps in .*/traced/profile: tensorboard --logdir ", out)
+    assert not (tmp_path / "plain" / "profile").exists()
+    assert numbers(tmp_path / "traced") == numbers(tmp_path / "plain")
+    assert_trees_equal(saved(tmp_path / "traced")[0], saved(tmp_path / "plain")[0])
+    again = train_and_evaluate(dataclasses.replace(config, profile_steps=3), tmp_path / "traced")
+    assert again["step"] == 8  # the field is free
+
+
+step = jax.jit(lambda x: x + 1)
+
+
+def test_without_steps_nothing_is_in_the_way(tmp_path):
+    with traced(step, 0, tmp_path, pytest.fail) as taken:
+        assert taken is step
+
+
+@pytest.mark.parametrize("calls", [FIRST_STEPS + 1, FIRST_STEPS + 2])
+def test_a_trace_ends_where_the_run_does(tmp_path, calls):
+    said = []
+
+    def train():
+        x = jnp.zeros(3)
+        with traced(step, 9, tmp_path, said.append) as taken:
+            for _ in range(calls):
+                x = taken(x)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert [name for name, _ in events(tmp_path)].count("train") == calls - FIRST_STEPS
+    assert [line.split(" in ")[0] for line in said] == [f"profile of {calls - FIRST_STEPS} steps"]
+
+
+def test_a_run_that_is_too_short_says_so(tmp_path):
+    said = []
+    with traced(step, 2, tmp_path / "profile", said.append) as taken:
+        taken(jnp.zeros(3))
+    assert said == ["no profile: this start ended at its step 1, and the first 5 are not traced"]
+    assert not (tmp_path / "profile").exists()
+
+
+def test_what_cannot_be_traced_is_said_and_computed(tmp_path):
+    said, x = [], jnp.zeros(3)
+    jax.profiler.start_trace(tmp_path / "other")
+    try:
+        with traced(step, 2, tmp_path / "profile", said.append) as taken:
+            for _ in range(FIRST_STEPS + 4):
+                x = taken(x)
+    finally:
+        jax.profiler.stop_trace()
+    assert x[0] == FIRST_STEPS + 4
+    assert len(said) == 1
+    assert said[0].startswith("no profile: ")
+
+
+def test_each_of_several_processes_has_its_own_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    made = []
+    monkeypatch.setattr(profiling, "_Trace", lambda *given: made.append(given) or _Nothing())
+    with traced(step, 2, tmp_path, print):
+        pass
+    assert made[0][2] == tmp_path / "process1"
+
+
+class _Nothing:
+    def end(self):
+        pass

@@ -1,0 +1,86 @@
+"""What a start takes: what is imported, and the benchmark that times it."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import line_of_bad_input, tiny_resnet
+
+from experiments.benchmarks import startup
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import DataConfig
+
+LATE = {
+    "array_record",
+    "grain",
+    "h5py",
+    "keras",
+    "matplotlib",
+    "orbax",
+    "pandas",
+    "requests",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "tensorboardX",
+    "tensorflow",
+    "tensorflow_datasets",
+    "tensorstore",
+    "torch",
+}
+"""Packages that a command imports where it needs them, and not before."""
+
+
+def test_importing_the_library_imports_what_every_command_needs_alone(clean_environment):
+    code = "import flax_resnet.main, sys; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean_environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    loaded = set(done.stdout.split())
+    assert "jax" in loaded
+    assert LATE & loaded == set()
+
+
+def test_the_phases_of_a_start_add_up(digits_dir, tmp_path):
+    data = DataConfig(data_dir=digits_dir)
+    config = TrainConfig(tiny_resnet(), data, batch_size=64, num_steps=9)
+    began = time.time()
+    found = startup.phases(config, tmp_path / "w", began - 1.5)
+    assert tuple(found) == startup.PHASES
+    assert found["import"] == pytest.approx(1.5, abs=0.5)
+    assert sum(found.values()) <= time.time() - began + 1.5
+    assert (tmp_path / "w" / "checkpoints" / "1").is_dir()
+
+
+def test_the_benchmark_takes_cold_and_warm_starts_in_turn(monkeypatch, capfd):
+    ran = []
+
+    def run(arguments, environment):
+        ran.append((arguments, environment["FLAX_RESNET_CACHE"]))
+        assert "JAX_COMPILATION_CACHE_DIR" not in environment
+        return json.dumps(dict.fromkeys(startup.PHASES, float(len(ran))))
+
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    monkeypatch.setattr(startup, "_run", run)
+    monkeypatch.setattr(startup, "prepare", lambda *_: "")
+    startup.main(["--repeats", "2"])
+    starts = [cache for arguments, cache in ran if startup.START in arguments]
+    assert starts[0] == starts[1] != starts[2] == starts[3]
+    out, err = capfd.readouterr()
+    cold, warm, *others = map(json.loads, out.splitlines())
+    assert cold["total"] == {"median": 8.0, "least": 4.0, "most": 12.0, "n": 2}
+    assert (warm["start"], warm["compile"]["median"]) == ("warm", 3.0)
+    assert [row["start"] for row in others] == list(startup.COMMANDS)
+    assert err.splitlines()[-1].split()[0] == "import"
+
+
+def test_bad_input_is_one_line(capfd):
+    assert "--repeats=0: expected 1" in line_of_bad_input(startup.main, ["--repeats", "0"], capfd)
+
+
+def test_a_start_that_fails_is_one_line(monkeypatch):
+    with pytest.raises(startup.UserError, match=r"failed: .*no such thing"):
+        startup._run(["-c", "raise SystemExit('no such thing')"], {})
