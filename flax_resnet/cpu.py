@@ -1,7 +1,7 @@
 """Forms of a network's operations that XLA's CPU backend runs fast, and how to compile for it.
 
 Each computes what the plain form does, in another order of summation at most; on other backends the
-plain form is what runs. What they are worth: `python -m experiments.benchmarks.cpu`.
+plain form is what runs. What they are worth: `python -m experiments.benchmarks.cpu_forms`.
 """
 
 from __future__ import annotations
