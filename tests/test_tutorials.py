@@ -11,7 +11,7 @@ import time
 import pytest
 
 from experiments import results
-from experiments.launch import tutorials
+from experiments.launch import pieces, tutorials
 from experiments.launch.tutorials import STUDIES, Settings, command
 from flax_resnet import flags
 from flax_resnet.errors import UserError
@@ -66,7 +66,7 @@ def test_a_command_is_ended_when_the_time_is_up(tmp_path):
     code = "import time; print('began', flush=True); time.sleep(60)"
     began = time.monotonic()
     words = [sys.executable, "-c", code]
-    assert not tutorials.run(words, tmp_path / "log", began + 1, os.environ)
+    assert not pieces.run(words, tmp_path / "log", began + 1, os.environ, least=0)
     assert time.monotonic() - began < 10
     assert (tmp_path / "log").read_text().strip() in ("", "began")
 
@@ -84,7 +84,7 @@ def test_a_command_is_ended_with_its_launcher(tmp_path, monkeypatch):
         threading.Thread(target=terminate, daemon=True).start()
         code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
         end = time.monotonic() + 60
-        return tutorials.run([sys.executable, "-c", code], log, end, os.environ)
+        return pieces.run([sys.executable, "-c", code], log, end, os.environ)
 
     monkeypatch.setattr(tutorials, "launch", launch)
     with pytest.raises(SystemExit) as stop:
@@ -98,7 +98,7 @@ def test_a_command_is_ended_with_its_launcher(tmp_path, monkeypatch):
 def test_a_command_that_fails_is_reported_by_its_last_line(tmp_path):
     words = [sys.executable, "-c", "import sys; print('no room'); sys.exit(3)"]
     with pytest.raises(UserError, match=r"ended with status 3: no room; see "):
-        tutorials.run(words, tmp_path / "log", time.monotonic() + 60, os.environ)
+        pieces.run(words, tmp_path / "log", time.monotonic() + 60, os.environ)
 
 
 def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch):
     ran, limits = [], iter([True, True, False, True, True])
     settings = Settings(trial=True, seeds=2, workdir=str(tmp_path), only=tuple(STUDIES)[:2])
 
-    def run(words, log, end, environment):
+    def run(words, log, end, environment, least=None):
         done = next(limits)
         ran.append(words[2])
         if done and words[2] != "experiments.results":
@@ -116,7 +116,7 @@ def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch):
                 (path / "result.json").write_text("{}")
         return done
 
-    monkeypatch.setattr(tutorials, "run", run)
+    monkeypatch.setattr(pieces, "run", run)
     assert not tutorials.launch(settings)
     assert ran == ["experiments.cifar10_resnet", "experiments.results", "experiments.cifar10_mini"]
     ran.clear()

@@ -110,29 +110,29 @@ def measure(settings: Settings, directory: Path) -> list[Row]:
     prepare("sklearn_digits", data)
     found: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     for i in range(settings.repeats):
-        environment = _environment(directory / f"cache{i}")
+        environment = with_cache(directory / f"cache{i}")
         for kind, starts in found.items():
             where = (data, str(directory / f"{kind}{i}"))
-            said = _run(["-c", START, repr(time.time()), *where], environment)
+            said = run_python(["-c", START, repr(time.time()), *where], environment)
             starts.append(json.loads(said.splitlines()[-1]))
-    rows = [{"start": kind, **_summed(starts)} for kind, starts in found.items()]
+    rows = [{"start": kind, **summed(starts)} for kind, starts in found.items()]
     for name, command in COMMANDS.items():
         seconds = []
         for _ in range(settings.repeats):
             before = time.time()
-            _run(command, _environment(directory / "cache"))
+            run_python(command, with_cache(directory / "cache"))
             seconds.append({"total": time.time() - before})
-        rows.append({"start": name, **_summed(seconds)})
+        rows.append({"start": name, **summed(seconds)})
     return rows
 
 
-def _environment(cache: Path) -> dict[str, str]:
+def with_cache(cache: Path) -> dict[str, str]:
     """This process's, with compiled programs kept in a directory of their own."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
     return kept | {"FLAX_RESNET_CACHE": str(cache)}
 
 
-def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+def run_python(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
     """What a Python process writes to standard output.
 
     Raises:
@@ -147,7 +147,7 @@ def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
     return done.stdout
 
 
-def _summed(starts: Sequence[Mapping[str, float]]) -> Row:
+def summed(starts: Sequence[Mapping[str, float]]) -> Row:
     """{phase: its timing} of several starts, and of their totals."""
     columns = {name: [one[name] for one in starts] for name in starts[0]}
     columns["total"] = [sum(one.values()) for one in starts]

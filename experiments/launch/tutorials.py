@@ -17,27 +17,20 @@ all in a minute or two on a CPU: small networks, a few steps, scikit-learn's dig
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from experiments import results
+from experiments.launch import pieces
 from flax_resnet import flags
 from flax_resnet.errors import POSITIVE, UserError, check_range, did_you_mean
 from flax_resnet.main import one_line_errors
 
-EXIT_AGAIN = 75
-LEAST_SECONDS = 20
-"""With less than this left nothing is started."""
-GRACE_SECONDS = 10
 ON_CPU = {"JAX_PLATFORMS": "cpu"}
 """Writing a record is no work for the accelerator."""
 BFLOAT16 = ("--model.dtype", "bfloat16")
@@ -138,59 +131,6 @@ def finished(name: str, settings: Settings) -> bool:
     return sum(1 for _ in found) >= settings.seeds
 
 
-def run(command: Sequence[str], log: Path, end: float, environment: Mapping[str, str]) -> bool:
-    """Runs a command until it ends, True, or until ``end``, False; its output is added to a log.
-
-    Args:
-      command: what to run.
-      log: gets what it prints.
-      end: of time.monotonic.
-      environment: of the command.
-
-    Raises:
-      UserError: it failed.
-    """
-    with log.open("a") as out:
-        child = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            status = child.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            return False
-        finally:
-            _end(child)
-    if status:
-        last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
-        raise UserError(f"{shlex.join(command)} ended with status {status}: {last}; see {log}")
-    return True
-
-
-def _end(child: subprocess.Popen) -> None:
-    """Ends a command and what it started, if it still runs."""
-    if child.poll() is None:
-        os.killpg(child.pid, signal.SIGTERM)
-        try:
-            child.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Turns SIGTERM into SystemExit, so that a child in its own session is ended too."""
-
-    def stop(number: int, frame: Any) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def launch(settings: Settings) -> bool:
     """Runs what is not finished; False where the time did not suffice."""
     end = time.monotonic() + 60 * settings.minutes
@@ -202,9 +142,9 @@ def launch(settings: Settings) -> bool:
         if not finished(name, settings):
             words = command(name, settings)
             print(shlex.join(words), flush=True)
-            if end - time.monotonic() < LEAST_SECONDS or not run(words, log, end, environment):
+            if not pieces.run(words, log, end, environment):
                 return False
-        if not run(recording(name, settings), log, end, {**environment, **ON_CPU}):
+        if not pieces.run(recording(name, settings), log, end, {**environment, **ON_CPU}, least=0):
             return False
         print(f"{name}: finished and recorded", flush=True)
     return True
@@ -212,12 +152,10 @@ def launch(settings: Settings) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs studies; status 0 when all are finished, 75 when the time is up."""
-    with one_line_errors(), terminable():
+    with one_line_errors(), pieces.terminable():
         about, prog = __doc__ or "", "python -m experiments.launch.tutorials"
         done = launch(flags.cli(Settings, argv, about, prog))
-    if not done:
-        print("the time is up: start the same command again", flush=True)
-    sys.exit(0 if done else EXIT_AGAIN)
+    pieces.leave(done)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,169 @@
+"""CIFAR-10 by the published speed run, as its author's package trains it, on this machine's GPU.
+
+pip's `airbench` (Keller Jordan, MIT licence; it needs torch and torchvision) is what
+experiments.cifar10_speedrun is held against. It downloads CIFAR-10 unless it finds its own files in
+the working directory, so these are written first, from the copy that the library reads. Every run
+is a training from whitening to the evaluation with test-time augmentation, until the GPU is done;
+one before is not counted. Opening the training set is no part of it.
+
+Standard output has one line of JSON for the runs, standard error a line for people.
+
+Claim: none; it measures.
+
+Command: python -m experiments.benchmarks.airbench --data-dir DIR
+Hardware: an NVIDIA GPU.
+Published: 94 % in 3.29 s, 95 % in 10.4 s, 96 % in 46.3 s on an A100 (Jordan 2024, table 2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks import common
+from flax_resnet import flags
+from flax_resnet.data import DataConfig
+from flax_resnet.datasets.rows import decode_chunks
+from flax_resnet.datasets.sources import open_tfds
+from flax_resnet.errors import UserError, check_range
+from flax_resnet.main import one_line_errors
+
+TARGETS = (93, 94, 95, 96)
+TTA_LEVEL = 2
+SETS = {"train": "train.pt", "test": "test.pt"}
+CHUNK = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is run."""
+
+    data_dir: str | None = None
+    """Directory that holds cifar10; default: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    target: int = 94
+    """Per cent: which of the package's ways, 93 to 96."""
+    runs: int = 5
+    """Trainings that are timed."""
+
+    def __post_init__(self) -> None:
+        check_range("--runs", self.runs, 1)
+        if self.target not in TARGETS:
+            raise UserError(f"--target {self.target}: expected one of {TARGETS}")
+
+
+def package(name: str) -> Any:
+    """A package that this benchmark alone needs.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed: pip install airbench torch torchvision"
+        ) from None
+
+
+def write_sets(data_dir: str | None, directory: Path, save: Callable[[dict, Path], None]) -> None:
+    """Writes CIFAR-10 as the package keeps it: images (N, 32, 32, 3), labels (N,), classes.
+
+    Args:
+      data_dir: holds cifar10.
+      directory: gets train.pt and test.pt.
+      save: writes such a dictionary of arrays.
+
+    Raises:
+      UserError: there is no such set.
+    """
+    directory.mkdir()
+    opened = open_tfds("cifar10", data_dir, tuple(SETS))
+    decoder = DataConfig(name="cifar10").decoder(channels=3)
+    for source, file in zip(opened, SETS.values(), strict=True):
+        chunks = list(decode_chunks(source, decoder, np.arange(len(source)), CHUNK))
+        images, labels = (np.concatenate(arrays) for arrays in zip(*chunks, strict=True))
+        save(
+            {
+                "images": images,
+                "labels": labels.astype(np.int64),
+                "classes": list(source.class_names),
+            },
+            directory / file,
+        )
+
+
+def measure(settings: Settings, directory: Path) -> dict[str, Any]:
+    """Trains as often as it is told to; must be called with ``directory`` current."""
+    torch, airbench = package("torch"), package("airbench")
+    if not torch.cuda.is_available():
+        raise UserError("there is no GPU that torch knows: the published speed run needs one")
+
+    def save(arrays: dict, path: Path) -> None:
+        tensors = {
+            k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()
+        }
+        torch.save(tensors, path)
+
+    write_sets(settings.data_dir, directory / "cifar10", save)
+    library = importlib.import_module(f"airbench.lib_airbench{settings.target}")
+    hyp = library.hyp
+    trains = getattr(library, f"train{settings.target}")
+    seconds, top1 = [], []
+    evaluated = airbench.CifarLoader("cifar10", train=False, batch_size=2000)
+    for _ in range(1 + settings.runs):
+        loader = airbench.CifarLoader(
+            "cifar10", train=True, batch_size=hyp["opt"]["batch_size"], aug=hyp["aug"], altflip=True
+        )
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        net = trains(train_loader=loader, verbose=False)
+        top1.append(airbench.evaluate(net, evaluated, tta_level=TTA_LEVEL))
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    del seconds[0], top1[0]  # the one that also looks for the quickest convolutions
+    return {
+        "benchmark": "airbench",
+        "target": settings.target,
+        "seconds": dataclasses.asdict(common.Timing.of(seconds)),
+        "top1": {
+            "mean": statistics.mean(top1),
+            "sd": statistics.stdev(top1) if len(top1) > 1 else None,
+            "n": len(top1),
+        },
+        "device_kind": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures; prints a line of JSON, then one for people."""
+    with one_line_errors(), tempfile.TemporaryDirectory(prefix="flax_resnet_") as directory:
+        prog = "python -m experiments.benchmarks.airbench"
+        settings = flags.cli(Settings, argv, __doc__ or "", prog)
+        if settings.data_dir is not None:
+            settings = dataclasses.replace(
+                settings, data_dir=str(Path(settings.data_dir).resolve())
+            )
+        with contextlib.chdir(directory), contextlib.redirect_stdout(sys.stderr):
+            row = measure(settings, Path(directory))
+        common.print_json(row)
+        times = common.Timing(**row["seconds"])
+        print(
+            f"airbench{settings.target} on {row['device_kind']}: {times} s, top-1 "
+            f"{100 * row['top1']['mean']:.2f} %, n = {settings.runs}",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    main()

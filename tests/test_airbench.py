@@ -1,0 +1,112 @@
+"""The benchmark that runs the published CIFAR-10 speed run; without a GPU, on a stand-in for it."""
+
+import json
+import pathlib
+import pickle
+import sys
+import types
+
+import numpy as np
+import pytest
+from helpers import line_of_bad_input
+
+from experiments.benchmarks import airbench
+
+
+class Source(list):
+    """So many rows."""
+
+    class_names = ("a", "b")
+
+    def __init__(self, size):
+        super().__init__(range(size))
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """Stand-ins for torch and airbench; what they were asked for."""
+    asked = {"trained": 0, "loaded": []}
+
+    def load(path, train, batch_size, **augmentation):
+        name = f"{path}/{'train' if train else 'test'}.pt"
+        held = pickle.loads(pathlib.Path(name).read_bytes())
+        asked["loaded"].append((name, batch_size, augmentation, held))
+        return name
+
+    def train(train_loader, verbose):
+        assert (train_loader, verbose) == ("cifar10/train.pt", False)
+        asked["trained"] += 1
+        return asked["trained"]
+
+    def evaluate(net, loader, tta_level):
+        assert (loader, tta_level) == ("cifar10/test.pt", 2)
+        return 0.9 + net / 100
+
+    def save(tensors, path):
+        path.write_bytes(pickle.dumps(tensors))
+
+    gpu = types.SimpleNamespace(
+        is_available=lambda: asked.get("gpu", True),
+        synchronize=lambda: None,
+        get_device_name=lambda: "a GPU",
+    )
+    torch = types.SimpleNamespace(
+        cuda=gpu, save=save, from_numpy=np.array, __version__="0",
+        device=type("device", (), {}),  # the command line's parser asks for it
+    )  # fmt: skip
+    package = types.SimpleNamespace(CifarLoader=load, evaluate=evaluate)
+    hyp = {"opt": {"batch_size": 7}, "aug": {"flip": True}}
+    way = types.SimpleNamespace(hyp=hyp, train95=train)
+    for name, module in (
+        ("torch", torch),
+        ("airbench", package),
+        ("airbench.lib_airbench95", way),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    return asked
+
+
+@pytest.fixture
+def data(monkeypatch, rng):
+    """CIFAR-10 as the library opens it, with a handful of images."""
+
+    def opened(name, data_dir, splits):
+        assert (name, splits) == ("cifar10", ("train", "test"))
+        return [Source(5), Source(3)]
+
+    def chunks(source, decoder, rows, chunk):
+        assert decoder.channels == 3
+        assert list(rows) == list(range(len(source)))
+        for part in (rows[:2], rows[2:]):
+            yield np.full((len(part), 32, 32, 3), part[0], np.uint8), part.astype(np.int32) % 2
+
+    monkeypatch.setattr(airbench, "open_tfds", opened)
+    monkeypatch.setattr(airbench, "decode_chunks", chunks)
+
+
+def test_each_run_is_a_whole_training_but_the_first(published, data, capfd):
+    airbench.main(["--target", "95", "--runs", "3"])
+    row = json.loads(capfd.readouterr().out)
+    assert published["trained"] == 4
+    assert row["top1"] == {"mean": pytest.approx(0.93), "sd": pytest.approx(0.01), "n": 3}
+    assert row["seconds"]["n"] == 3
+    assert (row["target"], row["device_kind"]) == (95, "a GPU")
+    (name, size, _, test), *trains = published["loaded"]
+    assert (name, size) == ("cifar10/test.pt", 2000)
+    assert [x[:2] for x in trains] == [("cifar10/train.pt", 7)] * 4
+    assert trains[0][2] == {"aug": {"flip": True}, "altflip": True}
+    assert test["images"].shape == (3, 32, 32, 3)
+    assert test["classes"] == ["a", "b"]
+    assert trains[0][3]["images"][:, 0, 0, 0].tolist() == [0, 0, 2, 2, 2]
+    assert trains[0][3]["labels"].tolist() == [0, 1, 0, 1, 0]
+    assert trains[0][3]["labels"].dtype == np.int64
+
+
+def test_what_is_missing_is_one_line(published, monkeypatch, capfd):
+    published["gpu"] = False
+    assert "there is no GPU that torch knows" in line_of_bad_input(airbench.main, [], capfd)
+    monkeypatch.setitem(sys.modules, "airbench", None)  # as if there were none
+    said = line_of_bad_input(airbench.main, [], capfd)
+    assert "airbench is not installed: pip install airbench torch torchvision" in said
+    said = line_of_bad_input(airbench.main, ["--target", "97"], capfd)
+    assert "--target 97: expected one of (93, 94, 95, 96)" in said
