@@ -89,7 +89,9 @@ def start(began: str, name: str, settings: str) -> None:
       name: of the network.
       settings: as JSON.
     """
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(settings).items()}
+    given: Any = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(settings).items()
+    }
     common.print_json(phases(name, Settings(**given), float(began)))
 
 

@@ -45,7 +45,8 @@ def outputs(task: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def build(task: Mapping[str, Any]) -> workers.Built:
     """In a worker: computes, and leaves the arrays at the task's path."""
     jax.config.update("jax_default_matmul_precision", "highest")
-    np.savez(task["path"], **outputs(task))
+    arrays: Any = outputs(task)
+    np.savez(task["path"], **arrays)
     return workers.Built({"device_kind": jax.devices()[0].device_kind}, lambda steps: 0.0)
 
 
