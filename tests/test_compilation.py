@@ -3,6 +3,8 @@
 import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -192,3 +194,15 @@ def test_the_commands_use_it_and_nothing_else_does(monkeypatch, tmp_path, digits
     with pytest.raises(SystemExit):
         main.main(digits.get_config, "w", ["--no-such-flag"])
     assert len(used) == 2 + len(main.TOOLS)
+
+
+def test_the_flags_that_the_readme_names_are_known_to_xla(clean_environment):
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    named = sorted(set(re.findall(r"--xla_gpu_\w+=\w+", readme)))
+    assert len(named) == 4
+    done = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.numpy.zeros(1)"],
+        env={**clean_environment, "XLA_FLAGS": " ".join(named), "JAX_ENABLE_PGLE": "true"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-300:]  # XLA ends a process for a flag it has not
