@@ -126,7 +126,11 @@ def _stacked(trees: Sequence[Any]) -> Any:
 
 
 def grouped(
-    step: Callable[..., Any], place: Callable[[Any], Any], rows_of: Callable[[Any, Any], Any] | None
+    step: Callable[..., Any],
+    place: Callable[[Any], Any],
+    rows_of: Callable[[Any, Any], Any] | None,
+    *,
+    unroll: bool,
 ) -> Callable[..., Any]:
     """(state, held, batch of a Group) to (state, sums with an axis of steps): to be jitted.
 
@@ -134,6 +138,7 @@ def grouped(
       step: of one batch.
       place: fixes how the state lies on the devices between two steps.
       rows_of: (held, rows) to a batch; None: the rows are the batch.
+      unroll: write the steps behind one another, and no loop.
     """
 
     def train_steps(state: Any, held: Any, batch: Any) -> Any:
@@ -141,8 +146,7 @@ def grouped(
             state, sums = step(state, rows if rows_of is None else rows_of(held, rows))
             return place(state), sums
 
-        # In a while loop a convolution's backward pass is some 20 times slower on a CPU.
-        return jax.lax.scan(one, state, batch, unroll=cpu.is_backend())
+        return jax.lax.scan(one, state, batch, unroll=unroll)
 
     return train_steps
 

@@ -48,7 +48,7 @@ def config(plain):
     return dataclasses.replace(
         plain,
         model=tiny_resnet(num_filters=2, dropblock_rate=0.1, dropblock_size=2),
-        augment=Augment(width_shift=0.1, mixup=0.2),
+        augment=Augment(cutout=2),
         num_steps=12,
         ema_decay=0.9,
         log_every_steps=6,
@@ -194,19 +194,23 @@ def test_where_no_group_fits_it_is_said(plain, tmp_path, mesh, calls, capsys):
 
 
 def test_streamed_sets_are_stacked_and_batches_cut_in_parts(plain, tmp_path, mesh):
-    plain, states = dataclasses.replace(plain, accum_steps=2), []
+    parts = dataclasses.replace(plain, accum_steps=2)
+    state, losses = trained(parts, tmp_path / "resident", mesh)
     streams = dataclasses.replace(plain.data, resident_mb=0, num_workers=0)
-    for data, size in [(plain.data, 1), (plain.data, 2), (streams, 2)]:
-        one = by(dataclasses.replace(plain, data=data), size)
-        states.append(trained(one, tmp_path / f"{len(states)}", mesh))
-    for state, losses in states[1:]:
-        assert_trees_equal(state.arrays(), states[0][0].arrays())
-        assert losses == states[0][1]
-        assert len(losses) == 5
+    streamed = by(dataclasses.replace(parts, data=streams), 2)
+    other, other_losses = trained(streamed, tmp_path / "streamed", mesh)
+    assert_trees_equal(other.arrays(), state.arrays())
+    assert other_losses == losses
+    assert len(losses) == 5
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
-def test_eight_devices_take_the_steps_of_one_to_1e_10_in_x64(plain, tmp_path, meshes, sharding):
+@pytest.mark.parametrize(("sharding", "unroll"), [("replicated", True), ("fsdp", False)])
+def test_eight_devices_take_the_steps_of_one_to_1e_10_in_x64(
+    plain, tmp_path, meshes, monkeypatch, sharding, unroll
+):
+    """In a loop too, as other devices than a CPU have it."""
+    grouped = dispatch.grouped
+    monkeypatch.setattr(dispatch, "grouped", lambda *a, **_: grouped(*a, unroll=unroll))
     with jax.enable_x64(True):
         model = plain.model.clone(num_filters=8, dtype="float64", param_dtype="float64")
         one = dataclasses.replace(plain, model=model, num_steps=3)
@@ -219,6 +223,12 @@ def test_eight_devices_take_the_steps_of_one_to_1e_10_in_x64(plain, tmp_path, me
         compiled = ready.compile_group()
         memory = programs.memory(compiled.program)
         assert memory.aliased == programs.device_bytes(ready.state)
+        sent = programs.collectives(compiled.program)
+        assert any(each.looped for each in sent) is not unroll
+        # Of what is split the parameters are gathered, never images or rows of them.
+        gathers = [each for each in sent if each.kind == "all-gather"]
+        assert bool(gathers) == (sharding == "fsdp")
+        assert {x.dtype for each in gathers for x in each.operands} <= {"f64"}
         held, (ready.state, sums) = ready.state, compiled(ready.state, group)
         assert jax.tree.leaves(held.params)[0].is_deleted()
         assert max_difference(ready.state.arrays(), state.arrays()) < 1e-10
