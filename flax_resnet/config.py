@@ -94,10 +94,15 @@ class TrainConfig:
     sharding: StateSharding = dataclasses.field(default="replicated", metadata=FREE)
     """What several devices split of the state: nothing; "zero", the optimizer's state and the
     average; "fsdp", the parameters too (Rajbhandari et al. 2020, section 5)."""
+    steps_per_dispatch: int | None = dataclasses.field(default=None, metadata=FREE)
+    """Steps that one call of the compiled program takes where nothing is logged, evaluated or saved
+    between them; at most those of the run. Signals wait for all of them; of a streamed set, which
+    needs so many batches on the devices at once, None is 1. On a CPU None is 1 and n takes n times
+    as long to compile; elsewhere None is 8, which has not been measured."""
     guard: Guard = dataclasses.field(default=Guard(), metadata=FREE)
     """What to do when the run goes wrong."""
     profile_steps: int = dataclasses.field(default=0, metadata=FREE)
-    """Trace so many steps, after the first few, into WORKDIR/profile; 0: none."""
+    """Trace so many steps, in whole dispatches, after the first few, into WORKDIR/profile."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -108,6 +113,7 @@ class TrainConfig:
             "accum_steps": (1, inf),
             "log_every_steps": (1, inf),
             "profile_steps": (0, inf),
+            "steps_per_dispatch": (1, inf),
             "num_steps": (1, inf),
             "num_epochs": (POSITIVE, inf),
             "eval_every_epochs": (POSITIVE, inf),

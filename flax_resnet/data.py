@@ -17,7 +17,7 @@ import itertools
 import math
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -33,6 +33,7 @@ from flax_resnet.datasets.rows import (
     decode_chunks,
     eval_rows,
     shard_slice,
+    take,
 )
 from flax_resnet.errors import UserError, check_choices, check_range
 from flax_resnet.files import digest
@@ -241,9 +242,17 @@ class Data:
         """
         if self.resident:
             for step in range(start_step, stop_step):
-                yield self._gather("train", self._rows(seed, step, batch_size))
+                rows = distributed.put_batch(self._mesh, self.train_rows(seed, step, batch_size))
+                yield self._take(self._resident["train"], rows)
             return
         assert isinstance(seed, int)
+        for batch in self.stream(seed, batch_size, start_step, stop_step):
+            yield distributed.put_batch(self._mesh, batch)
+
+    def stream(
+        self, seed: int, batch_size: int, start_step: int, stop_step: int
+    ) -> Generator[dict[str, np.ndarray]]:
+        """As ``train_batches``, of a streamed set; this process's rows, not on a device yet."""
         decoder = dataclasses.replace(
             self._decoders["train"], random_crop=self._config.random_resized_crop
         )
@@ -258,12 +267,15 @@ class Data:
         source = self._source(split)
         num_steps = -(-len(source) // batch_size)
         if not self.resident:
-            yield from self._stream(source, self._decoders[split], batch_size, None, 0, num_steps)
+            decoder = self._decoders[split]
+            for read in self._stream(source, decoder, batch_size, None, 0, num_steps):
+                yield distributed.put_batch(self._mesh, read)
             return
         for step in range(num_steps):
             rows, mask = eval_rows(step, batch_size, len(source))
-            batch = self._gather(split, rows)
-            yield {**batch, "mask": distributed.put_batch(self._mesh, _my_part(mask))}
+            mine = [_my_part(part) for part in (rows.astype(np.int32), mask)]
+            there, counted = distributed.put_batch(self._mesh, mine)
+            yield {**self._take(self._resident[split], there), "mask": counted}
 
     def fingerprint(self, split: Split) -> str:
         """A hash of a split's images, as they are decoded, and of its labels."""
@@ -296,19 +308,21 @@ class Data:
         self._resident = {
             split: distributed.put_replicated(self._mesh, part) for split, part in arrays.items()
         }
-        self._take = jax.jit(
-            lambda arrays, rows: {name: array[rows] for name, array in arrays.items()},
-            out_shardings=distributed.batch_sharding(self._mesh),
-        )
+        self._take = jax.jit(take, out_shardings=distributed.batch_sharding(self._mesh))
 
-    def _rows(self, seed: int | Sequence[int], step: int, batch_size: int) -> np.ndarray:
-        if isinstance(seed, int):
-            return batch_rows(seed, step, batch_size, self.num_train, self._config.repeats)
-        return np.stack([self._rows(one, step, batch_size) for one in seed])
+    def train_rows(self, seed: int | Sequence[int], step: int, batch_size: int) -> np.ndarray:
+        """This process's part of the examples in a batch: int32 (B,), of S seeds (S, B)."""
 
-    def _gather(self, split: Split, rows: np.ndarray) -> dict[str, jax.Array]:
-        mine = _my_part(rows.astype(np.int32))
-        return self._take(self._resident[split], distributed.put_batch(self._mesh, mine))
+        def of(one: int) -> np.ndarray:
+            return batch_rows(one, step, batch_size, self.num_train, self._config.repeats)
+
+        rows = of(seed) if isinstance(seed, int) else np.stack([of(one) for one in seed])
+        return _my_part(rows.astype(np.int32))
+
+    @property
+    def train_arrays(self) -> dict[str, jax.Array]:
+        """The training split on the devices, where it is ``resident``."""
+        return self._resident["train"]
 
     def _stream(
         self,
@@ -318,8 +332,8 @@ class Data:
         seed: int | None,
         start: int,
         stop: int,
-    ) -> Iterator[dict[str, jax.Array]]:
-        """Whole batches read by Grain, in worker processes or threads, in step order."""
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of batches, in step order, read by Grain's workers or threads."""
         import grain
 
         shard = (jax.process_index(), jax.process_count())
@@ -340,8 +354,7 @@ class Data:
             iterator = iter(batches)
             first = list(itertools.islice(iterator, 1))
         try:
-            for batch in itertools.chain(first, iterator):
-                yield distributed.put_batch(self._mesh, batch)
+            yield from itertools.chain(first, iterator)
         finally:
             iterator.close()  # ends the workers, also where the caller stops early
 

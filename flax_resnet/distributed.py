@@ -37,6 +37,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
+def group_sharding(mesh: Mesh) -> NamedSharding:
+    """Of batches behind one another: the second axis is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(None, DATA_AXIS))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array is on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -44,8 +49,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """Makes global arrays of this process's rows of a batch (a pytree of numpy arrays)."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    return put_local(batch_sharding(mesh), batch)
+
+
+def put_local(sharding: NamedSharding, tree: Any) -> Any:
+    """Makes global arrays of this process's part of each (numpy arrays), split as ``sharding``."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:

@@ -307,7 +307,11 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 class Timer:
-    """Seconds of an interval, the share of them spent waiting for data, and images a second."""
+    """Seconds of an interval, the share of them spent waiting for data, and images a second.
+
+    Attributes:
+      images: of the interval so far, to be added up by whoever trains on them.
+    """
 
     def __init__(self) -> None:
         self.reset()
@@ -316,10 +320,10 @@ class Timer:
         """Starts a new interval."""
         self._start = time.perf_counter()
         self._waited = 0.0
-        self._images = 0
+        self.images = 0
 
-    def waiting(self, batches: Iterable[Any], images: int) -> Iterable[Any]:
-        """Passes batches of ``images`` images on, counting the time until each is there."""
+    def waiting(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """Passes batches on, counting the time until each is there."""
         iterator, end = iter(batches), object()
         while True:
             before = time.perf_counter()
@@ -327,14 +331,13 @@ class Timer:
             self._waited += time.perf_counter() - before
             if batch is end:
                 return
-            self._images += images
             yield batch
 
     def summary(self) -> dict[str, float]:
         """ "images_per_second" and "data_wait" (share of the time) since the last reset."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         return {
-            "images_per_second": self._images / seconds,
+            "images_per_second": self.images / seconds,
             "data_wait": min(self._waited / seconds, 1.0),
         }
 

@@ -18,28 +18,36 @@ Step = Callable[..., Any]
 
 
 @contextlib.contextmanager
-def traced(step: Step, steps: int, directory: Path, say: Callable[[str], None]) -> Iterator[Step]:
+def traced(
+    step: Step,
+    steps: int,
+    directory: Path,
+    say: Callable[[str], None],
+    steps_of: Callable[..., int] = lambda *arguments: 1,
+) -> Iterator[Step]:
     """The step to take instead of ``step``: it computes the same, and some calls are traced.
 
-    The trace is of calls FIRST_STEPS + 1 to FIRST_STEPS + ``steps``, from the moment that
-    the computation before them is done until theirs is, and of whatever the loop does between
-    them. It ends with the context, if not before. One that cannot be made is said, and no more.
+    The trace is of the calls after the first FIRST_STEPS steps that take the next ``steps``, from
+    the moment that the computation before them is done until theirs is, and of whatever the loop
+    does between them. A call of several steps is traced whole. It ends with the context, if not
+    before. One that cannot be made is said, and no more.
 
     Of several processes each traces into ``directory/processI``: the slow one, for which the
     others wait in a collective, is seldom the lead, and only traces side by side tell which it is.
 
     Args:
       step: takes and returns anything.
-      steps: how many calls; with 0 ``step`` itself is yielded.
+      steps: how many; with 0 ``step`` itself is yielded.
       directory: of the traces.
       say: told where the trace is, or why there is none.
+      steps_of: of a call's arguments: how many steps it takes.
     """
     if not steps:
         yield step
         return
     if jax.process_count() > 1:
         directory = directory / f"process{jax.process_index()}"
-    trace = _Trace(step, steps, directory, say)
+    trace = _Trace(step, steps, directory, say, steps_of)
     try:
         yield trace
     finally:
@@ -47,23 +55,39 @@ def traced(step: Step, steps: int, directory: Path, say: Callable[[str], None]) 
 
 
 class _Trace:
-    """A step that counts its calls and traces some of them."""
+    """A step that counts steps and traces some of its calls."""
 
-    def __init__(self, step: Step, steps: int, directory: Path, say: Callable[[str], None]):
+    def __init__(
+        self,
+        step: Step,
+        steps: int,
+        directory: Path,
+        say: Callable[[str], None],
+        steps_of: Callable[..., int],
+    ):
         self._step, self._steps, self._directory, self._say = step, steps, directory, say
-        self._calls = 0
+        self._steps_of = steps_of
+        self._done = 0
+        self._first: int | None = None
+        """Steps before the trace."""
         self._tracing = self._over = False
 
     def __call__(self, *arguments: Any) -> Any:
-        self._calls += 1
-        if self._calls == FIRST_STEPS + 1:
+        if self._first is None and self._done >= FIRST_STEPS:
+            self._first = self._done
             self._begin(arguments)
-        with jax.profiler.StepTraceAnnotation(ANNOTATION, step_num=self._calls - FIRST_STEPS):
+        number = self._done - (self._first or FIRST_STEPS) + 1
+        self._done += self._steps_of(*arguments)
+        with jax.profiler.StepTraceAnnotation(ANNOTATION, step_num=number):
             result = self._step(*arguments)
-        if self._tracing and self._calls == FIRST_STEPS + self._steps:
+        if self._tracing and self._traced >= self._steps:
             jax.block_until_ready(result)
             self.end()
         return result
+
+    @property
+    def _traced(self) -> int:
+        return 0 if self._first is None else self._done - self._first
 
     def _begin(self, arguments: Any) -> None:
         jax.block_until_ready(arguments)
@@ -84,7 +108,7 @@ class _Trace:
         self._over = True
         if not self._tracing:
             self._say(
-                f"no profile: this start ended at its step {self._calls}, and the first "
+                f"no profile: this start ended at its step {self._done}, and the first "
                 f"{FIRST_STEPS} are not traced"
             )
             return
@@ -95,7 +119,7 @@ class _Trace:
             self._say(f"no profile: {error}")
             return
         self._say(
-            f"profile of {self._calls - FIRST_STEPS} steps in {self._directory}: tensorboard "
+            f"profile of {self._traced} steps in {self._directory}: tensorboard "
             f"--logdir {self._directory} (pip install tensorboard xprof), or open its "
             "plugins/profile/*/*.trace.json.gz in ui.perfetto.dev"
         )

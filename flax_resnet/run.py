@@ -16,9 +16,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from flax_resnet import cpu, distributed, guards, metrics, transfer
+from flax_resnet import cpu, dispatch, distributed, guards, metrics, transfer
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
+from flax_resnet.datasets.rows import take
 from flax_resnet.optim import learning_rate_at
 from flax_resnet.preemption import Preempted
 from flax_resnet.record import to_record
@@ -102,6 +103,39 @@ class Run:
         """How the sums of a step lie on the devices."""
         return distributed.replicated(self.mesh)
 
+    @property
+    def summed_group(self) -> NamedSharding:
+        """Likewise those of several, one behind another."""
+        return distributed.replicated(self.mesh)
+
+    @property
+    def seeds(self) -> int | list[int]:
+        """Of the data's order; several of networks that train together."""
+        return self.config.seed
+
+    @property
+    def group(self) -> int:
+        """Steps that go together in a dispatch, where so many do."""
+        asked = self.config.steps_per_dispatch
+        return dispatch.chosen(asked, self.data.resident, self.num_steps)
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations."""
+        return max(1, round(self.config.eval_every_epochs * self.steps_per_epoch))
+
+    @property
+    def save_every(self) -> tuple[int, ...]:
+        """The loop saves after steps that one of these divides."""
+        config = self.config.checkpoint
+        return self.eval_every * config.every_evals, config.every_steps or self.num_steps
+
+    @property
+    def taken(self) -> Iterator[int]:
+        """Steps of each dispatch that is left."""
+        pauses = (self.config.log_every_steps, self.eval_every, *self.save_every)
+        return dispatch.lengths(self.step, self.num_steps, self.group, pauses)
+
     def steps(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """(train step, eval step), pure functions of a state and a batch."""
         config, loss = self.config, LOSSES[self.config.loss]
@@ -151,14 +185,26 @@ class Run:
             **distributed.describe(self.mesh),
             "sharding": config.sharding,
             "scan_blocks": bool(getattr(config.model, "scan_blocks", False)),
+            "steps_per_dispatch": self.group,
         }
 
     def compile(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """(train step, its state donated; eval step), compiled for the mesh."""
+        """(train step, its state donated; eval step), compiled for the mesh.
+
+        The train step takes what ``dispatches`` gives: a batch, or a Group of them.
+        """
         began = time.perf_counter()
-        compiled = self.compile_step(), self.compile_evaluation()
+        compiled = self._compile_training(), self.compile_evaluation()
         self.compile_seconds = time.perf_counter() - began
         return compiled
+
+    def _compile_training(self) -> Callable[..., Any]:
+        if self.group == 1:
+            return self.compile_step()
+        programs = dispatch.Programs(self.compile_step, self.compile_group)
+        for count in dispatch.different(self.taken):
+            programs.of(count > 1)
+        return programs
 
     def compile_step(self) -> Callable[..., Any]:
         """The train step, compiled for the mesh, its state donated."""
@@ -171,6 +217,33 @@ class Run:
         images = (*self.lead, self.config.batch_size)
         with self.step_memory():
             return step.lower(self.state, self._batch(images, self.data.batch_shape)).compile()
+
+    def compile_group(self) -> dispatch.Compiled:
+        """``group`` train steps in one program, as dispatch.Programs has them."""
+        resident, split = self.data.resident, distributed.group_sharding(self.mesh)
+        place = functools.partial(jax.lax.with_sharding_constraint, shardings=self.held)
+        split_batch = functools.partial(
+            jax.lax.with_sharding_constraint, shardings=distributed.batch_sharding(self.mesh)
+        )
+
+        def of_rows(held: Any, rows: Any) -> Any:
+            return split_batch(take(held, rows))
+
+        # In a while loop a convolution's backward pass is some 20 times slower on a CPU.
+        rows_of, unroll = (of_rows if resident else None), cpu.is_backend()
+        steps = jax.jit(
+            dispatch.grouped(self.steps()[0], place, rows_of, unroll=unroll),
+            donate_argnums=0,
+            out_shardings=(self.held, self.summed_group),
+            compiler_options=cpu.compiler_options(),
+        )
+        images = (self.group, *self.lead, self.config.batch_size)
+        rows = jax.ShapeDtypeStruct(images, jnp.int32, sharding=split)
+        like = rows if resident else self._batch(images, self.data.batch_shape, split)
+        held = self.data.train_arrays if resident else None
+        with self.step_memory():
+            compiled = steps.lower(self.state, held, like).compile()
+        return dispatch.Compiled(compiled, held)
 
     def compile_evaluation(self) -> Callable[..., Any]:
         """The eval step, compiled for the mesh."""
@@ -185,8 +258,10 @@ class Run:
         with self.eval_memory():
             return step.lower(self.state, {**batch, "mask": mask}).compile()
 
-    def _batch(self, images: tuple[int, ...], shape: tuple[int, ...]) -> dict[str, Any]:
-        split = distributed.batch_sharding(self.mesh)
+    def _batch(
+        self, images: tuple[int, ...], shape: tuple[int, ...], split: NamedSharding | None = None
+    ) -> dict[str, Any]:
+        split = split or distributed.batch_sharding(self.mesh)
         kind = jnp.float32 if self.config.cache_features else jnp.uint8
         return {
             "image": jax.ShapeDtypeStruct((*images, *shape), kind, sharding=split),
@@ -209,10 +284,17 @@ class Run:
 
     def batches(self) -> Iterator[Batch]:
         """The training batches that are left."""
-        config = self.config
         skipped = sum(batches for _, batches in self.skipped)
         first, end = self.step + skipped, self.num_steps + skipped
-        return self.data.train_batches(config.seed, config.batch_size, first, end)
+        return self.data.train_batches(self.seeds, self.config.batch_size, first, end)
+
+    def dispatches(self) -> Iterator[Any]:
+        """The same as ``compile``'s train step takes them: batches, and Groups of them."""
+        if self.group == 1:
+            return self.batches()
+        first = self.step + sum(batches for _, batches in self.skipped)
+        size = self.config.batch_size
+        return dispatch.feed(self.data, self.mesh, self.seeds, size, first, list(self.taken))
 
     def evaluate(
         self, step: Callable[..., metrics.Sums], stop: Callable[[], bool] | None = None

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,16 @@ class Together(Run):
         """Likewise of the sums."""
         return distributed.batch_sharding(self.mesh)
 
+    @property
+    def summed_group(self) -> NamedSharding:
+        """Behind the axis of steps."""
+        return distributed.group_sharding(self.mesh)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Each network has batches of its own seed's order: (S, B, ...)."""
+        return [config.seed for config in self.configs]
+
     def learning_rate(self) -> Any:
         """Each network's rate of the last step: (S,)."""
         scale = learning_rate_at(lambda step: 1.0, self.state.opt_state, self.step - 1)
@@ -108,12 +118,6 @@ class Together(Run):
             "learning_rate": jnp.stack([jnp.asarray(rate) for rate in rates]),
             "weight_decay": jnp.asarray(decays, float),
         }
-
-    def batches(self) -> Iterator[Batch]:
-        """Batches (S, B, ...), each network's of its own seed's order."""
-        seeds = [config.seed for config in self.configs]
-        size = self.config.batch_size
-        return self.data.train_batches(seeds, size, self.step, self.num_steps)
 
     def of(self, index: int, workdir: Path) -> Run:
         """One network's run, as it stands."""

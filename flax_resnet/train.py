@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import distributed, figures, hosts, metrics, profiling
+from flax_resnet import dispatch, distributed, figures, hosts, metrics, profiling
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.files import room
@@ -36,7 +36,7 @@ from flax_resnet.watch import (
 )
 
 # Dispatch is asynchronous: without a bound the host would queue every batch of the run.
-MOST_STEPS_IN_FLIGHT = 2
+MOST_DISPATCHES_IN_FLIGHT = 2
 
 
 def train_and_evaluate(
@@ -146,11 +146,18 @@ def go(
         stack.callback(checkpoints.close)
         signals = stack.enter_context(Signals(stop))
         stack.enter_context(run.step_memory())
-        tracing = profiling.traced(step_fn, config.profile_steps, run.profiles, log.message)
+        tracing = profiling.traced(
+            step_fn, config.profile_steps, run.profiles, log.message, _steps_of_call
+        )
         step_fn = stack.enter_context(tracing)
         log.message(_opening_line(run))
         if changed := changes(run):
             log.message(changed)
+        if run.group > 1 and dispatch.different(run.taken) == {1}:
+            log.message(
+                f"steps_per_dispatch={run.group} and never so many steps with nothing logged, "
+                "evaluated or saved between them: each is a dispatch of its own"
+            )
         log.message(f"compiled in {run.compile_seconds:.1f} s")
         began = time.perf_counter() - run.seconds - run.compile_seconds
         while True:
@@ -163,6 +170,10 @@ def go(
                 _go_back(run, checkpoints, log, error)
         watch.at(SAVING, run.step)
         checkpoints.wait()
+
+
+def _steps_of_call(state: Any, batch: Any) -> int:
+    return dispatch.num_steps(batch)
 
 
 def _go_back(
@@ -209,12 +220,6 @@ class _Loop:
     ):
         self.run, self.step_fn, self.eval_fn = run, step_fn, eval_fn
         self.checkpoints, self.log, self.stop, self.watch = checkpoints, log, stop, watch
-        config = run.config
-        self.eval_every = max(1, round(config.eval_every_epochs * run.steps_per_epoch))
-        self.save_every = (
-            self.eval_every * config.checkpoint.every_evals,
-            config.checkpoint.every_steps or run.num_steps,
-        )
         self.began = began
         self.saved = run.step  # the step of the newest checkpoint, or 0
         self.timer = metrics.Timer()
@@ -228,19 +233,21 @@ class _Loop:
         run, config, watch = self.run, self.run.config, self.watch
         if run.owes_evaluation:
             self._evaluate()
-            if self._due(self.save_every):
+            if self._due(run.save_every):
                 self.checkpoints.rate(run.step, self._scores())
         watch.at(WAITING, run.step)
         images = math.prod(run.lead) * config.batch_size
-        for batch in self.timer.waiting(run.batches(), images):
+        for batch in self.timer.waiting(run.dispatches()):
             watch.at(STEP, run.step)
+            steps = dispatch.num_steps(batch)
+            self.timer.images += steps * images
             run.state, sums = self.step_fn(run.state, batch)
-            run.step += 1
+            run.step += steps
             self.pending.append(sums)
-            if len(self.pending) > MOST_STEPS_IN_FLIGHT:
-                jax.block_until_ready(self.pending[-1 - MOST_STEPS_IN_FLIGHT])
-            run.owes_evaluation = self._due((self.eval_every,))
-            saves = self._due(self.save_every)
+            if len(self.pending) > MOST_DISPATCHES_IN_FLIGHT:
+                jax.block_until_ready(self.pending[-1 - MOST_DISPATCHES_IN_FLIGHT])
+            run.owes_evaluation = self._due((run.eval_every,))
+            saves = self._due(run.save_every)
             if saves or run.step % config.log_every_steps == 0:
                 # Saves end an interval too, so that a resumed run logs what an unbroken one does.
                 self._log_interval()
@@ -260,11 +267,14 @@ class _Loop:
         step = self.run.step
         return step == self.run.num_steps or any(step % n == 0 for n in every)
 
+    def _sums(self) -> list[dict[str, Any]]:
+        return dispatch.by_step(self.pending, len(self.run.lead))
+
     def _scores(self) -> dict[str, float]:
         return {name: float(np.mean(value)) for name, value in self.run.evaluation.items()}
 
     def _log_interval(self) -> None:
-        run, sums = self.run, jax.device_get(self.pending)
+        run, sums = self.run, self._sums()
         config, means = run.config, metrics.means(sums)
         limit = config.guard.limit(config.loss, config.model.num_classes, run.first_loss)
         check_loss(sums, run.step, limit)
@@ -307,7 +317,7 @@ class _Loop:
 
     def _save_and_stop(self) -> None:
         """Saves where the run stands, so that it goes on as if it had not been stopped."""
-        run, sums = self.run, jax.device_get(self.pending)
+        run, sums = self.run, self._sums()
         if sums:
             check_loss(sums, run.step, math.inf)  # the mean is judged when the interval is whole
             run.open_interval = {n: np.asarray(x).tolist() for n, x in metrics.totals(sums).items()}
@@ -322,13 +332,14 @@ def _opening_line(run: Run) -> str:
     data, devices = run.data, run.mesh.devices.flat
     parameters = sum(x.size for x in jax.tree.leaves((run.whole or run.state).params))
     members = math.prod(run.lead)
+    together = f", {run.group} a dispatch" if run.group > 1 else ""
     return (
         (f"{members} x " if run.lead else "")
         + f"{type(run.config.model).__name__}, {parameters // members:,} parameters; "
         f"{run.config.data.title}: "
         f"{data.num_train:,} training and {data.num_eval:,} evaluation images of "
         f"{data.sizes}, {'resident' if data.resident else 'streamed'}; "
-        f"{run.num_steps} steps, {run.steps_per_epoch} an epoch, on {run.mesh.size} x "
+        f"{run.num_steps} steps, {run.steps_per_epoch} an epoch{together}, on {run.mesh.size} x "
         f"{devices[0].device_kind}" + (f"; resumes at step {run.step}" if run.step else "")
     )
 

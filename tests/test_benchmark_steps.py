@@ -51,6 +51,15 @@ def test_rows_have_times_work_and_memory(kind, tiny, capfd):
     assert table[-1].split()[:3] == ["resnet20", "8", "2"]
 
 
+def test_several_steps_in_one_dispatch_are_timed_by_the_step(tiny, capfd):
+    train_step.main([*tiny, "--steps", "3", "--steps-per-dispatch", "2"])
+    row = json.loads(capfd.readouterr().out)
+    assert row["steps_per_dispatch"] == 2
+    times = row["step_seconds"]
+    assert row["images_per_second"] == pytest.approx(2 / times["median"])
+    assert row["program_memory"]["aliased"] > 0
+
+
 def test_sizes_follow_the_network():
     settings = steps.Settings()
     found = [settings.config(name).batch_size for name in (*settings.models, "resnet18")]

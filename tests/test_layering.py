@@ -46,7 +46,7 @@ LEVELS = [
     {"pretrained.load"},
     {"pretrained"},
     {"step"},
-    {"transfer"},
+    {"dispatch", "transfer"},
     {"config"},
     {"run", "flags", "grids"},
     {"resume"},

@@ -125,7 +125,8 @@ def test_timer_counts_the_wait_for_data(monkeypatch):
             yield None
 
     timer = metrics.Timer()
-    for _ in timer.waiting(slow(), 8):
+    for _ in timer.waiting(slow()):
+        timer.images += 8
         now[0] += 3.0
     assert timer.summary() == {"images_per_second": 2.0, "data_wait": 0.25}
     timer.reset()

@@ -69,6 +69,16 @@ def test_a_trace_ends_where_the_run_does(tmp_path, calls):
     assert [line.split(" in ")[0] for line in said] == [f"profile of {calls - FIRST_STEPS} steps"]
 
 
+def test_calls_of_several_steps_are_traced_whole(tmp_path):
+    said, x = [], jnp.zeros(3)
+    with traced(step, 5, tmp_path, said.append, steps_of=lambda x: 3) as taken:
+        for _ in range(6):
+            x = taken(x)
+    found = [stats["step_num"] for name, stats in events(tmp_path) if name == "train"]
+    assert found == [1, 4]  # the third and the fourth call, after six steps
+    assert [line.split(" in ")[0] for line in said] == ["profile of 6 steps"]
+
+
 def test_a_run_that_is_too_short_says_so(tmp_path):
     said = []
     with traced(step, 2, tmp_path / "profile", said.append) as taken:

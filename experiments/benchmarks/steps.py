@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from experiments.benchmarks import common, peak, workers
 from experiments.benchmarks.peer_nets.specs import NETWORKS
-from flax_resnet import distributed, flags, models, optim, programs, run
+from flax_resnet import dispatch, distributed, flags, models, optim, programs, run
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
@@ -65,6 +65,8 @@ class Settings:
     """Of the training step: SGD with a momentum of 0.9, or Adam."""
     steps: int = 5
     """Steps of a round, dispatched one after another and timed together."""
+    steps_per_dispatch: int = 1
+    """Training steps in one call of the compiled program; a round has whole ones."""
     rounds: int = 5
     """Rounds timed, after one that is not."""
     peak_size: int | None = None
@@ -74,7 +76,8 @@ class Settings:
         check_choices(self)
         if not self.models:
             raise UserError("--models: expected one or more names of networks")
-        for name in ("image_size", "batch_size", "steps", "rounds", "peak_size"):
+        for name in ("image_size", "batch_size", "steps", "rounds", "peak_size",
+                     "steps_per_dispatch"):  # fmt: skip
             check_range("--" + name.replace("_", "-"), getattr(self, name), 1)
 
     def config(self, name: str) -> TrainConfig:
@@ -90,6 +93,7 @@ class Settings:
             batch_size=batch_size,
             eval_batch_size=batch_size,
             optimizer=optimizer(self.optimizer, 1e-3),
+            steps_per_dispatch=self.steps_per_dispatch,
         )
 
     def side(self, config: TrainConfig) -> int:
@@ -135,9 +139,13 @@ def noise_run(config: TrainConfig, mesh: Mesh, image_size: int) -> tuple[run.Run
         "image": rng.integers(0, 256, (config.batch_size, *shape), np.uint8),
         "label": rng.integers(0, model.num_classes, config.batch_size, np.int32),
     }
-    # The steps ask of the data for nothing but its shapes.
-    data = cast(Data, types.SimpleNamespace(batch_shape=shape, eval_shape=shape))
-    made = run.Run(config, Path(), mesh, data, 1000, 100, schedule, state, start)
+    # The steps ask of the data for nothing but its shapes; several in one program for the images.
+    several = (config.steps_per_dispatch or 1) > 1
+    held = distributed.put_replicated(mesh, noise) if several else None
+    data = types.SimpleNamespace(
+        batch_shape=shape, eval_shape=shape, resident=True, train_arrays=held
+    )
+    made = run.Run(config, Path(), mesh, cast(Data, data), 1000, 100, schedule, state, start)
     return made, distributed.put_batch(mesh, noise)
 
 
@@ -157,14 +165,22 @@ def round_seconds(
 
 
 def training(ready: run.Run, batch: Batch) -> tuple[jax.stages.Compiled, Turn]:
-    """(the step that a run compiles, what times it); the run's state is gone afterwards."""
-    compiled = cast(jax.stages.Compiled, ready.compile_step())
-    state = ready.state
+    """(the program that a run compiles, what times it); the run's state is gone afterwards."""
+    size, state, given = ready.config.steps_per_dispatch or 1, ready.state, cast(Any, batch)
+    if size == 1:
+        step: Callable[..., Any] = ready.compile_step()
+        compiled = cast(jax.stages.Compiled, step)
+    else:
+        step = group = ready.compile_group()
+        compiled = group.program
+        rows = np.tile(np.arange(ready.config.batch_size, dtype=np.int32), (size, 1))
+        split = distributed.group_sharding(ready.mesh)
+        given = dispatch.Group(distributed.put_local(split, rows))
 
     def turn(steps: int) -> float:
         nonlocal state
-        state, seconds = round_seconds(compiled, state, batch, steps)
-        return seconds
+        state, seconds = round_seconds(step, state, given, -(-steps // size))
+        return seconds / size
 
     return compiled, turn
 
@@ -221,6 +237,7 @@ def measure(kind: Kind, name: str, settings: Settings, best: peak.Peak) -> Row:
         "dtype": settings.dtype,
         "optimizer": settings.optimizer if kind == "train" else None,
         "steps": settings.steps,
+        "steps_per_dispatch": settings.steps_per_dispatch if kind == "train" else None,
         "parameters": parameters,
         "step_seconds": dataclasses.asdict(timing),
         **speed(timing.median, settings.gflop(name, kind), config.batch_size, best),

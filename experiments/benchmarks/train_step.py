@@ -2,8 +2,10 @@
 
 What is timed is the step that a run compiles, its state donated, on a batch of uint8 noise that
 lies on the device: normalisation, forward and backward pass, update and the sums of metrics; no
-augmentation and no data pipeline. Operations are those of the multiply-adds of convolutions and
-dense layers, three forward passes a step. The peak is measured in the same run (the peak module).
+augmentation and no data pipeline. With --steps-per-dispatch N it is the program of N steps, each of
+which takes its rows from the noise on the device. Operations are those of the multiply-adds of
+convolutions and dense layers, three forward passes a step. The peak is measured in the same run
+(the peak module).
 
 Program bytes are what XLA says that the compiled program holds at once (arguments, outputs that
 take no argument's place, temporaries). The process's peak is that of its main memory so far,
@@ -14,7 +16,8 @@ Standard output has one line of JSON a network, standard error the table.
 Claim: none; it measures.
 
 Command: python -m experiments.benchmarks.train_step
-  (on a GPU: --dtype bfloat16 --models resnet50 --batch-size 256)
+  (on a GPU: --dtype bfloat16 --models resnet50 --batch-size 256; for what dispatching costs a small
+  network: --models resnet20 --steps 64, then with --steps-per-dispatch 8 too)
 
 Hardware: any.
 

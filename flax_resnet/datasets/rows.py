@@ -6,8 +6,9 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,11 @@ def batch_rows(seed: int, step: int, batch_size: int, n: int, repeats: int = 1) 
             for epoch in np.unique(epochs)
         ]
     )
+
+
+def take(arrays: Mapping[str, Any], rows: Any) -> dict[str, Any]:
+    """These rows of each array; inside jit too."""
+    return {name: array[rows] for name, array in arrays.items()}
 
 
 @dataclasses.dataclass(frozen=True)

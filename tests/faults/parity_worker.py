@@ -15,20 +15,21 @@ from flax_resnet.data import DataConfig
 from flax_resnet.models import BasicBlock, ResNet
 from flax_resnet.optim import SGD
 
-# name: (dtype, steps, sharding, accum_steps, MiB that may live on the device, BatchNorm groups)
+# name: (dtype, steps, sharding, accum_steps, MiB that may live on the device, BatchNorm groups,
+# steps in a dispatch)
 WAYS = {
-    "plain": ("float64", 5, "replicated", 1, 2048, None),
-    "plain, accumulated": ("float64", 5, "replicated", 2, 2048, None),
-    "fsdp": ("float64", 5, "fsdp", 1, 2048, None),
-    "fsdp, accumulated, streamed": ("float64", 5, "fsdp", 2, 0, None),
-    "groups, zero": ("float64", 5, "zero", 1, 2048, 8),
-    "float32": ("float32", 1, "replicated", 1, 2048, None),
+    "plain": ("float64", 5, "replicated", 1, 2048, None, 1),
+    "plain, accumulated": ("float64", 5, "replicated", 2, 2048, None, 1),
+    "fsdp": ("float64", 5, "fsdp", 1, 2048, None, 2),
+    "fsdp, accumulated, streamed": ("float64", 5, "fsdp", 2, 0, None, 2),
+    "groups, zero": ("float64", 5, "zero", 1, 2048, 8, 1),
+    "float32": ("float32", 1, "replicated", 1, 2048, None, 1),
 }
 
 
 def run(name: str, out: pathlib.Path) -> None:
     """Writes OUT/NAME.npz: the state's arrays after the steps, and the evaluation."""
-    dtype, steps, sharding, accum_steps, resident_mb, group = WAYS[name]
+    dtype, steps, sharding, accum_steps, resident_mb, group, at_once = WAYS[name]
     model = ResNet((1,), BasicBlock, num_classes=10, num_filters=8, stem="cifar", dtype=dtype,
                    param_dtype=dtype, bn_group=group)  # fmt: skip
     config = TrainConfig(
@@ -43,11 +44,12 @@ def run(name: str, out: pathlib.Path) -> None:
         accum_steps=accum_steps,
         sharding=sharding,
         ema_decay=0.9,
+        steps_per_dispatch=at_once,
     )
     mesh = distributed.data_mesh()
     here = setup.set_up(config, out / "nowhere", mesh)
     step, evaluate = here.compile()
-    for batch in here.batches():
+    for batch in here.dispatches():
         here.state, _ = step(here.state, batch)
     here.evaluate(evaluate)
     whole = jax.jit(lambda tree: tree, out_shardings=distributed.replicated(mesh))

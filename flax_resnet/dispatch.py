@@ -1,0 +1,198 @@
+"""Several training steps in one call of a compiled program: which, what they get, what they do.
+
+Which steps go together follows from their numbers alone: groups of n begin at multiples of n, and
+where something is logged, evaluated or saved inside of one, or the run ends, its steps are taken
+singly. So a run that is resumed, with the same n or another, takes the same steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flax_resnet import cpu, distributed
+from flax_resnet.data import Data
+
+ON_ACCELERATORS = 8
+"""Steps a dispatch there, of data that is resident, where nothing is said. Not measured yet."""
+
+
+class Group(NamedTuple):
+    """What several steps get.
+
+    Attributes:
+      batch: of a resident set the rows, int32 (n, B); else a batch of (n, B, ...). Networks that
+        train together have theirs as a second axis.
+    """
+
+    batch: Any
+
+    @property
+    def steps(self) -> int:
+        """How many."""
+        return len(jax.tree.leaves(self.batch)[0])
+
+
+def num_steps(batch: Any) -> int:
+    """Steps that a call with ``batch`` takes."""
+    return batch.steps if isinstance(batch, Group) else 1
+
+
+def chosen(asked: int | None, resident: bool, total: int) -> int:
+    """Steps a dispatch.
+
+    On a CPU one: a step takes far longer than its dispatch, and in a loop its convolutions are
+    slow. Of a streamed set one: the batches of all n would be on the devices at once.
+
+    Args:
+      asked: this many; None chooses.
+      resident: the training split lives on the devices.
+      total: steps of the run, and so the most.
+    """
+    if asked is None:
+        asked = ON_ACCELERATORS if resident and not cpu.is_backend() else 1
+    return min(asked, total)
+
+
+def lengths(first: int, end: int, size: int, pauses: Sequence[int]) -> Iterator[int]:
+    """Steps of each dispatch: ``size``, or 1.
+
+    Args:
+      first: steps done.
+      end: steps of the run.
+      size: steps of a group.
+      pauses: the loop does something after the steps that one of these divides.
+    """
+    while first < end:
+        after = first + size
+        whole = first % size == 0 and after <= end
+        whole = whole and all((first // every + 1) * every >= after for every in pauses)
+        yield (taken := size if whole else 1)
+        first += taken
+
+
+def different(taken: Iterable[int]) -> set[int]:
+    """The different ones of ``lengths``, of which there are two at most."""
+    found: set[int] = set()
+    for count in taken:
+        found.add(count)
+        if len(found) == 2:
+            break
+    return found
+
+
+def feed(
+    data: Data, mesh: Mesh, seed: int | Sequence[int], batch_size: int, first: int, taken: list[int]
+) -> Iterator[Any]:
+    """Batches and groups, in order.
+
+    Args:
+      data: of the run.
+      mesh: likewise.
+      seed: as of ``Data.train_batches``.
+      batch_size: likewise.
+      first: batch.
+      taken: steps of each dispatch.
+    """
+    sharding = distributed.group_sharding(mesh)
+    if data.resident:
+        for count in taken:
+            if count == 1:
+                yield from data.train_batches(seed, batch_size, first, first + 1)
+            else:
+                rows = [data.train_rows(seed, first + i, batch_size) for i in range(count)]
+                yield Group(distributed.put_local(sharding, np.stack(rows)))
+            first += count
+        return
+    assert isinstance(seed, int)
+    with contextlib.closing(data.stream(seed, batch_size, first, first + sum(taken))) as stream:
+        for count in taken:
+            batches = list(itertools.islice(stream, count))
+            if count == 1:
+                yield distributed.put_batch(mesh, batches[0])
+            else:
+                yield Group(distributed.put_local(sharding, _stacked(batches)))
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *x: np.stack(x), *trees)
+
+
+def grouped(
+    step: Callable[..., Any],
+    place: Callable[[Any], Any],
+    rows_of: Callable[[Any, Any], Any] | None,
+    *,
+    unroll: bool,
+) -> Callable[..., Any]:
+    """(state, held, batch of a Group) to (state, sums with an axis of steps): to be jitted.
+
+    Args:
+      step: of one batch.
+      place: fixes how the state lies on the devices between two steps.
+      rows_of: (held, rows) to a batch; None: the rows are the batch.
+      unroll: write the steps behind one another, and no loop.
+    """
+
+    def train_steps(state: Any, held: Any, batch: Any) -> Any:
+        def one(state: Any, rows: Any) -> Any:
+            state, sums = step(state, rows if rows_of is None else rows_of(held, rows))
+            return place(state), sums
+
+        return jax.lax.scan(one, state, batch, unroll=unroll)
+
+    return train_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program of several steps, and the training split where it is resident."""
+
+    program: jax.stages.Compiled
+    held: Any
+
+    def __call__(self, state: Any, group: Group) -> Any:
+        """(state, sums with an axis of steps) after them."""
+        return self.program(state, self.held, group.batch)
+
+
+class Programs:
+    """The train step for a batch and for a Group of them, each compiled when it is first used."""
+
+    def __init__(self, single: Callable[[], Any], group: Callable[[], Any]):
+        """Args: what compiles them."""
+        self._make = {False: single, True: group}
+        self._made: dict[bool, Callable[..., Any]] = {}
+
+    def of(self, group: bool) -> Callable[..., Any]:
+        """One of the two."""
+        if group not in self._made:
+            self._made[group] = self._make[group]()
+        return self._made[group]
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        """(state, sums) after the step, or the steps."""
+        return self.of(isinstance(batch, Group))(state, batch)
+
+
+def by_step(sums: Iterable[Mapping[str, Any]], axes: int) -> list[dict[str, Any]]:
+    """The sums of each step, on the host.
+
+    Args:
+      sums: of steps and of groups.
+      axes: that those of a step have: 1 of networks that train together, else 0.
+    """
+    found: list[dict[str, Any]] = []
+    for one in jax.device_get(list(sums)):
+        if np.ndim(one["loss"]) == axes:
+            found.append(dict(one))
+        else:
+            found += [{name: x[i] for name, x in one.items()} for i in range(len(one["loss"]))]
+    return found

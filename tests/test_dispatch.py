@@ -1,0 +1,289 @@
+"""Several steps in one dispatch give what single steps do, to the bit where XLA compiles alike.
+
+As the tests compile (without most optimizations) it does on a CPU; fully optimized it joins other
+operations in a longer program, and the last bits differ.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_trees_equal, max_difference, tiny_resnet
+from test_train import saved, timeless
+
+from flax_resnet import cpu, dispatch, metrics, programs, run, setup, together
+from flax_resnet.augment import Augment
+from flax_resnet.checkpoint import CheckpointConfig
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import Data, DataConfig
+from flax_resnet.distributed import data_mesh
+from flax_resnet.errors import UserError
+from flax_resnet.guards import Guard
+from flax_resnet.optim import SGD
+from flax_resnet.train import train_and_evaluate
+
+BATCH = 32
+
+
+@pytest.fixture(scope="module")
+def plain(digits_dir):
+    """Five steps of which nothing is logged before the end."""
+    return TrainConfig(
+        model=tiny_resnet(num_filters=2),
+        data=DataConfig(data_dir=digits_dir),
+        optimizer=SGD(),
+        batch_size=BATCH,
+        eval_batch_size=400,
+        num_steps=5,
+        log_every_steps=100,
+    )
+
+
+@pytest.fixture(scope="module")
+def config(plain):
+    """Twelve steps with everything random on, logged after 6 and evaluated and saved after 7."""
+    return dataclasses.replace(
+        plain,
+        model=tiny_resnet(num_filters=2, dropblock_rate=0.1, dropblock_size=2),
+        augment=Augment(cutout=2),
+        num_steps=12,
+        ema_decay=0.9,
+        log_every_steps=6,
+        eval_every_epochs=7 / 46,
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Steps of each call of the compiled train step, where there are groups."""
+    taken, call = [], dispatch.Programs.__call__
+
+    def counting(self, state, batch):
+        taken.append(dispatch.num_steps(batch))
+        return call(self, state, batch)
+
+    monkeypatch.setattr(dispatch.Programs, "__call__", counting)
+    return taken
+
+
+def by(config, steps_per_dispatch):
+    return dataclasses.replace(config, steps_per_dispatch=steps_per_dispatch)
+
+
+def trained(config, workdir, mesh):
+    """(state after all steps, their losses)."""
+    ready = setup.set_up(config, workdir, mesh)
+    return after_all(ready)
+
+
+def after_all(ready):
+    step, _ = ready.compile()
+    sums = []
+    for batch in ready.dispatches():
+        ready.state, one = step(ready.state, batch)
+        sums.append(one)
+    each = dispatch.by_step(sums, len(ready.lead))
+    return ready.state, [one["loss"] for one in each]
+
+
+# Which steps go together.
+
+
+@pytest.mark.parametrize(
+    ("first", "end", "size", "pauses", "want"),
+    [
+        (0, 12, 4, (100,), [4, 4, 4]),
+        (0, 12, 12, (100, 12), [12]),
+        (0, 12, 3, (6, 7), [3, 3, 1, 1, 1, 3]),
+        (0, 12, 4, (6, 7), [4, 1, 1, 1, 1, 4]),
+        (4, 12, 3, (6, 7), [1, 1, 1, 1, 1, 3]),
+        (0, 6, 4, (100,), [4, 1, 1]),
+        (0, 3, 2, (1,), [1, 1, 1]),
+        (3, 3, 2, (1,), []),
+    ],
+)
+def test_groups_are_aligned_and_cross_nothing(first, end, size, pauses, want):
+    assert list(dispatch.lengths(first, end, size, pauses)) == want
+    assert dispatch.different(want) == set(want)
+
+
+def test_what_is_left_does_not_depend_on_where_a_run_was_stopped():
+    whole = list(dispatch.lengths(0, 200, 8, (50, 46)))
+    assert whole.count(8) == 19
+    for i, step in enumerate(itertools.accumulate(whole, initial=0)):
+        assert list(dispatch.lengths(step, 200, 8, (50, 46))) == whole[i:]
+
+
+def test_the_choice(monkeypatch):
+    assert dispatch.chosen(None, True, 100) == 1
+    assert dispatch.chosen(7, True, 100) == dispatch.chosen(7, False, 100) == 7
+    assert dispatch.chosen(500, True, 100) == 100
+    monkeypatch.setattr(cpu, "is_backend", lambda: False)
+    assert [dispatch.chosen(None, resident, 100) for resident in (True, False)] == [8, 1]
+    assert dispatch.chosen(None, True, 5) == 5
+
+
+def test_bad_input_is_one_line(plain):
+    with pytest.raises(UserError, match="steps_per_dispatch=0: expected 1 or more"):
+        by(plain, 0)
+
+
+# Runs.
+
+
+@pytest.fixture(scope="module")
+def singly(config, tmp_path_factory):
+    """The workdir of a run in single steps, not to be changed."""
+    workdir = tmp_path_factory.mktemp("singly") / "w"
+    train_and_evaluate(config, workdir, mesh=data_mesh(jax.devices()[:1]), quiet=True)
+    return workdir
+
+
+@pytest.mark.parametrize(("size", "want"), [(3, [3, 3, 1, 1, 1, 3]), (4, [4, 1, 1, 1, 1, 4])])
+def test_groups_leave_the_record_of_single_steps(
+    config, singly, tmp_path, mesh, calls, monkeypatch, capsys, size, want
+):
+    summary, images = metrics.Timer.summary, []
+    monkeypatch.setattr(
+        metrics.Timer, "summary", lambda self: images.append(self.images) or summary(self)
+    )
+    train_and_evaluate(by(config, size), tmp_path / "w", mesh=mesh)
+    assert calls == want
+    assert images == [6 * BATCH, BATCH, 5 * BATCH]
+    assert f"46 an epoch, {size} a dispatch, on 1 x cpu" in capsys.readouterr().out
+    assert_trees_equal(saved(tmp_path / "w")[0], saved(singly)[0])
+    records = timeless(metrics.read_metrics(tmp_path / "w"))
+    assert records == timeless(metrics.read_metrics(singly))
+    assert saved(tmp_path / "w")[1]["ran_on"]["steps_per_dispatch"] == size
+
+
+def test_a_run_that_is_stopped_goes_on_with_other_groups(
+    config, singly, tmp_path, mesh, calls, capsys
+):
+    with pytest.raises(KeyboardInterrupt):
+        train_and_evaluate(by(config, 4), tmp_path / "w", mesh=mesh, stop=lambda: True)
+    train_and_evaluate(by(config, 3), tmp_path / "w", mesh=mesh)
+    assert calls == [4, 1, 1, 1, 1, 1, 3]
+    said = capsys.readouterr().out
+    assert "stopped at step 4 of 12" in said
+    assert "saved with steps per dispatch 4, now 3: the last bits may differ" in said
+    assert_trees_equal(saved(tmp_path / "w")[0], saved(singly)[0])
+    records = timeless(metrics.read_metrics(tmp_path / "w"))
+    assert records == timeless(metrics.read_metrics(singly))
+
+
+def test_a_run_may_be_one_dispatch_and_compiles_no_other(
+    plain, tmp_path, mesh, calls, monkeypatch, capsys
+):
+    monkeypatch.setattr(run.Run, "compile_step", lambda self: pytest.fail("is not needed"))
+    short = dataclasses.replace(plain, num_steps=2, steps_per_dispatch=1000)
+    result = train_and_evaluate(short, tmp_path / "w", mesh=mesh)
+    assert calls == [2]
+    assert result["step"] == 2
+    assert "2 steps, 46 an epoch, 2 a dispatch" in capsys.readouterr().out
+
+
+def test_where_no_group_fits_it_is_said(plain, tmp_path, mesh, calls, capsys):
+    often = dataclasses.replace(plain, num_steps=2, log_every_steps=1, steps_per_dispatch=2)
+    train_and_evaluate(often, tmp_path / "w", mesh=mesh)
+    assert calls == [1, 1]
+    assert "steps_per_dispatch=2 and never so many steps with nothing" in capsys.readouterr().out
+
+
+def test_streamed_sets_are_stacked_and_batches_cut_in_parts(plain, tmp_path, mesh):
+    parts = dataclasses.replace(plain, accum_steps=2)
+    state, losses = trained(parts, tmp_path / "resident", mesh)
+    streams = dataclasses.replace(plain.data, resident_mb=0, num_workers=0)
+    streamed = by(dataclasses.replace(parts, data=streams), 2)
+    other, other_losses = trained(streamed, tmp_path / "streamed", mesh)
+    assert_trees_equal(other.arrays(), state.arrays())
+    assert other_losses == losses
+    assert len(losses) == 5
+
+
+@pytest.mark.parametrize(("sharding", "unroll"), [("replicated", True), ("fsdp", False)])
+def test_eight_devices_take_the_steps_of_one_to_1e_10_in_x64(
+    plain, tmp_path, meshes, monkeypatch, sharding, unroll
+):
+    """In a loop too, as other devices than a CPU have it."""
+    grouped = dispatch.grouped
+    monkeypatch.setattr(dispatch, "grouped", lambda *a, **_: grouped(*a, unroll=unroll))
+    with jax.enable_x64(True):
+        model = plain.model.clone(num_filters=8, dtype="float64", param_dtype="float64")
+        one = dataclasses.replace(plain, model=model, num_steps=3)
+        state, losses = trained(one, tmp_path / "one", meshes[0])
+        many = by(dataclasses.replace(one, sharding=sharding), 3)
+        ready = setup.set_up(many, tmp_path / "many", meshes[1])
+        (group,) = ready.dispatches()
+        assert group.batch.shape == (3, BATCH)
+        assert {x.data.shape for x in group.batch.addressable_shards} == {(3, BATCH // 8)}
+        compiled = ready.compile_group()
+        memory = programs.memory(compiled.program)
+        assert memory.aliased == programs.device_bytes(ready.state)
+        sent = programs.collectives(compiled.program)
+        assert any(each.looped for each in sent) is not unroll
+        # Of what is split the parameters are gathered, never images or rows of them.
+        gathers = [each for each in sent if each.kind == "all-gather"]
+        assert bool(gathers) == (sharding == "fsdp")
+        assert {x.dtype for each in gathers for x in each.operands} <= {"f64"}
+        held, (ready.state, sums) = ready.state, compiled(ready.state, group)
+        assert jax.tree.leaves(held.params)[0].is_deleted()
+        assert max_difference(ready.state.arrays(), state.arrays()) < 1e-10
+        np.testing.assert_allclose(sums["loss"], losses, rtol=1e-10)
+
+
+def test_networks_train_together_in_groups(plain, tmp_path):
+    configs = [dataclasses.replace(plain, seed=seed, num_steps=3) for seed in (0, 1)]
+    with jax.enable_x64(True):
+        model = plain.model.clone(dtype="float64", param_dtype="float64")
+        configs = [dataclasses.replace(c, model=model) for c in configs]
+        (state, losses), (grouped, grouped_losses) = (
+            after_all(
+                together.set_up(
+                    [by(c, size) for c in configs], tmp_path / str(size), jax.devices()[:2]
+                )
+            )
+            for size in (1, 2)
+        )
+        assert len(grouped.step.sharding.device_set) == 2
+        assert np.shape(losses) == np.shape(grouped_losses) == (3, 2)
+        np.testing.assert_allclose(grouped_losses, losses, rtol=1e-10)
+        assert max_difference(grouped.arrays(), state.arrays()) < 1e-10
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_divergence_in_a_group_is_at_its_step_and_its_batch_is_skipped(
+    plain, tmp_path, mesh, monkeypatch, capsys, size
+):
+    """Batch 5 is one image again and again, of which the loss is made no number."""
+    steps, rows, read = run.Run.steps, Data.train_rows, []
+
+    def spoilt_rows(self, seed, step, batch_size):
+        read.append(step)
+        return rows(self, seed, step, batch_size) * (step != 5)
+
+    def spoilt_steps(self):
+        step, evaluate = steps(self)
+
+        def spoilt(state, batch):
+            state, sums = step(state, batch)
+            lost = jnp.where(jnp.ptp(batch["label"]) == 0, jnp.nan, 0.0)
+            params = jax.tree.map(lambda x: x + lost, state.params)
+            return state.replace(params=params), {**sums, "loss": sums["loss"] + lost}
+
+        return spoilt, evaluate
+
+    monkeypatch.setattr(run.Run, "steps", spoilt_steps)
+    monkeypatch.setattr(Data, "train_rows", spoilt_rows)
+    guarded = dataclasses.replace(
+        by(plain, size), num_steps=8, log_every_steps=4,
+        guard=Guard(skips=1), checkpoint=CheckpointConfig(every_steps=4),
+    )  # fmt: skip
+    result = train_and_evaluate(guarded, tmp_path / "w", mesh=mesh)
+    assert result["step"] == 8
+    assert "nan nats at step 6: goes back to step 4 and skips 2" in capsys.readouterr().out
+    assert read == [*range(8), *range(6, 10)]
+    assert saved(tmp_path / "w")[1]["skipped"] == [[4, 2]]
