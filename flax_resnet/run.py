@@ -151,6 +151,7 @@ class Run:
             **distributed.describe(self.mesh),
             "sharding": config.sharding,
             "scan_blocks": bool(getattr(config.model, "scan_blocks", False)),
+            **({"decoder": self.data.decoded_by} if self.data.decoded_by else {}),
         }
 
     def compile(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
