@@ -13,10 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import itertools
 import math
-import os
-import signal
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -25,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_resnet import distributed
-from flax_resnet.datasets import prepare, sources
+from flax_resnet.datasets import prepare, sources, stream
 from flax_resnet.datasets.decode import PACKAGES, Decoder
 from flax_resnet.datasets.rows import (
     BatchReader,
@@ -41,8 +38,6 @@ from flax_resnet.provenance import versions
 
 # Images are decoded and summed up this many bytes of pixels at a time.
 CHUNK_BYTES = 2**24
-# Threads that decode in this process: each has a batch in hand, and Python lets no more be of use.
-MOST_THREADS = 8
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 # Metadata of fields that a resumed run may change: they say where things lie, how to get at them
@@ -85,9 +80,9 @@ class DataConfig:
     resident_mb: int = dataclasses.field(default=2048, metadata=FREE)
     """Sets of up to this many MiB of pixels live on the device; larger ones stream."""
     num_workers: int = dataclasses.field(default=2, metadata=FREE)
-    """Worker processes that decode a streamed set, in two threads each; 0 decodes in threads of
-    this process, one a core and at most eight: nothing is sent, but the training loop waits for
-    Python with them."""
+    """Worker processes that decode a streamed set, in two threads each where there are cores for
+    them; 0 decodes in threads of this process, one a core and at most eight: nothing is sent, but
+    the training loop waits for Python with them."""
     statistics_examples: int = 100_000
     """Normalisation statistics read at most so many training images, evenly spaced."""
 
@@ -193,6 +188,12 @@ class Data:
         }
 
     @property
+    def decoded_by(self) -> str:
+        """What decides the pixels of a streamed set, with versions; "" of one on the device."""
+        named = [] if self.resident else [" ".join(pair) for pair in versions(PACKAGES).items()]
+        return ", ".join(named)
+
+    @property
     def sizes(self) -> str:
         """Of the images, to be printed."""
         train, evaluated = ("x".join(map(str, shape)) for shape in self._shapes.values())
@@ -246,8 +247,9 @@ class Data:
                 yield self._take(self._resident["train"], rows)
             return
         assert isinstance(seed, int)
-        for batch in self.stream(seed, batch_size, start_step, stop_step):
-            yield distributed.put_batch(self._mesh, batch)
+        with contextlib.closing(self.stream(seed, batch_size, start_step, stop_step)) as read:
+            for batch in read:
+                yield distributed.put_batch(self._mesh, batch)
 
     def stream(
         self, seed: int, batch_size: int, start_step: int, stop_step: int
@@ -268,8 +270,10 @@ class Data:
         num_steps = -(-len(source) // batch_size)
         if not self.resident:
             decoder = self._decoders[split]
-            for read in self._stream(source, decoder, batch_size, None, 0, num_steps):
-                yield distributed.put_batch(self._mesh, read)
+            read = self._stream(source, decoder, batch_size, None, 0, num_steps)
+            with contextlib.closing(read):  # ends the workers, also where the caller stops early
+                for batch in read:
+                    yield distributed.put_batch(self._mesh, batch)
             return
         for step in range(num_steps):
             rows, mask = eval_rows(step, batch_size, len(source))
@@ -332,47 +336,11 @@ class Data:
         seed: int | None,
         start: int,
         stop: int,
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Generator[dict[str, np.ndarray]]:
         """This process's rows of batches, in step order, read by Grain's workers or threads."""
-        import grain
-
         shard = (jax.process_index(), jax.process_count())
         reader = BatchReader(source, decoder, batch_size, seed, shard, self._config.repeats)
-        # A worker process costs seconds to start; a handful of batches does not repay it.
-        workers = self._config.num_workers if stop - start > 4 * self._config.num_workers else 0
-        threads = 2 if workers else min(max(2, os.cpu_count() or 1), MOST_THREADS)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 + threads)
-        batches: Any = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
-        if workers:
-            _mark_flags_parsed()
-            # Grain hands their batches on in shared memory.
-            batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(workers, per_worker_buffer_size=2),
-                worker_init_fn=_ignore_signals,
-            )
-        with _signals_held():  # a worker begins with what its parent holds, until it ignores it
-            iterator = iter(batches)
-            first = list(itertools.islice(iterator, 1))
-        try:
-            yield from itertools.chain(first, iterator)
-        finally:
-            iterator.close()  # ends the workers, also where the caller stops early
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """SIGTERM and SIGINT of this thread wait until the block is left."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _ignore_signals(worker: int, workers: int) -> None:
-    """In a worker process: what stops the run (Slurm tells all processes) is for its main one."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+        return stream.batches(reader, start, stop, self._config.num_workers)
 
 
 def _open(config: DataConfig) -> list[Any]:
@@ -389,11 +357,3 @@ def _open(config: DataConfig) -> list[Any]:
 def _my_part(rows: np.ndarray) -> np.ndarray:
     """This process's equal part of a global batch's rows."""
     return rows[shard_slice(len(rows), jax.process_index(), jax.process_count())]
-
-
-def _mark_flags_parsed() -> None:
-    """Grain hands absl's flags to its workers, and refuses while nobody has parsed them."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()

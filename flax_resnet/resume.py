@@ -109,6 +109,6 @@ def changes(run: Run) -> str:
     found = [
         f"{name.replace('_', ' ')} {there[name]}, now {here[name]}"
         for name in here
-        if name in there and there[name] != here[name]
+        if there.get(name, here[name]) != here[name]  # older checkpoints say nothing of some
     ]
     return f"saved with {'; '.join(found)}: the last bits may differ" if found else ""

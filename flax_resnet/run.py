@@ -186,6 +186,7 @@ class Run:
             "sharding": config.sharding,
             "scan_blocks": bool(getattr(config.model, "scan_blocks", False)),
             "steps_per_dispatch": self.group,
+            **({"decoder": self.data.decoded_by} if self.data.decoded_by else {}),
         }
 
     def compile(self) -> tuple[Callable[..., Any], Callable[..., Any]]:

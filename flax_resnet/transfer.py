@@ -14,19 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet import models
 from flax_resnet.augment import normalize
 from flax_resnet.data import SPLITS, Data, Split
+from flax_resnet.datasets.decode import PACKAGES
 from flax_resnet.errors import UserError
 from flax_resnet.files import digest, replacing
 from flax_resnet.models import ResNet
 from flax_resnet.pretrained import Pretrained, check_same, is_path, open_weights
 from flax_resnet.pretrained.fetch import cache_dir
-from flax_resnet.provenance import source_hash
+from flax_resnet.provenance import source_hash, versions
 from flax_resnet.record import to_record
 from flax_resnet.step import TrainState
 
@@ -270,7 +270,7 @@ def with_cached_features(
         "network": to_record(trunk),
         "program": program,
         "normalization": digest(_parts(state.normalization)),
-        "versions": {"jax": jax.__version__, "Pillow": PIL.__version__, "own": source_hash()},
+        "versions": {"jax": jax.__version__, "own": source_hash(), **versions(PACKAGES)},
         "platform": jax.devices()[0].device_kind,
     }
     features, labels = {}, {}

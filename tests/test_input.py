@@ -9,8 +9,8 @@ import pytest
 from helpers import line_of_bad_input
 from PIL import Image
 
-from experiments.benchmarks import input, input_worker, workers
-from flax_resnet.datasets import jpeg
+from experiments.benchmarks import input, input_files, input_worker, workers
+from flax_resnet.datasets import jpeg, sources
 
 SMALL = ["--photographs", "4", "--long-side", "64", "--size", "16", "--batch-size", "3",
          "--batches", "2", "--rounds", "2", "--cores", "1"]  # fmt: skip
@@ -19,16 +19,16 @@ SMALL = ["--photographs", "4", "--long-side", "64", "--size", "16", "--batch-siz
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("photographs")
-    assert input.make_photographs(root, 8, 64)["count"] == 8
+    assert input_files.make_photographs(root, 8, 64)["count"] == 8
     return root
 
 
 def first_batches(folder, way, crop):
     """Two batches of a way, in this process."""
-    task = input.Settings(size=16, batch_size=3, crop=crop).task(way, folder)
+    task = input.Settings(size=16, batch_size=3, crop=crop).task(way, folder, 1)
     _, batches = input_worker.WAYS[way](task)
     made = batches()
-    return [np.asarray(next(made)) for _ in range(2)]
+    return [next(made) for _ in range(2)]
 
 
 def test_photographs_are_of_both_classes_and_splits_and_of_the_size(folder):
@@ -46,7 +46,7 @@ def test_photographs_are_of_both_classes_and_splits_and_of_the_size(folder):
 
 def test_photographs_can_be_larger_than_the_originals():
     image = Image.fromarray(np.zeros((40, 30, 3), np.uint8))
-    assert input._window(image, 90, 61, np.random.default_rng(0)).size == (90, 61)
+    assert input_files._window(image, 90, 61, np.random.default_rng(0)).size == (90, 61)
 
 
 @pytest.mark.parametrize("crop", ["random", "centre"])
@@ -58,10 +58,32 @@ def test_the_decoder_with_pillow_alone_gives_the_same_crops(folder, crop, monkey
     assert np.abs(np.subtract(quick, slow, dtype=int)).mean() < 2
 
 
+def test_records_hold_the_folders_files(folder):
+    """Bit for bit, with their labels; the same files give the same crops."""
+    input_files.make_records(folder)
+    (records,) = sources.open_tfds(input_files.RECORDS, str(folder), ["train"])
+    files = sources.open_folder(str(folder), ["train", "test"], 16, 5)[0]
+    assert (len(records), records.image_shape) == (len(files), (None, None, 3))
+    stored, labels = records.read(range(8))
+    expected = dict(zip(*files.read(range(8)), strict=True))
+    assert {data: expected[data] for data in stored} == dict(zip(stored, labels, strict=True))
+    made = first_batches(folder, "ours, threads, ArrayRecord", "random")
+    assert np.shape(made[0]["image"]) == (3, 16, 16, 3)
+
+
+def test_each_way_has_a_row_for_one_core_and_for_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(workers, "usable_cores", lambda: 4)
+    tasks = input.Settings().tasks(tmp_path)
+    piped = [way for way in input_worker.WAYS if not way.startswith("decoder")]
+    assert [task.way for task in tasks] == [*input_worker.WAYS, *piped]
+    assert [task.cores for task in tasks] == [1] * len(input_worker.WAYS) + [4] * len(piped)
+    assert {task.cores for task in input.Settings(cores=3).tasks(tmp_path)} == {1, 3}
+
+
 @pytest.mark.parametrize("crop", ["random", "centre"])
 def test_torch_reads_crops_of_the_photographs(folder, crop):
     pytest.importorskip("torch")
-    task = input.Settings(size=16, crop=crop).task("torch", folder)
+    task = input.Settings(size=16, crop=crop).task("torch", folder, 1)
     photographs = input_worker.Photographs(task)
     assert len(photographs) == 8
     assert photographs[3].shape == (3, 16, 16)
@@ -92,7 +114,7 @@ def fake_worker(seconds):
 def test_rows_have_ratios_to_tf_data_or_say_why_not(monkeypatch, capfd):
     installed = types.SimpleNamespace(find_spec=lambda name: None if name == "torch" else name)
     monkeypatch.setattr(input.importlib, "util", installed)
-    seconds = {"ours": 0.1, "tf.data": 0.2, "decoder": 0.05}
+    seconds = {"ours": 0.1, "tf.data": 0.2, "tf.data, antialias": 0.5, "decoder": 0.05}
     monkeypatch.setattr(input.workers, "Worker", fake_worker(seconds))
     input.main(SMALL)
     out, err = capfd.readouterr()
@@ -102,11 +124,12 @@ def test_rows_have_ratios_to_tf_data_or_say_why_not(monkeypatch, capfd):
         "median": pytest.approx(30), "least": pytest.approx(30), "most": pytest.approx(30), "n": 2,
     }  # fmt: skip
     assert rows["ours"]["ratio_to_tf_data"]["median"] == 2
+    assert rows["ours"]["ratio_to_tf_data_antialias"]["median"] == 5
     assert rows["ours"]["photographs"]["count"] == 4
     assert rows["torch"]["error"] == "torch is not installed: pip install -e '.[parity]'"
     assert rows["decoder, Pillow alone"]["error"] == "died of signal 9"
     assert "torch: torch is not installed" in err
-    assert ["decoder", "1", "60", "60", "(60-60)", "4", "(4-4)"] in [
+    assert ["decoder", "1", "60", "60", "(60-60)", "4", "(4-4)", "10", "(10-10)"] in [
         x.split() for x in err.splitlines()
     ]
 
@@ -115,7 +138,7 @@ def test_without_tf_data_there_are_no_ratios(monkeypatch, capfd):
     monkeypatch.setattr(input.workers, "Worker", fake_worker({"ours": 0.1}))
     input.main(SMALL)
     rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    assert [row.get("ratio_to_tf_data") for row in rows] == [None] * 6
+    assert [row.get("ratio_to_tf_data") for row in rows] == [None] * 8
 
 
 def test_a_worker_times_batches_after_those_read_ahead(folder, monkeypatch):
@@ -125,7 +148,7 @@ def test_a_worker_times_batches_after_those_read_ahead(folder, monkeypatch):
         "ours",
         lambda task: ({"x": "1"}, lambda: (made.append(i) or i for i in range(100))),
     )
-    task = input.Settings(cores=1).task("ours", folder)
+    task = input.Settings(cores=1).task("ours", folder, 1)
     built = input_worker.build(vars(task))
     assert built.about == {"versions": {"x": "1"}}
     assert built.turn(5) > 0

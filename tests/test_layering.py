@@ -35,7 +35,7 @@ LEVELS = [
     {"augment", "optim", "models.blocks", "models.mini", "models.dropblock_resnet"},
     {"models.resnet", "datasets.sources"},
     {"models.highway", "models.surgery", "preprocess", "datasets.rows"},
-    {"models.zoo"},
+    {"models.zoo", "datasets.stream"},
     {"models", "datasets.prepare", "datasets.sklearn_digits", "datasets"},
     {"data", "summary"},
     {"pretrained.published", "pretrained.hdf5", "pretrained.stored_zip"},

@@ -107,6 +107,26 @@ def test_a_run_goes_on_with_blocks_scanned_that_were_not_and_back(adam, tmp_path
     np.testing.assert_allclose(*logits, rtol=1e-5)
 
 
+def test_another_decoder_of_a_streamed_set_is_told(adam, tmp_path, mesh, monkeypatch):
+    def config(**fields):
+        return dataclasses.replace(adam, data=dataclasses.replace(adam.data, **fields))
+
+    before = setup.set_up(config(resident_mb=0, num_workers=0), tmp_path, mesh)
+    save(before, 3)
+    here = before.ran_on()["decoder"]
+    assert "pillow " in here
+    assert "simplejpeg " in here
+    run = setup.set_up(before.config, tmp_path, mesh)
+    assert (run.step, resume.changes(run)) == (3, "")
+    monkeypatch.setattr("flax_resnet.data.versions", lambda names: {"simplejpeg": "9"})
+    assert resume.changes(run) == (
+        f"saved with decoder {here}, now simplejpeg 9: the last bits may differ"
+    )
+    assert "decoder" not in setup.set_up(adam, tmp_path, mesh).ran_on()
+    run.resumed_on.pop("decoder")  # as in a checkpoint from before it was recorded
+    assert resume.changes(run) == ""
+
+
 def test_another_runs_checkpoints_are_refused(adam, tmp_path, mesh):
     kept = dataclasses.replace(adam.checkpoint, directory=str(tmp_path / "kept"))
     one = dataclasses.replace(adam, checkpoint=kept, num_steps=2)

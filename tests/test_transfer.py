@@ -21,6 +21,7 @@ from flax_resnet.augment import Augment
 from flax_resnet.checkpoint import CheckpointConfig
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data, DataConfig
+from flax_resnet.datasets import decode
 from flax_resnet.errors import UserError
 from flax_resnet.models import (
     BottleneckBlock,
@@ -33,6 +34,7 @@ from flax_resnet.models import (
 )
 from flax_resnet.optim import SGD, Adam
 from flax_resnet.pretrained import write_weights
+from flax_resnet.provenance import versions
 from flax_resnet.step import create_state, train_step
 from flax_resnet.train import train_and_evaluate
 
@@ -140,6 +142,17 @@ def test_features_are_computed_once_and_never_stale(config, tmp_path, mesh, cach
         train_and_evaluate(changed, tmp_path / f"c{i}", mesh=mesh)
         assert capsys.readouterr().out.count("computes the features") == computed
     assert len(features(cache)) == 2 + 9
+
+
+def test_features_of_another_decoder_are_not_taken(config, tmp_path, mesh, cache):
+    config = dataclasses.replace(config, num_epochs=0.1)
+    train_and_evaluate(config, tmp_path / "a", mesh=mesh)
+    first = features(cache)
+    with pytest.MonkeyPatch.context() as patch:
+        found = {**versions(decode.PACKAGES), "simplejpeg": "99"}
+        patch.setattr(transfer, "versions", lambda names: found)
+        train_and_evaluate(config, tmp_path / "b", mesh=mesh)
+    assert len(features(cache)) == 2 * len(first) == 4
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])

@@ -7,21 +7,25 @@ its turn and is timed after what it reads ahead. The photographs are scikit-lear
 it is installed, scikit-image's, multiplied by crops, mirroring and quality.
 
 ours       Data.train_batches: simplejpeg, cykooz-resizer, Grain, put on the device; with a worker
-           process for each core, or with --data.num-workers 0 in threads
-tf.data    decode_and_crop_jpeg with the fast DCT, then a bilinear resize
+           process for each core, or with --data.num-workers 0 in threads; and the same files in
+           threads from a tfds set stored as ArrayRecord
+tf.data    decode_and_crop_jpeg with the fast DCT, then a bilinear resize, from files
 torch      DataLoader: Pillow decodes, crops and resizes, as torchvision does
 decoder    the library's decoder by itself, in one thread; and as it is with Pillow alone
 
 Ours and torch's resize with a triangle filter that antialiases. tf.data's takes the four nearest
-pixels: less work, and aliasing where a crop shrinks. All draw crops of 8 to 100 % of the area at an
-aspect of 3/4 to 4/3.
+pixels by default: less work, and aliasing where a crop shrinks; in another row it antialiases too.
+All draw crops of 8 to 100 % of the area at an aspect of 3/4 to 4/3.
 
-The ratio is to tf.data's crops/s a core in the same round: above 1, it is faster. Standard output
-has one line of JSON a row, standard error the table.
+There are rows for one core and for all. Processes and their children are held to the same cores.
+The ratios are to tf.data's crops/s a core, without and with antialiasing, on as many cores in the
+same round: above 1, it is faster. Standard output has one line of JSON a row, standard error the
+table.
 
 Claim: none; it measures.
 
 Command: python -m experiments.benchmarks.input
+  (python -m experiments.benchmarks.input --cores 1 for one core alone)
   (needs pip install -e '.[prepare,parity]'; what is not installed has a row that says so)
 
 Hardware: any; on a machine that others use too, no way is timed alone.
@@ -40,19 +44,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from experiments.benchmarks import common, input_worker, workers
+from experiments.benchmarks.input_files import make_photographs, make_records
 from flax_resnet import flags
 from flax_resnet.errors import UserError, check_choices, check_range
 from flax_resnet.main import one_line_errors
 
-NEEDS = {"tf.data": ("tensorflow", "prepare"), "torch": ("torch", "parity")}
+NEEDS = {
+    "tf.data": ("tensorflow", "prepare"),
+    "tf.data, antialias": ("tensorflow", "prepare"),
+    "torch": ("torch", "parity"),
+}
 """A module and the extra that installs it."""
-REFERENCE = "tf.data"
-QUALITIES = (80, 90, 95)
-HEADER = ("way", "cores", "crops/s", "crops/s a core", "x tf.data")
+REFERENCES = {"ratio_to_tf_data": "tf.data", "ratio_to_tf_data_antialias": "tf.data, antialias"}
+"""By the fields that have ratios to them."""
+HEADER = ("way", "cores", "crops/s", "crops/s a core", "x tf.data", "x antialias")
 Row = dict[str, Any]
 
 
@@ -75,7 +81,7 @@ class Settings:
     rounds: int = 5
     """Turns of each, after one that is not counted."""
     cores: int | None = None
-    """Of the processor, for each; None: all that this process may use."""
+    """Of the processor, for each; None: one, and all that this process may use."""
     limit: float = 600.0
     """Seconds that a turn may take."""
 
@@ -95,10 +101,22 @@ class Settings:
         if self.cores is not None and self.cores > workers.usable_cores():
             raise UserError(f"--cores {self.cores}: there are {workers.usable_cores()}")
 
-    def task(self, way: str, folder: Path) -> input_worker.Task:
-        """What a way is told to read; a decoder by itself has one core and reads nothing ahead."""
-        alone = way.startswith("decoder")
-        cores = 1 if alone else self.cores or workers.usable_cores()
+    @property
+    def core_counts(self) -> list[int]:
+        """Each has its rows."""
+        return [self.cores] if self.cores else sorted({1, workers.usable_cores()})
+
+    def tasks(self, folder: Path) -> list[input_worker.Task]:
+        """What is read, by each way on so many cores; a decoder by itself has one."""
+        return [
+            self.task(way, folder, 1 if _alone(way) else cores)
+            for cores in self.core_counts
+            for way in input_worker.WAYS
+            if not (_alone(way) and cores != self.core_counts[0])
+        ]
+
+    def task(self, way: str, folder: Path, cores: int) -> input_worker.Task:
+        """What a way is told to read; a decoder by itself reads nothing ahead."""
         return input_worker.Task(
             way,
             str(folder),
@@ -106,8 +124,13 @@ class Settings:
             self.crop,
             self.batch_size,
             cores,
-            0 if alone else 8 * cores,
+            0 if _alone(way) else 8 * cores,
         )
+
+
+def _alone(way: str) -> bool:
+    """True of a decoder without a pipeline."""
+    return way.startswith("decoder")
 
 
 @dataclasses.dataclass
@@ -123,62 +146,13 @@ class Way:
     """Crops a second and core, of each round."""
 
 
-def originals() -> list[Image.Image]:
-    """Real photographs that are installed."""
-    from sklearn.datasets import load_sample_images
-
-    found = list(load_sample_images().images)
-    with contextlib.suppress(ImportError):
-        from skimage import data
-
-        found += [data.astronaut(), data.coffee(), data.chelsea()]
-    return [Image.fromarray(pixels) for pixels in found]
-
-
-def make_photographs(folder: Path, count: int, long_side: int) -> dict[str, int]:
-    """Writes photographs of two classes as train/CLASS/NAME.jpg, and two as test.
-
-    One in four stands upright; one in three has its colours at full resolution.
-
-    Returns:
-      How many, of how many originals, and their mean size in bytes.
-    """
-    rng, sources = np.random.default_rng(0), originals()
-    sizes = []
-    for number in range(count + 2):
-        split = "train" if number < count else "test"
-        path = folder / split / f"class{number % 2}" / f"{number:05}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        width, height = long_side, 3 * long_side // 4
-        if number % 4 == 3:
-            width, height = height, width
-        image = _window(sources[number % len(sources)], width, height, rng)
-        quality = int(rng.choice(QUALITIES))
-        image.save(path, quality=quality, subsampling=2 if number % 3 else 0)
-        sizes.append(path.stat().st_size)
-    return {"count": count, "originals": len(sources), "mean_bytes": round(sum(sizes) / len(sizes))}
-
-
-def _window(image: Image.Image, width: int, height: int, rng: np.random.Generator) -> Image.Image:
-    """A random part of a photograph, perhaps mirrored; it is enlarged where it is too small."""
-    scale = max(1.0, width / image.width, height / image.height)
-    if scale > 1:
-        enlarged = [round(scale * side + 0.5) for side in image.size]
-        image = image.resize((enlarged[0], enlarged[1]), Image.Resampling.BICUBIC)
-    left = int(rng.integers(image.width - width + 1))
-    top = int(rng.integers(image.height - height + 1))
-    part = image.crop((left, top, left + width, top + height))
-    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else part
-
-
 def started(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> list[Way]:
     """All ways, ready to take turns; those that cannot say why."""
     found = []
-    for name in input_worker.WAYS:
-        task = settings.task(name, folder)
-        way = Way(name, task.cores)
+    for task in settings.tasks(folder):
+        way = Way(task.way, task.cores)
         found.append(way)
-        module, extra = NEEDS.get(name, ("numpy", ""))
+        module, extra = NEEDS.get(task.way, ("numpy", ""))
         if importlib.util.find_spec(module) is None:
             way.error = f"{module} is not installed: pip install -e '.[{extra}]'"
             continue
@@ -211,7 +185,7 @@ def take_turns(ways: Sequence[Way], settings: Settings) -> None:
 
 def rows(ways: Sequence[Way]) -> list[Row]:
     """A row for each: its figures, or why it has none."""
-    reference = next(way for way in ways if way.name == REFERENCE)
+    references = {(way.name, way.cores): way for way in ways}
     found = []
     for way in ways:
         row: Row = {"way": way.name, "cores": way.cores, "error": way.error}
@@ -221,13 +195,18 @@ def rows(ways: Sequence[Way]) -> list[Row]:
                 **way.worker.about,
                 "crops_per_second": rate.median * way.cores,
                 "crops_per_second_per_core": dataclasses.asdict(rate),
-                "ratio_to_tf_data": None if reference.error else _ratio(way, reference),
+                **{
+                    field: _ratio(way, references.get((name, way.cores)))
+                    for field, name in REFERENCES.items()
+                },
             }
         found.append(row)
     return found
 
 
-def _ratio(way: Way, reference: Way) -> dict[str, Any]:
+def _ratio(way: Way, reference: Way | None) -> dict[str, Any] | None:
+    if reference is None or reference.error:
+        return None
     each = [own / theirs for own, theirs in zip(way.rates, reference.rates, strict=True)]
     return dataclasses.asdict(common.Timing.of(each))
 
@@ -236,15 +215,15 @@ def report(found: Sequence[Row]) -> str:
     """The table for people."""
     lines = []
     for row in found:
-        cells = ["not run", "", ""]
+        cells = ["not run", "", "", ""]
         if row["error"] is None:
-            ratio = row["ratio_to_tf_data"]
+            ratios = [row[field] for field in REFERENCES]
             cells = [
                 f"{row['crops_per_second']:,.0f}",
                 "{median:,.0f} ({least:,.0f}-{most:,.0f})".format(
                     **row["crops_per_second_per_core"]
                 ),
-                str(common.Timing(**ratio)) if ratio else "",
+                *(str(common.Timing(**ratio)) if ratio else "" for ratio in ratios),
             ]
         lines.append([row["way"], str(row["cores"]), *cells])
     failed = [f"{row['way']}: {row['error']}" for row in found if row["error"]]
@@ -256,6 +235,7 @@ def measure(settings: Settings) -> tuple[dict[str, int], list[Row]]:
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         folder = Path(directory)
         photographs = make_photographs(folder, settings.photographs, settings.long_side)
+        make_records(folder)
         ways = started(settings, folder, stack)
         take_turns(ways, settings)
         return photographs, rows(ways)

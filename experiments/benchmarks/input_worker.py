@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments.benchmarks import workers
+from experiments.benchmarks.input_files import RECORDS
 
 Crop = Literal["random", "centre"]
 CENTRE = 0.875
@@ -58,7 +59,9 @@ class Task:
         return sorted(map(str, Path(self.folder, "train").glob("*/*.jpg")))
 
 
-def ours(task: Task, *, processes: bool = True) -> tuple[dict[str, str], Batches]:
+def ours(
+    task: Task, *, processes: bool = False, records: bool = False
+) -> tuple[dict[str, str], Batches]:
     """Data.train_batches: Grain's processes or threads, and the batch put on a device."""
     import grain
     import jax
@@ -68,7 +71,9 @@ def ours(task: Task, *, processes: bool = True) -> tuple[dict[str, str], Batches
     from flax_resnet.provenance import versions
 
     config = data.DataConfig(
-        folder=task.folder,
+        name=RECORDS,
+        data_dir=task.folder,
+        folder=None if records else task.folder,
         image_size=task.size,
         crop_ratio=CENTRE,
         random_resized_crop=task.crop == "random",
@@ -99,14 +104,16 @@ def decoder(task: Task, *, quick: bool = True) -> tuple[dict[str, str], Batches]
         rng = np.random.default_rng(0)
         paths = itertools.cycle(rng.permutation(task.paths))
         while True:
-            files = itertools.islice(paths, task.batch_size)
-            yield np.stack([crop(Path(path).read_bytes(), rng) for path in files])
+            batch = np.empty((task.batch_size, task.size, task.size, 3), np.uint8)
+            for row, path in zip(batch, paths, strict=False):
+                row[:] = crop(Path(path).read_bytes(), rng)
+            yield batch
 
     return versions(decode.PACKAGES), batches
 
 
-def tf_data(task: Task) -> tuple[dict[str, str], Batches]:
-    """tf.data: decode_and_crop_jpeg with the fast DCT, and a bilinear resize without antialias."""
+def tf_data(task: Task, *, antialias: bool = False) -> tuple[dict[str, str], Batches]:
+    """tf.data: decode_and_crop_jpeg with the fast DCT, and a bilinear resize."""
     os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="")
     import tensorflow as tf
 
@@ -133,7 +140,8 @@ def tf_data(task: Task) -> tuple[dict[str, str], Batches]:
         part = tf.io.decode_and_crop_jpeg(
             data, window(tf.io.extract_jpeg_shape(data)), channels=3, dct_method="INTEGER_FAST"
         )
-        return tf.cast(tf.image.resize(part, (task.size, task.size)), tf.uint8)
+        resized = tf.image.resize(part, (task.size, task.size), antialias=antialias)
+        return tf.cast(resized, tf.uint8)
 
     made = tf.data.Dataset.from_tensor_slices(task.paths).shuffle(len(task.paths)).repeat()
     made = made.map(read, num_parallel_calls=task.cores).batch(task.batch_size)
@@ -196,9 +204,11 @@ def torch_loader(task: Task) -> tuple[dict[str, str], Batches]:
 
 
 WAYS: dict[str, Callable[[Task], tuple[dict[str, str], Batches]]] = {
-    "ours": ours,
-    "ours, threads": functools.partial(ours, processes=False),
+    "ours": functools.partial(ours, processes=True),
+    "ours, threads": ours,
+    "ours, threads, ArrayRecord": functools.partial(ours, records=True),
     "tf.data": tf_data,
+    "tf.data, antialias": functools.partial(tf_data, antialias=True),
     "torch": torch_loader,
     "decoder": decoder,
     "decoder, Pillow alone": functools.partial(decoder, quick=False),

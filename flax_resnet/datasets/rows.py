@@ -153,7 +153,7 @@ def decode_chunks(
     source: sources.Source, decoder: Decoder, rows: np.ndarray, chunk: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Decodes rows in order, ``chunk`` at a time, on the machine's cores: decoders free the GIL."""
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     ahead: collections.deque[Future] = collections.deque()
     with ThreadPoolExecutor(cores) as pool:
         for start in range(0, len(rows), chunk):
@@ -162,3 +162,10 @@ def decode_chunks(
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
