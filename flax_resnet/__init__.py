@@ -25,6 +25,7 @@ from flax_resnet.models import PreActBasicBlock as PreActBasicBlock
 from flax_resnet.models import PreActBottleneckBlock as PreActBottleneckBlock
 from flax_resnet.models import ResidualUnit as ResidualUnit
 from flax_resnet.models import ResNet as ResNet
+from flax_resnet.models import SpeedNet as SpeedNet
 from flax_resnet.models import WeightsError as WeightsError
 from flax_resnet.models import cifar_preact as cifar_preact
 from flax_resnet.models import cifar_resnet as cifar_resnet

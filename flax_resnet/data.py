@@ -212,9 +212,14 @@ class Data:
             start = stop
         return {"image": images, "label": labels}
 
-    def train_images(self) -> Iterator[np.ndarray]:
-        """Training images for statistics, uint8 (n, H, W, C) a time: all, or an even sample."""
+    def train_images(self, most: int | None = None) -> Iterator[np.ndarray]:
+        """Training images for statistics, uint8 (n, H, W, C) a time: all, or an even sample.
+
+        Args:
+          most: of them, where that is fewer than ``statistics_examples``.
+        """
         count = min(self.num_train, self._config.statistics_examples)
+        count = count if most is None else min(count, most)
         rows = np.linspace(0, self.num_train - 1, count).round().astype(np.int32)
         if self.resident:
             images = self._resident["train"]["image"]

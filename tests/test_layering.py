@@ -32,7 +32,7 @@ LEVELS = [
     {"shelf"},
     {"checkpoint", "figures.runs", "figures.studies", "figures.pictures"},
     {"figures"},
-    {"augment", "optim", "models.blocks", "models.mini", "models.dropblock_resnet"},
+    {"augment", "optim", "models.blocks", "models.mini", "models.speed", "models.dropblock_resnet"},
     {"models.resnet", "datasets.sources"},
     {"models.highway", "models.surgery", "preprocess", "datasets.rows"},
     {"models.zoo"},
