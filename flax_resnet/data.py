@@ -9,14 +9,12 @@ that lives on the device gives the same batches as one that streams.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
 import itertools
 import math
 import os
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -29,11 +27,13 @@ from flax_resnet.datasets import prepare, sources
 from flax_resnet.datasets.decode import PACKAGES, Decoder
 from flax_resnet.datasets.rows import (
     BatchReader,
+    batch_epochs,
     batch_rows,
     decode_chunks,
     eval_rows,
     shard_slice,
 )
+from flax_resnet.datasets.workers import ignore_signals, mark_flags_parsed, signals_held
 from flax_resnet.errors import UserError, check_choices, check_range
 from flax_resnet.files import digest
 from flax_resnet.provenance import versions
@@ -230,7 +230,12 @@ class Data:
             yield pixels
 
     def train_batches(
-        self, seed: int | Sequence[int], batch_size: int, start_step: int, stop_step: int
+        self,
+        seed: int | Sequence[int],
+        batch_size: int,
+        start_step: int,
+        stop_step: int,
+        with_rows: bool = False,
     ) -> Iterator[dict[str, jax.Array]]:
         """Batches from ``start_step`` to before ``stop_step``.
 
@@ -239,20 +244,25 @@ class Data:
           batch_size: images in a batch.
           start_step: first batch.
           stop_step: one past the last.
+          with_rows: give each example's row in the split and its epoch too.
 
         Yields:
-          {"image" uint8 (B, H, W, C), "label" int32 (B,)}, split over the devices. Of S seeds
-          (S, B, ...): a batch of each seed's order.
+          {"image" uint8 (B, H, W, C), "label" int32 (B,)}, and with_rows "row" and "epoch" int32
+          (B,), split over the devices. Of S seeds (S, B, ...): a batch of each seed's order.
         """
         if self.resident:
             for step in range(start_step, stop_step):
-                yield self._gather("train", self._rows(seed, step, batch_size))
+                rows = self._rows(seed, step, batch_size)
+                which = self._which(rows, step, batch_size) if with_rows else {}
+                yield {**self._gather("train", rows), **which}
             return
         assert isinstance(seed, int)
         decoder = dataclasses.replace(
             self._decoders["train"], random_crop=self._config.random_resized_crop
         )
-        yield from self._stream(self._train, decoder, batch_size, seed, start_step, stop_step)
+        yield from self._stream(
+            self._train, decoder, batch_size, seed, start_step, stop_step, with_rows
+        )
 
     def eval_batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         """The evaluation split once, in order; "mask" is False on the padding of the last batch."""
@@ -311,6 +321,12 @@ class Data:
             return batch_rows(seed, step, batch_size, self.num_train, self._config.repeats)
         return np.stack([self._rows(one, step, batch_size) for one in seed])
 
+    def _which(self, rows: np.ndarray, step: int, batch_size: int) -> dict[str, jax.Array]:
+        """ "row" and "epoch" of a batch, or of those of several seeds, on the devices."""
+        epochs = batch_epochs(step, batch_size, self.num_train, self._config.repeats)
+        which = {"row": rows.astype(np.int32), "epoch": np.broadcast_to(epochs, rows.shape)}
+        return distributed.put_batch(self._mesh, {k: _my_part(x) for k, x in which.items()})
+
     def _gather(self, split: Split, rows: np.ndarray) -> dict[str, jax.Array]:
         mine = _my_part(rows.astype(np.int32))
         return self._take(self._resident[split], distributed.put_batch(self._mesh, mine))
@@ -323,25 +339,27 @@ class Data:
         seed: int | None,
         start: int,
         stop: int,
+        with_rows: bool = False,
     ) -> Iterator[dict[str, jax.Array]]:
         """Whole batches read by Grain, in worker processes or threads, in step order."""
         import grain
 
         shard = (jax.process_index(), jax.process_count())
-        reader = BatchReader(source, decoder, batch_size, seed, shard, self._config.repeats)
+        repeats = self._config.repeats
+        reader = BatchReader(source, decoder, batch_size, seed, shard, repeats, with_rows)
         # A worker process costs seconds to start; a handful of batches does not repay it.
         workers = self._config.num_workers if stop - start > 4 * self._config.num_workers else 0
         threads = 2 if workers else min(max(2, os.cpu_count() or 1), MOST_THREADS)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 + threads)
         batches: Any = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
         if workers:
-            _mark_flags_parsed()
+            mark_flags_parsed()
             # Grain hands their batches on in shared memory.
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(workers, per_worker_buffer_size=2),
-                worker_init_fn=_ignore_signals,
+                worker_init_fn=ignore_signals,
             )
-        with _signals_held():  # a worker begins with what its parent holds, until it ignores it
+        with signals_held():  # a worker begins with what its parent holds, until it ignores it
             iterator = iter(batches)
             first = list(itertools.islice(iterator, 1))
         try:
@@ -349,22 +367,6 @@ class Data:
                 yield distributed.put_batch(self._mesh, batch)
         finally:
             iterator.close()  # ends the workers, also where the caller stops early
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """SIGTERM and SIGINT of this thread wait until the block is left."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _ignore_signals(worker: int, workers: int) -> None:
-    """In a worker process: what stops the run (Slurm tells all processes) is for its main one."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _open(config: DataConfig) -> list[Any]:
@@ -381,11 +383,3 @@ def _open(config: DataConfig) -> list[Any]:
 def _my_part(rows: np.ndarray) -> np.ndarray:
     """This process's equal part of a global batch's rows."""
     return rows[shard_slice(len(rows), jax.process_index(), jax.process_count())]
-
-
-def _mark_flags_parsed() -> None:
-    """Grain hands absl's flags to its workers, and refuses while nobody has parsed them."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()

@@ -169,8 +169,11 @@ class Run:
             compiler_options=cpu.compiler_options(),
         )
         images = (*self.lead, self.config.batch_size)
+        batch = self._batch(images, self.data.batch_shape)
+        if self.config.augment.alternating_flip:
+            batch |= {"row": batch["label"], "epoch": batch["label"]}
         with self.step_memory():
-            return step.lower(self.state, self._batch(images, self.data.batch_shape)).compile()
+            return step.lower(self.state, batch).compile()
 
     def compile_evaluation(self) -> Callable[..., Any]:
         """The eval step, compiled for the mesh."""
@@ -212,7 +215,8 @@ class Run:
         config = self.config
         skipped = sum(batches for _, batches in self.skipped)
         first, end = self.step + skipped, self.num_steps + skipped
-        return self.data.train_batches(config.seed, config.batch_size, first, end)
+        with_rows = config.augment.alternating_flip
+        return self.data.train_batches(config.seed, config.batch_size, first, end, with_rows)
 
     def evaluate(
         self, step: Callable[..., metrics.Sums], stop: Callable[[], bool] | None = None

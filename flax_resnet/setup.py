@@ -30,7 +30,7 @@ from flax_resnet.resume import restore
 from flax_resnet.run import Run, held
 from flax_resnet.step import TrainState, create_state
 
-# Training images that a network starts from, at most (``fitted``): airbench's whitening takes 5,000.
+# Training images that a network starts from, at most (``fitted``): as many as airbench takes.
 MOST_FITTED = 5000
 
 

@@ -147,7 +147,7 @@ def train_step(
 
     Args:
       state: before the step.
-      batch: "image" uint8 (B, H, W, C), "label" int (B,).
+      batch: "image" uint8 (B, H, W, C), "label" int (B,), and what ``augment`` needs besides.
       augment: changes the images before and after normalisation.
       loss: (logits (N, K), targets (N, K)) to (N,).
       label_smoothing: share of the target spread evenly over the classes.
@@ -167,7 +167,8 @@ def train_step(
     augment_key, dropout_key = step_keys(state.key, state.step, axis_name)
     pixels = augment.pixels(augment_key, batch["image"], state.normalization)
     images = normalize(pixels, state.normalization)
-    batch = augment(augment_key, {**batch, "image": images})
+    run_key = jax.random.wrap_key_data(state.key)
+    batch = augment(augment_key, {**batch, "image": images}, run_key)
     targets = functools.partial(
         soft_targets, label_smoothing=label_smoothing, threshold=target_threshold
     )

@@ -113,7 +113,8 @@ class Together(Run):
         """Batches (S, B, ...), each network's of its own seed's order."""
         seeds = [config.seed for config in self.configs]
         size = self.config.batch_size
-        return self.data.train_batches(seeds, size, self.step, self.num_steps)
+        with_rows = self.config.augment.alternating_flip
+        return self.data.train_batches(seeds, size, self.step, self.num_steps, with_rows)
 
     def of(self, index: int, workdir: Path) -> Run:
         """One network's run, as it stands."""

@@ -1,9 +1,9 @@
 """The network of the CIFAR-10 speed runs: a whitening stem, and stages that pool first.
 
-K. Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv:2404.00498 (airbench). After
-a convolution that whitens 2x2 patches, and stays as it is, each stage is a convolution, a max-pool
-and one or two convolutions more, each with a norm and GELU. Kernels start as identities in part,
-norms have no scale, and the logits are scaled down.
+K. Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv:2404.00498 (airbench).
+After a convolution that whitens 2x2 patches, and stays as it is, each stage is a convolution, a
+max-pool and one or two convolutions more, each with a norm and GELU. Kernels start as identities in
+part, norms have no scale, and the logits are scaled down.
 """
 
 from __future__ import annotations

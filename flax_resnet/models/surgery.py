@@ -145,7 +145,8 @@ def replace_head(
 def trainable(module: nn.Module, params: Mapping[str, Any]) -> Any:
     """A tree of bools like ``params``: False in the parts that ``frozen_stages`` freezes.
 
-    And at the leaves that the module names in ``frozen_parameters``, as "layer/kernel". A network may be a field of the module, ``backbone`` of your own classifier, say.
+    And at the leaves that the module names in ``frozen_parameters``, as "layer/kernel". A network
+    may be a field of the module, ``backbone`` of your own classifier, say.
     """
     frozen = getattr(module, "frozen_stages", -1)
 
