@@ -33,6 +33,7 @@ LEVELS = [
     {"shelf"},
     {"checkpoint", "figures.runs", "figures.studies", "figures.pictures"},
     {"figures"},
+    {"schedules", "transforms"},
     {"augment", "optim", "models.blocks", "models.mini", "models.speed", "models.dropblock_resnet"},
     {"models.resnet", "datasets.sources"},
     {"models.highway", "models.surgery", "preprocess", "datasets.rows", "datasets.workers"},
