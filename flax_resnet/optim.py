@@ -243,7 +243,7 @@ Optimizer = SGD | Adam | AdamW | LARS | LAMB | Muon
 
 def decoupled(
     learning_rate: float, weight_decay: float, momentum: float, batch_size: int, per: int = 1024
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """SGD's fields for a step and a decay that do not depend on momentum, batch or one another.
 
     In airbench (K. Jordan 2024; Page 2019) the two are those of ``per`` examples, of which the loss

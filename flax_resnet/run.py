@@ -22,7 +22,7 @@ from flax_resnet.data import Data
 from flax_resnet.optim import learning_rate_at
 from flax_resnet.preemption import Preempted
 from flax_resnet.record import to_record
-from flax_resnet.step import LOSSES, Batch, TrainState, eval_step, train_step
+from flax_resnet.step import LOSSES, Batch, TrainState, eval_step, look_ahead, train_step
 
 SPLIT_PARTS: Mapping[str, tuple[str, ...]] = {
     "replicated": (),
@@ -43,6 +43,9 @@ class Run:
       first_loss: mean training loss of its first log interval, in nats; of several networks the
         largest.
       resumed_on: what ``ran_on`` said where it was saved.
+      seconds: since it began, up to its last checkpoint.
+      train_seconds: of these, in which it did not "compile", "evaluate" or "save".
+      spent: seconds in which it did these.
       shared_by: networks that trained in the program whose ``seconds`` these are.
     """
 
@@ -58,6 +61,10 @@ class Run:
     whole: TrainState | None = None
     step: int = 0
     seconds: float = 0.0
+    train_seconds: float = 0.0
+    spent: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {"compile": 0.0, "evaluate": 0.0, "save": 0.0}
+    )
     compile_seconds: float = 0.0
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     confusion: np.ndarray | None = None
@@ -109,6 +116,12 @@ class Run:
         if config.dropblock_rise and not config.cache_features:
             rise = max(1, round(config.dropblock_rise * self.num_steps))
             rate = optax.linear_schedule(0.0, config.model.dropblock_rate, rise)
+        lookahead = None
+        if config.lookahead_steps and config.ema_decay is not None:
+            every, decay = config.lookahead_steps, config.ema_decay
+            lookahead = functools.partial(
+                look_ahead, every=every, decay=decay, num_steps=self.num_steps
+            )
         gather = None
         if config.sharding == "fsdp":
             gather = functools.partial(distributed.gathered, self.mesh)
@@ -120,6 +133,7 @@ class Run:
             target_threshold=config.target_threshold,
             accum_steps=config.accum_steps,
             ema_decay=config.ema_decay,
+            lookahead=lookahead,
             dropblock_rate=rate,
             gather=gather,
         )
@@ -128,13 +142,15 @@ class Run:
             if config.sharding == "replicated"
             else gather or functools.partial(distributed.gathered, self.mesh)
         )
-        return step, functools.partial(eval_step, loss=loss, gather=averaged)
+        return step, functools.partial(eval_step, loss=loss, tta=config.tta, gather=averaged)
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says beside its arrays, as JSON values."""
         return {
             "step": self.step,
             "seconds": self.seconds,
+            "train_seconds": self.train_seconds,
+            "spent": self.spent,
             **self.data.describe(),
             "skipped": self.skipped,
             "open_interval": self.open_interval,
@@ -158,6 +174,7 @@ class Run:
         began = time.perf_counter()
         compiled = self.compile_step(), self.compile_evaluation()
         self.compile_seconds = time.perf_counter() - began
+        self.spent["compile"] += self.compile_seconds
         return compiled
 
     def compile_step(self) -> Callable[..., Any]:
@@ -228,8 +245,11 @@ class Run:
           stop: asked before each batch; where it says so, Preempted is raised.
         """
         batches = self.data.eval_batches(self.config.eval_batch_size)
+        jax.block_until_ready(self.state)  # the last steps are no part of the evaluation
+        began = time.perf_counter()
         with self.eval_memory():
             self.evaluation, self.confusion = evaluate(step, self.state, _until(stop, batches))
+        self.spent["evaluate"] += time.perf_counter() - began
 
 
 def held(state: TrainState, mesh: Mesh, kind: distributed.StateSharding) -> Any:

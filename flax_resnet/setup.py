@@ -233,7 +233,9 @@ def fitted(run: Run, state: TrainState) -> TrainState:
     if from_images is None or run.config.weights is not None:
         return state
     stats = jax.device_get(run.state.normalization)
-    images = [np.asarray(normalize(x, stats)) for x in run.data.train_images(MOST_FITTED)]
+    images = [
+        np.asarray(normalize(jnp.asarray(x), stats)) for x in run.data.train_images(MOST_FITTED)
+    ]
     new = from_images(state.params, np.concatenate(images))
 
     def changed(places: Any) -> Any:

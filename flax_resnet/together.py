@@ -131,6 +131,8 @@ class Together(Run):
             state=jax.tree.map(lambda x: np.asarray(x[index]), self.state),
             step=self.step,
             seconds=self.seconds,
+            train_seconds=self.train_seconds,
+            spent=self.spent,
             evaluation={n: float(np.asarray(v)[index]) for n, v in self.evaluation.items()},
             confusion=self.confusion[index],
             shared_by=len(self.configs),

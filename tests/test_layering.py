@@ -27,6 +27,7 @@ LEVELS = [
         "regularize",
         "randaugment",
         "cutting",
+        "views",
         "tables",
         "datasets.decode",
     },

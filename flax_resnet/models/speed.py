@@ -129,6 +129,17 @@ class SpeedStage(nn.Module):
         return x
 
 
+def _largest(x: jax.Array) -> jax.Array:
+    """The largest of each map: (N, H, W, C) to (N, C).
+
+    By its place: the gradient of ``jnp.max`` asks which values equal the maximum, and where XLA
+    computes them twice, rounded otherwise, none does and it is 0 / 0.
+    """
+    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    place = jnp.argmax(jax.lax.stop_gradient(flat), axis=1, keepdims=True)
+    return jnp.take_along_axis(flat, place, axis=1)[:, 0]
+
+
 class SpeedNet(nn.Module):
     """The whitening stem, stages, a max-pool over the whole map, and a linear head.
 
@@ -217,5 +228,5 @@ class SpeedNet(nn.Module):
                 filters, self.stage_convs, self.residual, layers, name=f"stage{number}_block1"
             )
             x = stage(x, train)
-        logits = layers.dense(self.num_classes, name="head", bias=False)(jnp.max(x, axis=(1, 2)))
+        logits = layers.dense(self.num_classes, name="head", bias=False)(_largest(x))
         return logits * self.logit_scale
