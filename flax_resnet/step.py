@@ -276,11 +276,13 @@ def look_ahead(state: TrainState, *, every: int, decay: float, num_steps: int) -
     """
     share = jnp.asarray(state.step, jnp.float32) / num_steps
 
-    def meet(state: TrainState) -> TrainState:
-        met = _blended(state, decay * share**3)
-        return state.replace(**jax.tree.map(jnp.copy, met), ema=met)
-
-    return jax.lax.cond(state.step % every == 0, meet, lambda state: state, state)
+    meets = state.step % every == 0
+    # Chosen, not branched: on a GPU the host would wait for a branch's condition in every step.
+    met = jax.tree.map(
+        functools.partial(jnp.where, meets), _blended(state, decay * share**3), state.ema
+    )
+    now = {"params": state.params, "batch_stats": state.batch_stats}
+    return state.replace(**jax.tree.map(functools.partial(jnp.where, meets), met, now), ema=met)
 
 
 def soft_targets(
