@@ -25,6 +25,7 @@ from flax_resnet.models import PreActBasicBlock as PreActBasicBlock
 from flax_resnet.models import PreActBottleneckBlock as PreActBottleneckBlock
 from flax_resnet.models import ResidualUnit as ResidualUnit
 from flax_resnet.models import ResNet as ResNet
+from flax_resnet.models import SpeedNet as SpeedNet
 from flax_resnet.models import WeightsError as WeightsError
 from flax_resnet.models import cifar_preact as cifar_preact
 from flax_resnet.models import cifar_resnet as cifar_resnet
@@ -46,9 +47,12 @@ from flax_resnet.optim import Adam as Adam
 from flax_resnet.optim import AdamW as AdamW
 from flax_resnet.optim import Constant as Constant
 from flax_resnet.optim import Cosine as Cosine
+from flax_resnet.optim import Muon as Muon
 from flax_resnet.optim import OneCycle as OneCycle
 from flax_resnet.optim import Piecewise as Piecewise
 from flax_resnet.optim import ReduceOnPlateau as ReduceOnPlateau
+from flax_resnet.optim import Triangle as Triangle
+from flax_resnet.optim import decoupled as decoupled
 from flax_resnet.optim import linear_scaled_lr as linear_scaled_lr
 from flax_resnet.preemption import Preempted as Preempted
 from flax_resnet.preprocess import Preprocessing as Preprocessing

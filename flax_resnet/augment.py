@@ -8,7 +8,6 @@ in He et al.: what a crop pads with is then zero, the mean.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
+from flax_resnet.cutting import cutmix, cutout, erase, mixup
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.randaugment import MOST, randaugment
 
@@ -137,12 +137,17 @@ class Augment:
     """Shift up or down by up to +- this share of the height, nearest fill."""
     flip: bool = False
     """Mirror left to right with probability one half."""
+    alternating_flip: bool = False
+    """Instead: mirror half of the images in their first epoch, the others in the second, and so on
+    in turn (K. Jordan 2024, section 3.6)."""
     pad_crop: int = 0
     """Pad by this many pixels on each side and crop back at a random place."""
     pad_mode: Literal["constant", "reflect"] = "constant"
     """What to pad with: zero (the mean, after normalisation) or the mirrored image."""
     cutout: int = 0
     """Set a square of this side to zero, centred anywhere (DeVries and Taylor 2017)."""
+    cutout_inside: bool = False
+    """Keep that square wholly within the image."""
     erasing: float = 0.0
     """Probability of setting a box of 2 to 33 % of an image to zero (Zhong et al. 2020)."""
     mixup: float = 0.0
@@ -162,6 +167,10 @@ class Augment:
         }.items():
             if getattr(self, name) > most:
                 raise UserError(f"augment.{name}={getattr(self, name)}: expected 0 to {most:g}")
+        if self.flip and self.alternating_flip:
+            raise UserError(
+                "augment.flip with augment.alternating_flip: both mirror; leave one out"
+            )
 
     def pixels(self, key: jax.Array, images: jax.Array, stats: dict[str, jax.Array]) -> jax.Array:
         """Changes uint8 images (N, H, W, C) before they are normalised, and gives uint8.
@@ -183,12 +192,14 @@ class Augment:
             fill=mean_pixel(stats),
         )
 
-    def __call__(self, key: jax.Array, batch: Batch) -> Batch:
+    def __call__(self, key: jax.Array, batch: Batch, run_key: jax.Array | None = None) -> Batch:
         """Augments a normalised batch.
 
         Args:
           key: a jax.random key; the same key gives the same result.
-          batch: "image" float (N, H, W, C), normalised; "label" int (N,).
+          batch: "image" float (N, H, W, C), normalised; "label" int (N,). For
+            alternating_flip also "row" and "epoch", int (N,), as ``Data.train_batches`` gives.
+          run_key: the same in all steps of a run, for alternating_flip.
 
         Returns:
           The batch with "image" changed. With mixup or cutmix also "label_mixed" int (N,)
@@ -200,10 +211,17 @@ class Augment:
             images = self._rotate_and_shift(move_key, images)
         if self.flip:
             images = random_flip(flip_key, images)
+        if self.alternating_flip:
+            if run_key is None or not {"row", "epoch"} <= batch.keys():
+                raise UserError(
+                    'augment.alternating_flip needs "row" and "epoch" in the batch, and run_key: '
+                    "open Data(..., with_rows=True), or take augment.flip"
+                )
+            images = alternating_flip(run_key, images, batch["row"], batch["epoch"])
         if self.pad_crop:
             images = pad_and_crop(crop_key, images, self.pad_crop, self.pad_mode)
         if self.cutout:
-            images = cutout(cut_key, images, self.cutout)
+            images = cutout(cut_key, images, self.cutout, self.cutout_inside)
         if self.erasing:
             images = erase(jax.random.fold_in(cut_key, 2**16), images, self.erasing)
         batch = {**batch, "image": images}
@@ -272,6 +290,26 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.where(mirrored, images[:, :, ::-1], images)
 
 
+def alternating_flip(
+    key: jax.Array, images: jax.Array, rows: jax.Array, epochs: jax.Array
+) -> jax.Array:
+    """Mirrors each image in every other epoch; in which ones follows from the key and its row.
+
+    So of any two epochs in a row each image shows both its sides, where independent draws show
+    one of them twice half of the time (K. Jordan 2024, arXiv:2404.00498, section 3.6).
+
+    Args:
+      key: the same in all steps of a run.
+      images: (N, H, W, C).
+      rows: numbers of the images in the split, int (N,).
+      epochs: how often the order has come round, int (N,).
+    """
+    key = jax.random.fold_in(key, 2**32 - 1)  # steps fold in theirs, from 0
+    first = jax.vmap(lambda row: jax.random.bernoulli(jax.random.fold_in(key, row)))(rows)
+    mirrored = first ^ (epochs % 2 == 1)
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
 def pad_and_crop(
     key: jax.Array, images: jax.Array, pad: int, mode: Literal["constant", "reflect"] = "constant"
 ) -> jax.Array:
@@ -282,85 +320,3 @@ def pad_and_crop(
     return jax.vmap(
         lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (height, width, channels))
     )(padded, corners)
-
-
-def _box(
-    centre_row: jax.Array, centre_column: jax.Array, box: tuple, shape: tuple[int, ...]
-) -> jax.Array:
-    """Bool (N, H, W, 1), True within a box (rows, columns) around each centre, clipped."""
-    _, height, width, _ = shape
-    rows, columns = box
-
-    def within(n: int, centre: jax.Array, size: jax.Array | int) -> jax.Array:
-        first = centre - size // 2
-        at = jnp.arange(n)[None, :]
-        return (at >= first[:, None]) & (at < (first + size)[:, None])
-
-    return (
-        within(height, centre_row, rows)[:, :, None, None]
-        & within(width, centre_column, columns)[:, None, :, None]
-    )
-
-
-def cutout(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
-    """Sets a ``size`` x ``size`` square of each image to zero; its centre is any pixel."""
-    n, height, width, _ = images.shape
-    row_key, column_key = jax.random.split(key)
-    hole = _box(
-        jax.random.randint(row_key, (n,), 0, height),
-        jax.random.randint(column_key, (n,), 0, width),
-        (size, size),
-        images.shape,
-    )
-    return jnp.where(hole, jnp.zeros((), images.dtype), images)
-
-
-def erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
-    """Sets a box of some images to zero (random erasing, Zhong et al. 2020, section 3.2).
-
-    Its area is 2 to 33 % of the image's and its height over its width 0.3 to 3.3, cut where that
-    is larger than the image; it lies within the image, anywhere.
-    """
-    n, height, width, _ = images.shape
-    coin_key, area_key, aspect_key, row_key, column_key = jax.random.split(key, 5)
-    area = height * width * jax.random.uniform(area_key, (n,), minval=0.02, maxval=1 / 3)
-    aspect = jnp.exp(math.log(0.3) * jax.random.uniform(aspect_key, (n,), minval=-1.0))
-    rows = jnp.clip(jnp.round(jnp.sqrt(area * aspect)), 1, height).astype(int)
-    columns = jnp.clip(jnp.round(jnp.sqrt(area / aspect)), 1, width).astype(int)
-    top = jax.random.randint(row_key, (n,), 0, height - rows + 1)
-    left = jax.random.randint(column_key, (n,), 0, width - columns + 1)
-    hole = _box(top + rows // 2, left + columns // 2, (rows, columns), images.shape)
-    drawn = jax.random.bernoulli(coin_key, probability, (n, 1, 1, 1))
-    return jnp.where(hole & drawn, jnp.zeros((), images.dtype), images)
-
-
-def mixup(key: jax.Array, batch: Batch, alpha: float) -> Batch:
-    """Blends each image with its mirror in the batch, by one Beta(alpha, alpha) draw a batch."""
-    images = batch["image"]
-    share = jax.random.beta(key, alpha, alpha).astype(images.dtype)
-    mixed = share * images + (1 - share) * images[::-1]
-    return _mixed(batch, mixed, share)
-
-
-def cutmix(key: jax.Array, batch: Batch, alpha: float) -> Batch:
-    """Pastes a box of each image's mirror in the batch into it; the target is by area."""
-    images = batch["image"]
-    n, height, width, _ = images.shape
-    share_key, row_key, column_key = jax.random.split(key, 3)
-    side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
-    box = (jnp.round(side * height).astype(int), jnp.round(side * width).astype(int))
-    row = jnp.broadcast_to(jax.random.randint(row_key, (), 0, height), (n,))
-    column = jnp.broadcast_to(jax.random.randint(column_key, (), 0, width), (n,))
-    pasted = _box(row, column, box, images.shape)
-    share = 1 - jnp.mean(pasted[0].astype(jnp.float32))
-    return _mixed(batch, jnp.where(pasted, images[::-1], images), share.astype(images.dtype))
-
-
-def _mixed(batch: Batch, images: jax.Array, share: jax.Array) -> Batch:
-    label = batch["label"]
-    return {
-        **batch,
-        "image": images,
-        "label_mixed": label[::-1],
-        "mix": jnp.broadcast_to(share.astype(jnp.float32), label.shape),
-    }

@@ -30,6 +30,7 @@ from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD, Optimizer
 from flax_resnet.provenance import git_state, versions
 from flax_resnet.record import flatten, to_record
+from flax_resnet.views import Views
 
 # Fields of a network that say how it is computed and not what: a resumed run may change them.
 FREE_MODEL_FIELDS = ("model.scan_blocks", "model.remat")
@@ -83,6 +84,12 @@ class TrainConfig:
     al. 2018, section 3: the whole run, 1); 0: the model's throughout."""
     ema_decay: float | None = None
     """Evaluate an exponential moving average of the parameters and statistics; None: off."""
+    lookahead_steps: int = 0
+    """Every so many steps the network goes on from that average (Zhang et al. 2019), of which
+    ema_decay is kept at the end, and before as the cube of the share of the run; 0: never."""
+    tta: Views = "none"
+    """Evaluate the mean of an image and its mirror image ("flip"), and of both shifted by a pixel
+    to two corners ("flip_shift", 6 views; K. Jordan 2024)."""
     seed: int = 0
     """Initialisation, order of the data, augmentation and dropout all follow from it."""
     eval_every_epochs: float = dataclasses.field(default=1.0, metadata=FREE)
@@ -120,6 +127,7 @@ class TrainConfig:
             "label_smoothing": (0, 1),
             "target_threshold": (0, 1),
             "dropblock_rise": (0, inf),
+            "lookahead_steps": (0, inf),
             "ema_decay": (POSITIVE, 1),
             "seed": (0, 2**32),
         }
@@ -134,6 +142,16 @@ class TrainConfig:
             raise UserError(
                 f"target_threshold={self.target_threshold} with loss={self.loss!r}: its targets "
                 "have to sum to one; set --loss binary_cross_entropy, or leave it out"
+            )
+        if self.lookahead_steps and self.ema_decay is None:
+            raise UserError(
+                f"lookahead_steps={self.lookahead_steps} without an average to go on from: set "
+                "--ema-decay, 0.77 in airbench"
+            )
+        if self.tta != "none" and self.cache_features:
+            raise UserError(
+                f"tta={self.tta!r} with cache_features: features have no mirror image; leave one "
+                "out"
             )
         if self.batch_size % self.accum_steps:
             raise UserError(

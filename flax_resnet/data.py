@@ -26,6 +26,7 @@ from flax_resnet.datasets import prepare, sources, stream
 from flax_resnet.datasets.decode import PACKAGES, Decoder
 from flax_resnet.datasets.rows import (
     BatchReader,
+    batch_epochs,
     batch_rows,
     decode_chunks,
     eval_rows,
@@ -132,14 +133,22 @@ class Data:
       resident: True where both splits live on the devices.
     """
 
-    def __init__(self, config: DataConfig, mesh: Mesh, num_classes: int):
+    def __init__(
+        self, config: DataConfig, mesh: Mesh, num_classes: int, *, with_rows: bool = False
+    ):
         """Opens the set.
+
+        Args:
+          config: which, and how it is read.
+          mesh: that batches are split over.
+          num_classes: of the network.
+          with_rows: training batches have "row" (of the split) and "epoch" too, int32 (B,).
 
         Raises:
           UserError: it is missing, damaged, has labels of ``num_classes`` and above, or
             images of several sizes and no ``image_size``.
         """
-        self._config, self._mesh = config, mesh
+        self._config, self._mesh, self._with_rows = config, mesh, with_rows
         self._train, self._eval = _open(config)
         self.class_names = self._train.class_names
         if len(self.class_names) > num_classes:
@@ -214,9 +223,14 @@ class Data:
             start = stop
         return {"image": images, "label": labels}
 
-    def train_images(self) -> Iterator[np.ndarray]:
-        """Training images for statistics, uint8 (n, H, W, C) a time: all, or an even sample."""
+    def train_images(self, most: int | None = None) -> Iterator[np.ndarray]:
+        """Training images for statistics, uint8 (n, H, W, C) a time: all, or an even sample.
+
+        Args:
+          most: of them, where that is fewer than ``statistics_examples``.
+        """
         count = min(self.num_train, self._config.statistics_examples)
+        count = count if most is None else min(count, most)
         rows = np.linspace(0, self.num_train - 1, count).round().astype(np.int32)
         if self.resident:
             images = self._resident["train"]["image"]
@@ -238,8 +252,8 @@ class Data:
           stop_step: one past the last.
 
         Yields:
-          {"image" uint8 (B, H, W, C), "label" int32 (B,)}, split over the devices. Of S seeds
-          (S, B, ...): a batch of each seed's order.
+          {"image" uint8 (B, H, W, C), "label" int32 (B,)}, and with_rows "row" and "epoch" int32
+          (B,), split over the devices. Of S seeds (S, B, ...): a batch of each seed's order.
         """
         if self.resident:
             for step in range(start_step, stop_step):
@@ -279,7 +293,7 @@ class Data:
             rows, mask = eval_rows(step, batch_size, len(source))
             mine = [_my_part(part) for part in (rows.astype(np.int32), mask)]
             there, counted = distributed.put_batch(self._mesh, mine)
-            yield {**self._take(self._resident[split], there), "mask": counted}
+            yield {**self._take(self._resident[split], {"row": there}), "mask": counted}
 
     def fingerprint(self, split: Split) -> str:
         """A hash of a split's images, as they are decoded, and of its labels."""
@@ -314,14 +328,23 @@ class Data:
         }
         self._take = jax.jit(take, out_shardings=distributed.batch_sharding(self._mesh))
 
-    def train_rows(self, seed: int | Sequence[int], step: int, batch_size: int) -> np.ndarray:
-        """This process's part of the examples in a batch: int32 (B,), of S seeds (S, B)."""
+    def train_rows(
+        self, seed: int | Sequence[int], step: int, batch_size: int
+    ) -> dict[str, np.ndarray]:
+        """This process's part of which examples a batch has, as ``rows.take`` takes it.
+
+        "row", and with_rows "epoch": int32 (B,), of S seeds (S, B).
+        """
 
         def of(one: int) -> np.ndarray:
             return batch_rows(one, step, batch_size, self.num_train, self._config.repeats)
 
         rows = of(seed) if isinstance(seed, int) else np.stack([of(one) for one in seed])
-        return _my_part(rows.astype(np.int32))
+        which = {"row": rows}
+        if self._with_rows:
+            epochs = batch_epochs(step, batch_size, self.num_train, self._config.repeats)
+            which["epoch"] = np.broadcast_to(epochs, rows.shape)
+        return {name: _my_part(x.astype(np.int32)) for name, x in which.items()}
 
     @property
     def train_arrays(self) -> dict[str, jax.Array]:
@@ -339,7 +362,8 @@ class Data:
     ) -> Generator[dict[str, np.ndarray]]:
         """This process's rows of batches, in step order, read by Grain's workers or threads."""
         shard = (jax.process_index(), jax.process_count())
-        reader = BatchReader(source, decoder, batch_size, seed, shard, self._config.repeats)
+        repeats, with_rows = self._config.repeats, self._with_rows
+        reader = BatchReader(source, decoder, batch_size, seed, shard, repeats, with_rows)
         return stream.batches(reader, start, stop, self._config.num_workers)
 
 

@@ -28,8 +28,8 @@ class Group(NamedTuple):
     """What several steps get.
 
     Attributes:
-      batch: of a resident set the rows, int32 (n, B); else a batch of (n, B, ...). Networks that
-        train together have theirs as a second axis.
+      batch: of a resident set which rows, as ``Data.train_rows`` says it, int32 (n, B); else a
+        batch of (n, B, ...). Networks that train together have theirs as a second axis.
     """
 
     batch: Any
@@ -108,7 +108,7 @@ def feed(
                 yield from data.train_batches(seed, batch_size, first, first + 1)
             else:
                 rows = [data.train_rows(seed, first + i, batch_size) for i in range(count)]
-                yield Group(distributed.put_local(sharding, np.stack(rows)))
+                yield Group(distributed.put_local(sharding, _stacked(rows)))
             first += count
         return
     assert isinstance(seed, int)

@@ -31,6 +31,7 @@ from flax_resnet.errors import UserError, check_range
 from flax_resnet.preprocess import Preprocessing
 from flax_resnet.pretrained import Pretrained
 from flax_resnet.pretrained.classes import imagenet_classes, imagenet_ids
+from flax_resnet.views import Views, averaged_logits
 
 BINS = 15
 CROPS = 10
@@ -44,6 +45,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     ten_crop: bool = False,
+    tta: Views = "none",
     limit: int | None = None,
     holdout: bool = False,
 ) -> dict[str, float]:
@@ -56,6 +58,7 @@ def evaluate(
       batch_size: images in one step of the device.
       ten_crop: average the probabilities of ten crops an example (Krizhevsky et al. 2012,
         section 4.1).
+      tta: average the logits of these views an example, as in training.
       limit: evaluate so many examples, evenly spread.
       holdout: of a folder without split sub-folders, evaluate what training holds out (one in
         ``holdout_every`` of each class) rather than all of it.
@@ -73,6 +76,8 @@ def evaluate(
     began = time.perf_counter()
     of = Classifier.of(opened)
     decode: Any = of.preprocessing
+    if ten_crop and tta != "none":
+        raise UserError(f"--ten-crop with --tta {tta}: the crops are mirrored; leave one out")
     if ten_crop:
         _check_crops(of.preprocessing)
         decode = of.preprocessing.ten_crops
@@ -90,7 +95,7 @@ def evaluate(
         mask = np.arange(chunk) < len(labels)
         labels = np.pad(classes[labels], (0, pad))
         jax.block_until_ready(sums[-MOST_STEPS:][:1])
-        sums.append(_sums(of.module, of.variables, of.stats, images, labels, mask))
+        sums.append(_sums(of.module, of.variables, of.stats, images, labels, mask, tta))
     found = _means(sums)
     if not math.isfinite(found["loss"]):
         raise UserError(
@@ -100,7 +105,7 @@ def evaluate(
     return {**found, "n": count, "seconds": time.perf_counter() - began}
 
 
-@functools.partial(jax.jit, static_argnames="module")
+@functools.partial(jax.jit, static_argnames=("module", "tta"))
 def _sums(
     module: nn.Module,
     variables: Any,
@@ -108,10 +113,12 @@ def _sums(
     images: jax.Array,
     labels: jax.Array,
     mask: jax.Array,
+    tta: Views = "none",
 ) -> metrics.Sums:
     """Sums over a batch of images (N, H, W, C), or of their crops (N, 10, H, W, C)."""
     pixels = images.reshape(-1, *images.shape[-3:])
-    logits: Any = module.apply(variables, normalize(pixels, stats))
+    apply: Any = functools.partial(module.apply, variables)
+    logits: Any = averaged_logits(apply, normalize(pixels, stats), tta)
     if images.ndim == 5:
         crops = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
         crops = crops.reshape(*images.shape[:2], -1)
@@ -267,6 +274,8 @@ class Settings(WeightFlags):
     """Images, or crops, in one step of the device."""
     ten_crop: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
     """Average the probabilities of the corners and the centre, each also mirrored."""
+    tta: Views = "none"
+    """Average the logits of an image and its mirror image, and of both shifted by a pixel."""
     limit: Annotated[int | None, flag("N", "all")] = None
     """Evaluate N examples, evenly spread."""
     output: Annotated[str | None, flag("FILE.json")] = None
@@ -304,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             config,
             batch_size=settings.batch_size,
             ten_crop=settings.ten_crop,
+            tta=settings.tta,
             limit=settings.limit,
             holdout=settings.data.holdout_every is not None,
         )

@@ -19,12 +19,37 @@ Dtype = Any  # a numpy dtype, or its name: "float32", "bfloat16", "float64"
 ShortcutKind = Literal["A", "B", "C", "D"]
 NormKind = Literal["batch", "frozen", "none"]
 BiasKind = Literal["none", "unnormalized", "all"]
-InitKind = Literal["he_normal", "glorot_uniform"]
+InitKind = Literal["he_normal", "glorot_uniform", "identity"]
 
 # He et al. 2015, "Delving Deep into Rectifiers", section 2.2, the backward (fan-out) form.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 glorot_uniform = nn.initializers.xavier_uniform()
-_KERNEL_INITS = {"he_normal": he_normal_fan_out, "glorot_uniform": glorot_uniform}
+# Kernels drawn evenly from +- 1 / sqrt(fan in), as torch starts its convolutions and linear layers.
+lecun_third_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def partial_identity(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """A kernel (k, k, I, O), k odd, whose first I filters hand their channel on; others are drawn.
+
+    K. Jordan 2024, arXiv:2404.00498, section 3.3; the others are ``lecun_third_uniform``.
+    """
+    height, width, inputs, outputs = shape
+    same = min(inputs, outputs)
+    hands_on = jnp.zeros((height, width, inputs, same), dtype)
+    hands_on = hands_on.at[height // 2, width // 2].set(jnp.eye(inputs, same, dtype=dtype))
+    return lecun_third_uniform(key, shape, dtype).at[..., :same].set(hands_on)
+
+
+_KERNEL_INITS = {
+    "he_normal": he_normal_fan_out,
+    "glorot_uniform": glorot_uniform,
+    "identity": partial_identity,
+}
+_DENSE_INITS = {
+    "he_normal": nn.initializers.lecun_normal(),
+    "glorot_uniform": glorot_uniform,
+    "identity": lecun_third_uniform,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +64,13 @@ class Layers:
         leaves them as they are (scale and offset train); "none" is without normalisation.
       bn_momentum: share of the running statistics kept at each step (torch's 0.1 is 0.9 here).
       bn_epsilon: added to the variance.
+      bn_scale: norms have a scale that trains; False: an offset alone.
       bn_group: images in a row that are normalised together in training, 32 in Goyal et al. 2017,
         section 2.3 (Hoffer et al. 2017, section 4); None: the whole batch, over all devices.
       conv_bias: convolutions with a bias: "none", "unnormalized" (those whose output no norm
         takes directly) or "all". Without normalisation all have one.
-      kernel_init: "he_normal" (fan-out; dense layers LeCun normal) or "glorot_uniform" (Keras).
+      kernel_init: "he_normal" (fan-out; dense layers LeCun normal), "glorot_uniform" (Keras) or
+        "identity" (``partial_identity``).
       dtype: computation dtype; None keeps the promotion of input and parameters.
       param_dtype: storage dtype of the parameters.
       axis_name: mapped axis to share batch statistics over, under jax.pmap only.
@@ -52,6 +79,7 @@ class Layers:
     norm_kind: NormKind = "batch"
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5
+    bn_scale: bool = True
     bn_group: int | None = None
     conv_bias: BiasKind = "none"
     kernel_init: InitKind = "he_normal"
@@ -143,6 +171,7 @@ class Layers:
             use_running_average=not train,
             momentum=self.bn_momentum,
             epsilon=self.bn_epsilon,
+            use_scale=self.bn_scale,
             scale_init=nn.initializers.zeros if zero else nn.initializers.ones,
             axis_name=self.axis_name if train else None,
             dtype=as_dtype(self.dtype),
@@ -150,12 +179,12 @@ class Layers:
             name=name,
         )
 
-    def dense(self, features: int, *, name: str | None = None) -> nn.Dense:
-        """A dense layer of ``features`` outputs, with a bias."""
-        glorot = self.kernel_init == "glorot_uniform"
+    def dense(self, features: int, *, name: str | None = None, bias: bool = True) -> nn.Dense:
+        """A dense layer of ``features`` outputs, by default with a bias."""
         return nn.Dense(
             features,
-            kernel_init=glorot_uniform if glorot else nn.initializers.lecun_normal(),
+            use_bias=bias,
+            kernel_init=_DENSE_INITS[self.kernel_init],
             dtype=as_dtype(self.dtype),
             param_dtype=as_dtype(self.param_dtype),
             name=name,
@@ -181,7 +210,9 @@ class BatchNorm(nn.BatchNorm):
         if self.is_initializing():  # with one image, as a rule
             return super().__call__(x)
         check_bn_group(self.group, len(x))
-        scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype)
+        scale = jnp.ones(x.shape[-1:], self.param_dtype)
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype)
         bias = self.param("bias", self.bias_init, x.shape[-1:], self.param_dtype)
         dtype = jnp.result_type(x, scale, bias) if self.dtype is None else self.dtype
         wide = x.astype(jnp.promote_types(dtype, jnp.float32))

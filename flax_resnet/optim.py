@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: frozen dataclasses that build optax transformations.
+"""Optimizers: frozen dataclasses that build optax transformations.
 
 An optimizer holds a peak learning rate and a schedule. A schedule is a shape in shares of the run
 and learns the run's length only when it is built: a config cut down to a trial keeps its shape.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,114 +16,23 @@ import optax
 import optax.contrib
 
 from flax_resnet.errors import POSITIVE, UserError, check_range
-
-# A stage's number that no network has.
-LAST = 10**6
-
-
-def _check_shares(name: str, values: Sequence[float], owner: str = "schedule") -> None:
-    for value in values:
-        if not 0 <= value < 1:
-            raise UserError(
-                f"{owner}.{name}={value}: expected a share of the run, 0 up to 1 (30 of 90 epochs "
-                "is 0.3333)"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Constant:
-    """The peak learning rate throughout, after an optional linear warm-up."""
-
-    warmup: float = 0.0
-    """Share of the run spent rising linearly to the peak (Goyal et al. 2017: 5 / 90)."""
-    warmup_start: float = 0.0
-    """Learning rate at step 0 of the warm-up, as a share of the peak."""
-
-    def __post_init__(self) -> None:
-        _check_shares("warmup", [self.warmup])
-
-    def build(self, peak: float, num_steps: int) -> optax.Schedule:
-        """The optax schedule, step (int) to learning rate, for a run of ``num_steps``."""
-        warmup_steps = min(round(self.warmup * num_steps), num_steps - 1)
-        rest = self._after_warmup(peak, num_steps - warmup_steps)
-        if not warmup_steps:
-            return rest
-        rise = optax.linear_schedule(peak * self.warmup_start, peak, warmup_steps)
-        return optax.join_schedules([rise, rest], [warmup_steps])
-
-    def _after_warmup(self, peak: float, num_steps: int) -> optax.Schedule:
-        return optax.constant_schedule(peak)
-
-
-@dataclasses.dataclass(frozen=True)
-class Piecewise(Constant):
-    """Multiplied by ``factor`` at each boundary (He et al. 2016, section 4.2: 32k, 48k of 64k)."""
-
-    boundaries: tuple[float, ...] = (0.5, 0.75)
-    """Where to drop, as shares of the steps after the warm-up."""
-    factor: float = 0.1
-    """What the rate is multiplied by at each boundary."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_shares("boundaries", self.boundaries)
-
-    def _after_warmup(self, peak: float, num_steps: int) -> optax.Schedule:
-        drops = {round(share * num_steps): self.factor for share in self.boundaries}
-        return optax.piecewise_constant_schedule(peak, drops)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cosine(Constant):
-    """Half a cosine from the peak to ``final`` of it (Loshchilov and Hutter 2017, no restarts)."""
-
-    final: float = 0.0
-    """The last learning rate, as a share of the peak."""
-
-    def _after_warmup(self, peak: float, num_steps: int) -> optax.Schedule:
-        return optax.cosine_decay_schedule(peak, num_steps, self.final)
-
-
-@dataclasses.dataclass(frozen=True)
-class OneCycle:
-    """Up to the peak and down to near zero, both by half cosines (Smith and Topin 2018)."""
-
-    rise: float = 0.3
-    """Share of the run spent rising."""
-    start_divisor: float = 25.0
-    """The first rate is the peak over this."""
-    final_divisor: float = 1e4
-    """The last rate is the first over this."""
-
-    def __post_init__(self) -> None:
-        _check_shares("rise", [self.rise])
-
-    def build(self, peak: float, num_steps: int) -> optax.Schedule:
-        """The optax schedule, step (int) to learning rate, for a run of ``num_steps``."""
-        return optax.cosine_onecycle_schedule(
-            num_steps, peak, self.rise, self.start_divisor, self.final_divisor
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class ReduceOnPlateau(Constant):
-    """Multiplied by ``factor`` when the training loss, averaged over an epoch, stops falling.
-
-    The decision is taken inside the compiled step from optimizer state, so it is resumed with
-    the rest and works under vmap. It watches the training loss, not an evaluation.
-    """
-
-    factor: float = 0.1
-    """What the rate is multiplied by."""
-    patience: int = 5
-    """Epochs without improvement before it is."""
-    min_improvement: float = 1e-4
-    """Relative fall of the loss that counts as improvement."""
-    min_scale: float = 1e-4
-    """The product of all reductions stops here."""
-
-
-Schedule = Constant | Piecewise | Cosine | OneCycle | ReduceOnPlateau
+from flax_resnet.schedules import Constant as Constant
+from flax_resnet.schedules import Cosine as Cosine
+from flax_resnet.schedules import OneCycle as OneCycle
+from flax_resnet.schedules import Piecewise as Piecewise
+from flax_resnet.schedules import ReduceOnPlateau as ReduceOnPlateau
+from flax_resnet.schedules import Schedule as Schedule
+from flax_resnet.schedules import Triangle as Triangle
+from flax_resnet.schedules import check_shares
+from flax_resnet.transforms import (
+    as_matrices,
+    is_hidden_kernel,
+    is_norm_bias,
+    is_stem_bias,
+    rest_after,
+    scale_by_stage,
+    scale_where,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +53,11 @@ class _Optimizer:
     unfreeze: tuple[float, ...] = ()
     """Shares of the run at which the last stage, the one before it, ... and the stem begin to
     move; those not named never do. Empty: all from the start (section 3.3, gradual unfreezing)."""
+    norm_bias_scale: float = 1.0
+    """What the gradient of the norms' offsets is multiplied by, before decay is added: with SGD
+    their learning rate over the others' (64 in K. Jordan 2024). Adam takes no notice."""
+    stem_bias_until: float = 1.0
+    """Share of the run after which the bias of the stem's convolution rests."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "weight_decay"):
@@ -154,7 +66,9 @@ class _Optimizer:
         if self.max_grad_norm != math.inf:  # clips nothing, as None does
             check_range("optimizer.max_grad_norm", self.max_grad_norm, POSITIVE)
         check_range("optimizer.stage_decay", self.stage_decay, 0)
-        _check_shares("unfreeze", self.unfreeze, "optimizer")
+        check_range("optimizer.norm_bias_scale", self.norm_bias_scale, 0)
+        check_range("optimizer.stem_bias_until", self.stem_bias_until, 0)
+        check_shares("unfreeze", self.unfreeze, "optimizer")
         if list(self.unfreeze) != sorted(self.unfreeze):
             raise UserError(
                 f"optimizer.unfreeze={self.unfreeze}: expected rising shares, the last stage first"
@@ -177,6 +91,8 @@ class _Optimizer:
         parts = (
             [] if self.max_grad_norm is None else [optax.clip_by_global_norm(self.max_grad_norm)]
         )
+        if self.norm_bias_scale != 1:
+            parts.append(scale_where(is_norm_bias, self.norm_bias_scale))
         parts += self._core(schedule, True if self.decay_norm_and_bias else is_kernel)
         if isinstance(self.schedule, ReduceOnPlateau):
             parts.append(
@@ -191,6 +107,8 @@ class _Optimizer:
         if self.stage_decay != 1 or self.unfreeze:
             starts = tuple(round(share * num_steps) for share in self.unfreeze)
             parts.append(scale_by_stage(self.stage_decay, starts))
+        if self.stem_bias_until < 1:
+            parts.append(rest_after(is_stem_bias, round(self.stem_bias_until * num_steps)))
         return optax.with_extra_args_support(optax.chain(*parts)), schedule
 
     def _core(self, schedule: optax.Schedule, mask: Any) -> list[optax.GradientTransformation]:
@@ -277,7 +195,77 @@ class LAMB(AdamW):
         return [optax.lamb(schedule, self.b1, self.b2, self.eps, 0.0, self.weight_decay, mask)]
 
 
-Optimizer = SGD | Adam | AdamW | LARS | LAMB
+@dataclasses.dataclass(frozen=True)
+class Muon(_Optimizer):
+    """Momentum made orthogonal, for the kernels before the head (K. Jordan 2024, "Muon").
+
+    A convolution's kernel is the matrix of all its taps by its filters. What is left, the head and
+    what is no kernel, goes by Nesterov's momentum at a rate of its own.
+    """
+
+    learning_rate: float = 0.02
+    """Peak learning rate; the schedule shapes it."""
+    momentum: float = 0.95
+    """Share of the averaged gradient kept at each step."""
+    nesterov: bool = True
+    """Nesterov's form of the momentum."""
+    ns_steps: int = 5
+    """Steps of the Newton-Schulz iteration that makes it orthogonal."""
+    rest_scale: float = 5.0
+    """Learning rate of what is left over that of the kernels."""
+    rest_momentum: float = 0.9
+    """Its share of the velocity kept at each step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("optimizer.momentum", self.momentum, 0, 1)
+        check_range("optimizer.ns_steps", self.ns_steps, 1)
+        check_range("optimizer.rest_scale", self.rest_scale, 0)
+
+    def _core(self, schedule: optax.Schedule, mask: Any) -> list[optax.GradientTransformation]:
+        muon = optax.contrib.scale_by_muon(
+            ns_steps=self.ns_steps,
+            beta=self.momentum,
+            nesterov=self.nesterov,
+            weight_dimension_numbers=as_matrices,
+        )
+        momentum = optax.trace(self.rest_momentum, self.nesterov)
+        rest = optax.chain(momentum, optax.scale(self.rest_scale))
+        return [
+            optax.partition({True: muon, False: rest}, is_hidden_kernel),
+            *_l2(self.weight_decay, mask),
+            optax.scale_by_learning_rate(schedule),
+        ]
+
+
+Optimizer = SGD | Adam | AdamW | LARS | LAMB | Muon
+
+
+def decoupled(
+    learning_rate: float, weight_decay: float, momentum: float, batch_size: int, per: int = 1024
+) -> dict[str, Any]:
+    """SGD's fields for a step and a decay that do not depend on momentum, batch or one another.
+
+    In airbench (K. Jordan 2024; Page 2019) the two are those of ``per`` examples, of which the loss
+    is the sum, and Nesterov's momentum, which makes steps 1 + 1 / (1 - momentum) times as long, is
+    divided out. The decay there is added to the gradient, as SGD's here, over the learning rate.
+
+    Args:
+      learning_rate: per so many examples.
+      weight_decay: likewise, not multiplied by the learning rate.
+      momentum: Nesterov's.
+      batch_size: images in a step; the loss is their mean.
+      per: examples.
+
+    Returns:
+      "learning_rate", "weight_decay" and "momentum" of an SGD with nesterov.
+    """
+    longer = 1 + 1 / (1 - momentum)
+    return {
+        "learning_rate": learning_rate * batch_size / per / longer,
+        "weight_decay": weight_decay / learning_rate,
+        "momentum": momentum,
+    }
 
 
 def linear_scaled_lr(base: float, batch_size: int, base_batch_size: int = 256) -> float:
@@ -293,52 +281,6 @@ def is_kernel(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: getattr(path[-1], "key", None) == "kernel", params
     )
-
-
-def scale_by_stage(decay: float, starts: Sequence[int] = ()) -> optax.GradientTransformation:
-    """Scales the updates of a stage by its distance from the head; last in a chain.
-
-    Args:
-      decay: the scale is decay ** d, with d 0 for the head, 1 for the last stage (and a last
-        norm), and so on to the stem.
-      starts: steps from which d = 1, 2, ... are updated; those beyond the end never are. Empty:
-        all from the start. Moments are gathered before that too.
-    """
-
-    def init(params: Any) -> Any:
-        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        numbers = [_stage(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
-        stages = max((n for n in numbers if n is not None and n != LAST), default=0)
-
-        def scaled(path: Any, update: jax.Array) -> jax.Array:
-            stage = _stage(path)
-            distance = 0 if stage is None else stages + 1 - min(stage, stages)
-            scale = jnp.asarray(decay**distance, update.dtype)
-            if distance and starts:
-                late = distance > len(starts)
-                moves = False if late else state.count >= starts[distance - 1]
-                scale = jnp.where(moves, scale, 0).astype(update.dtype)
-            return scale * update
-
-        count = optax.safe_increment(state.count)
-        return jax.tree_util.tree_map_with_path(scaled, updates), state._replace(count=count)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _stage(path: Any) -> int | None:
-    """Stage of a parameter: 0 the stem, None the top; a last norm is past every stage."""
-    for key in path:
-        name = str(getattr(key, "key", ""))
-        if found := re.match(r"stage(\d+)_", name):
-            return int(found[1])
-        if name.startswith("stem_"):
-            return 0
-        if name == "final_norm":
-            return LAST
-    return None
 
 
 def learning_rate_at(schedule: optax.Schedule, opt_state: Any, step: int) -> jax.Array:

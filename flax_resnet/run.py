@@ -23,7 +23,7 @@ from flax_resnet.datasets.rows import take
 from flax_resnet.optim import learning_rate_at
 from flax_resnet.preemption import Preempted
 from flax_resnet.record import to_record
-from flax_resnet.step import LOSSES, Batch, TrainState, eval_step, train_step
+from flax_resnet.step import LOSSES, Batch, TrainState, eval_step, look_ahead, train_step
 
 SPLIT_PARTS: Mapping[str, tuple[str, ...]] = {
     "replicated": (),
@@ -44,6 +44,9 @@ class Run:
       first_loss: mean training loss of its first log interval, in nats; of several networks the
         largest.
       resumed_on: what ``ran_on`` said where it was saved.
+      seconds: since it began, up to its last checkpoint.
+      train_seconds: of these, in which it did not "compile", "evaluate" or "save".
+      spent: seconds in which it did these.
       shared_by: networks that trained in the program whose ``seconds`` these are.
     """
 
@@ -59,6 +62,10 @@ class Run:
     whole: TrainState | None = None
     step: int = 0
     seconds: float = 0.0
+    train_seconds: float = 0.0
+    spent: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {"compile": 0.0, "evaluate": 0.0, "save": 0.0}
+    )
     compile_seconds: float = 0.0
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     confusion: np.ndarray | None = None
@@ -143,6 +150,12 @@ class Run:
         if config.dropblock_rise and not config.cache_features:
             rise = max(1, round(config.dropblock_rise * self.num_steps))
             rate = optax.linear_schedule(0.0, config.model.dropblock_rate, rise)
+        lookahead = None
+        if config.lookahead_steps and config.ema_decay is not None:
+            every, decay = config.lookahead_steps, config.ema_decay
+            lookahead = functools.partial(
+                look_ahead, every=every, decay=decay, num_steps=self.num_steps
+            )
         gather = None
         if config.sharding == "fsdp":
             gather = functools.partial(distributed.gathered, self.mesh)
@@ -154,6 +167,7 @@ class Run:
             target_threshold=config.target_threshold,
             accum_steps=config.accum_steps,
             ema_decay=config.ema_decay,
+            lookahead=lookahead,
             dropblock_rate=rate,
             gather=gather,
         )
@@ -162,13 +176,15 @@ class Run:
             if config.sharding == "replicated"
             else gather or functools.partial(distributed.gathered, self.mesh)
         )
-        return step, functools.partial(eval_step, loss=loss, gather=averaged)
+        return step, functools.partial(eval_step, loss=loss, tta=config.tta, gather=averaged)
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says beside its arrays, as JSON values."""
         return {
             "step": self.step,
             "seconds": self.seconds,
+            "train_seconds": self.train_seconds,
+            "spent": self.spent,
             **self.data.describe(),
             "skipped": self.skipped,
             "open_interval": self.open_interval,
@@ -197,6 +213,7 @@ class Run:
         began = time.perf_counter()
         compiled = self._compile_training(), self.compile_evaluation()
         self.compile_seconds = time.perf_counter() - began
+        self.spent["compile"] += self.compile_seconds
         return compiled
 
     def _compile_training(self) -> Callable[..., Any]:
@@ -217,7 +234,7 @@ class Run:
         )
         images = (*self.lead, self.config.batch_size)
         with self.step_memory():
-            return step.lower(self.state, self._batch(images, self.data.batch_shape)).compile()
+            return step.lower(self.state, self._training_batch(images)).compile()
 
     def compile_group(self) -> dispatch.Compiled:
         """``group`` train steps in one program, as dispatch.Programs has them."""
@@ -227,8 +244,8 @@ class Run:
             jax.lax.with_sharding_constraint, shardings=distributed.batch_sharding(self.mesh)
         )
 
-        def of_rows(held: Any, rows: Any) -> Any:
-            return split_batch(take(held, rows))
+        def of_rows(held: Any, which: Any) -> Any:
+            return split_batch(take(held, which))
 
         # In a while loop a convolution's backward pass is some 20 times slower on a CPU.
         rows_of, unroll = (of_rows if resident else None), cpu.is_backend()
@@ -239,8 +256,9 @@ class Run:
             compiler_options=cpu.compiler_options(),
         )
         images = (self.group, *self.lead, self.config.batch_size)
-        rows = jax.ShapeDtypeStruct(images, jnp.int32, sharding=split)
-        like = rows if resident else self._batch(images, self.data.batch_shape, split)
+        like = self._training_batch(images, split)
+        if resident:
+            like = {"row": like["label"]} | {n: x for n, x in like.items() if n == "epoch"}
         held = self.data.train_arrays if resident else None
         with self.step_memory():
             compiled = steps.lower(self.state, held, like).compile()
@@ -268,6 +286,14 @@ class Run:
             "image": jax.ShapeDtypeStruct((*images, *shape), kind, sharding=split),
             "label": jax.ShapeDtypeStruct(images, jnp.int32, sharding=split),
         }
+
+    def _training_batch(
+        self, images: tuple[int, ...], split: NamedSharding | None = None
+    ) -> dict[str, Any]:
+        batch = self._batch(images, self.data.batch_shape, split)
+        if self.config.augment.alternating_flip:
+            batch |= {"row": batch["label"], "epoch": batch["label"]}
+        return batch
 
     def step_memory(self) -> contextlib.AbstractContextManager[None]:
         """Turns running out of memory in training into one line."""
@@ -307,8 +333,11 @@ class Run:
           stop: asked before each batch; where it says so, Preempted is raised.
         """
         batches = self.data.eval_batches(self.config.eval_batch_size)
+        jax.block_until_ready(self.state)  # the last steps are no part of the evaluation
+        began = time.perf_counter()
         with self.eval_memory():
             self.evaluation, self.confusion = evaluate(step, self.state, _until(stop, batches))
+        self.spent["evaluate"] += time.perf_counter() - began
 
 
 def held(state: TrainState, mesh: Mesh, kind: distributed.StateSharding) -> Any:

@@ -18,7 +18,7 @@ from flax.errors import FlaxError
 from jax.sharding import Mesh
 
 from flax_resnet import distributed, guards, transfer
-from flax_resnet.augment import Augment, statistics, statistics_shape
+from flax_resnet.augment import Augment, normalize, statistics, statistics_shape
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
@@ -29,6 +29,9 @@ from flax_resnet.pretrained import Pretrained
 from flax_resnet.resume import restore
 from flax_resnet.run import Run, held
 from flax_resnet.step import TrainState, create_state
+
+# Training images that a network starts from, at most (``fitted``): as many as airbench takes.
+MOST_FITTED = 5000
 
 
 def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
@@ -47,6 +50,7 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
         run = prepare(config, workdir, mesh)
         if not restore(run):
             measure_statistics(run)
+            run.state = fitted(run, run.state)
         if config.cache_features:
             run.data = transfer.with_cached_features(
                 run.state, config.model, run.data, config.eval_batch_size, _say
@@ -93,7 +97,8 @@ def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
             f"guard.skips={config.guard.skips} with cache_features: a head alone has nothing to go "
             "back for; leave one out"
         )
-    data = Data(config.data, mesh, config.model.num_classes)
+    with_rows = config.augment.alternating_flip
+    data = Data(config.data, mesh, config.model.num_classes, with_rows=with_rows)
     steps_per_epoch = math.ceil(data.num_train / config.batch_size)
     num_steps = config.num_steps or max(1, round(config.num_epochs * steps_per_epoch))
     tx, schedule = config.optimizer.build(num_steps, steps_per_epoch)
@@ -213,3 +218,34 @@ def measure_statistics(run: Run) -> None:
             averaged = distributed.put(norms, run.held.ema["batch_stats"])
             ema = {**run.state.ema, "batch_stats": averaged}
             run.state = run.state.replace(ema=ema)
+
+
+def fitted(run: Run, state: TrainState) -> TrainState:
+    """A state at step 0 with what its network starts from training images, where it does.
+
+    Such a network has ``from_images(params, images)``: it is given normalised images (N, H, W, C),
+    evenly spread over the split, and gives the parameters. With ``weights`` it is not asked.
+
+    Args:
+      run: its normalisation has been measured.
+      state: its own, or that of another seed.
+    """
+    from_images = getattr(run.config.model, "from_images", None)
+    if from_images is None or run.config.weights is not None:
+        return state
+    stats = jax.device_get(run.state.normalization)
+    images = [
+        np.asarray(normalize(jnp.asarray(x), stats)) for x in run.data.train_images(MOST_FITTED)
+    ]
+    new = from_images(state.params, np.concatenate(images))
+
+    def changed(places: Any) -> Any:
+        def one(place: jax.Array, old: Any, new: Any) -> jax.Array:
+            return place if new is old else distributed.put(new, place.sharding)
+
+        return jax.tree.map(one, places, state.params, new)
+
+    averaged = state.ema
+    if averaged is not None:
+        averaged = {**averaged, "params": changed(averaged["params"])}
+    return state.replace(params=changed(state.params), ema=averaged)

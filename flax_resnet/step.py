@@ -16,6 +16,7 @@ from flax_resnet import metrics
 from flax_resnet.augment import Augment, normalize
 from flax_resnet.layers import as_dtype
 from flax_resnet.models import initialize, trainable
+from flax_resnet.views import Views, averaged_logits
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -139,6 +140,7 @@ def train_step(
     target_threshold: float | None = None,
     accum_steps: int = 1,
     ema_decay: float | None = None,
+    lookahead: Callable[[TrainState], TrainState] | None = None,
     dropblock_rate: optax.Schedule | None = None,
     gather: Callable[[Any], Any] | None = None,
     axis_name: str | None = None,
@@ -147,13 +149,15 @@ def train_step(
 
     Args:
       state: before the step.
-      batch: "image" uint8 (B, H, W, C), "label" int (B,).
+      batch: "image" uint8 (B, H, W, C), "label" int (B,), and what ``augment`` needs besides.
       augment: changes the images before and after normalisation.
       loss: (logits (N, K), targets (N, K)) to (N,).
       label_smoothing: share of the target spread evenly over the classes.
       target_threshold: classes with a larger share in the target count as wholly there.
       accum_steps: parts that the batch is cut into; BatchNorm sees one part at a time.
       ema_decay: of ``state.ema``; it rises to this as (1 + step) / (10 + step).
+      lookahead: changes the state after the step, in place of that: ``look_ahead`` with its
+        arguments.
       dropblock_rate: step to the model's DropBlock rate, in place of the model's own.
       gather: brings parameters that are split over devices together for the network; the
         update stays split (ZeRO, Rajbhandari et al. 2020, section 5).
@@ -167,7 +171,8 @@ def train_step(
     augment_key, dropout_key = step_keys(state.key, state.step, axis_name)
     pixels = augment.pixels(augment_key, batch["image"], state.normalization)
     images = normalize(pixels, state.normalization)
-    batch = augment(augment_key, {**batch, "image": images})
+    run_key = jax.random.wrap_key_data(state.key)
+    batch = augment(augment_key, {**batch, "image": images}, run_key)
     targets = functools.partial(
         soft_targets, label_smoothing=label_smoothing, threshold=target_threshold
     )
@@ -187,6 +192,8 @@ def train_step(
         opt_state=opt_state,
         batch_stats=batch_stats,
     )
+    if lookahead is not None:
+        return lookahead(state), sums
     return (state if ema_decay is None else _average(state, ema_decay)), sums
 
 
@@ -240,14 +247,42 @@ def _gradients(
 
 def _average(state: TrainState, decay: float) -> TrainState:
     step = jnp.asarray(state.step, jnp.float32)
-    keep = jnp.minimum(decay, (1 + step) / (10 + step))
+    return state.replace(ema=_blended(state, jnp.minimum(decay, (1 + step) / (10 + step))))
+
+
+def _blended(state: TrainState, keep: jax.Array) -> Any:
+    """The averaged variables, moved towards those of now."""
 
     def blend(average: jax.Array, now: jax.Array) -> jax.Array:
         # In this form what is frozen keeps every bit.
         return (average + (1 - keep) * (now - average)).astype(average.dtype)
 
     now = {"params": state.params, "batch_stats": state.batch_stats}
-    return state.replace(ema=jax.tree.map(blend, state.ema, now))
+    return jax.tree.map(blend, state.ema, now)
+
+
+def look_ahead(state: TrainState, *, every: int, decay: float, num_steps: int) -> TrainState:
+    """Every few steps the average moves towards the network, which then goes on from it.
+
+    The average is ``state.ema``, norms' statistics included. It keeps decay * (step / run) ** 3 of
+    itself: nothing at first, so that it follows (Zhang et al. 2019, "Lookahead optimizer"; the
+    schedule is that of K. Jordan 2024, arXiv:2404.00498, section 3.4).
+
+    Args:
+      state: after a step, ``step`` counted.
+      every: steps.
+      decay: at the end of the run.
+      num_steps: of the run.
+    """
+    share = jnp.asarray(state.step, jnp.float32) / num_steps
+
+    meets = state.step % every == 0
+    # Chosen, not branched: on a GPU the host would wait for a branch's condition in every step.
+    met = jax.tree.map(
+        functools.partial(jnp.where, meets), _blended(state, decay * share**3), state.ema
+    )
+    now = {"params": state.params, "batch_stats": state.batch_stats}
+    return state.replace(**jax.tree.map(functools.partial(jnp.where, meets), met, now), ema=met)
 
 
 def soft_targets(
@@ -289,6 +324,7 @@ def eval_step(
     batch: Batch,
     *,
     loss: Loss = metrics.cross_entropy,
+    tta: Views = "none",
     gather: Callable[[Any], Any] | None = None,
 ) -> metrics.Sums:
     """Sums over one evaluation batch: a pure function.
@@ -297,13 +333,15 @@ def eval_step(
       state: its averaged variables are evaluated where there are some.
       batch: "image" uint8 (B, H, W, C), "label" int (B,), "mask" bool (B,), False on padding.
       loss: (logits (N, K), targets (N, K)) to (N,).
+      tta: views of each image that logits are averaged over.
       gather: as of ``train_step``.
 
     Returns:
       The scalars of metrics.classification_sums and "confusion" int32 (K, K).
     """
     variables = state.variables() if gather is None else gather(state.variables())
-    logits = state.apply_fn(variables, normalize(batch["image"], state.normalization))
+    apply = functools.partial(state.apply_fn, variables)
+    logits = averaged_logits(apply, normalize(batch["image"], state.normalization), tta)
     losses = loss(logits, soft_targets(batch, logits.shape[-1], 0.0))
     label, mask = batch["label"], batch["mask"]
     sums = metrics.classification_sums(logits, label, losses, mask)

@@ -30,7 +30,7 @@ from flax_resnet.optim import Constant, ReduceOnPlateau, learning_rate_at
 from flax_resnet.record import to_record
 from flax_resnet.resume import check_current, restore
 from flax_resnet.run import Run
-from flax_resnet.setup import measure_statistics, prepare
+from flax_resnet.setup import fitted, measure_statistics, prepare
 from flax_resnet.step import Batch, TrainState, of_trainable
 from flax_resnet.train import conclude, finished, go
 from flax_resnet.watch import COMPILING, RECORDING, SETTING_UP
@@ -134,6 +134,8 @@ class Together(Run):
             state=jax.tree.map(lambda x: np.asarray(x[index]), self.state),
             step=self.step,
             seconds=self.seconds,
+            train_seconds=self.train_seconds,
+            spent=self.spent,
             evaluation={n: float(np.asarray(v)[index]) for n, v in self.evaluation.items()},
             confusion=self.confusion[index],
             shared_by=len(self.configs),
@@ -198,7 +200,8 @@ def set_up(
     fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(Run)}
     together = Together(**fields, configs=tuple(configs))
     stats = run.state.normalization
-    states = [run.start(config.seed).replace(normalization=stats).arrays() for config in configs]
+    starts = (run.start(config.seed).replace(normalization=stats) for config in configs)
+    states = [fitted(run, start).arrays() for start in starts]
     stacked = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(states))
     together.state = run.state.replace(**distributed.put_batch(run.mesh, stacked))
     restore(together)

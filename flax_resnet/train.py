@@ -194,9 +194,9 @@ def _go_back(
             "--optimizer.learning-rate, set --optimizer.max-grad-norm, or go back and skip what "
             f"came since with --guard.skips {used + 1}",
         ) from error
-    skipped = [*run.skipped, [last, error.step - last]]
+    skipped, spent = [*run.skipped, [last, error.step - last]], dict(run.spent)
     restore(run, checkpoints)
-    run.skipped = skipped
+    run.skipped, run.spent = skipped, spent
     log.rewind(last)
     log.message(
         f"{error}: goes back to step {last} and skips {error.step - last} batches "
@@ -311,8 +311,11 @@ class _Loop:
                 run.step,
                 f"the run diverged: the parameters are not finite any more at step {run.step}",
             )
-        run.seconds = time.perf_counter() - self.began
+        now = time.perf_counter()
+        run.seconds = now - self.began
+        run.train_seconds = run.seconds - sum(run.spent.values())
         self.checkpoints.save(run.step, run.arrays(), run.meta(), scores)
+        run.spent["save"] += time.perf_counter() - now
         self.saved = run.step
 
     def _save_and_stop(self) -> None:
@@ -364,6 +367,9 @@ def conclude(run: Run, *, quiet: bool = False) -> dict[str, Any]:
         "train_loss": last["loss"],
         "parameters": sum(x.size for x in jax.tree.leaves((run.whole or run.state).params)),
         "seconds": run.seconds / run.shared_by,
+        "train_seconds": run.train_seconds / run.shared_by,
+        "compile_seconds": run.spent["compile"] / run.shared_by,
+        "eval_seconds": run.spent["evaluate"] / run.shared_by,
         "num_train": run.data.num_train,
         "num_eval": run.data.num_eval,
         **({"together": run.shared_by} if run.shared_by > 1 else {}),

@@ -71,6 +71,35 @@ def test_flip_mirrors_about_half_and_only_left_to_right(images):
     assert mirrored.mean() == pytest.approx(0.5, abs=0.05)
 
 
+def test_alternating_flips_show_each_image_both_ways_in_two_epochs(images):
+    rows = np.random.default_rng(1).permutation(4000)
+    many = np.broadcast_to(images[:1], (4000, 8, 6, 3))
+    mirrored = {}
+    for epoch in (0, 1, 2):
+        batch = {"image": many, "label": rows, "row": rows, "epoch": np.full(4000, epoch)}
+        out = Augment(alternating_flip=True)(KEY, batch, jax.random.key(3))["image"]
+        mirrored[epoch] = (np.asarray(out) == many[:, :, ::-1]).all((1, 2, 3))
+        assert ((np.asarray(out) == many).all((1, 2, 3)) ^ mirrored[epoch]).all()
+    assert (mirrored[0] ^ mirrored[1]).all()
+    np.testing.assert_array_equal(mirrored[0], mirrored[2])
+    assert mirrored[0].mean() == pytest.approx(0.5, abs=4 * np.sqrt(0.25 / 4000))
+    order = np.argsort(rows)  # a row's flip is its own, whatever the batch
+    batch = {"image": many[:9], "label": rows[:9], "row": np.arange(9), "epoch": np.zeros(9, int)}
+    out = Augment(alternating_flip=True)(jax.random.key(0), batch, jax.random.key(3))["image"]
+    alone = (np.asarray(out) == many[:9, :, ::-1]).all((1, 2, 3))
+    np.testing.assert_array_equal(alone, mirrored[0][order][:9])
+    other = Augment(alternating_flip=True)(KEY, batch, jax.random.key(4))["image"]
+    assert (np.asarray(other) != np.asarray(out)).any()
+
+
+def test_alternating_flips_need_rows_and_no_other_flips(images):
+    batch = {"image": images, "label": np.zeros(32, int)}
+    with pytest.raises(UserError, match='needs "row" and "epoch"'):
+        Augment(alternating_flip=True)(KEY, batch, KEY)
+    with pytest.raises(UserError, match="both mirror; leave one out"):
+        Augment(flip=True, alternating_flip=True)
+
+
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
 def test_crops_are_windows_of_the_padded_image_at_every_place(images, mode):
     many = np.tile(images[:1], (500, 1, 1, 1))
@@ -81,6 +110,14 @@ def test_crops_are_windows_of_the_padded_image_at_every_place(images, mode):
     assert (matches.sum(1) == 1).all()
     assert matches.any(0).all()
     assert matches.mean(0) == pytest.approx(1 / 25, abs=0.03)
+
+
+def test_cutout_inside_is_a_whole_square_at_every_place():
+    ones = np.ones((4000, 8, 6, 2), np.float32)
+    holes = (np.asarray(augment.cutout(KEY, ones, 4, inside=True)) == 0).all(-1)
+    assert (holes.sum((1, 2)) == 16).all()
+    corners = {tuple(np.argwhere(hole)[0]) for hole in holes}
+    assert corners == {(r, c) for r in range(5) for c in range(3)}
 
 
 def test_cutout_zeroes_a_square_clipped_at_the_edge():

@@ -103,6 +103,28 @@ def test_resident_batches_are_the_rows_of_the_source(digits, digits_dir):
     np.testing.assert_array_equal(batch["image"], [Decoder(1)(encoded[i]) for i in rows])
 
 
+@pytest.mark.parametrize("resident_mb", [0, 64])
+def test_batches_with_rows_say_which_image_came_when(image_folder, mesh, resident_mb):
+    config = DataConfig(folder=str(image_folder), resident_mb=resident_mb, num_workers=0, repeats=2)
+    opened = Data(config, mesh, 2, with_rows=True)
+    batches = as_numpy(opened.train_batches(4, 12, 2, 8))
+    rows = np.concatenate([batch["row"] for batch in batches])
+    epochs = np.concatenate([batch["epoch"] for batch in batches])
+    np.testing.assert_array_equal(epochs, np.arange(24, 96) // 2 // 32)
+    assert (rows.dtype, epochs.dtype) == (np.int32, np.int32)
+    np.testing.assert_array_equal(rows, np.concatenate([batch_rows(4, k, 12, 32, 2)
+                                                        for k in range(2, 8)]))  # fmt: skip
+    everything = next(opened.train_images())
+    for batch in batches:
+        np.testing.assert_array_equal(batch["image"], everything[batch["row"]])
+    (plain,) = Data(config, mesh, 2).train_batches(4, 12, 2, 3)
+    assert plain.keys() == {"image", "label"}
+    if resident_mb:
+        (both,) = as_numpy(opened.train_batches([4, 5], 12, 2, 3))
+        np.testing.assert_array_equal(both["row"][0], batches[0]["row"])
+        np.testing.assert_array_equal(both["epoch"], np.stack([batches[0]["epoch"]] * 2))
+
+
 def test_starting_later_continues_the_same_stream(digits):
     whole = as_numpy(digits.train_batches(0, 64, 0, 40))
     assert_same_batches(whole[25:], digits.train_batches(0, 64, 25, 40))

@@ -106,6 +106,24 @@ def test_a_folder_against_brute_force(opened, folder):
     check(evaluate(opened, DataConfig(folder=str(root)), batch_size=8), wanted)
 
 
+def test_views_against_brute_force(opened, folder):
+    root, paths, labels = folder
+    pixels = np.stack([opened.preprocessing(x.read_bytes()) for x in paths])
+    images = np.asarray(normalize(pixels, opened.preprocessing.statistics()))
+    shifted = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    logits = sum(
+        share * np.asarray(apply(opened.module, opened.variables, view[:, :, ::way]))
+        for share, view in (
+            (0.25, images),
+            (0.125, shifted[:, :-2, :-2]),
+            (0.125, shifted[:, 2:, 2:]),
+        )
+        for way in (1, -1)
+    )
+    wanted = brute_force(np.asarray(jax.nn.softmax(logits), np.float64), labels)
+    check(evaluate(opened, DataConfig(folder=str(root)), batch_size=8, tta="flip_shift"), wanted)
+
+
 def test_what_of_a_folder_is_evaluated(opened, folder, tmp_path, rng):
     root, paths, labels = folder
     p = softmax(opened, np.stack([opened.preprocessing(x.read_bytes()) for x in paths]))
@@ -216,6 +234,7 @@ def test_a_run_gives_its_own_top1(call, tmp_path, mesh, digits_dir, monkeypatch)
         (["--data.folder", "{root}", "--limit", "0"], "--limit=0: expected 1 or more"),
         (["--data.folder", "{root}", "--batch-size", "0"], "--batch-size=0: expected 1 or more"),
         (["--data.folder", "{root}", "--ten-crop", "--resize", "0"], "give --resize above --size"),
+        (["--data.folder", "{root}", "--ten-crop", "--tta", "flip"], "leave one out"),
         (["--data.folder", "{root}", "--mean", "nan"], "expected finite numbers"),
         (["--data.folder", "{root}", "--weights", "{nan}"], "outputs are not finite"),
         (["--data.folder", "{root}", "--output", "/proc/x/y"], "cannot be written"),

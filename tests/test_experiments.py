@@ -39,7 +39,8 @@ def module(request):
 
 def test_experiments_are_found():
     named = {"digits", "mnist_transfer", "cifar10_mini", "cifar10_resnet", "cifar10_preact",
-             "cifar10_highway", "wide_resnet", "cifar100_dropblock", "finetune"}  # fmt: skip
+             "cifar10_highway", "wide_resnet", "cifar100_dropblock", "finetune",
+             "cifar10_speedrun"}  # fmt: skip
     assert named <= set(NAMES)
     assert "gradient_flow" in set(MODULES) - set(NAMES)
 

@@ -252,8 +252,8 @@ def test_augmented_is_what_the_steps_see(run, monkeypatch):
     def seen_by_step(step):
         seen = []
 
-        def spy(key, batch):
-            seen.append(config.augment(key, batch))
+        def spy(key, batch, run_key):
+            seen.append(config.augment(key, batch, run_key))
             return seen[0]
 
         spy.pixels = config.augment.pixels

@@ -120,6 +120,16 @@ def test_norm_normalises_and_keeps_its_momentum_share(rng):
     np.testing.assert_allclose(new["batch_stats"]["var"], 0.9 + 0.1 * var, rtol=1e-5)
 
 
+def test_a_norm_without_a_scale_has_an_offset_alone(rng):
+    x = rng.normal(3, 2, size=(16, 4, 4, 5)).astype(np.float32)
+    layer = Layers(bn_epsilon=0.5, bn_scale=False).norm(True)
+    assert layer.init(jax.random.key(0), x)["params"].keys() == {"bias"}
+    offset = rng.normal(size=5).astype(np.float32)
+    out, _ = layer.apply({"params": {"bias": offset}}, x, mutable=["batch_stats"])
+    want = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 0.5) + offset
+    np.testing.assert_allclose(out, want, atol=1e-5)
+
+
 def test_norm_statistics_stay_float32_in_bfloat16(rng):
     x = rng.normal(size=(8, 4, 4, 5)).astype(jnp.bfloat16)
     layer = Layers(dtype="bfloat16").norm(True)

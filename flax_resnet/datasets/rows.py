@@ -51,9 +51,16 @@ def batch_rows(seed: int, step: int, batch_size: int, n: int, repeats: int = 1) 
     )
 
 
-def take(arrays: Mapping[str, Any], rows: Any) -> dict[str, Any]:
-    """These rows of each array; inside jit too."""
-    return {name: array[rows] for name, array in arrays.items()}
+def take(arrays: Mapping[str, Any], which: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows ``which["row"]`` of each array; and "row" and "epoch", where there is "epoch"."""
+    taken = {name: array[which["row"]] for name, array in arrays.items()}
+    return {**taken, **which} if "epoch" in which else taken
+
+
+def batch_epochs(step: int, batch_size: int, n: int, repeats: int = 1) -> np.ndarray:
+    """The epoch that each row of batch ``step`` is of, from 0: int32 (batch_size,)."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size) // repeats
+    return (positions // n).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +74,7 @@ class BatchReader:
       seed: shuffles by (seed, epoch); None reads in file order and pads the last batch.
       shard: (index, count): which equal part of each batch to read.
       repeats: copies of each example in training.
+      with_rows: with a seed, give "row" and "epoch" too.
     """
 
     source: sources.Source
@@ -75,9 +83,13 @@ class BatchReader:
     seed: int | None = None
     shard: tuple[int, int] = (0, 1)
     repeats: int = 1
+    with_rows: bool = False
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """{"image" uint8 (n, H, W, C), "label" int32 (n,)}; without a seed also "mask" bool."""
+        """{"image" uint8 (n, H, W, C), "label" int32 (n,)}; without a seed also "mask" bool.
+
+        With a seed and ``with_rows`` also "row" and "epoch", int32 (n,).
+        """
         step, n = int(step), len(self.source)
         if self.seed is None:
             rows, mask = eval_rows(step, self.batch_size, n)
@@ -88,6 +100,9 @@ class BatchReader:
             self.source, self.decoder, rows[mine], self._generators(step, mine)
         )
         batch = {"image": images, "label": labels}
+        if self.with_rows and self.seed is not None:
+            epochs = batch_epochs(step, self.batch_size, n, self.repeats)
+            batch |= {"row": rows[mine].astype(np.int32), "epoch": epochs[mine]}
         return batch if mask is None else {**batch, "mask": mask[mine]}
 
     def _generators(self, step: int, mine: slice) -> Iterator[np.random.Generator] | None:

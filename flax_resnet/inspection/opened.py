@@ -69,7 +69,8 @@ class Inspected:
           UserError: they are not there any more, or not those that the run was trained on.
         """
         mesh = distributed.data_mesh(jax.local_devices()[:1])
-        found = Data(self.config.data, mesh, self.config.model.num_classes)
+        with_rows = self.config.augment.alternating_flip
+        found = Data(self.config.data, mesh, self.config.model.num_classes, with_rows=with_rows)
         for name, here in found.describe().items():
             if self.data_record[name] != here:
                 raise UserError(

@@ -112,7 +112,8 @@ def augmented(run: Inspected, count: int = 6, draws: int = 6) -> Augmented:
     def draw(step: jax.Array) -> dict[str, jax.Array]:
         augment_key, _ = step_keys(run.key, step)
         pixels = config.augment.pixels(augment_key, batch["image"], run.stats)
-        return config.augment(augment_key, {**batch, "image": normalize(pixels, run.stats)})
+        images, run_key = normalize(pixels, run.stats), jax.random.wrap_key_data(run.key)
+        return config.augment(augment_key, {**batch, "image": images}, run_key)
 
     found = [jax.device_get(draw(np.uint32(step))) for step in range(draws)]
     pixels = np.stack([one["image"][:count] for one in found])

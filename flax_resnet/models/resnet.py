@@ -82,7 +82,8 @@ class ResNet(nn.Module):
       bn_group: images in a row that are normalised together in training, 32 in Goyal et al. 2017,
         section 2.3 (Hoffer et al. 2017, section 4); None: the whole batch, over all devices.
       conv_bias: convolutions with a bias: "none", "unnormalized" (no norm follows) or "all".
-      kernel_init: "he_normal" (fan-out) or "glorot_uniform" (Keras).
+      kernel_init: "he_normal" (fan-out), "glorot_uniform" (Keras) or "identity" (the first filters
+        of a convolution hand their channel on).
       dropout_rate: dropout before each block's last convolution.
       drop_path_rate: stochastic depth: chance to drop the last of L branches; that of branch
         l is l / L of it (Huang et al. 2016, section 3).

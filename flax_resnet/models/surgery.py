@@ -136,7 +136,8 @@ def replace_head(
     else:
         module = module.clone(num_classes=num_classes)
         features = jnp.zeros((1, params["head"]["kernel"].shape[0]))
-        fresh = {"head": module.layers.dense(num_classes).init(key, features)["params"]}
+        fresh = module.layers.dense(num_classes).init(key, features)["params"]
+        fresh = {"head": {name: fresh[name] for name in params["head"]}}
     params = {**fresh, **params, "head": fresh["head"]}
     return module, {**variables, "params": params}
 
@@ -144,7 +145,8 @@ def replace_head(
 def trainable(module: nn.Module, params: Mapping[str, Any]) -> Any:
     """A tree of bools like ``params``: False in the parts that ``frozen_stages`` freezes.
 
-    A network may be a field of the module, ``backbone`` of your own classifier, say.
+    And at the leaves that the module names in ``frozen_parameters``, as "layer/kernel". A network
+    may be a field of the module, ``backbone`` of your own classifier, say.
     """
     frozen = getattr(module, "frozen_stages", -1)
 
@@ -164,7 +166,9 @@ def trainable(module: nn.Module, params: Mapping[str, Any]) -> Any:
             tree[name] = trainable(field, part)
         else:
             tree[name] = jax.tree.map(lambda _, t=trains(name): t, part)
-    return tree
+    leaves = flatten_dict(tree, sep="/")
+    held = {name: False for name in getattr(module, "frozen_parameters", ()) if name in leaves}
+    return unflatten_dict({**leaves, **held}, sep="/") if held else tree
 
 
 class WeightsError(UserError):

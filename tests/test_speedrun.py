@@ -1,0 +1,144 @@
+"""The speed runs: recipes in numbers, lookahead, and a tiny one that is resumed to the bit."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_trees_equal
+
+from experiments import cifar10_speedrun
+from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
+from flax_resnet.config import TrainConfig
+from flax_resnet.data import DataConfig
+from flax_resnet.errors import UserError
+from flax_resnet.models import SpeedNet
+from flax_resnet.preemption import Preempted
+from flax_resnet.step import TrainState, look_ahead
+from flax_resnet.train import train_and_evaluate
+
+
+@pytest.mark.parametrize(
+    ("target", "steps", "peak", "decay", "bias_steps", "top", "last"),
+    [
+        # peak: lr / (1 + 1 / 0.15); decay: wd / lr; the schedule's corner at int(share * steps).
+        (94, 476, 1.5, 0.0153 / 11.5, 144, 109, 0.07 + 0.93 / 367),
+        (95, 720, 1.304348, 0.00153, 144, 165, 0.07 + 0.93 / 555),
+        (96, 1776, 1.173913, 0.012 / 9, 144, 177, 1 / 1599),
+    ],
+)
+def test_recipes(target, steps, peak, decay, bias_steps, top, last):
+    config = cifar10_speedrun.get_config(target)
+    optimizer = config.optimizer
+    assert (config.num_steps, config.batch_size, config.label_smoothing) == (steps, 1024, 0.2)
+    assert optimizer.learning_rate == pytest.approx(peak, rel=1e-5)
+    assert optimizer.weight_decay == pytest.approx(decay)
+    assert (optimizer.momentum, optimizer.nesterov, optimizer.norm_bias_scale) == (0.85, True, 64)
+    assert round(optimizer.stem_bias_until * steps) == pytest.approx(bias_steps, abs=1)
+    schedule = optimizer.schedule.build(1.0, steps)
+    found = [float(schedule(step)) for step in (0, top, steps - 1)]
+    np.testing.assert_allclose(found, [0.2, 1.0, last], rtol=1e-4)
+    assert config.ema_decay == pytest.approx(0.7737809)
+    assert (config.lookahead_steps, config.tta) == (5, "flip_shift")
+    shift = 4 if target == 96 else 2
+    assert (config.augment.pad_crop, config.augment.pad_mode) == (shift, "reflect")
+    assert config.augment.cutout == (12 if target == 96 else 0)
+    assert config.augment.alternating_flip
+
+
+def test_other_targets_are_refused():
+    with pytest.raises(UserError, match="--target 93: expected one of 94, 95, 96"):
+        cifar10_speedrun.get_config(93)
+
+
+def test_lookahead_is_the_loop_written_out(rng):
+    every, decay, steps = 3, 0.8, 9
+    moves = rng.normal(size=(steps, 2)).astype(np.float32)
+    now = {"params": {"w": jnp.zeros(2), "still": jnp.full(2, 0.1)}, "batch_stats": {}}
+    state = TrainState(
+        step=jnp.int32(0), apply_fn=None, tx=optax.identity(), opt_state=(), key=None,
+        normalization=None, ema=now, **now,
+    )  # fmt: skip
+    fast, slow = np.zeros(2), np.zeros(2)
+    meet = jax.jit(lambda state: look_ahead(state, every=every, decay=decay, num_steps=steps))
+    for step, move in enumerate(moves, 1):
+        params = {**state.params, "w": state.params["w"] + move}
+        state = meet(state.replace(step=jnp.int32(step), params=params))
+        fast = fast + move
+        if step % every == 0:
+            keep = decay * (step / steps) ** 3
+            slow = keep * slow + (1 - keep) * fast
+            fast = slow
+        np.testing.assert_allclose(state.params["w"], fast, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(state.ema["params"]["w"], slow, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(state.params["still"], np.full(2, 0.1, np.float32))
+
+
+def test_lookahead_needs_an_average():
+    with pytest.raises(UserError, match="lookahead_steps=5 without an average"):
+        TrainConfig(lookahead_steps=5)
+
+
+@pytest.fixture
+def config(image_folder):
+    """The recipe of 96, shrunk: one narrow stage on 8x8 images, 12 steps of 4 an epoch."""
+    config = cifar10_speedrun.get_config(96)
+    return dataclasses.replace(
+        config,
+        model=SpeedNet(num_classes=2, stage_filters=(8,), stage_convs=3, residual=True),
+        data=DataConfig(folder=str(image_folder)),
+        augment=dataclasses.replace(config.augment, cutout=3, pad_crop=2),
+        checkpoint=CheckpointConfig(every_steps=4),
+        batch_size=8,
+        eval_batch_size=8,
+        num_steps=12,
+        log_every_steps=4,
+    )
+
+
+def arrays(workdir):
+    reader = Checkpoints(workdir / "checkpoints")
+    found = reader.read("latest")[0]
+    reader.close()
+    return found
+
+
+def test_a_resumed_speed_run_equals_an_unbroken_one(config, tmp_path, mesh):
+    want = train_and_evaluate(config, tmp_path / "whole", mesh=mesh, quiet=True)
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) == 7
+
+    with pytest.raises(Preempted):
+        train_and_evaluate(config, tmp_path / "broken", mesh=mesh, quiet=True, stop=stop)
+    got = train_and_evaluate(config, tmp_path / "broken", mesh=mesh, quiet=True)
+    assert_trees_equal(arrays(tmp_path / "broken"), arrays(tmp_path / "whole"))
+    timeless = lambda result: {k: v for k, v in result.items() if "seconds" not in k}  # noqa: E731
+    assert timeless(got) == timeless(want)
+    parts = [got[f"{part}_seconds"] for part in ("train", "eval", "compile")]
+    assert min(parts) > 0
+    assert sum(parts) <= got["seconds"]
+
+
+def test_runs_are_summed_up_with_compilation_apart(
+    config, image_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("FLAX_RESNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cifar10_speedrun, "get_config", lambda: config)
+    cifar10_speedrun.command(["--runs", "2", "--workdir", str(tmp_path / "w"), "--num-steps", "2",
+                              "--checkpoint.every-steps", "2"])  # fmt: skip
+    found = json.loads((tmp_path / "w" / "runs.json").read_text())
+    results = [json.loads((tmp_path / "w" / f"seed{i}" / "result.json").read_text())
+               for i in (0, 1)]  # fmt: skip
+    assert found["n"] == 2
+    top1 = [result["top1"] for result in results]
+    assert found["top1"]["mean"] == pytest.approx(np.mean(top1))
+    assert found["top1"]["deviation"] == pytest.approx(np.std(top1, ddof=1))
+    compiled = [result["compile_seconds"] for result in results]
+    assert (found["compile_seconds"]["first"], found["compile_seconds"]["mean"]) == tuple(compiled)
+    assert f"top1: {np.mean(top1):.4f} ± " in capsys.readouterr().out
