@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -124,8 +125,8 @@ def windows(task: Task) -> np.ndarray:
         with Image.open(path) as image:
             width, height = image.size
         for _ in range(WINDOWS):
-            area = width * height * rng.uniform(*AREA, ATTEMPTS)
-            aspect = np.exp(rng.uniform(*np.log(ASPECT), ATTEMPTS))
+            area = width * height * rng.uniform(*AREA, size=ATTEMPTS)
+            aspect = np.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1]), ATTEMPTS))
             sides = np.stack([np.sqrt(area / aspect), np.sqrt(area * aspect)], 1).round()
             fit = sides[(sides <= (height, width)).all(1)].astype(int)
             if task.crop == "random" and len(fit):
