@@ -247,6 +247,19 @@ def test_images_of_two_sizes_are_named(tmp_path):
         BatchReader(source, Decoder(3), 3)(0)
 
 
+def test_a_batch_is_read_some_rows_at_a_time(tmp_path):
+    """Few enough that they are at hand when they are decoded; which it is changes nothing."""
+    source, decoder = jpeg_source(tmp_path, [(20, 30)] * 40), Decoder(3, 16, random_crop=True)
+    sizes, read = [], source.read
+    source.read = lambda indices: (sizes.append(len(indices)), read(indices))[1]
+    batch = BatchReader(source, decoder, 40, 7)(1)
+    assert sizes == [16, 16, 8]
+    for row in range(40):
+        one = BatchReader(source, decoder, 40, 7, (row, 40))(1)
+        np.testing.assert_array_equal(one["image"][0], batch["image"][row])
+        assert one["label"][0] == batch["label"][row]
+
+
 @pytest.mark.slow
 def test_photographs_stream_through_workers_as_through_threads(tmp_path, mesh):
     for name in ("train/a", "train/b", "test/a", "test/b"):

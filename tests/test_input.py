@@ -1,5 +1,6 @@
 """The benchmark of input: what it reads, and what it says."""
 
+import dataclasses
 import json
 import types
 from pathlib import Path
@@ -10,7 +11,7 @@ from helpers import line_of_bad_input
 from PIL import Image
 
 from experiments.benchmarks import input, input_files, input_worker, workers
-from flax_resnet.datasets import jpeg, sources
+from flax_resnet.datasets import decode, jpeg, sources
 
 SMALL = ["--photographs", "4", "--long-side", "64", "--size", "16", "--batch-size", "3",
          "--batches", "2", "--rounds", "2", "--cores", "1"]  # fmt: skip
@@ -69,6 +70,21 @@ def test_records_hold_the_folders_files(folder):
     assert {data: expected[data] for data in stored} == dict(zip(stored, labels, strict=True))
     made = first_batches(folder, "ours, threads, ArrayRecord", "random")
     assert np.shape(made[0]["image"]) == (3, 16, 16, 3)
+
+
+def test_the_windows_of_tf_data_are_drawn_as_the_decoder_draws(folder):
+    task = input.Settings().task("tf.data", folder, 1)
+    found = input_worker.windows(task)
+    assert found.shape == (8 * input_worker.WINDOWS, 4)
+    assert (found[:, :2] >= 0).all()
+    assert (found[:, :2] + found[:, 2:] <= 64).all()
+    area = found[:, 2] * found[:, 3] / (64 * 48)
+    rng = np.random.default_rng(0)
+    boxes = np.array([decode._random_box(rng, 64, 48) for _ in range(4000)])
+    drawn = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / (64 * 48)
+    assert abs(area.mean() - drawn.mean()) < 0.1
+    centre = input_worker.windows(dataclasses.replace(task, crop="centre"))
+    assert {tuple(row[2:]) for row in centre.tolist()} == {(42, 42)}
 
 
 def test_each_way_has_a_row_for_one_core_and_for_all(monkeypatch, tmp_path):

@@ -15,7 +15,8 @@ decoder    the library's decoder by itself, in one thread; and as it is with Pil
 
 Ours and torch's resize with a triangle filter that antialiases. tf.data's takes the four nearest
 pixels by default: less work, and aliasing where a crop shrinks; in another row it antialiases too.
-All draw crops of 8 to 100 % of the area at an aspect of 3/4 to 4/3.
+All draw crops of 8 to 100 % of the area at an aspect of 3/4 to 4/3, tf.data's beforehand (its own
+op for that draws smaller ones).
 
 There are rows for one core and for all. Processes and their children are held to the same cores.
 The ratios are to tf.data's crops/s a core, without and with antialiasing, on as many cores in the

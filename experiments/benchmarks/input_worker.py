@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,9 @@ CENTRE = 0.875
 """The centre crop's share of the shorter side."""
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 """Of random crops (Szegedy et al. 2015)."""
+ATTEMPTS = 10
+WINDOWS = 8
+"""That tf.data takes of each photograph in turn."""
 Batches = Callable[[], Iterator[Any]]
 
 
@@ -112,38 +116,48 @@ def decoder(task: Task, *, quick: bool = True) -> tuple[dict[str, str], Batches]
     return versions(decode.PACKAGES), batches
 
 
+def windows(task: Task) -> np.ndarray:
+    """Top, left, height and width of WINDOWS crops of each photograph, int32 (n, 4)."""
+    from PIL import Image
+
+    rng, found = np.random.default_rng(0), []
+    for path in task.paths:
+        with Image.open(path) as image:
+            width, height = image.size
+        for _ in range(WINDOWS):
+            area = width * height * rng.uniform(*AREA, size=ATTEMPTS)
+            aspect = np.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1]), ATTEMPTS))
+            sides = np.stack([np.sqrt(area / aspect), np.sqrt(area * aspect)], 1).round()
+            fit = sides[(sides <= (height, width)).all(1)].astype(int)
+            if task.crop == "random" and len(fit):
+                h, w = fit[0]
+                found.append((rng.integers(height - h + 1), rng.integers(width - w + 1), h, w))
+            else:
+                side = round((CENTRE if task.crop == "centre" else 1) * min(width, height))
+                found.append(((height - side) // 2, (width - side) // 2, side, side))
+    return np.array(found, np.int32)
+
+
 def tf_data(task: Task, *, antialias: bool = False) -> tuple[dict[str, str], Batches]:
-    """tf.data: decode_and_crop_jpeg with the fast DCT, and a bilinear resize."""
+    """tf.data: decode_and_crop_jpeg with the fast DCT, and a bilinear resize.
+
+    Its windows are drawn beforehand: tf.image.sample_distorted_bounding_box draws a height evenly,
+    not an area, and so smaller crops.
+    """
     os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="")
     import tensorflow as tf
 
     tf.random.set_seed(0)
-    whole = tf.constant([[[0.0, 0.0, 1.0, 1.0]]])
+    paths = np.repeat(task.paths, WINDOWS)
+    shown = windows(task)
 
-    def window(shape: Any) -> Any:
-        if task.crop == "random":
-            begin, extent, _ = tf.image.sample_distorted_bounding_box(
-                shape,
-                whole,
-                min_object_covered=AREA[0],
-                aspect_ratio_range=ASPECT,
-                area_range=AREA,
-                max_attempts=10,
-                use_image_if_no_bounding_boxes=True,
-            )
-            return tf.concat([begin[:2], extent[:2]], 0)
-        side = tf.cast(CENTRE * tf.cast(tf.minimum(shape[0], shape[1]), tf.float32), tf.int32)
-        return tf.stack([(shape[0] - side) // 2, (shape[1] - side) // 2, side, side])
-
-    def read(path: Any) -> Any:
+    def read(path: Any, window: Any) -> Any:
         data = tf.io.read_file(path)
-        part = tf.io.decode_and_crop_jpeg(
-            data, window(tf.io.extract_jpeg_shape(data)), channels=3, dct_method="INTEGER_FAST"
-        )
+        part = tf.io.decode_and_crop_jpeg(data, window, channels=3, dct_method="INTEGER_FAST")
         resized = tf.image.resize(part, (task.size, task.size), antialias=antialias)
         return tf.cast(resized, tf.uint8)
 
-    made = tf.data.Dataset.from_tensor_slices(task.paths).shuffle(len(task.paths)).repeat()
+    made = tf.data.Dataset.from_tensor_slices((paths, shown)).shuffle(len(paths)).repeat()
     made = made.map(read, num_parallel_calls=task.cores).batch(task.batch_size)
     options = tf.data.Options()
     options.threading.private_threadpool_size = task.cores
@@ -176,7 +190,7 @@ class Photographs:
     def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
         import torch
 
-        for _ in range(10 * (self._task.crop == "random")):
+        for _ in range(ATTEMPTS * (self._task.crop == "random")):
             area = width * height * torch.empty(1).uniform_(*AREA).item()
             aspect = torch.empty(1).uniform_(*map(float, np.log(ASPECT))).exp().item()
             w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)

@@ -16,6 +16,11 @@ from flax_resnet.datasets import sources
 from flax_resnet.datasets.decode import DECODE_ERRORS, Decoder
 from flax_resnet.errors import UserError
 
+# Files or records read at a time: enough that storage is asked for several at once, and few enough
+# that the processor still has them at hand when they are decoded. Records of 60 kB by 64 took 0.16
+# ms each, by 16 0.07.
+READ = 16
+
 
 def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of the n training examples in an epoch (read-only)."""
@@ -135,32 +140,31 @@ def decode_rows(
     generators: Iterable[np.random.Generator] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decodes rows of a source, one or more: uint8 (n, H, W, C) and int32 labels (n,)."""
-    encoded, labels = source.read([int(row) for row in rows])
-    for row, label in zip(rows, labels, strict=True):
-        if not 0 <= label < len(source.class_names):
-            raise UserError(
-                f"{source.describe(int(row))} has label {label}, expected 0 to "
-                f"{len(source.class_names) - 1}: the split is unlabelled or damaged, give another"
-            )
     draws = [None] * len(rows) if generators is None else list(generators)
-
-    def decoded(position: int) -> np.ndarray:
-        try:
-            return decoder(encoded[position], draws[position])
-        except DECODE_ERRORS as error:
-            raise sources.unreadable(source.describe(int(rows[position])), error) from error
-
-    first = decoded(0)
-    images = np.empty((len(rows), *first.shape), np.uint8)
-    images[0] = first
-    for position in range(1, len(rows)):
-        pixels = decoded(position)
-        if pixels.shape != first.shape:
-            raise UserError(
-                f"{source.describe(int(rows[position]))} is {pixels.shape[1]}x{pixels.shape[0]} "
-                f"and others are {first.shape[1]}x{first.shape[0]}: set --data.image-size"
-            )
-        images[position] = pixels
+    images: np.ndarray = np.empty(0, np.uint8)
+    labels = np.empty(len(rows), np.int32)
+    for start in range(0, len(rows), READ):
+        some = rows[start : start + READ]
+        encoded, labels[start : start + READ] = source.read([int(row) for row in some])
+        for position, (row, data) in enumerate(zip(some, encoded, strict=True), start):
+            if not 0 <= labels[position] < len(source.class_names):
+                raise UserError(
+                    f"{source.describe(int(row))} has label {labels[position]}, expected 0 to "
+                    f"{len(source.class_names) - 1}: the split is unlabelled or damaged, give "
+                    "another"
+                )
+            try:
+                pixels = decoder(data, draws[position])
+            except DECODE_ERRORS as error:
+                raise sources.unreadable(source.describe(int(row)), error) from error
+            if position == 0:
+                images = np.empty((len(rows), *pixels.shape), np.uint8)
+            if pixels.shape != images.shape[1:]:
+                raise UserError(
+                    f"{source.describe(int(row))} is {pixels.shape[1]}x{pixels.shape[0]} and "
+                    f"others are {images.shape[2]}x{images.shape[1]}: set --data.image-size"
+                )
+            images[position] = pixels
     return images, labels
 
 

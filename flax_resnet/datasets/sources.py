@@ -54,7 +54,7 @@ class TfdsSource:
             self.image_shape = (*self.image_shape[:2], 3)
         try:
             self._records = builder.as_data_source(
-                split, decoders={self.image_key: tfds.decode.SkipDecoding()}
+                split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
         except ValueError as error:
             names = list(info.splits)
@@ -69,10 +69,16 @@ class TfdsSource:
 
     def read(self, indices: Sequence[int]) -> tuple[list[bytes], np.ndarray]:
         """Encoded images and their int32 labels, in the order of ``indices``."""
+        from tensorflow_datasets.proto import tf_example_pb2
+
         records = self._records.__getitems__([int(i) for i in indices])
+        # By itself: tfds takes a tenth of the time that decoding takes, in Python.
+        features = [
+            tf_example_pb2.Example.FromString(record).features.feature for record in records
+        ]
         return (
-            [record[self.image_key] for record in records],
-            np.array([record[self.label_key] for record in records], np.int32),
+            [each[self.image_key].bytes_list.value[0] for each in features],
+            np.array([each[self.label_key].int64_list.value[0] for each in features], np.int32),
         )
 
     def describe(self, index: int) -> str:
