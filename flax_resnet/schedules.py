@@ -139,4 +139,4 @@ class ReduceOnPlateau(Constant):
     """The product of all reductions stops here."""
 
 
-Schedule = Constant | Piecewise | Cosine | OneCycle | Triangle | ReduceOnPlateau
+Schedule = Constant | Piecewise | Cosine | OneCycle | ReduceOnPlateau | Triangle
