@@ -134,7 +134,10 @@ def measure(settings: Settings, directory: Path) -> dict[str, Any]:
     return {
         "benchmark": "airbench",
         "target": settings.target,
-        "seconds": dataclasses.asdict(common.Timing.of(seconds)),
+        "seconds": {
+            **dataclasses.asdict(common.Timing.of(seconds)),
+            "mean": statistics.mean(seconds),
+        },
         "top1": {
             "mean": statistics.mean(top1),
             "sd": statistics.stdev(top1) if len(top1) > 1 else None,
@@ -157,10 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with contextlib.chdir(directory), contextlib.redirect_stdout(sys.stderr):
             row = measure(settings, Path(directory))
         common.print_json(row)
-        times = common.Timing(**row["seconds"])
         print(
-            f"airbench{settings.target} on {row['device_kind']}: {times} s, top-1 "
-            f"{100 * row['top1']['mean']:.2f} %, n = {settings.runs}",
+            f"airbench{settings.target} on {row['device_kind']}: {row['seconds']['mean']:.3f} s, "
+            f"top-1 {100 * row['top1']['mean']:.2f} %, n = {settings.runs}",
             file=sys.stderr,
         )
 
