@@ -7,12 +7,12 @@ of 94 and 95 are the paper's; that of 96 is the author's script of June 2024, wh
 convolutions have a residual connection over them. Here an epoch's last batch is not dropped: the
 steps are as many as there, 48 an epoch. Weights are float32, computation bfloat16 (there float16).
 
-Command: python -m experiments.cifar10_speedrun --target 94 --runs 25 --steps-per-dispatch 10000
---data.data-dir DIR makes the whole of each run one call of one compiled program; on a CPU leave
---steps-per-dispatch out, where it takes as many times as long to compile. --runs N trains N seeds
-one after another and writes mean and deviation of top-1 and of the seconds to WORKDIR/runs.json;
-without it one run. The paper's clock is train_seconds + eval_seconds there: reading the data,
-whitening and compiling (compile_seconds) come before and are not in it.
+Command: python -m experiments.cifar10_speedrun --target 94 --runs 25 --data.data-dir DIR
+On a GPU --steps-per-dispatch 10000 as well makes the whole of each run one call of one compiled
+program (on a CPU it takes as many times as long to compile). --runs N trains N seeds one after
+another and writes mean and deviation of top-1 and of the seconds to WORKDIR/runs.json; without it
+one run. The paper's clock is train_seconds + eval_seconds there: reading the data, whitening and
+compiling (compile_seconds) come before and are not in it.
 Muon instead of the paper's SGD, with no published figure of this form: --optimizer muon.
 Hardware: not run here; meant for one GPU (a reduced run fits a 2-core CPU).
 Published: mean top-1 and seconds on an A100: 94.01 % in 3.83 (compiled 3.29), 95.01 % in 10.4,
