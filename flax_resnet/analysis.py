@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from flax_resnet import distributed, programs
+from flax_resnet import distributed, programs, views
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.setup import check_batch, prepare
@@ -75,7 +75,7 @@ def analyze(config: TrainConfig, mesh: Mesh | None = None) -> list[Analysis]:
     images = [size // mesh.size for size in (config.batch_size, config.eval_batch_size)]
     return [
         _analysis("train", images[0], macs[0], run.compile_step),
-        _analysis("eval", images[1], macs[1], run.compile_evaluation),
+        _analysis("eval", images[1], views.NUMBER[config.tta] * macs[1], run.compile_evaluation),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
@@ -101,11 +102,11 @@ class TrainConfig:
     sharding: StateSharding = dataclasses.field(default="replicated", metadata=FREE)
     """What several devices split of the state: nothing; "zero", the optimizer's state and the
     average; "fsdp", the parameters too (Rajbhandari et al. 2020, section 5)."""
-    steps_per_dispatch: int | None = dataclasses.field(default=None, metadata=FREE)
+    steps_per_dispatch: int = dataclasses.field(default=1, metadata=FREE)
     """Steps that one call of the compiled program takes where nothing is logged, evaluated or saved
-    between them; at most those of the run. Signals wait for all of them; of a streamed set, which
-    needs so many batches on the devices at once, None is 1. On a CPU None is 1 and n takes n times
-    as long to compile; elsewhere None is 8, which has not been measured."""
+    between them; at most those of the run. Signals wait for all of them. For small networks on an
+    accelerator, of a set that lives there: of a streamed one so many batches are there at once, and
+    on a CPU n takes n times as long to compile and no step is shorter."""
     guard: Guard = dataclasses.field(default=Guard(), metadata=FREE)
     """What to do when the run goes wrong."""
     profile_steps: int = dataclasses.field(default=0, metadata=FREE)
@@ -180,7 +181,19 @@ def differences(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
         f"{name}: there {old.get(name, absent)}, here {new.get(name, absent)}"
         for name in sorted(old.keys() | new.keys())
         if old.get(name, absent) != new.get(name, absent) and name not in free
+        # A field that came after the run was begun stands for what was done before.
+        if name in old or not _is_default(config, name)
     ]
+
+
+def _is_default(config: Any, name: str) -> bool:
+    """Whether the field of a dotted name has the value that it has by itself."""
+    outer, _, last = name.rpartition(".")
+    try:
+        owner = functools.reduce(getattr, outer.split("."), config) if outer else config
+        return bool(getattr(owner, last) == type(owner).__dataclass_fields__[last].default)
+    except (AttributeError, KeyError):
+        return False
 
 
 def check_workdir(workdir: Path, config: TrainConfig) -> None:

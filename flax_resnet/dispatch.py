@@ -17,11 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import cpu, distributed
+from flax_resnet import distributed
 from flax_resnet.data import Data
-
-ON_ACCELERATORS = 8
-"""Steps a dispatch there, of data that is resident, where nothing is said. Not measured yet."""
 
 
 class Group(NamedTuple):
@@ -43,22 +40,6 @@ class Group(NamedTuple):
 def num_steps(batch: Any) -> int:
     """Steps that a call with ``batch`` takes."""
     return batch.steps if isinstance(batch, Group) else 1
-
-
-def chosen(asked: int | None, resident: bool, total: int) -> int:
-    """Steps a dispatch.
-
-    On a CPU one: a step takes far longer than its dispatch, and in a loop its convolutions are
-    slow. Of a streamed set one: the batches of all n would be on the devices at once.
-
-    Args:
-      asked: this many; None chooses.
-      resident: the training split lives on the devices.
-      total: steps of the run, and so the most.
-    """
-    if asked is None:
-        asked = ON_ACCELERATORS if resident and not cpu.is_backend() else 1
-    return min(asked, total)
 
 
 def lengths(first: int, end: int, size: int, pauses: Sequence[int]) -> Iterator[int]:

@@ -121,6 +121,13 @@ def same_everywhere(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(jnp.int32(value)))
 
 
+def leads(array: np.ndarray) -> np.ndarray:
+    """The lead's array, in every process; each has to ask with one of its shape and dtype."""
+    if jax.process_count() == 1:
+        return array
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
 def describe(mesh: Mesh) -> dict[str, Any]:
     """What a mesh is made of, as JSON values."""
     devices = mesh.devices.flat

@@ -31,7 +31,7 @@ from flax_resnet.errors import UserError, check_range
 from flax_resnet.preprocess import Preprocessing
 from flax_resnet.pretrained import Pretrained
 from flax_resnet.pretrained.classes import imagenet_classes, imagenet_ids
-from flax_resnet.views import Views, averaged_logits
+from flax_resnet.views import Views, averaged_logits, check_views
 
 BINS = 15
 CROPS = 10
@@ -73,6 +73,7 @@ def evaluate(
     """
     check_range("batch_size", batch_size, 1)
     check_range("limit", limit, 1)
+    check_views(tta)
     began = time.perf_counter()
     of = Classifier.of(opened)
     decode: Any = of.preprocessing

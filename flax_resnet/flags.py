@@ -44,6 +44,8 @@ class Invocation:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     num_seeds: int = 1
     """Train so many seeds, the config's and those after it, each in WORKDIR/seedN."""
+    in_turn: bool = False
+    """Train them one after another on accelerators too, where they would train together."""
     analyze: bool = False
     """Compile the steps, print what they cost and hold, and end; nothing is trained or written."""
     hosts: Hosts = Hosts()

@@ -43,7 +43,7 @@ TOOLS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
 
 def main(
     get_config: Callable[..., TrainConfig], workdir: str, argv: Sequence[str] | None = None
-) -> None:
+) -> list[dict[str, Any]]:
     """Runs an experiment: its config, changed by flags, through train_and_evaluate.
 
     Bad input ends the process with status 2 and one line on stderr. Of several processes
@@ -54,18 +54,21 @@ def main(
         and its module's docstring heads --help.
       workdir: default of --workdir; a parameter that is given is added to it.
       argv: flags; by default the process's.
+
+    Returns:
+      What the result.json of each seed holds; of --analyze nothing.
     """
     with one_line_errors():
         chosen = chosen_by(get_config, workdir, argv)
         with hosts.joined(chosen.hosts), preemption.restartable():
             if chosen.analyze:  # without the cache: it says how long compiling takes
                 analysis.show(chosen.config)
-                return
+                return []
             use_cache()
-            if chosen.num_seeds > 1:
-                train_seeds(chosen.config, chosen.workdir, chosen.num_seeds)
-            else:
-                train_and_evaluate(chosen.config, chosen.workdir)
+            if chosen.num_seeds == 1:
+                return [train_and_evaluate(chosen.config, chosen.workdir)]
+            together = False if chosen.in_turn else None
+            return train_seeds(chosen.config, chosen.workdir, chosen.num_seeds, together=together)
 
 
 def ablate(

@@ -47,6 +47,7 @@ class Run:
       seconds: since it began, up to its last checkpoint.
       train_seconds: of these, in which it did not "compile", "evaluate" or "save".
       spent: seconds in which it did these.
+      start_seconds: before, to start the network from training images, where it does.
       shared_by: networks that trained in the program whose ``seconds`` these are.
     """
 
@@ -66,6 +67,7 @@ class Run:
     spent: dict[str, float] = dataclasses.field(
         default_factory=lambda: {"compile": 0.0, "evaluate": 0.0, "save": 0.0}
     )
+    start_seconds: float = 0.0
     compile_seconds: float = 0.0
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     confusion: np.ndarray | None = None
@@ -123,8 +125,7 @@ class Run:
     @property
     def group(self) -> int:
         """Steps that go together in a dispatch, where so many do."""
-        asked = self.config.steps_per_dispatch
-        return dispatch.chosen(asked, self.data.resident, self.num_steps)
+        return min(self.config.steps_per_dispatch, self.num_steps)
 
     @property
     def eval_every(self) -> int:
@@ -185,6 +186,7 @@ class Run:
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
             "spent": self.spent,
+            "start_seconds": self.start_seconds,
             **self.data.describe(),
             "skipped": self.skipped,
             "open_interval": self.open_interval,
@@ -335,9 +337,11 @@ class Run:
         batches = self.data.eval_batches(self.config.eval_batch_size)
         jax.block_until_ready(self.state)  # the last steps are no part of the evaluation
         began = time.perf_counter()
-        with self.eval_memory():
-            self.evaluation, self.confusion = evaluate(step, self.state, _until(stop, batches))
-        self.spent["evaluate"] += time.perf_counter() - began
+        try:
+            with self.eval_memory():
+                self.evaluation, self.confusion = evaluate(step, self.state, _until(stop, batches))
+        finally:  # one that was stopped took its time too
+            self.spent["evaluate"] += time.perf_counter() - began
 
 
 def held(state: TrainState, mesh: Mesh, kind: distributed.StateSharding) -> Any:

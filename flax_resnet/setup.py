@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from flax_resnet.data import Data
 from flax_resnet.errors import UserError
 from flax_resnet.layers import check_bn_group, needs_x64
 from flax_resnet.models import WeightsError, initializer
-from flax_resnet.optim import LAMB, LARS
+from flax_resnet.optim import LAMB, LARS, Muon
 from flax_resnet.pretrained import Pretrained
 from flax_resnet.resume import restore
 from flax_resnet.run import Run, held
@@ -87,10 +88,11 @@ def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
         measure_norms=config.measure_norms,
         unfreezes=bool(config.optimizer.unfreeze),
     )
-    if isinstance(config.optimizer, (LARS, LAMB)) and getattr(config.model, "scan_blocks", False):
+    by_layer = isinstance(config.optimizer, (LARS, LAMB, Muon))
+    if by_layer and getattr(config.model, "scan_blocks", False):
         raise UserError(
-            f"{type(config.optimizer).__name__} with model.scan_blocks: its trust ratios are by "
-            "layer, and scanned blocks share one array; use SGD, Adam or AdamW, or unrolled blocks"
+            f"{type(config.optimizer).__name__} with model.scan_blocks: it treats each layer by "
+            "itself, and scanned blocks share one array; use SGD, Adam or AdamW, or unrolled blocks"
         )
     if config.cache_features and config.guard.skips:
         raise UserError(
@@ -233,6 +235,7 @@ def fitted(run: Run, state: TrainState) -> TrainState:
     from_images = getattr(run.config.model, "from_images", None)
     if from_images is None or run.config.weights is not None:
         return state
+    began = time.perf_counter()
     stats = jax.device_get(run.state.normalization)
     images = [
         np.asarray(normalize(jnp.asarray(x), stats)) for x in run.data.train_images(MOST_FITTED)
@@ -241,11 +244,15 @@ def fitted(run: Run, state: TrainState) -> TrainState:
 
     def changed(places: Any) -> Any:
         def one(place: jax.Array, old: Any, new: Any) -> jax.Array:
-            return place if new is old else distributed.put(new, place.sharding)
+            # Two machines may not compute the same bits.
+            return place if new is old else distributed.put(distributed.leads(new), place.sharding)
 
         return jax.tree.map(one, places, state.params, new)
 
     averaged = state.ema
     if averaged is not None:
         averaged = {**averaged, "params": changed(averaged["params"])}
-    return state.replace(params=changed(state.params), ema=averaged)
+    found = state.replace(params=changed(state.params), ema=averaged)
+    jax.block_until_ready(found.params)
+    run.start_seconds += time.perf_counter() - began
+    return found

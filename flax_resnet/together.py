@@ -136,6 +136,7 @@ class Together(Run):
             seconds=self.seconds,
             train_seconds=self.train_seconds,
             spent=self.spent,
+            start_seconds=self.start_seconds,
             evaluation={n: float(np.asarray(v)[index]) for n, v in self.evaluation.items()},
             confusion=self.confusion[index],
             shared_by=len(self.configs),
@@ -204,6 +205,7 @@ def set_up(
     states = [fitted(run, start).arrays() for start in starts]
     stacked = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(states))
     together.state = run.state.replace(**distributed.put_batch(run.mesh, stacked))
+    together.start_seconds = run.start_seconds
     restore(together)
     return together
 

@@ -304,14 +304,14 @@ class _Loop:
     def _save(self, scores: dict[str, float] | None) -> None:
         run = self.run
         self.watch.at(SAVING, run.step)
-        state = run.state
+        state = jax.block_until_ready(run.state)
+        now = time.perf_counter()
         # Not the optimizer's state: the best loss of ReduceOnPlateau begins at infinity.
         if not run.lead and not all_finite((state.params, state.batch_stats, state.ema)):
             raise Diverged(
                 run.step,
                 f"the run diverged: the parameters are not finite any more at step {run.step}",
             )
-        now = time.perf_counter()
         run.seconds = now - self.began
         run.train_seconds = run.seconds - sum(run.spent.values())
         self.checkpoints.save(run.step, run.arrays(), run.meta(), scores)
@@ -367,6 +367,7 @@ def conclude(run: Run, *, quiet: bool = False) -> dict[str, Any]:
         "train_loss": last["loss"],
         "parameters": sum(x.size for x in jax.tree.leaves((run.whole or run.state).params)),
         "seconds": run.seconds / run.shared_by,
+        "start_seconds": run.start_seconds / run.shared_by,
         "train_seconds": run.train_seconds / run.shared_by,
         "compile_seconds": run.spent["compile"] / run.shared_by,
         "eval_seconds": run.spent["evaluate"] / run.shared_by,

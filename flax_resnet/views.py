@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from flax_resnet.errors import UserError
+
 Views = Literal["none", "flip", "flip_shift"]
+
+
+NUMBER: Mapping[Views, int] = {"none": 1, "flip": 2, "flip_shift": 6}
+"""Of views of an image, by kind."""
+
+
+def check_views(kind: str) -> None:
+    """Raises UserError unless there is such a kind."""
+    if kind not in NUMBER:
+        raise UserError(f"tta={kind!r}: expected one of {', '.join(NUMBER)}")
 
 
 def views(images: jax.Array, kind: Views) -> tuple[jax.Array, jax.Array]:
@@ -21,8 +33,12 @@ def views(images: jax.Array, kind: Views) -> tuple[jax.Array, jax.Array]:
         what comes in is the image reflected (K. Jordan 2024, arXiv:2404.00498, section 3.5).
 
     Returns:
-      ((N, V, H, W, C), float32 (V,) that sum to one), V 1, 2 or 6.
+      ((N, V, H, W, C), float32 (V,) that sum to one), V is NUMBER[kind].
+
+    Raises:
+      UserError: there is no such kind.
     """
+    check_views(kind)
     shifts, shares = [images], [1.0]
     if kind == "flip_shift":
         height, width = images.shape[1:3]

@@ -35,6 +35,7 @@ def published(monkeypatch):
 
     def train(train_loader, verbose):
         assert (train_loader, verbose) == ("cifar10/train.pt", False)
+        assert utils.CifarLoader("cifar10", train=False) == "cifar10/test.pt"  # opened before
         asked["trained"] += 1
         return asked["trained"]
 
@@ -55,12 +56,14 @@ def published(monkeypatch):
         device=type("device", (), {}),  # the command line's parser asks for it
     )  # fmt: skip
     package = types.SimpleNamespace(CifarLoader=load, evaluate=evaluate)
+    utils = types.SimpleNamespace()
     hyp = {"opt": {"batch_size": 7}, "aug": {"flip": True}}
     way = types.SimpleNamespace(hyp=hyp, train95=train)
     for name, module in (
         ("torch", torch),
         ("airbench", package),
         ("airbench.lib_airbench95", way),
+        ("airbench.utils", utils),
     ):
         monkeypatch.setitem(sys.modules, name, module)
     return asked

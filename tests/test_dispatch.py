@@ -14,7 +14,7 @@ import pytest
 from helpers import assert_trees_equal, max_difference, tiny_resnet
 from test_train import saved, timeless
 
-from flax_resnet import cpu, dispatch, metrics, programs, run, setup, together
+from flax_resnet import dispatch, metrics, programs, run, setup, together
 from flax_resnet.augment import Augment
 from flax_resnet.checkpoint import CheckpointConfig
 from flax_resnet.config import TrainConfig
@@ -117,15 +117,6 @@ def test_what_is_left_does_not_depend_on_where_a_run_was_stopped():
         assert list(dispatch.lengths(step, 200, 8, (50, 46))) == whole[i:]
 
 
-def test_the_choice(monkeypatch):
-    assert dispatch.chosen(None, True, 100) == 1
-    assert dispatch.chosen(7, True, 100) == dispatch.chosen(7, False, 100) == 7
-    assert dispatch.chosen(500, True, 100) == 100
-    monkeypatch.setattr(cpu, "is_backend", lambda: False)
-    assert [dispatch.chosen(None, resident, 100) for resident in (True, False)] == [8, 1]
-    assert dispatch.chosen(None, True, 5) == 5
-
-
 def test_bad_input_is_one_line(plain):
     with pytest.raises(UserError, match="steps_per_dispatch=0: expected 1 or more"):
         by(plain, 0)
@@ -142,7 +133,13 @@ def singly(config, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(("size", "want"), [(3, [3, 3, 1, 1, 1, 3]), (4, [4, 1, 1, 1, 1, 4])])
+@pytest.mark.parametrize(
+    ("size", "want"),
+    [
+        (3, [3, 3, 1, 1, 1, 3]),
+        pytest.param(4, [4, 1, 1, 1, 1, 4], marks=pytest.mark.slow),
+    ],
+)
 def test_groups_leave_the_record_of_single_steps(
     config, singly, tmp_path, mesh, calls, monkeypatch, capsys, size, want
 ):
@@ -215,8 +212,9 @@ def test_eight_devices_take_the_steps_of_one_to_1e_10_in_x64(plain, tmp_path, me
         many = by(dataclasses.replace(one, sharding="fsdp"), 3)
         ready = setup.set_up(many, tmp_path / "many", meshes[1])
         (group,) = ready.dispatches()
-        assert group.batch.shape == (3, BATCH)
-        assert {x.data.shape for x in group.batch.addressable_shards} == {(3, BATCH // 8)}
+        rows = group.batch["row"]
+        assert rows.shape == (3, BATCH)
+        assert {x.data.shape for x in rows.addressable_shards} == {(3, BATCH // 8)}
         compiled = ready.compile_group()
         memory = programs.memory(compiled.program)
         assert memory.aliased == programs.device_bytes(ready.state)
@@ -231,6 +229,7 @@ def test_eight_devices_take_the_steps_of_one_to_1e_10_in_x64(plain, tmp_path, me
         np.testing.assert_allclose(sums["loss"], losses, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_networks_train_together_in_groups(plain, tmp_path):
     configs = [dataclasses.replace(plain, seed=seed, num_steps=3) for seed in (0, 1)]
     with jax.enable_x64(True):
@@ -258,7 +257,7 @@ def test_a_divergence_in_a_group_is_at_its_step_and_its_batch_is_skipped(
 
     def spoilt_rows(self, seed, step, batch_size):
         read.append(step)
-        return rows(self, seed, step, batch_size) * (step != 5)
+        return {"row": rows(self, seed, step, batch_size)["row"] * (step != 5)}
 
     def spoilt_steps(self):
         step, evaluate = steps(self)

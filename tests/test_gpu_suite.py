@@ -23,11 +23,11 @@ def test_every_command_is_one_that_its_module_takes(name, trial):
     assert words[:2] == [sys.executable, "-m"]
     module = importlib.import_module(words[2])
     if hasattr(module, "get_config"):
-        at = words.index("--runs")
-        given, rest = flags.arguments(module.get_config, [*words[3:at], *words[at + 2 :]])
-        config = flags.parse(module.get_config(**given), "runs/x", rest).config
+        given, rest = flags.arguments(module.get_config, words[3:])
+        chosen = flags.parse(module.get_config(**given), "runs/x", rest)
         assert given == {"target": int(name[-2:])}
-        assert (config.steps_per_dispatch is None) == trial
+        assert (chosen.workdir, chosen.in_turn) == (f"W/{name}", True)
+        assert (chosen.config.steps_per_dispatch == 1) == trial
         return
     settings = getattr(module, "Settings", steps.Settings)
     chosen = flags.cli(settings, words[3:], module.__doc__, "x")
@@ -75,6 +75,7 @@ def test_what_is_finished_is_not_run_again(ran, tmp_path, capsys):
     made = json.loads((tmp_path / "record.json").read_text())
     assert made["parts"]["numbers"]["rows"] == [{"x": 1}, {"x": 2}]
     assert made["parts"]["numbers"]["command"].startswith("python -m experiments.benchmarks.num")
+    assert len(made["parts"]["numbers"]["commit"].removesuffix("-dirty")) == 40
     assert made["missing"] == ["small", "seeds"]
     assert "the time is up" in capsys.readouterr().out
     ran.clear()
@@ -82,11 +83,32 @@ def test_what_is_finished_is_not_run_again(ran, tmp_path, capsys):
     assert status_of(words) == 1
     assert ran == ["small", "seeds"]  # a part that fails leaves the others alone
     made = json.loads((tmp_path / "record.json").read_text())
-    assert (made["failed"], made["missing"]) == ({"small": "no room"}, ["small"])
+    assert (made["failed"], made["missing"]) == ({"small": "no room"}, [])
     ran.clear()
+    assert status_of(words) == 1
+    assert ran == []
     ran.result = lambda name: True
-    assert status_of(words) == 0
+    assert status_of([*words, "--retry"]) == 0
     assert ran == ["small"]
+
+
+def test_a_trials_figures_are_no_figures_of_a_gpu(ran, tmp_path):
+    words = ["--workdir", str(tmp_path), "--only", "seeds"]
+    assert status_of([*words, "--trial"]) == 0
+    ran.result = lambda name: False
+    assert status_of([*words, "--data-dir", "D"]) == 75
+    made = json.loads((tmp_path / "record.json").read_text())
+    assert made["parts"]["seeds"].keys() == {"command", "commit", "failed"}
+
+
+def test_a_part_that_needs_more_than_the_whole_time_does_not_stop_the_others(ran, tmp_path):
+    words = ["--data-dir", "D", "--workdir", str(tmp_path), "--only", "numbers", "seeds"]
+    ran.result = lambda name: name == "seeds"
+    assert status_of(words) == 75
+    assert status_of(words) == 1
+    assert ran == ["numbers", "seeds"]
+    made = json.loads((tmp_path / "record.json").read_text())
+    assert made["failed"] == {"numbers": "it takes more than --minutes 9"}
 
 
 FOUND = {
@@ -98,7 +120,8 @@ FOUND = {
     "speedrun94": [
         {
             "top1": {"mean": 0.9402},
-            "train_seconds": {"mean": 1.8},
+            "start_seconds": {"mean": 0.3},
+            "train_seconds": {"mean": 1.5},
             "eval_seconds": {"mean": 0.2},
         }
     ],
@@ -141,9 +164,8 @@ def test_goals_are_judged_by_what_was_measured():
     assert lines[4] == "not measured: the speed run's mean top-1, at least 95 %"
 
 
-def test_the_record_names_the_commit(tmp_path):
-    made = gpu_suite.record(Settings(trial=True, workdir=str(tmp_path)), {})
-    assert made["commit"] is None or len(made["commit"].removesuffix("-dirty")) == 40
+def test_the_record_says_what_is_missing(tmp_path):
+    made = gpu_suite.record(Settings(trial=True, workdir=str(tmp_path)))
     assert set(made["missing"]) == {name for name, part in PARTS.items() if part.trial}
     assert {goal["met"] for goal in made["goals"]} == {None}
 

@@ -74,6 +74,8 @@ def test_what_is_beyond_its_bound_fails_the_command(value, status, monkeypatch, 
 
     monkeypatch.setattr(numbers, "computed", computed)
     words = ["--models", "mini", "--dtypes", "float32"]
+    numbers.main([*words, "--no-strict"])
+    capfd.readouterr()
     if status:
         with pytest.raises(SystemExit) as stop:
             numbers.main(words)
@@ -86,12 +88,31 @@ def test_what_is_beyond_its_bound_fails_the_command(value, status, monkeypatch, 
     assert err.splitlines()[-1].split()[-1] == ("NO" if status else "yes")
 
 
+def test_bfloat16_may_be_twice_as_far_as_the_cpus_own(monkeypatch, tmp_path, rng):
+    reference = arrays(rng)
+    far = {"cpu": 2.2, "gpu": 2.35}  # of a loss of 2: a tenth, and 0.175
+
+    def computed(settings, network, dtype, device, path):
+        changed = {} if dtype == "float32" else {"loss": np.array(far[device])}
+        return {**reference, **changed}, device
+
+    monkeypatch.setattr(numbers, "computed", computed)
+    settings = numbers.Settings(models=("mini",), dtypes=("bfloat16",))
+    (row,) = numbers.measure(settings, "mini", tmp_path)
+    assert row["bound"] == {**numbers.BOUNDS, "loss": pytest.approx(0.2)}
+    assert (row["differences"]["loss"], row["within"]) == (pytest.approx(0.175), True)
+    far["gpu"] = 2.41
+    (row,) = numbers.measure(settings, "mini", tmp_path)
+    assert not row["within"]
+
+
 @pytest.mark.slow
 def test_the_cpu_computes_what_the_cpu_does(capfd):
     numbers.main(["--device", "cpu", "--models", "resnet20", "--batch-size", "4"])
     exact, rounded = map(json.loads, capfd.readouterr().out.splitlines())
     assert set(exact["differences"].values()) == {0.0}
-    assert 0 < rounded["differences"]["gradient"] < 0.6
+    gradient = rounded["differences"]["gradient"]
+    assert 0 < gradient == pytest.approx(rounded["bound"]["gradient"] / 2)
 
 
 @pytest.mark.parametrize(

@@ -22,49 +22,6 @@ def updates(optimizer, steps=1, params=PARAMS):
     return delta["conv"]
 
 
-@pytest.mark.parametrize(
-    ("schedule", "rates"),
-    [
-        (optim.Constant(), {0: 2.0, 99: 2.0}),
-        (optim.Constant(warmup=0.1), {0: 0.0, 5: 1.0, 10: 2.0, 99: 2.0}),
-        (optim.Constant(warmup=0.1, warmup_start=0.5), {0: 1.0, 5: 1.5, 10: 2.0}),
-        (optim.Piecewise(), {0: 2.0, 49: 2.0, 50: 0.2, 74: 0.2, 75: 0.02, 99: 0.02}),
-        (optim.Piecewise(boundaries=(0.3,), factor=0.5, warmup=0.1), {10: 2.0, 36: 2.0, 37: 1.0}),
-        (optim.Cosine(), {0: 2.0, 50: 1.0, 100: 0.0}),
-        (optim.Cosine(final=0.1), {0: 2.0, 50: 1.1, 100: 0.2}),
-        (optim.Cosine(warmup=0.2), {0: 0.0, 10: 1.0, 20: 2.0, 60: 1.0, 100: 0.0}),
-        (optim.OneCycle(), {0: 0.08, 30: 2.0, 100: 8e-6}),
-        (optim.Triangle(), {0: 0.4, 22: 2 * (1 - 0.8 / 23), 23: 2.0, 99: 0.14 + 1.86 / 77}),
-        (optim.Triangle(rise=0.1, final=0.0), {0: 0.4, 5: 1.2, 10: 2.0, 55: 1.0, 99: 2 / 90}),
-        (optim.Triangle(rise=0.0, final=0.5), {0: 2.0, 50: 1.5, 100: 1.0}),
-    ],
-)
-def test_schedules(schedule, rates):
-    built = schedule.build(2.0, 100)
-    got = {step: float(built(step)) for step in rates}
-    assert got == pytest.approx(rates, rel=1e-5, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("cls", "fields"),
-    [
-        (optim.Cosine, {"warmup": 1.5}),
-        (optim.Constant, {"warmup": float("nan")}),
-        (optim.Piecewise, {"boundaries": (32_000,)}),
-        (optim.OneCycle, {"rise": 1.0}),
-    ],
-)
-def test_schedules_take_shares_of_the_run(cls, fields):
-    with pytest.raises(UserError, match=rf"schedule\.{next(iter(fields))}=.*: expected a share"):
-        cls(**fields)
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 3])
-def test_a_warmup_leaves_a_step_however_short_the_run(num_steps):
-    built = optim.Cosine(warmup=0.96).build(1.0, num_steps)
-    assert float(built(num_steps - 1)) == 1.0
-
-
 def test_sgd_adds_decay_to_kernels_only_and_keeps_momentum():
     sgd = optim.SGD(learning_rate=0.1, weight_decay=0.01, momentum=0.9)
     first = updates(sgd)
@@ -177,66 +134,6 @@ def test_optimizers_are_frozen_and_jit(cls):
     tx, _ = optimizer.build(10, 5)
     delta, _ = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS, value=jnp.float32(1.0))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(delta))
-
-
-PARTS = (
-    "stem_conv",
-    "stage1_block1",
-    "stage2_block1",
-    "stage2_block2",
-    "final_norm",
-    "hidden1",
-    "head",
-)
-
-
-def stepwise(optimizer, num_steps, wrap=lambda tree: tree):
-    """How far each part moves in each step, on a gradient of one."""
-    tx, _ = optimizer.build(num_steps, 1)
-    params = wrap({name: {"kernel": jnp.zeros(2)} for name in PARTS})
-    state, moves = tx.init(params), []
-    for _ in range(num_steps):
-        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params, value=1.0)
-        moves.append([float(-x[0]) for x in jax.tree.leaves(updates)])
-    names = [p[-2].key for p, _ in jax.tree_util.tree_leaves_with_path(params)]
-    return [dict(zip(names, step, strict=True)) for step in moves]
-
-
-@pytest.mark.parametrize("wrap", [lambda tree: tree, lambda tree: {"backbone": tree}])
-def test_each_stage_has_its_share_of_the_learning_rate(wrap):
-    (moves,) = stepwise(optim.SGD(learning_rate=1.0, momentum=0, stage_decay=0.5), 1, wrap)
-    assert moves == {"head": 1, "hidden1": 1, "final_norm": 0.5, "stage2_block1": 0.5,
-                     "stage2_block2": 0.5, "stage1_block1": 0.25, "stem_conv": 0.125}  # fmt: skip
-
-
-def test_stages_begin_to_move_one_after_the_other():
-    optimizer = optim.SGD(learning_rate=1.0, momentum=0, stage_decay=0.5, unfreeze=(0.25, 0.5))
-    moves = stepwise(optimizer, 8)
-    assert [m["head"] for m in moves] == [1] * 8
-    assert [m["stage2_block2"] for m in moves] == [0] * 2 + [0.5] * 6
-    assert [m["final_norm"] for m in moves] == [0] * 2 + [0.5] * 6
-    assert [m["stage1_block1"] for m in moves] == [0] * 4 + [0.25] * 4
-    assert [m["stem_conv"] for m in moves] == [0] * 8
-
-
-def test_weight_decay_does_not_move_what_is_still_frozen():
-    tx, _ = optim.AdamW(weight_decay=0.5, unfreeze=(0.5,)).build(4, 1)
-    params = {name: {"kernel": jnp.ones(2)} for name in PARTS}
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, value=1.0)
-    assert not updates["stage2_block1"]["kernel"].any()
-    assert updates["head"]["kernel"].all()
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"stage_decay": -1}, "optimizer.stage_decay=-1"),
-        ({"unfreeze": (1.5,)}, "optimizer.unfreeze"),
-    ],
-)
-def test_bad_fields_of_fine_tuning(fields, message):
-    with pytest.raises(UserError, match=message):
-        optim.SGD(**fields)
 
 
 def speed_gradients(rng, steps):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from helpers import assert_trees_equal
 
 from experiments import cifar10_speedrun
+from flax_resnet import run
 from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
@@ -106,7 +108,18 @@ def arrays(workdir):
     return found
 
 
-def test_a_resumed_speed_run_equals_an_unbroken_one(config, tmp_path, mesh):
+def slowed(function, seconds):
+    """The function, after a sleep."""
+
+    def slow(*arguments, **named):
+        time.sleep(seconds)
+        return function(*arguments, **named)
+
+    return slow
+
+
+def test_a_resumed_speed_run_equals_an_unbroken_one(config, tmp_path, mesh, monkeypatch):
+    """Several steps a dispatch after the stop; and the seconds of what is no training are not."""
     want = train_and_evaluate(config, tmp_path / "whole", mesh=mesh, quiet=True)
     asked = []
 
@@ -116,13 +129,17 @@ def test_a_resumed_speed_run_equals_an_unbroken_one(config, tmp_path, mesh):
 
     with pytest.raises(Preempted):
         train_and_evaluate(config, tmp_path / "broken", mesh=mesh, quiet=True, stop=stop)
-    got = train_and_evaluate(config, tmp_path / "broken", mesh=mesh, quiet=True)
+    grouped = dataclasses.replace(config, steps_per_dispatch=4)
+    monkeypatch.setattr(run, "evaluate", slowed(run.evaluate, 0.5))
+    monkeypatch.setattr(Checkpoints, "save", slowed(Checkpoints.save, 0.3))
+    got = train_and_evaluate(grouped, tmp_path / "broken", mesh=mesh, quiet=True)
     assert_trees_equal(arrays(tmp_path / "broken"), arrays(tmp_path / "whole"))
     timeless = lambda result: {k: v for k, v in result.items() if "seconds" not in k}  # noqa: E731
     assert timeless(got) == timeless(want)
     parts = [got[f"{part}_seconds"] for part in ("train", "eval", "compile")]
     assert min(parts) > 0
-    assert sum(parts) <= got["seconds"]
+    assert got["eval_seconds"] > 0.5
+    assert sum(parts) < got["seconds"] - 0.3  # the save at step 8; the last one is after the clock
 
 
 def test_runs_are_summed_up_with_compilation_apart(
@@ -130,8 +147,8 @@ def test_runs_are_summed_up_with_compilation_apart(
 ):
     monkeypatch.setenv("FLAX_RESNET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cifar10_speedrun, "get_config", lambda: config)
-    cifar10_speedrun.command(["--runs", "2", "--workdir", str(tmp_path / "w"), "--num-steps", "2",
-                              "--checkpoint.every-steps", "2"])  # fmt: skip
+    words = ["--num-seeds", "2", "--in-turn", "--num-steps", "2", "--checkpoint.every-steps", "2"]
+    cifar10_speedrun.command([*words, "--workdir", str(tmp_path / "w")])
     found = json.loads((tmp_path / "w" / "runs.json").read_text())
     results = [json.loads((tmp_path / "w" / f"seed{i}" / "result.json").read_text())
                for i in (0, 1)]  # fmt: skip

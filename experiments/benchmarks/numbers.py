@@ -5,7 +5,7 @@ batch of noise. Both evaluate it, and take one training step. Compared are the l
 loss, the gradient (the trace of SGD with momentum after one step is the gradient) and the new
 running statistics: the length of the difference over the length of the CPU's, all parameters
 together. The CPU computes in float32; the device in float32 with the highest precision of products,
-and in bfloat16 as well.
+and in bfloat16 as well, where the CPU's own bfloat16 says how far from float32 that is.
 
 Standard output has one line of JSON for each network and dtype, standard error the table; the exit
 status is 1 where one is beyond its bound.
@@ -34,13 +34,18 @@ from flax_resnet import flags
 from flax_resnet.errors import UserError, check_choices, check_range, did_you_mean
 from flax_resnet.main import one_line_errors
 
-BOUNDS: Mapping[str, Mapping[str, float]] = {
-    "float32": {"logits": 1e-4, "loss": 1e-5, "gradient": 2e-3, "batch_stats": 1e-4},
-    "bfloat16": {"logits": 0.05, "loss": 0.02, "gradient": 0.6, "batch_stats": 0.01},
+BOUNDS: Mapping[str, float] = {
+    "logits": 1e-4,
+    "loss": 1e-5,
+    "gradient": 2e-3,
+    "batch_stats": 1e-4,
 }
-"""Of the relative differences of each part. BatchNorm over a few images of noise amplifies what
-rounding leaves of a gradient: on a CPU bfloat16 alone changed MiniModel's by 0.35 (8 images)."""
-PARTS = tuple(BOUNDS["float32"])
+"""Of the relative differences of each part in float32. BatchNorm over a few images of noise
+amplifies what rounding leaves of a gradient."""
+PARTS = tuple(BOUNDS)
+DTYPES = ("float32", "bfloat16")
+SLACK = 2.0
+"""In another dtype a part may be so many times as far from float32 as the CPU's own is."""
 LIMIT = 600.0
 """Seconds for one process."""
 Row = dict[str, Any]
@@ -54,18 +59,20 @@ class Settings:
     """What is held against the CPU."""
     models: tuple[str, ...] = tuple(NETWORKS)
     """Any of mini, resnet20, resnet50, dropblock_resnet."""
-    dtypes: tuple[str, ...] = tuple(BOUNDS)
+    dtypes: tuple[str, ...] = DTYPES
     """What the device computes in."""
     image_size: int = 64
     """Height and width of the images; of networks for CIFAR's, 32 at most."""
     batch_size: int = 16
     """Images."""
+    strict: bool = True
+    """End with status 1 where one is beyond its bound."""
 
     def __post_init__(self) -> None:
         check_choices(self)
         for flag, words, known in (
             ("--models", self.models, NETWORKS),
-            ("--dtypes", self.dtypes, BOUNDS),
+            ("--dtypes", self.dtypes, DTYPES),
         ):
             if not words:
                 raise UserError(f"{flag}: expected one or more of {', '.join(known)}")
@@ -135,16 +142,22 @@ def measure(settings: Settings, network: str, directory: Path) -> list[Row]:
     for dtype in settings.dtypes:
         path = directory / f"{dtype}.npz"
         found, kind = computed(settings, network, dtype, settings.device, path)
-        apart = differences(found, reference)
+        apart, bounds = differences(found, reference), dict(BOUNDS)
+        if dtype != "float32":
+            own, _ = computed(settings, network, dtype, "cpu", directory / "own.npz")
+            bounds = {
+                part: max(BOUNDS[part], SLACK * each)
+                for part, each in differences(own, reference).items()
+            }
         rows.append(
             {
                 "network": network,
                 "dtype": dtype,
                 "device_kind": kind,
                 "differences": apart,
-                "bound": BOUNDS[dtype],
+                "bound": bounds,
                 # What is not a number is beyond every bound.
-                "within": all(apart[part] <= BOUNDS[dtype][part] for part in PARTS),
+                "within": all(apart[part] <= bounds[part] for part in PARTS),
             }
         )
     return rows
@@ -175,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 common.print_json({"benchmark": "numbers", **row})
                 rows.append(row)
         print(report(rows), file=sys.stderr)
-    if not all(row["within"] for row in rows):
+    if settings.strict and not all(row["within"] for row in rows):
         sys.exit(1)
 
 

@@ -140,7 +140,7 @@ def noise_run(config: TrainConfig, mesh: Mesh, image_size: int) -> tuple[run.Run
         "label": rng.integers(0, model.num_classes, config.batch_size, np.int32),
     }
     # The steps ask of the data for nothing but its shapes; several in one program for the images.
-    several = (config.steps_per_dispatch or 1) > 1
+    several = config.steps_per_dispatch > 1
     held = distributed.put_replicated(mesh, noise) if several else None
     data = types.SimpleNamespace(
         batch_shape=shape, eval_shape=shape, resident=True, train_arrays=held
@@ -166,7 +166,7 @@ def round_seconds(
 
 def training(ready: run.Run, batch: Batch) -> tuple[jax.stages.Compiled, Turn]:
     """(the program that a run compiles, what times it); the run's state is gone afterwards."""
-    size, state, given = ready.config.steps_per_dispatch or 1, ready.state, cast(Any, batch)
+    size, state, given = ready.config.steps_per_dispatch, ready.state, cast(Any, batch)
     if size == 1:
         step: Callable[..., Any] = ready.compile_step()
         compiled = cast(jax.stages.Compiled, step)
@@ -175,7 +175,7 @@ def training(ready: run.Run, batch: Batch) -> tuple[jax.stages.Compiled, Turn]:
         compiled = group.program
         rows = np.tile(np.arange(ready.config.batch_size, dtype=np.int32), (size, 1))
         split = distributed.group_sharding(ready.mesh)
-        given = dispatch.Group(distributed.put_local(split, rows))
+        given = dispatch.Group(distributed.put_local(split, {"row": rows}))
 
     def turn(steps: int) -> float:
         nonlocal state

@@ -6,12 +6,12 @@ smaller networks likewise (benchmarks.peers), the CIFAR-10 speed run to 94, 95 a
 (experiments.cifar10_speedrun) and as published (benchmarks.airbench), seeds at once
 (benchmarks.seeds), training and evaluation steps, compilation cold and warm. When the time is up
 the running part is ended and the exit status is 75: start the same command again, and what is
-finished is not run again. A part that fails is told and the others go on; a later call tries it
-again, and the status is 1.
+ended is not run again, unless its command has changed. A part that fails, or takes more than the
+whole time, is told and the others go on; the status is 1 at the end, and --retry runs it again.
 
 python -m experiments.launch.gpu_suite --data-dir DIR --minutes 9
 
-WORKDIR/record.json has every part's command and lines of JSON, the commit, and for each goal of the
+WORKDIR/record.json has every part's command, commit and lines of JSON, and for each goal of the
 project whether it was met. It needs jax for the GPU (requirements-gpu.txt), torch and torchvision
 for the same GPU, and pip's airbench. It was written for 25 minutes of a GPU like the H200; nothing
 has been run on a GPU yet, so how long it takes is not known. --trial runs it all on a CPU: small
@@ -63,7 +63,7 @@ class Part:
 
 def speedrun(target: int, runs: int) -> Part:
     """The CIFAR-10 speed run, each of its runs in one dispatch; of a trial one of two steps."""
-    words = f"--target {target} --runs {runs} --workdir {WORK}"
+    words = f"--target {target} --num-seeds {runs} --in-turn --workdir {WORK}"
     small = "--model.stage-filters 4 4 4 --data.name sklearn_digits --data.image-size 32"
     return Part(
         "cifar10_speedrun",
@@ -77,8 +77,8 @@ SMALL_PEERS = "--image-size 8 --batch-size 4 --steps 1 --rounds 1 --peak-size 64
 PARTS: Mapping[str, Part] = {
     "numbers": Part(
         "benchmarks.numbers",
-        "--device gpu --models mini resnet20 resnet50",
-        "--device cpu --models resnet20 --image-size 8 --batch-size 4",
+        "--device gpu --models mini resnet20 resnet50 --no-strict",
+        "--device cpu --models resnet20 --image-size 8 --batch-size 4 --no-strict",
     ),
     "resnet50": Part(
         "benchmarks.peers",
@@ -99,9 +99,15 @@ PARTS: Mapping[str, Part] = {
     "seeds": Part(
         "benchmarks.seeds", "--num-seeds 1 4 16", "--num-seeds 2 --depth 8 --image-size 8 --steps 1"
     ),
+    "dispatch": Part(
+        "benchmarks.train_step",
+        "--models resnet20 --steps 128 --steps-per-dispatch 16",
+        "--models resnet20 --image-size 8 --batch-size 4 --steps 2 --steps-per-dispatch 2 "
+        "--rounds 1 --peak-size 64",
+    ),
     "train_step": Part(
         "benchmarks.train_step",
-        "--models resnet50 --dtype bfloat16 --batch-size 256",
+        "--models resnet20 --steps 128",
         "--models resnet20 --image-size 8 --batch-size 4 --steps 1 --rounds 1 --peak-size 64",
     ),
     "eval_step": Part(
@@ -130,6 +136,8 @@ class Settings:
     """End after this many."""
     only: tuple[str, ...] = tuple(PARTS)
     """Which parts."""
+    retry: bool = False
+    """Run parts again that failed."""
     trial: bool = False
     """Small, and on the CPU."""
 
@@ -160,62 +168,72 @@ def command(name: str, settings: Settings) -> list[str]:
     return [sys.executable, "-m", f"experiments.{part.module}", *given]
 
 
-def lines_of(name: str, settings: Settings) -> Path:
-    """Where a finished part's lines of JSON are."""
-    return Path(settings.workdir) / f"{name}.jsonl"
+def part_file(name: str, settings: Settings) -> Path:
+    """Where a part's command, commit and lines are, or how it failed."""
+    return Path(settings.workdir) / f"{name}.json"
 
 
-def launch(settings: Settings) -> tuple[bool, dict[str, str]]:
-    """Runs what is not finished: (False where the time did not suffice, {part: how it failed})."""
+def ended(name: str, settings: Settings) -> dict[str, Any] | None:
+    """What a part has left; None where it has not ended, or by another command."""
+    path = part_file(name, settings)
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("command") == shown(command(name, settings)) else None
+
+
+def shown(words: Sequence[str]) -> str:
+    """A command line for people."""
+    return shlex.join(["python", *words[1:]])
+
+
+def launch(settings: Settings) -> bool:
+    """Runs what has not ended; False where the time did not suffice."""
     end = time.monotonic() + 60 * settings.minutes
     workdir = Path(settings.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     # Each part is a process, and some have several: none may take the whole of the GPU's memory.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-    failed: dict[str, str] = {}
+    first = True
     for name in settings.parts:
-        if lines_of(name, settings).exists():
+        left = ended(name, settings)
+        if left is not None and not (settings.retry and "failed" in left):
             continue
-        words, log = command(name, settings), workdir / f"{name}.log"
-        partial = workdir / f"{name}.partial"
+        words, log, out = command(name, settings), workdir / f"{name}.log", workdir / f"{name}.out"
         print(shlex.join(words), flush=True)
+        found: dict[str, Any] = {"command": shown(words), "commit": commit()}
         try:
-            if not pieces.run(words, log, end, environment, output=partial):
-                return False, failed
-        except UserError as error:
-            failed[name] = str(error)
-            print(f"{name}: {error}", flush=True)
-        else:
-            if (result := PARTS[name].result) is not None:
-                found = json.loads((workdir / name / result).read_text())
-                partial.write_text(json.dumps(found) + "\n")
-            partial.rename(lines_of(name, settings))
+            if not pieces.run(words, log, end, environment, output=out):
+                if first:  # the whole of the time was its own
+                    found["failed"] = f"it takes more than --minutes {settings.minutes:g}"
+                    write_json(part_file(name, settings), found)
+                return False
+            found["rows"] = rows(name, out, settings)
             print(f"{name}: finished", flush=True)
-    return True, failed
+        except UserError as error:
+            found["failed"] = str(error)
+            print(f"{name}: {error}", flush=True)
+        write_json(part_file(name, settings), found)
+        first = False
+    return True
 
 
-def record(settings: Settings, failed: Mapping[str, str]) -> dict[str, Any]:
+def rows(name: str, out: Path, settings: Settings) -> list[dict[str, Any]]:
+    """The lines of JSON of a part that has ended well, or what is in its result's file."""
+    if (result := PARTS[name].result) is not None:
+        return [json.loads((Path(settings.workdir) / name / result).read_text())]
+    return [json.loads(line) for line in out.read_text().splitlines() if line.startswith("{")]
+
+
+def record(settings: Settings) -> dict[str, Any]:
     """What the parts have found so far, and the goals."""
-    found = {name: rows(lines_of(name, settings)) for name in PARTS}
+    parts = {name: left for name in settings.parts if (left := ended(name, settings))}
+    found = {name: parts.get(name, {}).get("rows", []) for name in PARTS}
     return {
         "trial": settings.trial,
-        "commit": commit(),
-        "parts": {
-            name: {"command": shlex.join(["python", *command(name, settings)[1:]]), "rows": each}
-            for name, each in found.items()
-            if each
-        },
-        "failed": dict(failed),
-        "missing": [name for name in settings.parts if not found[name]],
+        "parts": parts,
+        "failed": {name: left["failed"] for name, left in parts.items() if "failed" in left},
+        "missing": [name for name in settings.parts if name not in parts],
         "goals": goals(found),
     }
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of JSON of a finished part; none of another."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
 
 
 def commit() -> str | None:
@@ -258,7 +276,7 @@ def _judged(found: Mapping[str, Rows]) -> Iterator[tuple[str, Any, Callable[[Any
     text = "airbench94's seconds over those of the speed run to 94 %, at least 1"
     both = None
     if theirs and own:
-        taken = own["train_seconds"]["mean"] + own["eval_seconds"]["mean"]
+        taken = sum(own[f"{each}_seconds"]["mean"] for each in ("start", "train", "eval"))
         both = theirs["seconds"]["mean"] / taken
     yield text, both, _at_least(1)
     together = {row["num_seeds"]: row["together_over_in_turn"] for row in found["seeds"]}
@@ -282,12 +300,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors(), pieces.terminable():
         about, prog = __doc__ or "", "python -m experiments.launch.gpu_suite"
         settings = flags.cli(Settings, argv, about, prog)
-        done, failed = launch(settings)
-        made = record(settings, failed)
+        done = launch(settings)
+        made = record(settings)
         write_json(Path(settings.workdir) / "record.json", made)
         print(report(made), flush=True)
-    if done and failed:
-        print(f"failed: {', '.join(failed)}; the same command tries again", flush=True)
+    if done and made["failed"]:
+        print(f"failed: {', '.join(made['failed'])}; --retry runs them again", flush=True)
         sys.exit(1)
     pieces.leave(done)
 

@@ -17,8 +17,8 @@ from flax_resnet.datasets.decode import DECODE_ERRORS, Decoder
 from flax_resnet.errors import UserError
 
 # Files or records read at a time: enough that storage is asked for several at once, and few enough
-# that the processor still has them at hand when they are decoded. Records of 60 kB by 64 took 0.16
-# ms each, by 16 0.07.
+# that the processor still has them at hand when they are decoded: records of 60 kB by 64 took more
+# than twice as long each as by 16 (a 2-core CPU, n = 1).
 READ = 16
 
 

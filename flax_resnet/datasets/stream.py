@@ -43,13 +43,12 @@ def batches(reader: BatchReader, start: int, stop: int, num_workers: int) -> Gen
         made = made.mp_prefetch(
             grain.MultiprocessingOptions(workers, per_worker_buffer_size=2), worker_init_fn=_depend
         )
-    with _signals_held():  # a worker begins with what its parent holds, until it ignores it
-        iterator = iter(made)
-        first = list(itertools.islice(iterator, 1))
-    try:
+    with contextlib.ExitStack() as stack:
+        with _signals_held():  # a worker begins with what its parent holds, until it ignores it
+            iterator = iter(made)
+            stack.callback(iterator.close)
+            first = list(itertools.islice(iterator, 1))
         yield from itertools.chain(first, iterator)
-    finally:
-        iterator.close()
 
 
 def thread_count(workers: int) -> int:
