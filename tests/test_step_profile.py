@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from helpers import line_of_bad_input, tiny_resnet
 
 from experiments.benchmarks import step_profile, steps
@@ -30,13 +31,23 @@ def test_instructions_are_of_the_kind_that_they_are():
     }
 
 
-def test_an_events_own_time_is_without_what_is_inside_of_it():
-    events = [(0.0, 10.0, "a"), (1.0, 4.0, "b"), (2.0, 1.0, "c"), (6.0, 3.0, "b"), (20.0, 5.0, "a")]
-    assert step_profile.own_seconds(reversed(events)) == {"a": 8.0, "b": 6.0, "c": 1.0}
-    of = {"a": "values", "c": "sums"}
-    found = step_profile.by_kind([events, [(0.0, 2.0, "c"), (0.0, 9.0, "x")]], of, count=2)
-    assert (found["values"], found["sums"]) == (4.0, 1.5)
-    assert sum(found.values()) == 5.5
+def test_an_operation_lasts_until_its_end_is_told():
+    events = [(5.0, 0.5, "b"), (1.0, 0.1, "a"), (4.0, 0.0, "end: a"), (11.0, 0.1, "a")]
+    assert sorted(step_profile.spans([*events, (12.0, 0.0, "end: a")])) == [
+        (1.0, 4.0, "a"),
+        (4.0, 4.0, "end: a"),
+        (5.0, 5.5, "b"),
+        (11.0, 12.0, "a"),
+        (12.0, 12.0, "end: a"),
+    ]
+
+
+def test_what_is_under_way_at_once_shares_the_time():
+    done = [(0.0, 4.0, "a"), (2.0, 4.0, "b"), (3.0, 4.0, "c"), (6.0, 7.0, "b"), (0.0, 9.0, "x")]
+    found = step_profile.shared(done, {"a": "values", "b": "sums", "c": "sums"}, count=2)
+    assert found["values"] == pytest.approx((2 + 1 / 2 + 1 / 3) / 2)
+    assert found["sums"] == pytest.approx((1 / 2 + 2 / 3 + 1) / 2)
+    assert sum(found.values()) == pytest.approx(5 / 2)
 
 
 def test_a_step_is_traced(monkeypatch, capfd):
@@ -46,10 +57,11 @@ def test_a_step_is_traced(monkeypatch, capfd):
         "--rounds", "1", "--peak-size", "64",
     ])  # fmt: skip
     row = json.loads(capfd.readouterr().out)
-    spent = row["thread_seconds"]
+    spent = row["kind_seconds"]
     assert list(spent) == list(step_profile.KINDS)
     for kind in ("convolution", "gradient by kernel", "values"):
         assert spent[kind] > 0
+    assert sum(spent.values()) < 10 * row["step_seconds"]["most"]  # the profiler slows it
     assert row["floor_seconds"] > 0
 
 

@@ -1,9 +1,8 @@
-"""Where a training step's time goes on a CPU: seconds of each kind of operation, by its threads.
+"""Where a training step's time goes on a CPU: seconds of each kind of operation.
 
-A network's step, as a run compiles it, is traced for some steps with the profiler of jax. What a
-thread spends in an operation, without what it spends there in others, is added up by kind and
-divided by the steps: seconds of processor time, of all threads. The rest of the step is what the
-threads wait, for each other or for memory that the trace does not name.
+A network's step, as a run compiles it, is traced for some steps with the profiler of jax. The time
+in which an operation was under way goes to its kind; where several were, they have equal shares.
+The rest of a step is between operations.
 
 Kinds: convolutions forward, their gradients by the input and by the kernel, matrix products,
 transposes and copies (XLA turns activations around for the gradient of a kernel), sums (of norms
@@ -51,6 +50,8 @@ SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 WINDOW = re.compile(r"window={size=(\d+)")
 RESULT = re.compile(r"dim_labels=\w+->(\w+)")
 Row = dict[str, Any]
+Event = tuple[float, float, str]
+"""Start, seconds, name."""
 
 
 def kind_of(name: str, shape: str, opcode: str, rest: str) -> str:
@@ -85,38 +86,51 @@ def kinds(program: str) -> dict[str, str]:
     return {m[1]: kind_of(m[1], m[2], m[3], m[4]) for m in found if m}
 
 
-def own_seconds(events: Iterable[tuple[float, float, str]]) -> dict[str, float]:
-    """{name: seconds of it alone} of one thread's events: (start, seconds, name), nested."""
-    own: dict[str, float] = collections.defaultdict(float)
-    open_: list[tuple[float, str]] = []
-    for start, seconds, name in sorted(events, key=lambda event: (event[0], -event[1])):
-        while open_ and open_[-1][0] <= start:
-            open_.pop()
-        if open_:
-            own[open_[-1][1]] -= seconds
-        own[name] += seconds
-        open_.append((start + seconds, name))
-    return own
+def spans(events: Iterable[Event]) -> Iterator[tuple[float, float, str]]:
+    """(start, end, name) of each operation that was done.
+
+    Most are handed to the threads: their own event is the handing over, and one that is called
+    "end: NAME" is when they were done.
+    """
+    starts: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
+    for start, seconds, name in sorted(events):
+        starts[name].append((start, start + seconds))
+    for name, own in starts.items():
+        ends = starts.get(f"end: {name}", own)
+        for (start, end), (done, _) in zip(
+            own, ends if len(ends) == len(own) else own, strict=True
+        ):
+            yield start, max(end, done), name
 
 
-def threads(trace: Path) -> Iterator[list[tuple[float, float, str]]]:
-    """The events of each thread of a trace's directory."""
+def shared(
+    each: Iterable[tuple[float, float, str]], of: Mapping[str, str], count: int
+) -> dict[str, float]:
+    """{kind: seconds a step} in which an instruction of it was under way.
+
+    Where several instructions were, each has an equal share.
+    """
+    changes: list[tuple[float, int, str]] = []
+    for start, end, name in each:
+        if name in of:
+            changes += [(start, 1, of[name]), (end, -1, of[name])]
+    total, active, before = dict.fromkeys(KINDS, 0.0), collections.Counter[str](), 0.0
+    for at, change, kind in sorted(changes):
+        if busy := sum(active.values()):
+            for each_kind, number in active.items():
+                total[each_kind] += (at - before) * number / busy / count
+        active[kind] += change
+        before = at
+    return total
+
+
+def events_of(trace: Path) -> Iterator[Event]:
+    """The events of all threads in a trace's directory."""
     for path in trace.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
             for line in plane.lines:
-                yield [(e.start_ns / 1e9, e.duration_ns / 1e9, e.name) for e in line.events]
-
-
-def by_kind(
-    each: Iterable[Iterable[tuple[float, float, str]]], of: Mapping[str, str], count: int
-) -> dict[str, float]:
-    """{kind: seconds a step} of all threads' events that are instructions of the program."""
-    total = dict.fromkeys(KINDS, 0.0)
-    for events in each:
-        for name, seconds in own_seconds(events).items():
-            if name in of:
-                total[of[name]] += seconds / count
-    return total
+                for event in line.events:
+                    yield event.start_ns / 1e9, event.duration_ns / 1e9, event.name
 
 
 def measure(name: str, settings: steps.Settings, floor: float) -> Row:
@@ -129,14 +143,15 @@ def measure(name: str, settings: steps.Settings, floor: float) -> Row:
     with tempfile.TemporaryDirectory(prefix="flax_resnet_") as directory:
         with jax.profiler.trace(directory):
             turn(settings.steps)
-        found = by_kind(threads(Path(directory)), kinds(compiled.as_text() or ""), settings.steps)
+        done = spans(events_of(Path(directory)))
+        found = shared(done, kinds(compiled.as_text() or ""), settings.steps)
     return {
         "model": name,
         "image_size": settings.side(config),
         "batch_size": config.batch_size,
         "dtype": settings.dtype,
         "step_seconds": dataclasses.asdict(seconds),
-        "thread_seconds": found,
+        "kind_seconds": found,
         "floor_seconds": floor,
     }
 
@@ -148,7 +163,7 @@ def report(rows: Sequence[Row]) -> str:
             row["model"],
             str(common.Timing(**{**row["step_seconds"]})),
             f"{1e3 * row['floor_seconds']:.0f}",
-            *(f"{1e3 * row['thread_seconds'][kind]:.0f}" for kind in KINDS),
+            *(f"{1e3 * row['kind_seconds'][kind]:.0f}" for kind in KINDS),
         ]
         for row in rows
     ]
