@@ -9,7 +9,10 @@ from __future__ import annotations
 import functools
 import math
 import os
+import platform
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +23,10 @@ YNN = "xla_cpu_experimental_ynn_fusion_type"
 # By default XLA gives convolutions to YNNPACK, which has no fast gradient of a kernel, and sums
 # over the batch to its own loops; the other way round both are faster.
 FUSION_TYPES = "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+
+TUNABLES = "GLIBC_TUNABLES"
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+WORTH_BYTES = 2**27
 
 # Of a convolution's input, when the gradient of its kernel is computed in parts.
 PART_BYTES = 2**21
@@ -49,6 +56,27 @@ def _known_options() -> dict[str, Any] | None:
     except jax.errors.JaxRuntimeError:
         return None
     return options
+
+
+def memory_advice(temporaries: int) -> str | None:
+    """A line for whoever trains on a Linux CPU without huge pages, or None.
+
+    XLA takes the memory of a step's activations from the system and gives it back in every step,
+    and the kernel clears it page by page of 4 KiB. glibc asks for pages of 2 MiB where it is told
+    to, before the process starts.
+
+    Args:
+      temporaries: bytes that a step takes besides its arguments and results.
+    """
+    here = is_backend() and sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+    if not here or temporaries < WORTH_BYTES or "hugetlb" in os.environ.get(TUNABLES, ""):
+        return None
+    try:
+        if "[madvise]" not in HUGE_PAGES.read_text():
+            return None
+    except OSError:
+        return None
+    return f"steps are faster with huge pages: {TUNABLES}=glibc.malloc.hugetlb=1 before the command"
 
 
 def max_pool(

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from flax_resnet import cpu, dispatch, distributed, guards, metrics, transfer
+from flax_resnet import cpu, dispatch, distributed, guards, metrics, programs, transfer
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.datasets.rows import take
@@ -48,6 +48,7 @@ class Run:
       train_seconds: of these, in which it did not "compile", "evaluate" or "save".
       spent: seconds in which it did these.
       start_seconds: before, to start the network from training images, where it does.
+      advice: what would make its steps faster, in a line.
       shared_by: networks that trained in the program whose ``seconds`` these are.
     """
 
@@ -77,6 +78,7 @@ class Run:
     first_loss: float | None = None
     resumed_on: dict[str, Any] | None = None
     shared_by: int = 1
+    advice: str | None = None
 
     @property
     def epoch(self) -> float:
@@ -236,7 +238,10 @@ class Run:
         )
         images = (*self.lead, self.config.batch_size)
         with self.step_memory():
-            return step.lower(self.state, self._training_batch(images)).compile()
+            compiled = step.lower(self.state, self._training_batch(images)).compile()
+        memory = programs.memory(compiled)
+        self.advice = cpu.memory_advice(memory.temporaries if memory else 0)
+        return compiled
 
     def compile_group(self) -> dispatch.Compiled:
         """``group`` train steps in one program, as dispatch.Programs has them."""

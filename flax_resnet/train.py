@@ -159,6 +159,8 @@ def go(
                 "evaluated or saved between them: each is a dispatch of its own"
             )
         log.message(f"compiled in {run.compile_seconds:.1f} s")
+        if advice := run.advice:
+            log.message(advice)
         began = time.perf_counter() - run.seconds - run.compile_seconds
         while True:
             loop = _Loop(run, step_fn, eval_fn, checkpoints, log, signals, watch, began)

@@ -11,6 +11,8 @@ keras           Keras 3 on jax: the compiled function that `fit` calls, its stat
 torch           PyTorch eager, channels last, fused optimizer
 torch_compiled  the same through torch.compile
 
+A turn begins with a step that is not timed: as in a run, the timed ones follow others.
+
 All but ours are handed float32 images that are normalised already. bfloat16 is by the layers' dtype
 (ours, flax), by policy (keras) and by autocast (torch). DropBlock is the paper's algorithm; ours
 solves for the rate exactly. No data pipeline.
@@ -292,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         best = steps.machine_peak(
             settings.device, settings.computed, settings.threads, settings.peak_size
         )
-        hardware = {name: common.hardware()[name] for name in ("processor", "cores", "jax")}
+        facts_of = ("processor", "cores", "jax", "glibc_tunables")
+        hardware = {name: common.hardware()[name] for name in facts_of}
         facts = {
             "settings": dataclasses.asdict(settings),
             "peak": dataclasses.asdict(best),
