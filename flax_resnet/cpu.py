@@ -6,6 +6,7 @@ plain form is what runs. What they are worth: `python -m experiments.benchmarks.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -25,6 +26,7 @@ YNN = "xla_cpu_experimental_ynn_fusion_type"
 FUSION_TYPES = "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
 
 TUNABLES = "GLIBC_TUNABLES"
+HUGE_PAGES_ON = "glibc.malloc.hugetlb=1"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 WORTH_BYTES = 2**27
 
@@ -58,25 +60,31 @@ def _known_options() -> dict[str, Any] | None:
     return options
 
 
-def memory_advice(temporaries: int) -> str | None:
-    """A line for whoever trains on a Linux CPU without huge pages, or None.
+def lacks_huge_pages() -> bool:
+    """True where programs are compiled for a Linux CPU whose glibc could take huge pages.
 
     XLA takes the memory of a step's activations from the system and gives it back in every step,
     and the kernel clears it page by page of 4 KiB. glibc asks for pages of 2 MiB where it is told
     to, before the process starts.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or not is_backend():
+        return False
+    if "hugetlb" in os.environ.get(TUNABLES, ""):
+        return False
+    with contextlib.suppress(OSError):
+        return "[madvise]" in HUGE_PAGES.read_text()
+    return False
+
+
+def memory_advice(temporaries: int) -> str | None:
+    """A line for whoever trains without huge pages and could with them; else None.
 
     Args:
       temporaries: bytes that a step takes besides its arguments and results.
     """
-    here = is_backend() and sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
-    if not here or temporaries < WORTH_BYTES or "hugetlb" in os.environ.get(TUNABLES, ""):
+    if temporaries < WORTH_BYTES or not lacks_huge_pages():
         return None
-    try:
-        if "[madvise]" not in HUGE_PAGES.read_text():
-            return None
-    except OSError:
-        return None
-    return f"steps are faster with huge pages: {TUNABLES}=glibc.malloc.hugetlb=1 before the command"
+    return f"steps are faster with huge pages: {TUNABLES}={HUGE_PAGES_ON} before the command"
 
 
 def max_pool(

@@ -156,15 +156,8 @@ class Data:
                 f"model.num_classes={num_classes} and the data has labels 0 to "
                 f"{len(self.class_names) - 1}: set --model.num-classes {len(self.class_names)}"
             )
-        height, width, channels = self._train.image_shape
-        if config.image_size is not None:
-            height = width = config.image_size
-        if height is None or width is None:
-            raise UserError(
-                f"images of {config.title} differ in size: set --data.image-size, for example 224"
-            )
-        channels = config.channels or channels
-        self.image_shape = (height + 2 * config.pad, width + 2 * config.pad, channels)
+        self.image_shape = _image_shape(config, self._train)
+        channels = self.image_shape[2]
         side = config.eval_image_size
         size = self.image_shape[:2] if side is None else (side + 2 * config.pad,) * 2
         self.eval_shape = (*size, channels)
@@ -365,6 +358,27 @@ class Data:
         repeats, with_rows = self._config.repeats, self._with_rows
         reader = BatchReader(source, decoder, batch_size, seed, shard, repeats, with_rows)
         return stream.batches(reader, start, stop, self._config.num_workers)
+
+
+def training_set(config: DataConfig) -> tuple[int, tuple[int, int, int]]:
+    """(examples, (H, W, C) of an image) of the training split, from what is stored beside it.
+
+    Raises:
+      UserError: it is missing, or has images of several sizes and no ``image_size``.
+    """
+    source = _open(config)[0]
+    return len(source), _image_shape(config, source)
+
+
+def _image_shape(config: DataConfig, source: sources.Source) -> tuple[int, int, int]:
+    height, width, channels = source.image_shape
+    if config.image_size is not None:
+        height = width = config.image_size
+    if height is None or width is None:
+        raise UserError(
+            f"images of {config.title} differ in size: set --data.image-size, for example 224"
+        )
+    return height + 2 * config.pad, width + 2 * config.pad, config.channels or channels
 
 
 def _open(config: DataConfig) -> list[Any]:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from flax_resnet import (
     analysis,
     convert,
@@ -21,6 +23,7 @@ from flax_resnet import (
     predict,
     preemption,
     report,
+    restart,
     summary,
     tables,
 )
@@ -64,6 +67,8 @@ def main(
             if chosen.analyze:  # without the cache: it says how long compiling takes
                 analysis.show(chosen.config)
                 return []
+            if argv is None and jax.process_count() == 1:
+                restart.with_huge_pages(chosen.config, chosen.num_seeds)
             use_cache()
             if chosen.num_seeds == 1:
                 return [train_and_evaluate(chosen.config, chosen.workdir)]
@@ -93,8 +98,11 @@ def ablate(
     with one_line_errors():
         chosen = chosen_by(get_config, workdir, argv, flags.SweepInvocation, get_grid)
         with hosts.joined(chosen.hosts), preemption.restartable():
+            configs = get_grid(chosen.config, chosen.seeds)
+            if argv is None and jax.process_count() == 1:
+                restart.with_huge_pages(chosen.config, len(configs))
             use_cache()
-            rows = sweep(get_grid(chosen.config, chosen.seeds), chosen.workdir, baseline=baseline)
+            rows = sweep(configs, chosen.workdir, baseline=baseline)
             if not distributed.is_lead():
                 return
             print(tables.markdown(rows, baseline))

@@ -264,6 +264,7 @@ class _Loop:
             watch.at(WAITING, run.step)
         if run.confusion is None:  # the last checkpoint was the end, and the record was not written
             self._measure()
+            run.seconds = time.perf_counter() - self.began
 
     def _due(self, every: Sequence[int]) -> bool:
         step = self.run.step
