@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,9 @@ from flax_resnet.shelf import CHOICES, Shelf, Which
 from flax_resnet.watch import print_report
 
 T = TypeVar("T")
+
+# Seconds before each removal of what a save that failed has left.
+DISCARDING = (0, 0.1, 0.4)
 
 # Orbax tells its threads apart by the number of the process's newest save: of two saves at once,
 # as of runs on several devices, each could take the other's signals for its own.
@@ -290,7 +294,9 @@ class Checkpoints:
             storage.hush.end()
 
     def _discard(self, step: int) -> None:
-        if distributed.is_lead():
+        # Orbax does not wait for its other threads where one has failed, and they may still write.
+        for pause in DISCARDING if distributed.is_lead() else ():
+            time.sleep(pause)
             self._shelf.discard(step)
 
     def _writing(self, step: int) -> contextlib.AbstractContextManager[None]:

@@ -23,12 +23,14 @@ def rows():
         return {row["mode"]: row for row in compile.measure(20, SMALL)}
 
 
+@pytest.mark.slow
 def test_rows_have_the_networks_parameters_whatever_the_mode(rows):
     assert list(rows) == ["unrolled", "scanned"]
     want = count_parameters(cifar_preact(20, block_cls=PreActBottleneckBlock), (4, 4, 3))
     assert {(row["depth"], row["parameters"]) for row in rows.values()} == {(20, want)}
 
 
+@pytest.mark.slow
 def test_rows_have_times_and_memory(rows):
     for row in rows.values():
         assert all(0 < row[name]["least"] <= row[name]["median"] for name in TIMES)
@@ -37,6 +39,7 @@ def test_rows_have_times_and_memory(rows):
         assert row["instructions"] > 1000
 
 
+@pytest.mark.slow
 def test_both_modes_take_the_same_step(rows):
     first = rows["unrolled"]["first_loss"]
     assert 1 < first < 5

@@ -103,7 +103,7 @@ def test_starting_later_continues_the_same_stream(digits):
     assert_same_batches(whole[25:], digits.train_batches(0, 64, 25, 40))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_streamed_batches_equal_resident_ones(digits, digits_dir, mesh, num_workers):
     config = DataConfig(data_dir=digits_dir, resident_mb=0, num_workers=num_workers)
     streamed = Data(config, mesh, 10)

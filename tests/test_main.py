@@ -153,6 +153,7 @@ def kill_when(environment, workdir, targets, arguments, **kwargs):
         assert not (workdir / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(environment, tmp_path):
     """kill -9 wherever the process is, then the same command to the end."""
     arguments = (*SMALL, "--num-steps", 60, "--checkpoint.every-steps", 7, "--optimizer", "adam")
@@ -200,6 +201,7 @@ def test_mini_model_learns_real_cifar10_and_survives_kill_9(environment, tmp_pat
     assert_trees_equal(saved(killed)[0], saved(whole)[0])
 
 
+@pytest.mark.slow
 def test_tensorflow_is_never_imported(environment, tmp_path):
     """A stand-in that leaves a mark when anything imports it, Grain's workers included."""
     marker = tmp_path / "imported"

@@ -179,6 +179,7 @@ def test_help(call, name):
     assert name in call("--help")[1]
 
 
+@pytest.mark.slow
 def test_a_process_imports_no_other_framework(weights, photos, tmp_path, clean_environment):
     marker = tmp_path / "imported"
     for name in ("torch", "tensorflow", "keras"):

@@ -63,6 +63,7 @@ def test_every_module_that_is_run_is_there():
         assert (ROOT / "experiments" / f"{name.replace('.', '/')}.py").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", BLOCKS)
 def test_the_python_runs(code, tmp_path, digits_dir, clean_environment):
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}

@@ -51,7 +51,9 @@ def share(tree):
     return mine / sum(x.nbytes for x in leaves)
 
 
-@pytest.mark.parametrize(("kind", "accum_steps"), [("zero", 1), ("fsdp", 2)])
+@pytest.mark.parametrize(
+    ("kind", "accum_steps"), [pytest.param("zero", 1, marks=pytest.mark.slow), ("fsdp", 2)]
+)
 def test_split_and_whole_states_agree_to_1e_10_in_x64_after_5_steps(
     config, tmp_path, meshes, kind, accum_steps
 ):

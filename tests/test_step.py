@@ -98,6 +98,7 @@ def test_pmapped_replicas_draw_different_augmentations(rng):
     assert float(sums["loss"][0]) != pytest.approx(2 * float(alone["loss"][0]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_vmap_of_the_same_step_equals_separate_runs(rng):
     batch = random_batch(rng, 8)
     with jax.enable_x64(True):
@@ -225,6 +226,7 @@ def test_a_threshold_counts_both_labels_of_a_mixed_image():
     np.testing.assert_array_equal(got, soft_targets(batch, 4, 0.2, 0.2000001))
 
 
+@pytest.mark.slow
 def test_threshold_and_randaugment_reach_the_step(rng):
     batch, state = random_batch(rng, 8), make_state(Linear())
     augment = Augment(randaugment_ops=1, randaugment_probability=1.0, mixup=1.0)

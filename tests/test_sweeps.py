@@ -86,6 +86,7 @@ class Killed(BaseException):
     """No Exception: nothing that survives a failure catches it."""
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_twice_ends_with_the_table_of_an_unbroken_one(
     base, tmp_path, one_device, monkeypatch
 ):

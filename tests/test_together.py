@@ -56,7 +56,13 @@ def last_state(run):
     return run.state
 
 
-@pytest.mark.parametrize("schedule", [Cosine(warmup=0.2), ReduceOnPlateau(patience=1, warmup=0.2)])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Cosine(warmup=0.2),
+        pytest.param(ReduceOnPlateau(patience=1, warmup=0.2), marks=pytest.mark.slow),
+    ],
+)
 def test_networks_trained_together_equal_runs_of_their_own_in_x64(digits_dir, tmp_path, schedule):
     with jax.enable_x64(True):
         configs = [
@@ -110,6 +116,7 @@ class Killed(BaseException):
     """No Exception: nothing that survives a failure catches it."""
 
 
+@pytest.mark.slow
 def test_killed_twice_they_end_bit_identical(configs, tmp_path, devices, monkeypatch):
     together.train_together(configs, tmp_path / "together", devices)
     again = {tmp_path / "again" / path.name: config for path, config in configs.items()}
@@ -132,6 +139,7 @@ def test_killed_twice_they_end_bit_identical(configs, tmp_path, devices, monkeyp
         assert timeless(read_metrics(killed)) == timeless(read_metrics(whole))
 
 
+@pytest.mark.slow
 def test_more_seeds_leave_the_finished_as_they_are(configs, tmp_path, devices):
     together.train_together(configs, tmp_path / "together", devices)
     records = [(path / "config.json").read_text() for path in configs]

@@ -173,6 +173,7 @@ def test_a_finished_run_says_so_and_touches_nothing(config, whole, capsys, monke
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_one(
     config, whole, tmp_path, meshes, crash_after, monkeypatch
 ):

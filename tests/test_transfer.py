@@ -142,6 +142,7 @@ def test_features_are_computed_once_and_never_stale(config, tmp_path, mesh, cach
     assert len(features(cache)) == 2 + 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flip", "cut"])
 def test_a_damaged_cache_is_computed_again(config, tmp_path, mesh, cache, damage):
     config = dataclasses.replace(config, num_epochs=0.2)
@@ -154,6 +155,7 @@ def test_a_damaged_cache_is_computed_again(config, tmp_path, mesh, cache, damage
     assert train_and_evaluate(config, tmp_path / "b", mesh=mesh)["loss"] == whole["loss"]
 
 
+@pytest.mark.slow
 def test_a_streamed_set_and_a_resumed_run_give_the_same(config, tmp_path, mesh):
     whole = train_and_evaluate(config, tmp_path / "whole", mesh=mesh)
     data = dataclasses.replace(config.data, resident_mb=0, num_workers=0)
@@ -312,6 +314,7 @@ class Mine(BottleneckBlock):
         return self.factor * super().__call__(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_features_of_a_changed_block_are_not_taken_from_the_cache(
     config, tmp_path, mesh, capsys, monkeypatch
 ):
@@ -401,6 +404,7 @@ def test_finetuning_starts_from_the_weights(weights, tmp_path, mesh, image_folde
     assert stage > stem > 0
 
 
+@pytest.mark.slow
 def test_no_other_framework_is_imported(weights, digits_dir, tmp_path, clean_environment):
     """Stand-ins that leave a mark when anything imports them."""
     site, marker = tmp_path / "site", tmp_path / "imported"
