@@ -11,7 +11,7 @@ from peer_helpers import SIDE, SMALL, small_task
 
 from experiments.benchmarks import peak, peer_worker, peers, workers
 from experiments.benchmarks.peer_nets import flax_nets, specs
-from flax_resnet import models
+from flax_resnet import cpu, models
 
 TESTS = pathlib.Path(__file__).parent
 BEST = peak.Peak(200.0, 50.0, "float32", 64, {"jax": {"gflops": 200.0}, "torch": {"error": "none"}})
@@ -91,14 +91,18 @@ def echo(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--ours")
     started = []
 
-    def start(do="work", limit=60.0):
-        worker = workers.Worker("peer_echo", {"do": do}, "cpu", 1, limit)
+    def start(do="work", limit=60.0, **extra):
+        worker = workers.Worker("peer_echo", {"do": do}, "cpu", 1, limit, extra)
         started.append(worker)
         return worker
 
     yield start
     for worker in started:
         worker.close()
+
+
+def test_a_worker_may_have_more_in_its_environment(echo):
+    assert echo(XLA_FLAGS="--theirs").about["xla_flags"] == "--theirs"
 
 
 def test_a_worker_answers_again_and_again(echo):
@@ -170,11 +174,13 @@ class Fake:
 def measured(monkeypatch):
     """Rows of peers whose steps take given seconds, and the order in which they were asked."""
     monkeypatch.setattr(peers, "PAUSE", 0)
+    monkeypatch.setattr(cpu, "lacks_huge_pages", lambda: True)
     log = []
 
     def measure(seconds, parameters=None):
-        def start(module, task, device, cores, limit):
+        def start(module, task, device, cores, limit, extra):
             name = task["peer"]
+            assert extra == ({cpu.TUNABLES: cpu.HUGE_PAGES_ON} if name == "ours" else {})
             if isinstance(seconds[name], str):
                 raise workers.WorkerError(seconds[name])
             return Fake(log, name, seconds[name], (parameters or {}).get(name, 10))

@@ -5,7 +5,9 @@ step, and is then told to do some steps, in turn with the others (A B C A B C ..
 computes at a time and whatever slows the machine slows all. All have the same cores, batch, dtype,
 optimizer and loss (cross-entropy), and as many parameters: another number is an error.
 
-ours            the step that a run compiles, its state donated; it normalises uint8 images
+ours            the step that a run compiles, its state donated; it normalises uint8 images. On a
+                Linux CPU with huge pages, as a long run starts itself (flax_resnet.restart); with
+                GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment all have them
 flax            nn.Conv, nn.BatchNorm, TrainState, optax and jax.jit, with nothing of this library
 keras           Keras 3 on jax: the compiled function that `fit` calls, its state left on the device
 torch           PyTorch eager, channels last, fused optimizer
@@ -47,7 +49,7 @@ import jax
 
 from experiments.benchmarks import common, peak, peer_worker, steps, workers
 from experiments.benchmarks.peer_nets.specs import NETWORKS
-from flax_resnet import flags, models
+from flax_resnet import cpu, flags, models
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range, did_you_mean
 from flax_resnet.main import one_line_errors
 
@@ -177,7 +179,12 @@ def started(settings: Settings, network: str, stack: contextlib.ExitStack) -> li
         note(f"{network}: builds {name}")
         try:
             peer.worker = workers.Worker(
-                peer_worker.__name__, task, settings.device, settings.threads, settings.limit
+                peer_worker.__name__,
+                task,
+                settings.device,
+                settings.threads,
+                settings.limit,
+                own_environment(name, settings.device),
             )
         except workers.WorkerError as error:
             peer.error = str(error)
@@ -185,6 +192,12 @@ def started(settings: Settings, network: str, stack: contextlib.ExitStack) -> li
         stack.callback(peer.worker.close)
     check_parameters({p.name: p.about["parameters"] for p in peers if p.worker})
     return peers
+
+
+def own_environment(name: str, device: workers.Device) -> dict[str, str]:
+    """What a peer's own commands start its process with: ours take huge pages on a CPU."""
+    huge = name == OURS and device == "cpu" and cpu.lacks_huge_pages()
+    return {cpu.TUNABLES: cpu.HUGE_PAGES_ON} if huge else {}
 
 
 def check_parameters(counts: Mapping[str, int]) -> None:

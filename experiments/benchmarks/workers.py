@@ -57,7 +57,13 @@ class Worker:
     """
 
     def __init__(
-        self, module: str, task: Mapping[str, Any], device: Device, cores: int, limit: float
+        self,
+        module: str,
+        task: Mapping[str, Any],
+        device: Device,
+        cores: int,
+        limit: float,
+        extra: Mapping[str, str] | None = None,
     ):
         """Starts it, and waits until it is built.
 
@@ -67,6 +73,7 @@ class Worker:
           device: what it computes on.
           cores: of this machine, for all its threads.
           limit: seconds that it may take.
+          extra: of its environment.
 
         Raises:
           WorkerError: it failed, or took longer.
@@ -78,7 +85,7 @@ class Worker:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env=environment(os.environ, device, cores),
+            env={**environment(os.environ, device, cores), **(extra or {})},
         )
         self._said: collections.deque[str] = collections.deque(maxlen=20)
         self._listener = threading.Thread(
