@@ -18,11 +18,9 @@ from flax_resnet import distributed, programs, views
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.setup import check_batch, prepare
-from flax_resnet.summary import count_layers
+from flax_resnet.summary import FLOPS_A_MAC, count_layers
 
 UNKNOWN = "not known"
-# A multiply-add is two operations; the backward pass has one of each for inputs and for weights.
-FLOPS_A_MAC = {"train": 6, "eval": 2}
 
 
 @dataclasses.dataclass(frozen=True)

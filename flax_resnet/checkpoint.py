@@ -125,8 +125,12 @@ class Checkpoints:
         commit = threading.Thread(
             target=self._commit, args=(step, scores), name=f"checkpoint {step}", daemon=True
         )
-        self._thread = commit
-        commit.start()
+        try:
+            commit.start()
+        except RuntimeError:  # the system has no thread to give: seal it here and now
+            self._commit(step, scores)
+        else:
+            self._thread = commit
 
     def rate(self, step: int, scores: dict) -> None:
         """Adds the evaluation to a step that was saved before it was evaluated."""

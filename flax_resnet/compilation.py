@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 
+from flax_resnet.cpu import usable_cores
 from flax_resnet.files import digest
 from flax_resnet.pretrained.fetch import cache_dir
 
@@ -85,7 +86,7 @@ def default_directory() -> Path:
 
 def processor() -> str:
     """A name of this processor: equal where its model, instruction sets and usable cores are."""
-    said = [platform.system(), platform.machine(), platform.processor(), str(_cores())]
+    said = [platform.system(), platform.machine(), platform.processor(), str(usable_cores())]
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         first = dict(reversed([_field(line) for line in lines]))  # of the first core
@@ -93,12 +94,6 @@ def processor() -> str:
         # x86 has flags, ARM Features; the kernel's order means nothing.
         said += sorted(f"{first.get('flags', '')} {first.get('Features', '')}".split())
     return f"{platform.machine() or 'unknown'}-{digest(said)[:12]}"
-
-
-def _cores() -> int | None:
-    with contextlib.suppress(AttributeError):  # Linux alone has it
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def _field(line: str) -> tuple[str, str]:

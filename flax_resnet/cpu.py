@@ -40,6 +40,13 @@ def is_backend() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux alone has it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def compiler_options() -> dict[str, Any] | None:
     """What to give ``jax.jit(..., compiler_options=...)``: options for a CPU, None elsewhere.
 

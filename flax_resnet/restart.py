@@ -15,7 +15,7 @@ from flax_resnet import cpu
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import training_set
 from flax_resnet.errors import UserError
-from flax_resnet.summary import count_layers
+from flax_resnet.summary import FLOPS_A_MAC, count_layers
 
 WORTH_SECONDS = 120.0
 FLOPS_A_SECOND = 2e11
@@ -54,5 +54,5 @@ def estimated_seconds(config: TrainConfig) -> float:
     rows, _ = count_layers(config.model, (height, width, channels))
     steps_per_epoch = math.ceil(examples / config.batch_size)
     steps = config.num_steps or config.num_epochs * steps_per_epoch
-    operations = 6 * sum(row.macs for row in rows) * config.batch_size * steps
+    operations = FLOPS_A_MAC["train"] * sum(row.macs for row in rows) * config.batch_size * steps
     return operations / FLOPS_A_SECOND

@@ -17,6 +17,8 @@ from rich.table import Table
 from flax_resnet.models import ResNet
 
 COUNTED = (nn.Conv, nn.Dense, nn.BatchNorm)
+FLOPS_A_MAC = {"train": 6, "eval": 2}
+"""A multiply-add is two operations; the backward pass has one of each for inputs and weights."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,20 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(checkpoints):
     np.testing.assert_array_equal(got["w"], np.arange(250_000.0) + 4)
 
 
+def test_a_save_is_sealed_though_no_thread_can_be_started(checkpoints, monkeypatch):
+    start = threading.Thread.start
+
+    def refused(thread):
+        if thread.name.startswith("checkpoint "):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    for step in (1, 2):  # the second would wait for the first for ever
+        checkpoints.save(step, tree(step), {}, None)
+        assert checkpoints.latest_step() == step
+
+
 def test_a_save_that_was_cut_off_is_no_checkpoint(checkpoints, tmp_path):
     checkpoints.save(1, tree(1), {}, None)
     checkpoints.wait()

@@ -36,6 +36,21 @@ def test_differences_leave_out_what_a_resumed_run_may_change():
     ]
 
 
+def test_a_run_begun_before_a_field_was_there_goes_on_with_its_default():
+    there = to_record(TrainConfig(optimizer=SGD(learning_rate=0.2)))
+    for name in ("steps_per_dispatch", "tta", "lookahead_steps"):
+        del there[name]
+    del there["optimizer"]["norm_bias_scale"]
+    del there["augment"]["alternating_flip"]
+    here = TrainConfig(optimizer=SGD(learning_rate=0.2))
+    assert differences(there, here) == []
+    changed = dataclasses.replace(
+        here, tta="flip", augment=dataclasses.replace(here.augment, alternating_flip=True)
+    )
+    found = differences(there, changed)
+    assert [line.partition(":")[0] for line in found] == ["augment.alternating_flip", "tta"]
+
+
 def test_workdir_of_the_same_config_is_taken_and_of_another_refused(tmp_path):
     workdir = tmp_path / "w"
     check_workdir(workdir, TrainConfig())

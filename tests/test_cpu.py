@@ -1,6 +1,7 @@
 """The CPU's forms compute what the plain ones do; its compiler options are given on it alone."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -266,3 +267,10 @@ def test_a_run_passes_the_advice_on(monkeypatch, digits_dir, tmp_path, capsys):
     config = TrainConfig(tiny_resnet(), DataConfig(data_dir=digits_dir), num_steps=1)
     train_and_evaluate(config, tmp_path / "w")
     assert "take True" in capsys.readouterr().out.splitlines()
+
+
+def test_usable_cores_are_those_of_the_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 5, 7}, raising=False)
+    assert cpu.usable_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cpu.usable_cores() == (os.cpu_count() or 1)

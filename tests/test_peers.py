@@ -237,7 +237,7 @@ def test_the_command_prints_a_line_of_json_for_each_network_and_peer(measured, m
         assert (row["benchmark"], row["batch_size"], row["dtype"]) == ("peers", 2, "float32")
         assert (row["cores"], row["settings"]["steps"]) == (1, 3)
         assert row["peak"]["gflops"] == 200
-        assert row["hardware"].keys() == {"processor", "cores", "jax"}
+        assert row["hardware"].keys() == {"processor", "cores", "jax", "glibc_tunables"}
     assert rows[1]["ratio_to_ours"]["median"] == 2
     assert rows[0]["gflop_a_step"] == pytest.approx(6 * 2 * 0.0409, rel=0.02)  # 41 M multiply-adds
     assert "peak: 200 GFLOP/s" in err

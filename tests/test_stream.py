@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_resnet.datasets import rows, stream
+from flax_resnet.datasets import stream
 
 PARENT = """
 import multiprocessing, sys, time
@@ -65,10 +65,3 @@ def test_a_worker_ends_with_its_parent_and_by_no_signal_before(tmp_path):
 def test_there_are_no_more_threads_than_cores(cores, workers, threads, monkeypatch):
     monkeypatch.setattr(stream, "usable_cores", lambda: cores)
     assert stream.thread_count(workers) == threads
-
-
-def test_usable_cores_are_those_of_the_process(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 5, 7}, raising=False)
-    assert rows.usable_cores() == 3
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert rows.usable_cores() == (os.cpu_count() or 1)

@@ -23,7 +23,7 @@ from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
 from flax_resnet.guards import Guard
 from flax_resnet.models import DropBlockResNet, MiniModel
-from flax_resnet.optim import LARS, Adam, Cosine
+from flax_resnet.optim import LARS, Adam, Cosine, Muon
 from flax_resnet.preemption import Preempted
 from flax_resnet.train import train_and_evaluate
 
@@ -211,7 +211,11 @@ def test_streamed_and_resident_runs_are_bit_identical(config, whole, tmp_path, m
         ),
         (
             {"model": tiny_resnet(scan_blocks=True), "optimizer": LARS()},
-            "LARS with model.scan_blocks: its trust ratios are by layer",
+            "LARS with model.scan_blocks: it treats each layer by itself",
+        ),
+        (
+            {"model": tiny_resnet(scan_blocks=True), "optimizer": Muon()},
+            "Muon with model.scan_blocks: it treats each layer by itself",
         ),
         ({"normalization": "imagenet"}, "'imagenet' is for 3 channels, the images have 1"),
     ],

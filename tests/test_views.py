@@ -12,7 +12,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD
 from flax_resnet.step import create_state, eval_step
-from flax_resnet.views import averaged_logits, views
+from flax_resnet.views import averaged_logits, check_views, views
 
 
 def brute_force(image, kind):
@@ -69,6 +69,11 @@ def test_an_evaluation_step_counts_by_the_mean(rng):
     for name, value in want.items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-5)
     assert float(sums["loss"]) != float(eval_step(state, batch)["loss"])
+
+
+def test_unknown_views_are_one_line():
+    with pytest.raises(UserError, match=r"^tta='flips': expected one of none, flip, flip_shift$"):
+        check_views("flips")
 
 
 def test_features_have_no_views():

@@ -23,7 +23,7 @@ from flax_resnet.data import Data
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
 from flax_resnet.main import one_line_errors
 from flax_resnet.step import Batch, create_state
-from flax_resnet.summary import count_layers
+from flax_resnet.summary import FLOPS_A_MAC, count_layers
 
 Kind = Literal["train", "eval"]
 OptimizerName = Literal["sgd", "adam"]
@@ -33,8 +33,6 @@ Row = dict[str, Any]
 CHANNELS = 3
 BATCH_SIZE = 32
 """Of networks that have no own in NETWORKS."""
-FORWARDS: Mapping[Kind, int] = {"train": 3, "eval": 1}
-"""A backward pass counts as two forward ones."""
 HEADER = (
     "network",
     "image",
@@ -207,7 +205,7 @@ TURNS: Mapping[Kind, Callable[[run.Run, Batch], tuple[jax.stages.Compiled, Turn]
 def gflop(module: nn.Module, image_size: int, images: int, kind: Kind) -> float:
     """10^9 operations of a step: two a multiply-add of convolutions and dense layers."""
     rows, _ = count_layers(module, (image_size, image_size, CHANNELS))
-    return 2 * FORWARDS[kind] * images * sum(row.macs for row in rows) / 1e9
+    return FLOPS_A_MAC[kind] * images * sum(row.macs for row in rows) / 1e9
 
 
 def speed(seconds: float, gflop_a_step: float, images: int, best: peak.Peak) -> Row:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from flax_resnet.cpu import usable_cores
 from flax_resnet.datasets import sources
 from flax_resnet.datasets.decode import DECODE_ERRORS, Decoder
 from flax_resnet.errors import UserError
@@ -181,10 +181,3 @@ def decode_chunks(
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -15,7 +15,8 @@ import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
-from flax_resnet.datasets.rows import BatchReader, usable_cores
+from flax_resnet.cpu import usable_cores
+from flax_resnet.datasets.rows import BatchReader
 
 # Threads that decode in this process: each has a batch in hand, and Python lets no more be of use.
 MOST_THREADS = 8

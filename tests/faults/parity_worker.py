@@ -12,7 +12,7 @@ from flax_resnet import distributed, hosts, setup
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
-from flax_resnet.models import BasicBlock, ResNet
+from flax_resnet.models import BasicBlock, ResNet, SpeedNet
 from flax_resnet.optim import SGD
 
 # name: (dtype, steps, sharding, accum_steps, MiB that may live on the device, BatchNorm groups,
@@ -24,14 +24,18 @@ WAYS = {
     "fsdp, accumulated, streamed": ("float64", 5, "fsdp", 2, 0, None, 2),
     "groups, zero": ("float64", 5, "zero", 1, 2048, 8, 1),
     "float32": ("float32", 1, "replicated", 1, 2048, None, 1),
+    "whitened": ("float32", 1, "replicated", 1, 2048, None, 1),
 }
 
 
 def run(name: str, out: pathlib.Path) -> None:
     """Writes OUT/NAME.npz: the state's arrays after the steps, and the evaluation."""
     dtype, steps, sharding, accum_steps, resident_mb, group, at_once = WAYS[name]
+    model: ResNet | SpeedNet
     model = ResNet((1,), BasicBlock, num_classes=10, num_filters=8, stem="cifar", dtype=dtype,
                    param_dtype=dtype, bn_group=group)  # fmt: skip
+    if name == "whitened":
+        model = SpeedNet(num_classes=10, stage_filters=(8,))
     config = TrainConfig(
         model=model,
         data=DataConfig(data_dir=os.environ["FAULTS_DATA"], resident_mb=resident_mb, num_workers=0),
@@ -65,6 +69,8 @@ def main() -> None:
     """Every way, in this process or as one of several."""
     out = pathlib.Path(sys.argv[1])
     with hosts.joined(hosts.Hosts()):
+        own = np.full(2, jax.process_index(), np.float32)
+        np.testing.assert_array_equal(distributed.leads(own), np.zeros(2, np.float32))
         for name, (dtype, *_) in WAYS.items():
             with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
                 run(name, out)
