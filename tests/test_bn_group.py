@@ -188,7 +188,9 @@ def make_state(model, seed=0):
     return create_state(model, tx, seed, (8, 8, 3), UNIT_STATS, init=init)
 
 
-@pytest.mark.parametrize(("accum_steps", "group"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(
+    ("accum_steps", "group"), [(1, 4), pytest.param(2, 2, marks=pytest.mark.slow)]
+)
 def test_training_is_the_same_on_one_device_and_eight(rng, meshes, accum_steps, group):
     batches = [random_batch(rng, 32) for _ in range(2)]
     step = functools.partial(train_step, accum_steps=accum_steps)

@@ -129,6 +129,7 @@ def numbers(workdir):
     return [{k: v for k, v in record.items() if k not in times} for record in records]
 
 
+@pytest.mark.slow
 def test_a_warm_start_equals_a_cold_one_and_a_damaged_entry_is_no_error(
     fresh, digits_dir, tmp_path, mesh, monkeypatch
 ):

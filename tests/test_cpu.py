@@ -262,6 +262,7 @@ def test_huge_pages_are_advised_where_they_would_be_used(monkeypatch, tmp_path):
     assert cpu.memory_advice(2**28) is None
 
 
+@pytest.mark.slow
 def test_a_run_passes_the_advice_on(monkeypatch, digits_dir, tmp_path, capsys):
     monkeypatch.setattr(cpu, "memory_advice", lambda temporaries: f"take {temporaries > 1000}")
     config = TrainConfig(tiny_resnet(), DataConfig(data_dir=digits_dir), num_steps=1)

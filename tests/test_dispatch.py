@@ -157,6 +157,7 @@ def test_groups_leave_the_record_of_single_steps(
     assert saved(tmp_path / "w")[1]["ran_on"]["steps_per_dispatch"] == size
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_with_other_groups(
     config, singly, tmp_path, mesh, calls, capsys
 ):

@@ -29,12 +29,20 @@ DEPTHS = [
     *((cifar10_highway, f"highway{depth}", depth) for depth in (19, 32)),
     (wide_resnet, "wrn_28_10", 28),
 ]
+# Others' configs are of the same kind, and make a step in the slow tests.
+LIKE_OTHERS = {"cifar10_highway", "cifar10_preact", "finetune", "imagenet_resnet", "wide_resnet"}
 SMALL = {"num_filters": 4, "stem_filters": None, "stage_filters": (4,), "dense_features": (8,)}
 
 
 @pytest.fixture(params=NAMES)
 def module(request):
     return MODULES[request.param]
+
+
+def one_step_of(names):
+    """The quick ones' parameters, and the others' marked slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=slow) if name in LIKE_OTHERS else name for name in names]
 
 
 def test_experiments_are_found():
@@ -99,6 +107,7 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.mark.parametrize("module", one_step_of(NAMES), indirect=True)
 def test_one_step_on_synthetic_images(module, tmp_path, mesh, folder, monkeypatch):
     monkeypatch.setenv("FLAX_RESNET_CACHE", str(tmp_path / "cache"))
     config = shrunk(module.get_config(), folder)

@@ -144,6 +144,7 @@ def test_a_step_of_each_can_be_traced(recipe, photos, tmp_path, mesh):
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, run.state)
 
 
+@pytest.mark.slow
 def test_a_step_of_a3_and_its_evaluation_at_the_larger_size(photos, tmp_path, mesh):
     result = train_and_evaluate(small("a3", photos), tmp_path / "w", mesh=mesh)
     assert (result["step"], result["num_train"], result["num_eval"]) == (1, 10, 10)

@@ -366,7 +366,10 @@ def test_squeeze_and_excite_scales_each_channel_by_its_gate(rng):
     "fields",
     [
         {"block_cls": BasicBlock, "shortcut": "A", "stage_sizes": (3,)},
-        {"block_cls": PreActBottleneckBlock, "stride_block": "last", "stage_sizes": (4,)},
+        pytest.param(
+            {"block_cls": PreActBottleneckBlock, "stride_block": "last", "stage_sizes": (4,)},
+            marks=pytest.mark.slow,
+        ),
         {"block_cls": HighwayLayer, "connection": "highway", "stage_sizes": (1, 3)},
     ],
 )

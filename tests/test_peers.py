@@ -60,6 +60,7 @@ def test_plain_drop_block_drops_about_the_rate():
     assert ((blocks == 0).all(1) | (blocks > 0).all(1)).all()  # whole maps
 
 
+@pytest.mark.slow
 def test_our_peer_and_the_plain_one_train_networks_of_the_same_size(monkeypatch):
     built = [peer_worker.build(small_task(monkeypatch, peer)) for peer in ("ours", "flax")]
     assert built[0].about == built[1].about

@@ -153,7 +153,7 @@ def test_what_moves_and_cuts_images_sends_nothing():
     ]
 
 
-@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+@pytest.mark.parametrize("kind", [pytest.param("mixup", marks=pytest.mark.slow), "cutmix"])
 def test_what_mixes_images_sends_each_device_its_partners_rows_alone(kind):
     """Image i is mixed with image N - 1 - i, which the opposite device has: a swap, no gather."""
     _, compiled = step_of(OWN_ROWS, augment=Augment(**{kind: 0.5}))

@@ -82,6 +82,7 @@ print(json.dumps([os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_a_real_process_becomes_the_one_with_huge_pages(digits_dir, clean_environment):
     clean_environment.pop(cpu.TUNABLES, None)
     done = subprocess.run(

@@ -86,7 +86,7 @@ def test_what_was_saved_is_restored_bit_for_bit_on_other_devices(adam, tmp_path,
         assert run.state.params["head"]["kernel"].sharding.device_set == set(mesh.devices.flat)
 
 
-@pytest.mark.parametrize("scans", [False, True])
+@pytest.mark.parametrize("scans", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_goes_on_with_blocks_scanned_that_were_not_and_back(adam, tmp_path, mesh, scans):
     def config(scans):
         model = adam.model.clone(stage_sizes=(3,), scan_blocks=scans)

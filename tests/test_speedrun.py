@@ -118,6 +118,7 @@ def slowed(function, seconds):
     return slow
 
 
+@pytest.mark.slow
 def test_a_resumed_speed_run_equals_an_unbroken_one(config, tmp_path, mesh, monkeypatch):
     """Several steps a dispatch after the stop; and the seconds of what is no training are not."""
     want = train_and_evaluate(config, tmp_path / "whole", mesh=mesh, quiet=True)

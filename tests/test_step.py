@@ -51,7 +51,7 @@ def run_on_mesh(mesh, steps, model, batches, **kwargs):
     return jax.device_get((state.params, state.batch_stats))
 
 
-@pytest.mark.parametrize("accum_steps", [1, 2])
+@pytest.mark.parametrize("accum_steps", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_one_device_and_eight_agree_to_1e_10_in_x64_after_5_steps(meshes, rng, accum_steps):
     batches = [random_batch(rng, 32) for _ in range(5)]
     with jax.enable_x64(True):
@@ -66,6 +66,7 @@ def test_one_device_and_eight_agree_to_1e_10_in_x64_after_5_steps(meshes, rng, a
     assert max_difference(runs[0][0], start.params) > 1e-2
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_agree_to_1e_6_in_float32_after_one_step(meshes, rng):
     batches = [random_batch(rng, 32)]
     runs = [run_on_mesh(mesh, 1, tiny_resnet(), batches, augment=FULL) for mesh in meshes]
@@ -88,6 +89,7 @@ def test_pmap_of_the_same_step_equals_jit(meshes, rng):
     assert max_difference(got, want) < 1e-10
 
 
+@pytest.mark.slow
 def test_pmapped_replicas_draw_different_augmentations(rng):
     batch = random_batch(rng, 2)
     state = make_state(Linear())

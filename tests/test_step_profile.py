@@ -50,6 +50,7 @@ def test_what_is_under_way_at_once_shares_the_time():
     assert sum(found.values()) == pytest.approx(5 / 2)
 
 
+@pytest.mark.slow
 def test_a_step_is_traced(monkeypatch, capfd):
     monkeypatch.setattr(steps.models, "create", lambda name, **fields: tiny_resnet(**fields))
     step_profile.main([

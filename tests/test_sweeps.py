@@ -111,6 +111,7 @@ def test_a_sweep_killed_twice_ends_with_the_table_of_an_unbroken_one(
     assert rows_without_time(tmp_path / "killed") == rows_without_time(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_runs_are_shared_by_the_devices(base, tmp_path, monkeypatch):
     used = []
     set_up = train.set_up
@@ -131,6 +132,7 @@ def test_runs_are_shared_by_the_devices(base, tmp_path, monkeypatch):
     assert [row["variant"] for row in rows] == [row["variant"] for row in alone]
 
 
+@pytest.mark.slow
 def test_seeds_train_together_and_in_turn_to_the_same_table(base, tmp_path, one_device):
     together = sweeps.sweep(grid(base, {}, 2), tmp_path / "together", together=True)
     in_turn = sweeps.sweep(grid(base, {}, 2), tmp_path / "in_turn", together=False)
@@ -163,6 +165,7 @@ def test_num_seeds_wants_a_rate_for_each(base, tmp_path):
         train_seeds(base, tmp_path, 2, learning_rate=(0.1,))
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_on_several_devices_stops_them_all(base, tmp_path, monkeypatch):
     configs = grid(dataclasses.replace(base, num_steps=2000), {}, 2)
     join = threading.Thread.join

@@ -56,12 +56,10 @@ def last_state(run):
     return run.state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
-    [
-        Cosine(warmup=0.2),
-        pytest.param(ReduceOnPlateau(patience=1, warmup=0.2), marks=pytest.mark.slow),
-    ],
+    [Cosine(warmup=0.2), ReduceOnPlateau(patience=1, warmup=0.2)],
 )
 def test_networks_trained_together_equal_runs_of_their_own_in_x64(digits_dir, tmp_path, schedule):
     with jax.enable_x64(True):
@@ -88,6 +86,7 @@ def devices():
     return jax.devices()[:1]
 
 
+@pytest.mark.slow
 def test_each_leaves_the_record_of_a_run_of_its_own(configs, tmp_path, devices, mesh, capsys):
     results = together.train_together(configs, tmp_path / "together", devices)
     assert "2 x ResNet" in capsys.readouterr().out

@@ -133,7 +133,9 @@ def crash_after(monkeypatch):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("crash", [3, 9, 12])
+@pytest.mark.parametrize(
+    "crash", [9, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 12))]
+)
 def test_a_resumed_run_equals_an_unbroken_one(
     config, whole, tmp_path, mesh, crash_after, monkeypatch, capsys, crash
 ):
@@ -304,7 +306,14 @@ def test_evaluations_need_not_all_save(config, tmp_path, mesh):
 
 
 @pytest.mark.parametrize(
-    ("asked", "step", "owes"), [(2, 2, False), (5, 5, True), (6, 5, True), (8, 6, False)]
+    ("asked", "step", "owes"),
+    [
+        (5, 5, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(2, 2, False), (6, 5, True), (8, 6, False)]
+        ),
+    ],
 )
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
     config, whole, tmp_path, capsys, asked, step, owes
@@ -339,6 +348,7 @@ def test_a_stalled_pipeline_is_reported(config, tmp_path, mesh, monkeypatch, cap
     assert len(re.findall(line, capsys.readouterr().err)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_stopped_twice_in_the_same_evaluation_keeps_its_checkpoint(
     config, whole, tmp_path, monkeypatch
 ):

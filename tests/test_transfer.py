@@ -122,6 +122,7 @@ def features(directory):
     return sorted((directory / "features").glob("*.npz"))
 
 
+@pytest.mark.slow
 def test_features_are_computed_once_and_never_stale(config, tmp_path, mesh, cache, capsys):
     train_and_evaluate(config, tmp_path / "a", mesh=mesh)
     assert capsys.readouterr().out.count("computes the features") == 2
