@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ WORTH_BYTES = 2**27
 # Of a convolution's input, when the gradient of its kernel is computed in parts.
 PART_BYTES = 2**21
 LEAST_IMAGES = 8
+
+Convolution = Callable[[jax.Array, jax.Array], jax.Array]
+"""Of input and kernel."""
+Gradient = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Of input, kernel and the output's cotangent."""
 
 
 def is_backend() -> bool:
@@ -137,29 +142,42 @@ def convolve(
 ) -> jax.Array:
     """``lax.conv_general_dilated`` of (N, H, W, C) by (h, w, C, K).
 
-    Like XLA's, but for three cases (jax 0.10.2). On a map that is smaller than the kernel its
+    Like XLA's, but for four cases (jax 0.10.2). On a map that is smaller than the kernel its
     convolution is 10 to 70 times slower than one matrix product over the taps (3x3 kernels on maps
     of 1x1 to 3x2: the last stages of an ImageNet network on 32x32 images). The gradient of a kernel
     it computes as a convolution over the batch, and turns both operands round first: on a large map
     that is done in parts of the batch that stay in a core's cache, and for a 1x1 kernel a matrix
-    product does without. On large maps there is no forward-mode derivative (``jax.jvp``) then; that
-    of a gradient there is.
+    product does without. The gradient by the input of a stride it computes as a convolution of a
+    map that is mostly zeros, at four times the multiply-adds for a stride of 2, and where the
+    output is smaller than the kernel 60 times slower than need be: there and on a large map every
+    phase of the input is a convolution by its own taps, and a 1x1 kernel is given the rows and
+    columns that it reads. In these cases there is no forward-mode derivative (``jax.jvp``) but
+    that of a gradient.
     """
     height, width = kernel.shape[:2]
-    dense = options["feature_group_count"] == 1 and set(options["rhs_dilation"]) == {1}
+    dense = options["feature_group_count"] == 1
+    dense = dense and {*options["lhs_dilation"], *options["rhs_dilation"]} == {1}
     if dense and (x.shape[1] < height or x.shape[2] < width):
         return _over_taps(x, kernel, strides, padding, options.get("precision"))
+    pointwise = dense and (height, width) == (1, 1) and not any(map(any, padding))
+    if pointwise:
+        x, strides = x[:, :: strides[0], :: strides[1]], (1, 1)
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
-    if not is_large(x.shape, x.dtype.itemsize):
+    strided = dense and max(strides) > 1
+    rows, columns = (
+        (n + sum(p) - k) // stride + 1
+        for n, k, p, stride in zip(x.shape[1:3], kernel.shape, padding, strides, strict=False)
+    )
+    small = rows < height or columns < width
+    if not (is_large(x.shape, x.dtype.itemsize) or (strided and small)):
         return plain(x, kernel)
-    if dense and (height, width) == (1, 1) and not any(map(any, padding)):
-        gradient = functools.partial(_kernel_gradient_1x1, strides=strides)
-    else:
-        gradient = functools.partial(_kernel_gradient_in_parts, plain)
-    return _with_kernel_gradient(plain, gradient)(x, kernel)
+    by_kernel = _kernel_gradient_1x1 if pointwise else _in_parts(plain)
+    by_phase = _input_gradient_by_phase(strides, padding, options)
+    by_input = by_phase if strided else _input_gradient(plain)
+    return _with_gradients(plain, by_input, by_kernel)(x, kernel)
 
 
 def is_large(shape: Sequence[int], itemsize: int) -> bool:
@@ -178,42 +196,84 @@ def gradient_parts(shape: Sequence[int], itemsize: int) -> int:
     return parts
 
 
-def _with_kernel_gradient(
-    plain: Callable[..., jax.Array], gradient: Callable[..., jax.Array]
-) -> Callable[..., jax.Array]:
-    """A convolution whose kernel's gradient is ``gradient(x, kernel, dy)``."""
+def _with_gradients(plain: Convolution, by_input: Gradient, by_kernel: Gradient) -> Convolution:
+    """A convolution with these gradients."""
 
     def forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
         return plain(x, kernel), (x, kernel)
 
     def backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         x, kernel = kept
-        (dx,) = jax.vjp(lambda x: plain(x, kernel), x)[1](dy)
-        return dx, gradient(x, kernel, dy)
+        return by_input(x, kernel, dy), by_kernel(x, kernel, dy)
 
     convolution = jax.custom_vjp(plain)
     convolution.defvjp(forward, backward)
     return convolution
 
 
-def _kernel_gradient_1x1(
-    x: jax.Array, kernel: jax.Array, dy: jax.Array, *, strides: Sequence[int]
-) -> jax.Array:
+def _input_gradient(plain: Convolution) -> Gradient:
+    return lambda x, kernel, dy: jax.vjp(lambda x: plain(x, kernel), x)[1](dy)[0]
+
+
+def _input_gradient_by_phase(
+    strides: Sequence[int], padding: Sequence[tuple[int, int]], options: Mapping[str, Any]
+) -> Gradient:
+    """Of a strided convolution.
+
+    Every ``stride``-th row (column) of the input from one on has products with the same taps of the
+    kernel, and with no other.
+    """
+
+    def gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        sizes = [-(-n // stride) for n, stride in zip(x.shape[1:3], strides, strict=True)]
+
+        def phase(*at: int) -> jax.Array:
+            taps, around = kernel, []
+            for axis, (first, stride, (low, _)) in enumerate(
+                zip(at, strides, padding, strict=True)
+            ):
+                ahead, start = divmod(first + low, stride)
+                taps = lax.slice_in_dim(taps, min(start, taps.shape[axis]), None, stride, axis)
+                before = taps.shape[axis] - 1 - ahead
+                around.append((before, sizes[axis] + ahead - dy.shape[1 + axis]))
+            if 0 in taps.shape:
+                return jnp.zeros((len(x), *sizes, x.shape[-1]), dy.dtype)
+            turned = taps[::-1, ::-1].swapaxes(2, 3)
+            if any(n < k for n, k in zip(dy.shape[1:3], turned.shape, strict=False)):
+                return _over_taps(dy, turned, (1, 1), around, options.get("precision"))
+            return lax.conv_general_dilated(dy, turned, (1, 1), around, **options)
+
+        rows = [
+            jnp.stack([phase(row, column) for column in range(strides[1])], axis=3)
+            for row in range(strides[0])
+        ]
+        whole = jnp.stack(rows, axis=2)  # (N, rows, phases, columns, phases, C)
+        whole = whole.reshape(len(x), sizes[0] * strides[0], sizes[1] * strides[1], x.shape[-1])
+        return whole[:, : x.shape[1], : x.shape[2]]
+
+    return gradient
+
+
+def _kernel_gradient_1x1(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> jax.Array:
     # In two dimensions: over three contracted ones XLA turns them round all the same.
-    x = x[:, :: strides[0], :: strides[1]].reshape(-1, x.shape[-1])
-    return jnp.matmul(x.T, dy.reshape(-1, dy.shape[-1])).reshape(kernel.shape)
+    flat, by = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    return jnp.matmul(flat.T, by).reshape(kernel.shape)
 
 
-def _kernel_gradient_in_parts(
-    plain: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array, dy: jax.Array
-) -> jax.Array:
-    parts = gradient_parts(x.shape, x.dtype.itemsize)
-    # Every parts-th row, so that a batch split over devices is cut without moving a row.
-    xs, dys = (a.reshape(-1, parts, *a.shape[1:]) for a in (x, dy))
-    sums = [
-        jax.vjp(lambda k, i=i: plain(xs[:, i], k), kernel)[1](dys[:, i])[0] for i in range(parts)
-    ]
-    return functools.reduce(jnp.add, sums)
+def _in_parts(plain: Convolution) -> Gradient:
+    """The gradient by the kernel, summed over parts of the batch."""
+
+    def gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        parts = gradient_parts(x.shape, x.dtype.itemsize)
+        # Every parts-th row, so that a batch split over devices is cut without moving a row.
+        xs, dys = (a.reshape(-1, parts, *a.shape[1:]) for a in (x, dy))
+        sums = [
+            jax.vjp(lambda k, i=i: plain(xs[:, i], k), kernel)[1](dys[:, i])[0]
+            for i in range(parts)
+        ]
+        return functools.reduce(jnp.add, sums)
+
+    return gradient
 
 
 def _over_taps(

@@ -86,6 +86,10 @@ def convolution(strides=1, padding=1, groups=1, dilation=1):
 CONVOLUTIONS = {
     "3x3": ((8, 6, 6, 4), (3, 3, 4, 5), {}),
     "3x3 of stride 2": ((8, 7, 7, 4), (3, 3, 4, 5), {"strides": 2}),
+    "3x3 of stride 2 to 2x2": ((8, 4, 3, 4), (3, 3, 4, 5), {"strides": 2}),
+    "7x7 of stride 2 to 2x3": ((8, 8, 9, 3), (7, 7, 3, 5), {"strides": 2, "padding": 1}),
+    "4x4 of stride 3": ((8, 9, 11, 4), (4, 4, 4, 5), {"strides": 3}),
+    "2x2 of stride 3": ((8, 10, 10, 4), (2, 2, 4, 5), {"strides": 3, "padding": 0}),  # skips pixels
     "1x1": ((8, 6, 6, 4), (1, 1, 4, 5), {"padding": 0}),
     "1x1 of stride 2 with padding": ((8, 6, 6, 4), (1, 1, 4, 5), {"strides": 2}),
     "1x1 of stride 2": ((8, 7, 7, 4), (1, 1, 4, 5), {"strides": 2, "padding": 0}),
@@ -114,6 +118,25 @@ def test_gradients_in_parts_are_the_plain_ones(rng, name):
     dy = jnp.asarray(rng.standard_normal(want.shape), jnp.float32)
     for ours_is, plain_is in zip(our_back(dy), back(dy), strict=True):
         np.testing.assert_allclose(ours_is, plain_is, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "large"),
+    [("3x3 of stride 2", True), ("3x3 of stride 2 to 2x2", False), ("1x1 of stride 2", False)],
+)
+def test_no_gradient_is_of_a_map_of_zeros(name, large, monkeypatch):
+    monkeypatch.setattr(cpu, "is_large", lambda shape, itemsize: large)
+    shape, kernel_shape, fields = CONVOLUTIONS[name]
+
+    def dilated(f):
+        """Whether the gradient by the input is told to put zeros between the pixels."""
+        gradient = jax.grad(lambda x, kernel: jnp.sum(jnp.tanh(f(x, kernel))))
+        program = str(jax.make_jaxpr(gradient)(jnp.ones(shape), jnp.ones(kernel_shape)))
+        return "lhs_dilation=(2, 2)" in program
+
+    plain, ours = convolution(**fields)
+    assert dilated(plain)
+    assert not dilated(ours)
 
 
 @pytest.mark.usefixtures("in_parts")

@@ -2,6 +2,7 @@
 
 max_pool        2x2, with its gradient; and 3x3 of stride 2
 kernel_gradient of a 3x3 convolution, in parts of the batch
+input_gradient  of a 3x3 convolution of stride 2, by phases
 batch_norm      training-mode statistics, output and gradients of flax's BatchNorm: compiled with
                 this library's options and without
 step            a MiniModel training step as a run compiles it, and with XLA's own forms and options
@@ -95,6 +96,13 @@ def operations() -> dict[str, Callable[[jax.Array], Any]]:
 
         return jax.grad(loss)(kernel)
 
+    def input_gradient(x: jax.Array) -> Any:
+        channels = x.shape[-1]
+        conv = Layers().conv(channels, 3, 2)
+        kernel = jnp.ones((3, 3, channels, channels), x.dtype)
+        _, back = jax.vjp(lambda x: jnp.asarray(conv.apply({"params": {"kernel": kernel}}, x)), x)
+        return back(jax.lax.stop_gradient(x[:, ::2, ::2]))
+
     def batch_norm(x: jax.Array) -> Any:
         norm = nn.BatchNorm(use_running_average=False)
         variables = norm.init(jax.random.key(0), x)
@@ -109,6 +117,7 @@ def operations() -> dict[str, Callable[[jax.Array], Any]]:
         "max_pool 2x2": pool(2),
         "max_pool 3x3": pool(3),
         "kernel_gradient": kernel_gradient,
+        "input_gradient": input_gradient,
         "batch_norm": batch_norm,
     }
 
