@@ -260,6 +260,7 @@ def test_the_scaling_benchmark_prints_json_and_a_table(monkeypatch, capfd):
     assert "virtual" not in err
 
 
+@pytest.mark.slow
 def test_the_forms_of_the_cpu_are_timed_beside_xlas_own(monkeypatch, capfd):
     monkeypatch.setattr(cpu_forms, "COPIES", 1)
     cpu_forms.main(["--batch-size", "2", "--image-size", "8", "--rounds", "2", "--no-step"])

@@ -214,6 +214,7 @@ def test_training_is_the_same_on_one_device_and_eight(rng, meshes, accum_steps, 
     assert {kind for _, kind in exchanged} == {"all-reduce"}
 
 
+@pytest.mark.slow
 def test_seeds_together_equal_each_alone(rng):
     batch = random_batch(rng, 8)
     with jax.enable_x64(True):
@@ -228,6 +229,7 @@ def test_seeds_together_equal_each_alone(rng):
             assert max_difference(here, getattr(alone, name)) < 1e-12
 
 
+@pytest.mark.slow
 def test_scanned_and_rematted_blocks_have_groups(rng):
     x = noise(rng, (8, 8, 8, 3))
     model = tiny_resnet(stage_sizes=(3,), num_filters=4, bn_group=2)

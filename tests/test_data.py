@@ -344,6 +344,7 @@ def test_real_cifar10_reads_whole(shared_data, mesh):
     assert_same_batches(streamed.train_batches(0, 128, 3, 6), opened.train_batches(0, 128, 3, 6))
 
 
+@pytest.mark.slow
 def test_real_mnist_reads_whole(shared_data, mesh):
     opened = Data(DataConfig("mnist", data_dir=shared_data), mesh, 10)
     assert (opened.num_train, opened.num_eval, opened.image_shape) == (14262, 10000, (28, 28, 1))

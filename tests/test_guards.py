@@ -219,6 +219,7 @@ def test_a_head_alone_has_nothing_to_skip(config, tmp_path, mesh):
         train_and_evaluate(cached, tmp_path / "w", mesh=mesh)
 
 
+@pytest.mark.slow
 def test_a_skip_is_taken_again_by_a_run_that_is_restarted(config, tmp_path, mesh, poisoned):
     poisoned[0].add(12)
     once = dataclasses.replace(config, guard=Guard(skips=1))

@@ -147,6 +147,7 @@ def test_shortcut_projects_where_its_letter_says(shortcut, projecting):
     assert {name for name, value in params.items() if "shortcut_conv" in value} == projecting
 
 
+@pytest.mark.slow
 def test_a_late_stride_subsamples_what_it_carries(rng):
     model = tiny_resnet(stage_sizes=(3, 2), stride_block="last", zero_init_last=True,
                         block_cls=PreActBottleneckBlock)  # fmt: skip
@@ -315,6 +316,7 @@ def test_dropblock_acts_in_the_last_two_stages_and_its_rate_is_passed_in(rng):
     np.testing.assert_array_equal(field.apply(variables, x), model.apply(variables, x))
 
 
+@pytest.mark.slow
 def test_dropblock_drops_both_paths_and_a_quarter_as_much_a_stage_before(rng):
     """Branches of zero leave what the shortcuts carry: what is dropped there is zero."""
     model = tiny_resnet(stage_sizes=(1, 1, 1), stem_filters=32, num_filters=32, shortcut="A",
@@ -365,7 +367,9 @@ def test_squeeze_and_excite_scales_each_channel_by_its_gate(rng):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"block_cls": BasicBlock, "shortcut": "A", "stage_sizes": (3,)},
+        pytest.param(
+            {"block_cls": BasicBlock, "shortcut": "A", "stage_sizes": (3,)}, marks=pytest.mark.slow
+        ),
         pytest.param(
             {"block_cls": PreActBottleneckBlock, "stride_block": "last", "stage_sizes": (4,)},
             marks=pytest.mark.slow,

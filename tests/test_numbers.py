@@ -12,6 +12,7 @@ from experiments.benchmarks import numbers, numbers_worker
 from flax_resnet.step import create_state, train_step
 
 
+@pytest.mark.slow
 def test_the_arrays_are_those_of_one_evaluation_and_one_step(monkeypatch, rng):
     monkeypatch.setattr("flax_resnet.create", lambda name, dtype: tiny_resnet(dtype=dtype))
     task = {"network": "x", "dtype": "float32", "image_size": 8, "batch_size": 4}

@@ -223,7 +223,9 @@ def old_name(layer):
 
 @pytest.mark.parametrize("top", [True, False])
 @pytest.mark.parametrize("version", ["v1", "v2"])
-@pytest.mark.parametrize("stages", [(3, 4, 6, 3), (2, 3, 2, 2)])
+@pytest.mark.parametrize(
+    "stages", [pytest.param((3, 4, 6, 3), marks=pytest.mark.slow), (2, 3, 2, 2)]
+)
 def test_keras_files_of_both_layouts(tmp_path, version, stages, top):
     module = keras_resnet(50, version, stage_sizes=stages, include_top=top, **SMALL)
     variables = random_variables(module)

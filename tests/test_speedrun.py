@@ -143,6 +143,7 @@ def test_a_resumed_speed_run_equals_an_unbroken_one(config, tmp_path, mesh, monk
     assert sum(parts) < got["seconds"] - 0.3  # the save at step 8; the last one is after the clock
 
 
+@pytest.mark.slow
 def test_runs_are_summed_up_with_compilation_apart(
     config, image_folder, tmp_path, capsys, monkeypatch
 ):

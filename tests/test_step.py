@@ -73,6 +73,7 @@ def test_one_device_and_eight_agree_to_1e_6_in_float32_after_one_step(meshes, rn
     assert max_difference(*runs) < 1e-6
 
 
+@pytest.mark.slow
 def test_pmap_of_the_same_step_equals_jit(meshes, rng):
     batches = [random_batch(rng, 32) for _ in range(3)]
     with jax.enable_x64(True):
@@ -131,6 +132,7 @@ def test_accumulated_gradients_equal_the_whole_batch_without_norms(rng):
         assert max_difference(sums, part_sums) < 1e-4
 
 
+@pytest.mark.slow
 def test_accumulation_runs_the_norms_part_by_part(rng):
     batch = random_batch(rng, 12)
     state = make_state()

@@ -57,6 +57,7 @@ def test_stacking_and_unstacking_are_inverse_and_put_equal_blocks_together(model
     assert_trees_equal(unstack_blocks(model, variables), variables)
 
 
+@pytest.mark.slow
 def test_a_state_goes_on_in_the_other_form(rng):
     """Adam's moments and the averaged variables are converted with the parameters."""
     model = tiny_resnet(stage_sizes=(3,), num_filters=4)

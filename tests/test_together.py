@@ -166,6 +166,7 @@ def test_those_that_began_together_go_on_together(configs, tmp_path, devices, mo
     assert [saved(path)[1]["step"] for path in configs] == [5, 5]
 
 
+@pytest.mark.slow
 def test_one_that_was_begun_by_itself_goes_on_by_itself(configs, tmp_path, devices, mesh):
     (path, config), *_ = configs.items()
     taken = iter(range(4))

@@ -155,6 +155,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
     assert len(json.loads((broken / "config.json").read_text())["starts"]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_after_its_last_checkpoint_is_closed(config, tmp_path, mesh, monkeypatch):
     monkeypatch.setattr(train, "conclude", lambda *a, **k: (_ for _ in ()).throw(Stop))
     with pytest.raises(Stop):
@@ -291,6 +292,7 @@ def test_fields_that_the_loop_cannot_honour(config, tmp_path, fields, message):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_evaluations_need_not_all_save(config, tmp_path, mesh):
     config = dataclasses.replace(
         config,
@@ -333,6 +335,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
     assert_trees_equal(saved(workdir, "best")[0], saved(whole[0], "best")[0])
 
 
+@pytest.mark.slow
 def test_a_stalled_pipeline_is_reported(config, tmp_path, mesh, monkeypatch, capsys):
     stalls = dataclasses.replace(config, num_steps=3, guard=Guard(report_after=0.5))
     batches = Data.train_batches

@@ -342,6 +342,7 @@ def test_features_of_a_changed_block_are_not_taken_from_the_cache(
     assert capsys.readouterr().out.count("computes the features") == 4
 
 
+@pytest.mark.slow
 def test_a_run_measures_norms_before_its_first_step(config, weights, tmp_path, mesh):
     config = dataclasses.replace(
         config, cache_features=False, measure_norms=True, num_steps=1, ema_decay=0.9

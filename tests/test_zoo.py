@@ -138,6 +138,7 @@ def test_a_net_is_as_deep_as_its_name(model, layers):
     assert len(weighted) == layers
 
 
+@pytest.mark.slow
 def test_every_name_makes_a_network():
     assert len(set(names())) == len(names()) >= 60
     for name in names():
@@ -354,6 +355,7 @@ def test_weights_are_cast_to_the_networks_dtype_and_must_be_floats(resnet20):
         load("resnet20", weights={"params": {"head": {"kernel": [1, 2]}}})
 
 
+@pytest.mark.slow
 def test_stacked_weights_of_another_depth_are_refused():
     """Indexing past the end of a jax array repeats its last row."""
     for theirs, ours in (("resnet20", "resnet56"), ("resnet32", "resnet20")):
