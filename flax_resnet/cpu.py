@@ -157,7 +157,7 @@ def convolve(
     height, width = kernel.shape[:2]
     dense = options["feature_group_count"] == 1
     dense = dense and {*options["lhs_dilation"], *options["rhs_dilation"]} == {1}
-    if dense and (x.shape[1] < height or x.shape[2] < width):
+    if dense and _exceeds(kernel, x.shape[1:3]):
         return _over_taps(x, kernel, strides, padding, options.get("precision"))
     pointwise = dense and (height, width) == (1, 1) and not any(map(any, padding))
     if pointwise:
@@ -167,17 +167,22 @@ def convolve(
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
     strided = dense and max(strides) > 1
-    rows, columns = (
+    sizes = [
         (n + sum(p) - k) // stride + 1
-        for n, k, p, stride in zip(x.shape[1:3], kernel.shape, padding, strides, strict=False)
-    )
-    small = rows < height or columns < width
-    if not (is_large(x.shape, x.dtype.itemsize) or (strided and small)):
+        for n, k, p, stride in zip(x.shape[1:3], (height, width), padding, strides, strict=True)
+    ]
+    if not (is_large(x.shape, x.dtype.itemsize) or (strided and _exceeds(kernel, sizes))):
         return plain(x, kernel)
     by_kernel = _kernel_gradient_1x1 if pointwise else _in_parts(plain)
-    by_phase = _input_gradient_by_phase(strides, padding, options)
-    by_input = by_phase if strided else _input_gradient(plain)
+    by_input = _input_gradient(plain)
+    if strided:
+        by_input = _input_gradient_by_phase(strides, padding, options)
     return _with_gradients(plain, by_input, by_kernel)(x, kernel)
+
+
+def _exceeds(kernel: jax.Array, sizes: Sequence[int]) -> bool:
+    """Whether a kernel (h, w, C, K) is larger than a map of these sizes, height or width."""
+    return any(k > n for k, n in zip(kernel.shape[:2], sizes, strict=True))
 
 
 def is_large(shape: Sequence[int], itemsize: int) -> bool:
@@ -239,7 +244,7 @@ def _input_gradient_by_phase(
             if 0 in taps.shape:
                 return jnp.zeros((len(x), *sizes, x.shape[-1]), dy.dtype)
             turned = taps[::-1, ::-1].swapaxes(2, 3)
-            if any(n < k for n, k in zip(dy.shape[1:3], turned.shape, strict=False)):
+            if _exceeds(turned, dy.shape[1:3]):
                 return _over_taps(dy, turned, (1, 1), around, options.get("precision"))
             return lax.conv_general_dilated(dy, turned, (1, 1), around, **options)
 

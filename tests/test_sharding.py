@@ -52,11 +52,7 @@ def share(tree):
 
 
 @pytest.mark.parametrize(
-    ("kind", "accum_steps"),
-    [
-        pytest.param("zero", 1, marks=pytest.mark.slow),
-        ("fsdp", 2),
-    ],
+    ("kind", "accum_steps"), [pytest.param("zero", 1, marks=pytest.mark.slow), ("fsdp", 2)]
 )
 def test_split_and_whole_states_agree_to_1e_10_in_x64_after_5_steps(
     config, tmp_path, meshes, kind, accum_steps
