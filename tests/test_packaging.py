@@ -18,7 +18,8 @@ def test_gpu_requirements_are_the_core_ones_with_cuda():
 
 
 def test_extras_are_there():
-    extras = {"test", "parity", "prepare", "export", "remote"}
+    extras = {"test", "parity", "prepare", "export", "remote", "hub", "mlflow", "wandb", "serve"}
+    extras |= {"docs", "browser"}
     assert set(PROJECT["optional-dependencies"]) == extras
 
 
