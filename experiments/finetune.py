@@ -13,27 +13,15 @@ Hardware: not run here; meant for one GPU.
 Published: none.
 """
 
-from flax_resnet.augment import Augment
+from flax_resnet import recipes
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.main import main
-from flax_resnet.models import imagenet_resnet
-from flax_resnet.optim import SGD, Cosine
 
 
 def get_config() -> TrainConfig:
     """ResNet-50 from ImageNet's weights, ten epochs of SGD."""
-    return TrainConfig(
-        model=imagenet_resnet(50, norm_kind="frozen"),
-        weights="imagenet",
-        data=DataConfig(folder="photos", image_size=224, random_resized_crop=True),
-        augment=Augment(flip=True),
-        normalization="weights",
-        optimizer=SGD(learning_rate=0.01, schedule=Cosine(warmup=0.1), stage_decay=0.5),
-        batch_size=64,
-        eval_batch_size=64,
-        num_epochs=10,
-    )
+    return recipes.finetuning(DataConfig(folder="photos"), num_classes=1000)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,16 @@ ABOUT = """Writes weights in another format: .safetensors has torchvision's name
 Keras 3's, for the networks that Keras has.
 
 What images go through before and the classes' names are kept in the metadata of .safetensors;
-Keras's format has no place for them. The flags from --size on change what is kept."""
+Keras's format has no place for them. The flags from --size on change what is kept.
+
+Examples:
+  flax-resnet convert runs/digits digits.safetensors
+  flax-resnet convert imagenet resnet50.weights.h5 --model ResNet50"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """``python -m flax_resnet convert``."""
-    settings = flags.cli(Settings, argv, ABOUT, "python -m flax_resnet convert")
+    settings = flags.cli(Settings, argv, ABOUT, "flax-resnet convert")
     dest = Path(settings.dest).expanduser()
     # What is wrong with these is said before anything is fetched.
     if not dest.name.endswith(SUFFIXES):

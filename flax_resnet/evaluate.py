@@ -300,12 +300,16 @@ error (Guo et al. 2017) and Brier score.
 
 The images are decoded as the weights want it. Classes of the same names in another order are
 matched by name, WordNet's ids with ImageNet's classes. One device is used. Of a run, --size,
---resize and --interpolation take the place of how its data were decoded."""
+--resize and --interpolation take the place of how its data were decoded.
+
+Examples:
+  flax-resnet evaluate --weights runs/digits --data.name sklearn_digits
+  flax-resnet evaluate --model resnet50 --data.folder PHOTOS --tta flip --output result.json"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """``python -m flax_resnet evaluate``."""
-    settings = flags.cli(Settings, argv, ABOUT, "python -m flax_resnet evaluate")
+    settings = flags.cli(Settings, argv, ABOUT, "flax-resnet evaluate")
     config, opened = settings.config(), settings.open(settings.weights)
 
     def measured() -> dict[str, float]:

@@ -10,7 +10,7 @@ import io
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import docstring_parser
@@ -144,16 +144,13 @@ def parse(
       UserError: an unknown flag, with the nearest, or a value that does not fit.
     """
     config, argv = _choose(config, [_dashes(argument) for argument in argv])
-    registry = ConstructorRegistry()
-    registry.struct_rule(_module_rule)
-    registry.primitive_rule(_module_class_rule)
     return cli(
         ask,
         argv,
-        about + "\n" + _choices_help(config),
+        _with_choices(about, config),
         prog,
         default=ask(workdir, config),
-        registry=registry,
+        registry=_registry(),
         config=(tyro.conf.AvoidSubcommands,),
     )
 
@@ -185,6 +182,45 @@ def cli(
         if not stop.code:
             raise  # --help
         raise UserError(_one_line(said.getvalue())) from None
+
+
+def completion(settings: Mapping[str, tuple[Any, str]], prog: str, shell: str) -> str:
+    """A script that completes commands and their flags.
+
+    Args:
+      settings: {command: (the dataclass whose fields are its flags, what it does)}; an
+        Invocation's are those of the default config.
+      prog: what is completed.
+      shell: "bash", "zsh" or "fish".
+    """
+    default = Invocation("runs", TrainConfig())
+    commands = [
+        Annotated[kind, tyro.conf.subcommand(name, default=default, description=what)]
+        if kind is Invocation
+        else Annotated[kind, tyro.conf.subcommand(name, description=what)]
+        for name, (kind, what) in settings.items()
+    ]
+    any_of: Any = typing.Union[tuple(commands)]  # noqa: UP007
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        tyro.cli(
+            any_of,
+            prog=prog,
+            args=["--tyro-print-completion", shell],
+            registry=_registry(),
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    script = said.getvalue().replace("\ncomplete -F ", "\ncomplete -o default -F ")
+    # Helps in one line: of another, bash takes each word for a flag.
+    one_line = functools.partial(re.sub, r"\\+n", " ")
+    return re.sub(r"(?m)^COMPLETION_SPEC = .*$", lambda spec: one_line(spec.group()), script)
+
+
+def _registry() -> ConstructorRegistry:
+    registry = ConstructorRegistry()
+    registry.struct_rule(_module_rule)
+    registry.primitive_rule(_module_class_rule)
+    return registry
 
 
 def _dashes(argument: str) -> str:
@@ -229,6 +265,12 @@ def _choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
 
     visit(config, "")
     return found
+
+
+def _with_choices(about: str, config: TrainConfig) -> str:
+    """What --help says first, the choices of classes before its examples."""
+    text, mark, examples = about.partition("\n\nExamples:")
+    return f"{text}\n\n{_choices_help(config)}{mark}{examples}"
 
 
 def _choices_help(config: TrainConfig) -> str:

@@ -221,12 +221,17 @@ class Settings(WeightFlags):
 ABOUT = """Prints the most probable classes of images, with their probabilities.
 
 An image that cannot be read is named on the standard error and left out. One device is used.
-Of a run, --size, --resize and --interpolation take the place of how its data were decoded."""
+Of a run, --size, --resize and --interpolation take the place of how its data were decoded.
+
+Examples:
+  flax-resnet predict PHOTO.jpg --model resnet50
+  flax-resnet predict FOLDER --weights runs/digits --top 3
+  flax-resnet predict FOLDER --weights net.safetensors --format csv --output classes.csv"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """``python -m flax_resnet predict``."""
-    settings = flags.cli(Settings, argv, ABOUT, "python -m flax_resnet predict")
+    settings = flags.cli(Settings, argv, ABOUT, "flax-resnet predict")
     files = find_images(settings.images)
     opened, read = settings.open(settings.weights), 0
 

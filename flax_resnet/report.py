@@ -224,12 +224,16 @@ class Settings:
 
 ABOUT = """Writes one HTML file with a run's result, config and environment, its curves, confusion
 matrix and reliability diagram, its worst-classified examples, filters, feature maps, Grad-CAM, an
-embedding of its features, and augmented training images. It needs no network to open."""
+embedding of its features, and augmented training images. It needs no network to open.
+
+Examples:
+  flax-resnet report runs/digits
+  flax-resnet report runs/digits --images PHOTOS --lr-finder --output digits.html"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """``python -m flax_resnet report``."""
-    settings = flags.cli(Settings, argv, ABOUT, "python -m flax_resnet report")
+    settings = flags.cli(Settings, argv, ABOUT, "flax-resnet report")
     read_record(settings.workdir)  # before the output is opened
     output = settings.output or str(Path(settings.workdir) / "report.html")
     with writing(output) as file:

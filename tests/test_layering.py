@@ -51,7 +51,7 @@ LEVELS = [
     {"step"},
     {"dispatch", "transfer"},
     {"config"},
-    {"run", "flags", "grids"},
+    {"run", "flags", "grids", "recipes"},
     {"resume"},
     {"setup"},
     {"analysis", "restart"},
@@ -64,8 +64,9 @@ LEVELS = [
     {"inspection.predictions", "inspection.samples", "inspection.studies"},
     {"inspection.parts"},
     {"inspection"},
-    {"report", "compilation"},
-    {"main"},
+    {"report", "compare", "compilation"},
+    {"main", "doctor"},
+    {"command"},
     {"__main__", ""},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -135,6 +136,8 @@ def test_only_the_top_sees_the_whole_config():
         "sweeps",
         "flags",
         "main",
+        "recipes",
+        "command",
     }
 
 

@@ -14,7 +14,8 @@ from test_train import saved
 
 from experiments import digits
 from flax_resnet import metrics
-from flax_resnet.main import command, main
+from flax_resnet.command import command
+from flax_resnet.main import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (

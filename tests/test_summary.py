@@ -5,7 +5,7 @@ from helpers import tiny_resnet
 from rich.console import Console
 
 from flax_resnet import summary
-from flax_resnet.main import command
+from flax_resnet.command import command
 from flax_resnet.models import BottleneckBlock, create
 
 TINY = tiny_resnet(stage_sizes=(1, 2), num_filters=4)
@@ -106,7 +106,7 @@ def test_the_command_prints_a_named_network(capsys):
         ),
         (
             ["resnet50", "--input-shape", "0", "16", "3"],
-            "input_shape=[0, 16, 3]: expected one or more",
+            "input_shape=(0, 16, 3): expected one or more",
         ),
         (["resnet50", "--batch-size", "0"], "--batch-size=0: expected 1 or more"),
         (["resnet50", "--dtype", "int8"], "dtype 'int8': expected one such as float32"),

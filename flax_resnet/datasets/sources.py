@@ -181,6 +181,12 @@ def open_tfds(name: str, data_dir: str | None, splits: Sequence[str]) -> list[Tf
     return [TfdsSource(builder, split) for split in splits]
 
 
+def split_names(name: str, data_dir: str | None) -> list[str]:
+    """Names of a prepared set's splits; none where there is no such set."""
+    builder = find_builder(name, data_dir)
+    return [] if builder is None else list(builder.info.splits)
+
+
 def _supervised_keys(info: Any) -> tuple[str, str]:
     import tensorflow_datasets as tfds
 

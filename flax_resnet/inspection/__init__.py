@@ -31,3 +31,4 @@ from flax_resnet.inspection.samples import folder_images as folder_images
 from flax_resnet.inspection.studies import depth_points as depth_points
 from flax_resnet.inspection.studies import find_groups as find_groups
 from flax_resnet.inspection.studies import study_title as study_title
+from flax_resnet.inspection.studies import variants as variants

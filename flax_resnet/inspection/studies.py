@@ -36,12 +36,7 @@ def find_groups(
     """
     found = []
     for path in (Path(p).expanduser() for p in paths):
-        groups = _groups_in(path)
-        if not groups:
-            raise UserError(
-                f"{path} holds no run: expected a working directory (config.json), a variant "
-                "(seedN/config.json) or a sweep (VARIANT/seedN/config.json)"
-            )
+        groups = variants(path)
         if groups[0][1] == [path] and (seeds := _seeds_in(path)):
             say(f"{path} is a run itself, and is drawn; the {len(seeds)} seeds in it are not")
         found += groups
@@ -56,6 +51,22 @@ def find_groups(
     if not any(group.runs for group in drawn):
         raise UserError(f"{' '.join(map(str, paths))}: no run has been evaluated yet: wait for it")
     return [group for group in drawn if group.runs]
+
+
+def variants(path: str | Path) -> list[tuple[str, list[Path]]]:
+    """[(name, working directories of its seeds)] of a run, a variant or a sweep.
+
+    Raises:
+      UserError: the directory holds none of these.
+    """
+    path = Path(path).expanduser()
+    groups = _groups_in(path)
+    if not groups:
+        raise UserError(
+            f"{path} holds no run: expected a working directory (config.json), a variant "
+            "(seedN/config.json) or a sweep (VARIANT/seedN/config.json)"
+        )
+    return groups
 
 
 def _lacks(lines: Sequence[Mapping[str, Any]]) -> str:

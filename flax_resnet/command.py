@@ -1,0 +1,274 @@
+"""``flax-resnet COMMAND``, which is also ``python -m flax_resnet COMMAND``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+from flax_resnet import (
+    compare,
+    convert,
+    doctor,
+    evaluate,
+    flags,
+    models,
+    predict,
+    provenance,
+    recipes,
+    report,
+    summary,
+)
+from flax_resnet.classify import flag
+from flax_resnet.compilation import use_cache
+from flax_resnet.config import TrainConfig
+from flax_resnet.datasets.prepare import prepare
+from flax_resnet.errors import UserError, check_range, did_you_mean
+from flax_resnet.main import one_line_errors, start
+from flax_resnet.pretrained import tags
+
+PROG = "flax-resnet"
+Shell = Literal["bash", "zsh", "fish"]
+
+
+class Tool(NamedTuple):
+    """One command."""
+
+    what: str
+    """What it does, in a few words."""
+    settings: Any
+    """The dataclass whose fields are its flags."""
+    main: Callable[[Sequence[str]], None]
+    """Does it, of flags."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What ``names`` is asked for."""
+
+    weights: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
+    """With the tags of their weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What ``summary`` is asked for."""
+
+    name: Annotated[tyro.conf.Positional[str], flag("NAME")]
+    """A network that `flax-resnet names` lists."""
+    num_classes: Annotated[int | None, flag("N", "the network's own")] = None
+    """Width of the head."""
+    input_shape: Annotated[
+        tuple[int, int, int] | None, flag("H W C", "224 224 3, of CIFAR nets 32 32 3")
+    ] = None
+    """Of one image."""
+    batch_size: int = 1
+    """Images whose memory is counted."""
+    dtype: str = "float32"
+    """Of the computation."""
+    no_top: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
+    """Leave out the head."""
+    parts: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
+    """A line for each block, not each layer."""
+
+    def __post_init__(self) -> None:
+        check_range("--batch-size", self.batch_size, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """What ``prepare`` is asked for."""
+
+    name: Annotated[tyro.conf.Positional[str], flag("NAME")]
+    """A tfds name, such as "cifar10" or "imagenet2012"."""
+    data_dir: Annotated[str | None, flag("DIR", "$TFDS_DATA_DIR or ~/tensorflow_datasets")] = None
+    """Directory that will hold NAME/VERSION."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What ``completion`` is asked for."""
+
+    shell: Annotated[tyro.conf.Positional[Shell], flag("{bash,zsh,fish}")]
+    """Whose words are completed."""
+
+
+NAMES = """Lists the networks that have a name.
+
+Examples:
+  flax-resnet names --weights | grep resnet50"""
+SUMMARY = """Prints a network's layers with output shapes, parameters, multiply-adds and the memory
+of a batch, and the totals. Nothing is computed.
+
+Examples:
+  flax-resnet summary resnet50 --parts
+  flax-resnet summary resnet20 --num-classes 5 --input-shape 64 64 1"""
+PREPARE = """Builds the bundled digits, converts a set prepared as TFRecord, or downloads and
+prepares a set (which needs the [prepare] extra), as ArrayRecord.
+
+Examples:
+  flax-resnet prepare cifar10 --data-dir ~/data"""
+COMPLETION = """Prints a script that completes commands, flags and their choices.
+
+Examples:
+  eval "$(flax-resnet completion bash)"
+  flax-resnet completion bash > ~/.local/share/bash-completion/completions/flax-resnet
+  flax-resnet completion zsh > "${fpath[1]}/_flax-resnet"
+  flax-resnet completion fish > ~/.config/fish/completions/flax-resnet.fish"""
+TRAIN = """Trains a network from random weights on "digits", a tfds set, or a folder of images with
+a sub-folder for each class.
+
+Where nothing is said, images of up to 96 pixels get a ResNet-20 and others a ResNet-18 at 224; the
+classes are counted. Every field of the config is a flag. The same command goes on where it was.
+
+Examples:
+  flax-resnet train digits
+  flax-resnet train cifar10 --data.data-dir DIR --model wrn_28_10 --num-epochs 60
+  flax-resnet train PHOTOS --model resnet50 --data.image-size 160 --workdir runs/photos"""
+FINETUNE = """Trains a ResNet-50 on from ImageNet's weights, on a folder of images with a sub-folder
+for each class, or a tfds set.
+
+Every layer trains, earlier ones more slowly. The classes are counted. Every field of the config is
+a flag. The same command goes on where it was.
+
+Examples:
+  flax-resnet finetune PHOTOS --num-epochs 5
+  flax-resnet finetune PHOTOS --model resnet18 --weights net.safetensors
+  flax-resnet finetune PHOTOS --model.frozen-stages 4 --cache-features \\
+    --data.no-random-resized-crop --augment.no-flip"""
+DATA = "DATA"
+MAKES: Mapping[str, tuple[str, Callable[[str, str | None], TrainConfig]]] = {
+    "train": (TRAIN, recipes.scratch),
+    "finetune": (FINETUNE, recipes.finetuned),
+}
+
+
+def _names(argv: Sequence[str]) -> None:
+    given = flags.cli(Names, argv, NAMES, f"{PROG} names")
+    for name in models.names():
+        print(" ".join([name, *(tags(name) if given.weights else ())]))
+
+
+def _summary(argv: Sequence[str]) -> None:
+    given = flags.cli(Summary, argv, SUMMARY, f"{PROG} summary")
+    fields: dict[str, Any] = {"dtype": given.dtype}
+    if given.num_classes is not None:
+        fields["num_classes"] = given.num_classes
+    if given.no_top:
+        fields["include_top"] = False
+    module = models.create(given.name, **fields)
+    shape = models.check_shape(given.input_shape or models.default_shape(module))
+    counted = summary.summarize(module, shape, given.batch_size)
+    size = "x".join(map(str, shape))
+    summary.show(f"{given.name}, input {size}", counted, parts=given.parts)
+
+
+def _prepare(argv: Sequence[str]) -> None:
+    given = flags.cli(Prepare, argv, PREPARE, f"{PROG} prepare")
+    print(prepare(given.name, given.data_dir))
+
+
+def _train(argv: Sequence[str]) -> None:
+    _make("train", argv)
+
+
+def _finetune(argv: Sequence[str]) -> None:
+    _make("finetune", argv)
+
+
+def _make(command: str, argv: Sequence[str]) -> None:
+    """Trains by the first config for what the first argument names, changed by the flags."""
+    about, recipe = MAKES[command]
+    prog = f"{PROG} {command} {DATA}"
+    if {"-h", "--help"} & set(argv) and argv[0].startswith("-"):
+        flags.parse(recipes.digits(), f"runs/{DATA}", ["--help"], about, prog)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(
+            f'{command} {" ".join(argv[:1])}: expected what to train on first: "digits", a tfds '
+            f"name, or a folder; `{PROG} {command} --help` has examples"
+        )
+    data, rest = argv[0], argv[1:]
+    config = recipe(data, _value_of("--data.data-dir", rest))
+    name = Path(data).expanduser().resolve().name if config.data.folder else data.replace("/", "-")
+    workdir = f"runs/{name}" + ("" if command == "train" else f"-{command}")
+    chosen = flags.parse(config, workdir, rest, about, prog)
+    start(chosen, own_process=[command, *argv] == sys.argv[1:])
+
+
+def _value_of(name: str, argv: Sequence[str]) -> str | None:
+    """What a flag is given in a command line that is not parsed yet; of several the last."""
+    found = None
+    for word, after in zip(argv, [*argv[1:], None], strict=False):
+        given, equals, value = word.partition("=")
+        if given.replace("_", "-") == name:
+            found = value if equals else after
+    return found
+
+
+def _completion(argv: Sequence[str]) -> None:
+    shell = flags.cli(Completion, argv, COMPLETION, f"{PROG} completion").shell
+    settings = {name: (tool.settings, tool.what) for name, tool in TOOLS.items()}
+    print(flags.completion(settings, PROG, shell), end="")
+
+
+TOOLS: dict[str, Tool] = {
+    "train": Tool("train a network on digits, a tfds set or a folder", flags.Invocation, _train),
+    "finetune": Tool("train ImageNet's weights on, on your images", flags.Invocation, _finetune),
+    "predict": Tool("name what is in images", predict.Settings, predict.main),
+    "evaluate": Tool("measure weights on a data set", evaluate.Settings, evaluate.main),
+    "report": Tool("put a run into one HTML file", report.Settings, report.main),
+    "compare": Tool("set runs side by side", compare.Settings, compare.main),
+    "convert": Tool("write weights in another format", convert.Settings, convert.main),
+    "summary": Tool("show a network's layers and their cost", Summary, _summary),
+    "names": Tool("list the networks that have a name", Names, _names),
+    "prepare": Tool("make a tfds set readable", Prepare, _prepare),
+    "doctor": Tool("say what is installed, found and missing", doctor.Settings, doctor.main),
+    "completion": Tool("print a script that completes this command", Completion, _completion),
+}
+
+
+def command(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line, by default the process's.
+
+    Bad input ends the process with status 2 and one line on stderr.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with one_line_errors():
+        if not argv or argv[0] in ("-h", "--help"):
+            print(overview())
+            return
+        if argv[0] in ("-V", "--version"):
+            print(f"flax_resnet {provenance.versions(['flax_resnet'])['flax_resnet']}")
+            return
+        tool = TOOLS.get(argv[0])
+        if tool is None:
+            raise UserError(
+                f"unknown command {argv[0]!r}{did_you_mean(argv[0], TOOLS)}: expected one of "
+                f"{', '.join(TOOLS)}; `{PROG} --help` says what each does"
+            )
+        if tool.main not in (_train, _finetune):  # they do so themselves, later
+            use_cache()
+        tool.main(argv[1:])
+
+
+def overview() -> str:
+    """What ``--help`` says without a command."""
+    wide = max(map(len, TOOLS))
+    lines = [f"  {name:{wide}}  {tool.what}" for name, tool in TOOLS.items()]
+    return f"""usage: {PROG} COMMAND ...    (or python -m flax_resnet COMMAND ...)
+
+Residual networks in JAX: their training and their study.
+
+{chr(10).join(lines)}
+
+{PROG} COMMAND --help has every flag, with examples. In a checkout, experiments run as
+python -m experiments.NAME.
+
+Examples:
+  {PROG} train digits
+  {PROG} predict PHOTO.jpg --weights runs/digits
+  {PROG} doctor"""

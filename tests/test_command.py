@@ -1,0 +1,185 @@
+"""``flax-resnet COMMAND``: what it trains, what it says, what shells complete."""
+
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import assert_one_line_error
+from PIL import Image
+
+from flax_resnet import command, flags, recipes
+from flax_resnet.data import DataConfig
+from flax_resnet.record import from_record
+
+TINY = ("--model.stage-sizes", "1", "--model.num-filters", "8", "--num-steps", "2",
+        "--batch-size", "8", "--eval-batch-size", "8")  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, digits_dir):
+    """A directory of its own, with the digits prepared elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    from tensorflow_datasets.core import constants
+
+    monkeypatch.setattr(constants, "DATA_DIR", digits_dir)
+    return tmp_path
+
+
+def test_the_overview_has_every_command(call):
+    code, out, err = call("--help")
+    assert (code, err) == (0, "")
+    for name, tool in command.TOOLS.items():
+        assert f"  {name} " in out
+        assert tool.what in out
+    assert call() == (0, out, "")
+
+
+def test_the_version(call):
+    import flax_resnet
+
+    assert call("--version") == (0, f"flax_resnet {flax_resnet.__version__}\n", "")
+
+
+def test_an_unknown_command_is_one_line(call):
+    assert_one_line_error(call("trian"), "unknown command 'trian' (did you mean 'train'?)")
+
+
+@pytest.mark.parametrize("name", command.TOOLS)
+def test_every_command_has_help_with_examples(name, call):
+    code, out, err = call(name, "--help")
+    assert (code, err) == (0, "")
+    assert "Examples:" in out
+    assert f"flax-resnet {name}" in out.split("Examples:")[1]
+
+
+@pytest.mark.parametrize("name", command.TOOLS)
+def test_what_help_shows_as_examples_parses(name, call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = call(name, "--help")[1].split("Examples:")[1].split("╭")[0].replace("\\\n", " ")
+    lines = [line.split("|")[0].split(" > ")[0].rstrip(' )"') for line in text.splitlines()]
+    found = [
+        line.split(f"flax-resnet {name}", 1)[1] for line in lines if f"flax-resnet {name}" in line
+    ]
+    assert found
+    for example in found:
+        argv = shlex.split(example)
+        if name in command.MAKES:
+            config = recipes.finetuning(DataConfig(), 5) if name == "finetune" else recipes.digits()
+            assert flags.parse(config, "w", argv[1:]).config
+        else:
+            assert flags.cli(command.TOOLS[name].settings, argv, "", None)
+
+
+def test_training_the_digits_and_predicting(call, here, rng):
+    code, out, err = call("train", "digits", *TINY)
+    assert code == 0, err
+    workdir = here / "runs" / "digits"
+    result = json.loads((workdir / "result.json").read_text())
+    assert result["num_eval"] == 355
+    Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(here / "eight.png")
+    code, out, err = call("predict", "eight.png", "--weights", "runs/digits", "--format", "json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert sorted(found["names"]) == sorted(set(found["names"]))
+    assert sum(found["probabilities"]) <= 1 + 1e-6
+    code, out, _ = call("train", "digits", *TINY)
+    assert code == 0
+    assert "is finished: 2 steps" in out
+
+
+def test_a_folder_needs_no_number_of_classes(call, here, image_folder):
+    code, _, err = call("train", image_folder, *TINY)
+    assert code == 0, err
+    record = json.loads((here / "runs" / "photos" / "config.json").read_text())
+    config = from_record(record["config"])
+    assert config.model.num_classes == 2
+    assert config.data.folder == str(image_folder)
+    assert json.loads((here / "runs" / "photos" / "result.json").read_text())["num_eval"] == 8
+
+
+def test_fine_tuning_goes_on_from_weights(call, here, image_folder):
+    assert call("train", "digits", *TINY)[0] == 0
+    assert call("convert", "runs/digits", "digits.safetensors")[0] == 0
+    code, _, err = call(
+        "finetune", image_folder, "--model", "resnet20", "--weights", "digits.safetensors",
+        "--data.no-random-resized-crop", "--data.image-size", "8", "--data.channels", "1", *TINY,
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads((here / "runs" / "photos-finetune" / "result.json").read_text())
+    assert result["num_train"] == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], 'expected what to train on first: "digits", a tfds name, or a folder'),
+        (["train", "--batch-size", "8"], "train --batch-size: expected what to train on first"),
+        (["train", "./nowhere"], "--data.folder ./nowhere: no such directory"),
+        (["train", "cifar1o"], "unknown dataset 'cifar1o' (did you mean 'cifar10'?)"),
+        (["train", "digits", "--batch-siz", "8"], "did you mean --batch-size?"),
+        (["summary", "resnet5o"], "did you mean 'resnet56'?"),
+        (["summary"], "--help lists every flag"),
+        (["completion", "tcsh"], "--help lists every flag"),
+        (["names", "--weight"], "did you mean --weights?"),
+    ],
+)
+def test_bad_input_is_one_line(call, here, arguments, message):
+    assert_one_line_error(call(*arguments), message)
+    assert list(here.iterdir()) == []
+
+
+def test_the_data_directory_is_read_before_the_flags_are():
+    value = command._value_of
+    assert value("--data.data-dir", ["--data.data-dir", "a", "--x", "b"]) == "a"
+    assert value("--data.data-dir", ["--data.data_dir=a", "--data.data-dir=b"]) == "b"
+    assert value("--data.data-dir", ["--data.name", "--data.data-dir"]) is None
+
+
+def completed(script, *words):
+    """What bash proposes for the last word."""
+    code = f"""source {script}
+COMP_WORDS=({" ".join(f"'{word}'" for word in words)})
+COMP_CWORD={len(words) - 1}
+_tyro_flax_resnet
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", code], capture_output=True, text=True, check=True, env={"PATH": path}
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes_commands_flags_and_choices(call, tmp_path):
+    code, out, _ = call("completion", "bash")
+    assert code == 0
+    script = tmp_path / "completion.bash"
+    script.write_text(out)
+    commands = set(completed(script, "flax-resnet", ""))
+    assert commands == {*command.TOOLS, "-h", "--help"}
+    assert completed(script, "flax-resnet", "pred") == ["predict"]
+    assert completed(script, "flax-resnet", "predict", "--format", "") == ["text", "json", "csv"]
+    assert completed(script, "flax-resnet", "train", "digits", "--sharding", "z") == ["zero"]
+    flags = completed(script, "flax-resnet", "train", "digits", "--optimizer.")
+    assert {"--optimizer.learning-rate", "--optimizer.momentum"} <= set(flags)
+    assert all(flag.startswith("--optimizer.") for flag in flags)
+    assert "complete -o default -F" in out  # files, where nothing else is known
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_can_read_their_scripts(call, tmp_path, shell):
+    code, out, _ = call("completion", shell)
+    assert code == 0
+    assert "COMPLETION_SPEC" in out
+    assert all(f"'{name}'" in out or f'"{name}"' in out for name in command.TOOLS)
+    if shutil.which(shell):
+        (tmp_path / "script").write_text(out)
+        subprocess.run([shell, "-n", tmp_path / "script"], check=True)

@@ -1,0 +1,84 @@
+"""The first config for any images."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import digits, finetune
+from flax_resnet import UserError, recipes
+from flax_resnet.models import name_of
+
+
+@pytest.fixture
+def photographs(tmp_path, rng):
+    """Three classes of five RGB PNGs of several sizes."""
+    for name in "abc":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(5):
+            pixels = rng.integers(0, 256, (100 + i, 120, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "set" / name / f"{i}.png")
+    return tmp_path / "set"
+
+
+def test_the_experiments_are_these():
+    assert digits.get_config() == recipes.digits()
+    tuned = finetune.get_config()
+    assert tuned.model.num_classes == 1000
+    assert tuned.weights == "imagenet"
+
+
+def test_digits_by_either_name(digits_dir):
+    for name in ("digits", "sklearn_digits"):
+        config = recipes.scratch(name, digits_dir)
+        assert (config.data.name, config.data.data_dir) == ("sklearn_digits", digits_dir)
+        assert config.model == recipes.digits().model
+        assert config.optimizer == recipes.digits().optimizer
+        assert config.augment == recipes.digits().augment
+
+
+def test_small_images_get_a_cifar_network_and_are_left_as_they_are(image_folder):
+    config = recipes.scratch(str(image_folder))
+    assert name_of(config.model) == "resnet20"
+    assert config.model.num_classes == 2
+    assert config.data.image_size is None
+    assert config.augment.flip  # of colour images: grey ones are often signs
+    assert not recipes.digits().augment.flip
+
+
+def test_large_images_get_an_imagenet_network_at_224(photographs):
+    config = recipes.scratch(str(photographs))
+    assert name_of(config.model) == "resnet18"
+    assert config.model.num_classes == 3
+    assert config.data.image_size == 224
+    assert config.data.random_resized_crop
+    assert config.weights is None
+
+
+def test_fine_tuning_counts_the_classes(photographs):
+    config = recipes.finetuned(str(photographs))
+    assert name_of(config.model) == "resnet50"
+    assert (config.model.num_classes, config.model.norm_kind) == (3, "frozen")
+    assert (config.weights, config.normalization) == ("imagenet", "weights")
+    assert config.data.folder == str(photographs)
+
+
+def test_splits_are_those_that_a_set_has(monkeypatch, digits_dir):
+    def of(*names):
+        monkeypatch.setattr(recipes.sources, "split_names", lambda *_: list(names))
+        data = recipes.scratch("digits", digits_dir).data
+        return data.train_split, data.eval_split
+
+    assert of("train", "test") == ("train", "test")
+    assert of("train", "validation") == ("train", "validation")
+    assert of("train") == ("train[:80%]", "train[80%:]")
+
+
+def test_the_splits_of_the_digits(digits_dir):
+    assert recipes.sources.split_names("sklearn_digits", digits_dir) == ["train", "test"]
+    assert recipes.sources.split_names("sklearn_digits", "/nowhere") == []
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "cifar1o"])
+def test_what_is_not_there(name):
+    with pytest.raises(UserError, match=r"no such directory|did you mean 'cifar10'"):
+        recipes.scratch(name)
