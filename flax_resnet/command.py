@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import tyro
 from flax_resnet import (
     compare,
     convert,
+    distributed,
     doctor,
     evaluate,
     flags,
@@ -140,6 +142,8 @@ Examples:
   flax-resnet finetune PHOTOS --model resnet18 --weights net.safetensors
   flax-resnet finetune PHOTOS --model.frozen-stages 4 --cache-features \\
     --data.no-random-resized-crop --augment.no-flip"""
+NEXT = """look at it: {prog} report {workdir}
+use it: {prog} predict IMAGE --weights {workdir}"""
 DATA = "DATA"
 MAKES: Mapping[str, tuple[str, Callable[[str, str | None], TrainConfig]]] = {
     "train": (TRAIN, recipes.scratch),
@@ -196,7 +200,9 @@ def _make(command: str, argv: Sequence[str]) -> None:
     name = Path(data).expanduser().resolve().name if config.data.folder else data.replace("/", "-")
     workdir = f"runs/{name}" + ("" if command == "train" else f"-{command}")
     chosen = flags.parse(config, workdir, rest, about, prog)
-    start(chosen, own_process=[command, *argv] == sys.argv[1:])
+    trained = start(chosen, own_process=[command, *argv] == sys.argv[1:])
+    if len(trained) == 1 and distributed.is_lead():
+        print(NEXT.format(prog=PROG, workdir=shlex.quote(chosen.workdir)))
 
 
 def _value_of(name: str, argv: Sequence[str]) -> str | None:

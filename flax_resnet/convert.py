@@ -81,5 +81,5 @@ def convert(opened: Pretrained, dest: str | Path) -> str:
         input_shape=(side, side, input_channels(opened)),
     )
     parameters = sum(x.size for x in jax.tree.leaves(opened.variables["params"]))
-    name = opened.network or models.name_of(module) or type(module).__name__
+    name = opened.network or models.network_name(module)
     return f"{name}, {parameters:,} parameters, written to {dest}"

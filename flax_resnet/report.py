@@ -19,7 +19,8 @@ from flax_resnet import figures, flags, metrics
 from flax_resnet.classify import flag, writing
 from flax_resnet.errors import UserError, check_choices
 from flax_resnet.inspection import PARTS, Session, open_run, read_record
-from flax_resnet.inspection.opened import Which, network_name
+from flax_resnet.inspection.opened import Which
+from flax_resnet.models import network_name
 from flax_resnet.record import flatten
 
 CSS = """

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import dispatch, distributed, figures, hosts, metrics, profiling
+from flax_resnet import dispatch, distributed, figures, hosts, metrics, models, profiling
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.files import room
@@ -341,7 +341,7 @@ def _opening_line(run: Run) -> str:
     together = f", {run.group} a dispatch" if run.group > 1 else ""
     return (
         (f"{members} x " if run.lead else "")
-        + f"{type(run.config.model).__name__}, {parameters // members:,} parameters; "
+        + f"{models.network_name(run.config.model)}, {parameters // members:,} parameters; "
         f"{run.config.data.title}: "
         f"{data.num_train:,} training and {data.num_eval:,} evaluation images of "
         f"{data.sizes}, {'resident' if data.resident else 'streamed'}; "
@@ -355,7 +355,7 @@ def conclude(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     workdir, records = run.workdir, metrics.read_metrics(run.workdir)
     best = max((r for r in records if r["split"] == "eval"), key=lambda r: (r["top1"], r["step"]))
     last = [r for r in records if r["split"] == "train"][-1]
-    name = f"{type(run.config.model).__name__} on {run.config.data.title}"
+    name = f"{models.network_name(run.config.model)} on {run.config.data.title}"
     figures.curves(records, workdir / "curves.png", f"{name}, seed {run.config.seed}")
     title = f"{name}: top-1 {100 * run.evaluation['top1']:.2f} % of {run.data.num_eval}"
     assert run.confusion is not None

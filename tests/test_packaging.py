@@ -1,8 +1,17 @@
-"""What the repository says of itself agrees with itself."""
+"""What the repository says of itself agrees with itself.
+
+``python tests/test_packaging.py > tests/public_api.txt`` writes the list of what is public.
+"""
 
 import ast
+import inspect
 import pathlib
+import subprocess
+import sys
 import tomllib
+
+import pytest
+from flax import linen as nn
 
 import flax_resnet
 
@@ -36,7 +45,73 @@ def test_public_names_are_documented_and_nothing_else_is_there():
     assert [ast.unparse(n) for n in others] == [f"__version__ = '{PROJECT['version']}'"]
 
 
+def public():
+    """A line for each public name: its parameters, of those with a default "name="."""
+    tree = ast.parse((ROOT / "flax_resnet" / "__init__.py").read_text())
+    names = [a.asname for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names]
+    for name in sorted(names):
+        what = getattr(flax_resnet, name)
+        flaxs = ("parent", "name") if isinstance(what, type) and issubclass(what, nn.Module) else ()
+        try:
+            parameters = inspect.signature(what).parameters.values()
+        except ValueError:  # an exception's, of C
+            parameters = ()
+        shown, bare = [], False
+        for p in parameters:
+            if p.name in flaxs:
+                continue
+            if p.kind is p.KEYWORD_ONLY and not bare:
+                shown, bare = [*shown, "*"], True
+            stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+            shown.append(f"{stars}{p.name}{'' if p.default is p.empty else '='}")
+        yield f"{name}({', '.join(shown)})"
+
+
+def test_the_public_names_and_their_parameters():
+    """A change here is one for whoever uses the library: CHANGELOG.md says so."""
+    there = (ROOT / "tests" / "public_api.txt").read_text().splitlines()
+    assert list(public()) == there
+
+
+def test_the_changelog_has_this_version():
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {PROJECT['version']}" in changes
+
+
+CONSUMER = """
+from typing import assert_type
+import jax
+import flax_resnet
+from flax import linen as nn
+
+state: flax_resnet.TrainState
+module, variables = flax_resnet.load("resnet20", num_classes=5)
+assert_type(module, nn.Module)
+config = flax_resnet.TrainConfig(batch_size=64)
+assert_type(config.num_epochs, float)
+assert_type(flax_resnet.names(), tuple[str, ...])
+assert_type(flax_resnet.cifar_resnet(20), flax_resnet.ResNet)
+flax_resnet.TrainConfig(batch_size="64")  # an error
+"""
+
+
+@pytest.mark.slow
+def test_types_reach_whoever_uses_the_library(tmp_path):
+    (tmp_path / "consumer.py").write_text(CONSUMER)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-incremental", "--config-file=", "consumer.py"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    wrong = [line for line in done.stdout.splitlines() if "consumer.py" in line and "error" in line]
+    assert len(wrong) == 1, done.stdout
+    assert f':{CONSUMER.count(chr(10))}: error: Argument "batch_size"' in wrong[0]
+
+
 def test_every_test_module_names_what_it_tests():
     modules = {p.stem for p in (ROOT / "flax_resnet").glob("*.py")} | {"models", "datasets"}
     tested = {p.stem.removeprefix("test_") for p in (ROOT / "tests").glob("test_*.py")}
     assert modules - tested - {"__init__", "__main__"} == set()
+
+
+if __name__ == "__main__":
+    print(*public(), sep="\n")

@@ -15,7 +15,6 @@ from flax_resnet.inspection.layers import stage_maps as stage_maps
 from flax_resnet.inspection.lr_finder import RateSearch as RateSearch
 from flax_resnet.inspection.lr_finder import find_rate as find_rate
 from flax_resnet.inspection.opened import Inspected as Inspected
-from flax_resnet.inspection.opened import network_name as network_name
 from flax_resnet.inspection.opened import open_run as open_run
 from flax_resnet.inspection.opened import read_record as read_record
 from flax_resnet.inspection.parts import PARTS as PARTS

@@ -219,7 +219,7 @@ def depth(module: nn.Module) -> int:
         return 2 * sum(module.stage_sizes) + 2
     if isinstance(module, DropBlockResNet):
         return 4 * len(module.stage_filters) + len(module.dense_features) + 1
-    name = models.name_of(module) or type(module).__name__
+    name = models.network_name(module)
     raise UserError(
         f"{name}: how many layers it has is known of ResNet, MiniModel and DropBlockResNet only"
     )

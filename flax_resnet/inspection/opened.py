@@ -52,7 +52,7 @@ class Inspected:
     @property
     def title(self) -> str:
         """The network and the data, in a few words."""
-        return f"{network_name(self.config.model)} on {self.config.data.title}"
+        return f"{models.network_name(self.config.model)} on {self.config.data.title}"
 
     @property
     def eval_shape(self) -> tuple[int, int, int]:
@@ -143,8 +143,3 @@ def read_record(workdir: str | Path) -> tuple[Any, dict[str, Any]]:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a run's record ({error!r}): give another run") from error
-
-
-def network_name(module: nn.Module) -> str:
-    """The name of a network where it has one, else its class."""
-    return models.name_of(module) or type(module).__name__

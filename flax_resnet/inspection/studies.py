@@ -10,7 +10,8 @@ from flax_resnet import metrics, tables
 from flax_resnet.errors import UserError, did_you_mean
 from flax_resnet.figures import Group
 from flax_resnet.inspection.layers import depth
-from flax_resnet.inspection.opened import network_name, read_record
+from flax_resnet.inspection.opened import read_record
+from flax_resnet.models import network_name
 from flax_resnet.record import flatten
 
 # What does not set two series apart: seeds are averaged, sizes of stages are the depth.

@@ -34,4 +34,5 @@ from flax_resnet.models.zoo import imagenet_resnet as imagenet_resnet
 from flax_resnet.models.zoo import keras_resnet as keras_resnet
 from flax_resnet.models.zoo import name_of as name_of
 from flax_resnet.models.zoo import names as names
+from flax_resnet.models.zoo import network_name as network_name
 from flax_resnet.models.zoo import wide_resnet as wide_resnet

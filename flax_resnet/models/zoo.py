@@ -269,6 +269,11 @@ def name_of(module: nn.Module) -> str | None:
     return None
 
 
+def network_name(module: nn.Module) -> str:
+    """What to call a network: its name where it has one, else its class."""
+    return name_of(module) or type(module).__name__
+
+
 def default_shape(module: nn.Module) -> tuple[int, int, int]:
     """The image shape (H, W, C) that a network was made for."""
     imagenet = isinstance(module, ResNet) and module.stem != "cifar"
