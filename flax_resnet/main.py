@@ -24,6 +24,7 @@ from flax_resnet import (
     preemption,
     report,
     restart,
+    serve,
     summary,
     tables,
 )
@@ -41,6 +42,7 @@ TOOLS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "evaluate": ("measure weights on a data set or a folder", evaluate.main),
     "convert": ("write weights in another format", convert.main),
     "report": ("write a run's result and pictures as one HTML file", report.main),
+    "serve": ("open a web page to try weights on images", serve.main),
 }
 
 

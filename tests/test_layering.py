@@ -64,7 +64,10 @@ LEVELS = [
     {"inspection.predictions", "inspection.samples", "inspection.studies"},
     {"inspection.parts"},
     {"inspection"},
-    {"report", "compilation"},
+    {"report", "compilation", "serving.answers"},
+    {"serving.page"},
+    {"serving"},
+    {"serve"},
     {"main"},
     {"__main__", ""},
 ]
