@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import ipaddress
 import json
 import os
@@ -80,15 +81,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """``python -m flax_resnet serve``."""
     settings = flags.cli(Settings, argv, ABOUT, "python -m flax_resnet serve")
     local = is_loopback(settings.host)
-    port = settings.port or _free_port(settings.host, range(1))
+    port = settings.port or free_port(settings.host)
     check_port(settings.host, port)
-    with _surroundings() as directory:
+    with surroundings() as directory:
         page.gradio()  # whether it is there is said before weights are fetched
         limits = Limits(settings.max_mb, settings.max_pixels)
         opened = settings.open(settings.source)
         answers = Answers(Classifier.of(opened), limits)
         shown, run = about(opened, settings.source)
-        examples = _examples(run, settings.examples, directory / "examples") if run else []
+        examples = example_images(run, settings.examples, directory / "examples") if run else []
         built = page.build(answers, shown, examples)
         with launched(built, settings.host, port, limits, inbrowser=settings.browser) as url:
             if not local:
@@ -118,7 +119,7 @@ def about(opened: Pretrained, source: str) -> tuple[page.About, Inspected | None
     return page.About(run.title, tuple(facts)), run
 
 
-def _examples(run: Inspected, count: int, place: Path) -> list[Path]:
+def example_images(run: Inspected, count: int, place: Path) -> list[Path]:
     """Evaluation images as PNG, where the data are there and of one size: these are exact."""
     decoder = run.config.data.decoder(run.image_shape[2])
     if not count or decoder.size is not None or run.image_shape[2] not in (1, 3):
@@ -213,37 +214,33 @@ def is_loopback(host: str) -> bool:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises UserError, with a port to try, where another process listens on this one."""
-    error = _bind(host, port)
-    if error is None:
-        return
-    free = _free_port(host, range(port + 1, min(port + 1 + PORTS, 2**16)))
-    raise UserError(
-        f"port {port} of {host} cannot be used ({error.strerror}): try --port {free}"
-    ) from error
-
-
-def _bind(host: str, port: int) -> OSError | None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    """Raises UserError where a port cannot be listened on, with one to try where that helps."""
     try:
-        with socket.socket(family) as listening:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind((host, port))
+        _bind(host, port)
     except OSError as error:
-        return error
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            free_port(host)  # says what is wrong with the host
+        free = _next_free(host, max(port + 1, 1024)) or free_port(host)
+        raise UserError(
+            f"port {port} of {host} cannot be used ({error.strerror}): try --port {free}"
+        ) from error
+
+
+def _next_free(host: str, start: int) -> int | None:
+    for port in range(start, min(start + PORTS, 2**16)):
+        with contextlib.suppress(OSError):
+            return _bind(host, port)
     return None
 
 
-def _free_port(host: str, ports: range) -> int:
-    """The first free one; 0 in ``ports``, or none free, asks the system."""
-    found = next((port for port in ports if port and _bind(host, port) is None), None)
-    if found is not None:
-        return found
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def free_port(host: str) -> int:
+    """A port that nobody listens on.
+
+    Raises:
+      UserError: the host is no address of this machine.
+    """
     try:
-        with socket.socket(family) as listening:
-            listening.bind((host, 0))
-            return listening.getsockname()[1]
+        return _bind(host, 0)
     except OSError as error:
         raise UserError(
             f"--host {host} cannot be listened on ({error.strerror}): give an address of this "
@@ -251,9 +248,19 @@ def _free_port(host: str, ports: range) -> int:
         ) from error
 
 
+def _bind(host: str, port: int) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        return listening.getsockname()[1]
+
+
 @contextlib.contextmanager
-def _surroundings() -> Iterator[Path]:
-    """A directory for Gradio's files, deleted in the end; its settings are this command's."""
+def surroundings() -> Iterator[Path]:
+    """A directory for Gradio's files, deleted in the end; inside, its settings are set here.
+
+    Nothing that the environment says to Gradio counts, and nothing is reported to anyone.
+    """
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="flax_resnet_serve_") as directory:
         for name in [name for name in os.environ if name.startswith("GRADIO_")]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from flax_resnet.augment import normalize
 from flax_resnet.classify import Classifier
@@ -125,7 +125,9 @@ class Answers:
         except UserError:
             raise
         except (*DECODE_ERRORS, MemoryError) as error:
-            raise UserError(f"this image cannot be read: {reason(error)}") from error
+            unknown = isinstance(error, UnidentifiedImageError)
+            why = f"it is none of {', '.join(FORMATS)}" if unknown else reason(error)
+            raise UserError(f"this image cannot be read: {why}") from error
         return self._answer(pixels, _since(begun), note)
 
     def evidence(self, pixels: np.ndarray, index: int) -> Evidence:

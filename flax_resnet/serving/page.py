@@ -19,10 +19,12 @@ KEPT_SECONDS, SWEEP_SECONDS = 600, 60
 WAITING = 20
 SESSIONS = 100
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1180px !important;
+  margin: 0 auto !important; }
+.gradio-container main { width: 100%; }
 footer { display: none !important; }
 .about h1 { font-size: 1.5rem; margin: 0; }
-.about .facts, .timing, .hint { opacity: 0.75; margin: 0.2rem 0; overflow-wrap: anywhere; }
+.about .facts, .hint { opacity: 0.75; margin: 0.2rem 0; overflow-wrap: anywhere; }
 .wrong { margin: 0; padding: 0.6rem 0.8rem; border-radius: 6px; color: #8a1c1c;
   background: #fdecec; border: 1px solid #f3bcbc; }
 .classes ol { list-style: none; margin: 0; padding: 0; }
@@ -34,6 +36,7 @@ footer { display: none !important; }
 .classes span { position: relative; font-variant-numeric: tabular-nums; }
 .timing span { white-space: nowrap; margin-right: 1.5rem; font-variant-numeric: tabular-nums; }
 #image img { width: 100%; height: 100%; object-fit: contain; }
+#image .image-frame { padding-top: 1.7rem; }
 #seen .image-container, #overlay .image-container { padding-top: 2rem; }
 """
 
@@ -97,7 +100,13 @@ def build(answers: Answers, about: About, examples: Sequence[Path] = ()) -> Any:
                     buttons=[],
                 )
                 if examples:
-                    gr.Examples([[str(path)] for path in examples], image, label="Examples")
+                    image.keep_in_cache |= {str(path) for path in examples}
+                    gr.Examples(
+                        [[str(path)] for path in examples],
+                        image,
+                        label="Examples",
+                        api_visibility="private",
+                    )
             with gr.Column(scale=4, min_width=300):
                 status = gr.HTML(_hint(), elem_id="status")
                 with gr.Column(visible=False) as results:
@@ -128,7 +137,7 @@ def _connect(gr: Any, answers: Answers, image: Any, shown: Sequence[Any]) -> Non
             return nothing(_wrong(str(error)))
         choices = list(zip(answer.names, answer.classes, strict=True))
         return {
-            status: _note(answer.note),
+            status: gr.update(value=_note(answer.note), visible=bool(answer.note)),
             classes: _bars(answer),
             results: gr.update(visible=True),
             choice: gr.update(choices=choices, value=answer.classes[0]),
@@ -138,25 +147,34 @@ def _connect(gr: Any, answers: Answers, image: Any, shown: Sequence[Any]) -> Non
             seen_pixels: answer,
         }
 
+    def said(text: str) -> Any:
+        return gr.update(value=text, visible=True)
+
     def nothing(text: str) -> dict[Any, Any]:
         empty = dict.fromkeys((seen, overlay, seen_pixels))
         hidden = gr.update(visible=False)
-        return {**empty, status: text, results: hidden, classes: "", timing: ""}
+        return {**empty, status: said(text), results: hidden, classes: "", timing: ""}
 
     def explain(index: int | None, answer: Answer | None) -> dict[Any, Any]:
         if answer is None or index not in answer.classes:
-            return {status: _wrong("this image is no longer kept: drop it again")}
+            return {status: said(_wrong("this image is no longer kept: drop it again"))}
         evidence = _evidence(answers, answer, index)
         return {
             overlay: evidence and evidence.overlay,
             timing: _timing(answers, answer, evidence),
         }
 
-    # Private: no client library's endpoints; "hidden" work of one kind waits for the other.
-    options = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
-    gr.on([image.change], look, image, shown, show_progress="hidden", **options)
+    # Private: no endpoints for clients. The two kinds of work wait for each other.
+    options = {
+        "concurrency_id": "device",
+        "concurrency_limit": 1,
+        "api_visibility": "private",
+        "show_progress": "minimal",
+        "show_progress_on": [image],
+    }
+    gr.on([image.change], look, image, shown, **options)
     gr.on([choice.input], explain, [choice, seen_pixels], [status, overlay, timing],
-          show_progress="hidden", **options)  # fmt: skip
+          **options)  # fmt: skip
 
 
 def _evidence(answers: Answers, answer: Answer, index: int) -> Evidence | None:
