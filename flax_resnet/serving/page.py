@@ -34,7 +34,7 @@ footer { display: none !important; }
 .classes li:first-child { font-weight: 600; }
 .classes i { position: absolute; inset: 0 auto 0 0; background: rgba(37, 99, 235, 0.28); }
 .classes span { position: relative; font-variant-numeric: tabular-nums; }
-.timing span { white-space: nowrap; margin-right: 1.5rem; font-variant-numeric: tabular-nums; }
+.timing span { display: inline-block; margin-right: 1.5rem; font-variant-numeric: tabular-nums; }
 #image img { width: 100%; height: 100%; object-fit: contain; }
 #image .image-frame { padding-top: 1.7rem; }
 #seen .image-container, #overlay .image-container { padding-top: 2rem; }
@@ -240,7 +240,7 @@ def _timing(answers: Answers, answer: Answer, evidence: Evidence | None) -> str:
     parts = {"decode and resize": answer.decode_ms, "network": answer.network_ms}
     if evidence is not None:
         parts["Grad-CAM"] = evidence.ms
-    times = "".join(f"<span>{name} {ms:.1f} ms</span>" for name, ms in parts.items())
+    times = " ".join(f"<span>{name} {ms:.1f} ms</span>" for name, ms in parts.items())
     missing = answers.no_evidence
     return times + (f"<p>No Grad-CAM: {html.escape(missing)}.</p>" if missing else "")
 
