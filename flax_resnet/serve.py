@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     local = is_loopback(settings.host)
     port = settings.port or free_port(settings.host)
     check_port(settings.host, port)
-    with surroundings() as directory:
+    with contextlib.suppress(KeyboardInterrupt), surroundings() as directory:
         page.gradio()  # whether it is there is said before weights are fetched
         limits = Limits(settings.max_mb, settings.max_pixels)
         opened = settings.open(settings.source)
@@ -287,7 +287,5 @@ def _wait() -> None:
     try:
         while not ended.wait(3600):
             pass
-    except KeyboardInterrupt:
-        print()  # the terminal shows ^C
     finally:
         signal.signal(signal.SIGTERM, before)
