@@ -23,6 +23,7 @@ from flax_resnet import (
     provenance,
     recipes,
     report,
+    serve,
     summary,
 )
 from flax_resnet.classify import flag
@@ -227,6 +228,7 @@ TOOLS: dict[str, Tool] = {
     "predict": Tool("name what is in images", predict.Settings, predict.main),
     "evaluate": Tool("measure weights on a data set", evaluate.Settings, evaluate.main),
     "report": Tool("put a run into one HTML file", report.Settings, report.main),
+    "serve": Tool("open a web page to drop images on", serve.Settings, serve.main),
     "compare": Tool("set runs side by side", compare.Settings, compare.main),
     "convert": Tool("write weights in another format", convert.Settings, convert.main),
     "summary": Tool("show a network's layers and their cost", Summary, _summary),

@@ -125,7 +125,7 @@ def _predictions(
 
     top, pending = min(top, of.num_classes), None
     for paths, images in _batches(files, of.preprocessing, batch_size, on_error):
-        begun = (paths, _best(of.module, of.variables, of.stats, images, top))
+        begun = (paths, best_classes(of.module, of.variables, of.stats, images, top))
         if pending is not None:
             yield from found(*pending)
         pending = begun
@@ -134,7 +134,7 @@ def _predictions(
 
 
 @functools.partial(jax.jit, static_argnames=("module", "top"))
-def _best(
+def best_classes(
     module: nn.Module, variables: Any, stats: Any, images: jax.Array, top: int
 ) -> tuple[jax.Array, jax.Array]:
     """Classes and probabilities of the largest logits, (N, top) each."""

@@ -64,8 +64,10 @@ LEVELS = [
     {"inspection.predictions", "inspection.samples", "inspection.studies"},
     {"inspection.parts"},
     {"inspection"},
-    {"report", "compare", "compilation"},
-    {"main", "doctor"},
+    {"report", "compare", "compilation", "serving.answers"},
+    {"serving.page"},
+    {"serving"},
+    {"main", "doctor", "serve"},
     {"command"},
     {"__main__", ""},
 ]

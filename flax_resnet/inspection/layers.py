@@ -6,6 +6,7 @@ the last one, and a map is what a layer gives with two axes of pixels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -140,10 +141,17 @@ def grad_cam(
     Raises:
       UserError: the network has no map.
     """
-    path = _last_map(module, variables, images)
     fixed = None if classes is None else jnp.asarray(classes, jnp.int32)
+    found, chosen, p = jax.device_get(_cam(module, variables, images, fixed))
+    return np.asarray(found, np.float32), chosen, p
 
-    def logit(added: jax.Array | None, variables: Any, images: jax.Array) -> Any:
+
+@functools.partial(jax.jit, static_argnames="module")
+def _cam(module: nn.Module, variables: Any, images: jax.Array, fixed: jax.Array | None) -> Any:
+    """(maps, classes, probabilities); compiled once for a network and a shape of images."""
+    path = _last_map(module, variables, images)
+
+    def logit(added: jax.Array | None) -> Any:
         seen: list[jax.Array] = []
 
         def watch(layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
@@ -161,16 +169,10 @@ def grad_cam(
         p = jnp.take_along_axis(jax.nn.softmax(logits), chosen[:, None], axis=-1)[:, 0]
         return jnp.sum(own), (seen[-1], chosen, p)
 
-    @jax.jit
-    def cam(variables: Any, images: jax.Array) -> Any:
-        like = jax.eval_shape(lambda: logit(None, variables, images)[1][0])
-        zeros = jnp.zeros(like.shape, like.dtype)
-        by, (values, chosen, p) = jax.grad(logit, has_aux=True)(zeros, variables, images)
-        weights = jnp.mean(by, axis=(1, 2))
-        return nn.relu(jnp.einsum("nhwc,nc->nhw", values, weights)), chosen, p
-
-    found, chosen, p = jax.device_get(cam(variables, images))
-    return np.asarray(found, np.float32), chosen, p
+    like = jax.eval_shape(lambda: logit(None)[1][0])
+    by, (values, chosen, p) = jax.grad(logit, has_aux=True)(jnp.zeros(like.shape, like.dtype))
+    weights = jnp.mean(by, axis=(1, 2))
+    return nn.relu(jnp.einsum("nhwc,nc->nhw", values, weights)), chosen, p
 
 
 def heat(maps: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""The demo page: what it computes (``answers``) and what it shows (``page``)."""
