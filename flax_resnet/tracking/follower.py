@@ -119,52 +119,55 @@ class Follower:
             self._wake.wait()
             self._wake.clear()
             end = self._end
-            self._busy_since = time.monotonic()
             try:
-                self._send(self._tracker)
-                if end is not None:
-                    self._tracker.close(end)
-                    self._closed = True
-                    self._done.set()
-                    return
+                self._send(end)
                 pause, self._warned = RETRY_SECONDS[0], False
-                self._busy_since = None
             except Exception as error:
-                self._busy_since = None
                 self._warn(_line_of(error))
-                if end is not None:
-                    self._done.set()
-                    return
-                self._ending.wait(pause)
-                pause = min(2 * pause, most)
-                self._wake.set()
+                if end is None:
+                    self._ending.wait(pause)
+                    pause = min(2 * pause, most)
+                    self._wake.set()
+            finally:
+                self._busy_since = None
+            if end is not None:
+                break
+        self._close_file()
+        self._done.set()
 
-    def _send(self, tracker: Tracker) -> None:
+    def _send(self, end: End | None) -> None:
+        """Sends all lines that there are, and after them the end, where it has come."""
         while True:
             with self._lock:
                 step, self._rewound = self._rewound, None
+            self._busy_since = time.monotonic()
             if step is not None:
-                self._go_back(tracker, step)
+                self._go_back(step)
             self._pending = self._pending or self._read()
             if not self._pending:
-                return
-            self._busy_since = time.monotonic()
-            tracker.write(self._pending)
+                break
+            self._tracker.write(self._pending)
             self._sent, self._pending = self._pending[-1].place, []
             self._keep()
+        if end is not None:
+            self._tracker.close(end)
+            self._closed = True
 
-    def _go_back(self, tracker: Tracker, step: int) -> None:
+    def _go_back(self, step: int) -> None:
         try:
-            tracker.rewind(step)
+            self._tracker.rewind(step)
         except Exception:
             self.rewind(step)
             raise
         self._sent = min(self._sent, (step, "eval"), key=order) if self._sent else None
         self._pending, self._offset = [], 0
+        self._close_file()  # it has been replaced
+        self._keep()
+
+    def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._file = None  # what has been read so far was replaced
-        self._keep()
+            self._file = None
 
     def _read(self) -> list[Line]:
         """The next lines that the tracker does not have."""
