@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import jax
 import pytest
 from helpers import QUICK, assert_trees_equal, line_of_bad_input, tiny_resnet
 from test_train import saved, timeless
+from wandb_files import read_runs
 
 import flax_resnet
 from flax_resnet import main, metrics, tracking
@@ -451,58 +453,30 @@ def test_wandb_without_a_key_is_bad_input(monkeypatch, tmp_path):
         tracking.Wandb(mode="offlin")
 
 
-def offline_records(workdir):
-    """What W&B's files of a run hold: (their ids, logged rows, config, summary, exit codes)."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    ids, rows, settings, summary, codes = [], [], {}, {}, []
-    for path in sorted((workdir / "wandb").glob("offline-run-*/run-*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            kind = record.WhichOneof("record_type")
-            if kind == "run":
-                ids.append((record.run.run_id, record.run.run_group, record.run.display_name))
-                settings |= {x.key: json.loads(x.value_json) for x in record.run.config.update}
-            elif kind == "history":
-                items = record.history.item
-                rows.append({(x.key or x.nested_key[0]): json.loads(x.value_json) for x in items})
-            elif kind == "summary":
-                values = record.summary.update
-                summary |= {(x.key or x.nested_key[0]): json.loads(x.value_json) for x in values}
-            elif kind == "exit":
-                codes.append(record.exit.exit_code)
-    return ids, rows, settings, summary, codes
-
-
 @pytest.mark.slow
 def test_wandb_offline_has_every_line_once(config, untracked, tmp_path, mesh):
     pytest.importorskip("wandb")
     chosen = tracking.Wandb(project="p", mode="offline")
     workdir = tmp_path / "w"
     result = train_with_a_stop(tracked(config, chosen), workdir, mesh)
-    ids, rows, settings, summary, codes = offline_records(workdir)
-    (run_id,) = {one[0] for one in ids}
-    assert {one[1:] for one in ids} == {("", "w")}
+    found = read_runs(workdir / "wandb")
+    rows = found["rows"]
+    (run_id,) = {one[0] for one in found["ids"]}
+    assert {one[1:] for one in found["ids"]} == {("", "w")}
     assert run_id == json.loads((workdir / "tracking.json").read_text())["W&B p"]["run_id"]
-    got = [
-        {k: v for k, v in row.items() if not k.startswith("_") and k not in ("curves", "confusion")}
-        for row in rows
-    ]
+    lines = [row for row in rows if "train/loss" in row or "eval/loss" in row]
+    got = [{k: v for k, v in row.items() if not k.startswith("_")} for row in lines]
     want = [
         {f"{r['split']}/{k}": v for k, v in r.items() if k not in ("step", "split")}
         | {"step": r["step"]}
         for r in metrics.read_metrics(workdir)
     ]
-    assert [row for row in got if len(row) > 1] == want
-    assert sum("curves" in row for row in rows) == 1
-    assert settings["optimizer.learning_rate"] == config.optimizer.learning_rate
-    assert settings["run.devices"] == "8 x cpu"
-    assert summary["result/top1"] == result["top1"]
-    assert codes == [75, 0]
+    assert got == want
+    assert sum("curves/path" in row for row in rows) == 1
+    assert found["config"]["optimizer.learning_rate"] == config.optimizer.learning_rate
+    assert found["config"]["run.devices"] == "8 x cpu"
+    assert found["summary"]["result/top1"] == result["top1"]
+    assert found["codes"] == [75, 0]
     assert_same_run(workdir, untracked)
     assert to_wandb.STOPPED_STATUS == {"FINISHED": 0, "FAILED": 1, "KILLED": 75}
 
@@ -694,9 +668,10 @@ def test_a_server_that_dies_in_the_middle_changes_no_bit_and_no_exit(
         )  # fmt: skip
     finally:
         mortal.kill()
-    first, last = capfd.readouterr().err.splitlines()
-    assert "does not take the metrics (ConnectionRefusedError" in first
-    assert "lines and the end of the run" in last
+    *first, last = capfd.readouterr().err.splitlines()
+    # None where its end comes before MLflow's own client has given up the request under way.
+    assert first == [] or "does not take the metrics (Connection" in first[0]
+    assert re.search(r"experiment dies did not get (the last \d of 9 lines and )?the end", last)
     assert result["step"] == 12
     assert_same_run(tmp_path / "w", untracked)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import re
 import socket
@@ -92,6 +93,7 @@ class MLflow(Tracking):
 
         # Its lines with addresses go to stdout, whatever is run; the run's start says it.
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        logging.getLogger("urllib3.connectionpool").addFilter(_not_ours)
         return MlflowClient(self._address)
 
     def open(self, about: About) -> Tracker:
@@ -195,6 +197,11 @@ class _Run(Tracker):
                 self._client.log_artifact(self.run_id, str(path))
         finally:  # the files' store may want credentials that nobody gave
             self._client.set_terminated(self.run_id, end.status)
+
+
+def _not_ours(record: logging.LogRecord) -> bool:
+    """Keeps from stderr each retry of a request of ours: one line warns of them all."""
+    return " MLflow " not in (record.threadName or "")
 
 
 def _missing(params: Mapping[str, Any], there: Mapping[str, str]) -> dict[str, str]:

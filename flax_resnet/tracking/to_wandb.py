@@ -93,7 +93,7 @@ class _Run(Tracker):
         )
         self._run.define_metric("step")  # not W&B's own, which cannot go back
         self._run.define_metric("*", step_metric="step")
-        self.address = self._run.url or ""
+        self.address = "" if self._run.offline else self._run.url or ""
 
     def write(self, lines: Sequence[Line]) -> None:
         """Hands them to W&B's own process, which sends or keeps them."""
