@@ -187,6 +187,19 @@ def test_a_tracker_chosen_later_gets_what_came_before(tmp_path):
     }
 
 
+def test_what_was_not_sent_is_sent_when_the_run_is_started_again(tmp_path, capfd):
+    with contextlib.suppress(Preempted), logging(tmp_path) as log:
+        only().fails = 10**9
+        write(log, (1, "train"), (2, "train"))
+        raise Preempted
+    assert (only().lines, only().ends) == ([], [])
+    assert "did not get the last 2 of 2 lines" in capfd.readouterr().err
+    only().fails = 0
+    with logging(tmp_path, start=2) as log:
+        write(log, (3, "train"))
+    assert [x.step for x in only().lines] == [1, 2, 3]
+
+
 def test_a_run_that_is_gone_there_begins_anew_with_everything(tmp_path):
     with logging(tmp_path) as log:
         write(log, (1, "train"))
@@ -442,13 +455,17 @@ def test_nobody_at_the_address_is_one_line_and_nothing_is_written(config, tmp_pa
 def test_wandb_without_a_key_is_bad_input(monkeypatch, tmp_path):
     pytest.importorskip("wandb")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("API_KEY", "MODE", "IDENTITY_TOKEN_FILE", "BASE_URL"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
     with pytest.raises(UserError, match=r"W&B t/p: no key for https://api.wandb.ai: run `wandb"):
         tracking.check(tracking.Wandb(project="p", entity="t"))
     tracking.check(tracking.Wandb(mode="offline"))
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    tracking.check(tracking.Wandb())
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        tracking.check(tracking.Wandb())
+    with pytest.raises(UserError, match=r"W&B flax_resnet cannot be used \(ConnectionRefused"):
+        tracking.check(tracking.Wandb())
     with pytest.raises(UserError, match="mode='offlin'"):
         tracking.Wandb(mode="offlin")
 

@@ -11,15 +11,18 @@ import abc
 import dataclasses
 import importlib.util
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from flax_resnet.errors import UserError
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Place = tuple[int, str]
 """The step and the split of a line."""
+REACH_SECONDS = 5.0
 
 
 class Line(NamedTuple):
@@ -186,3 +189,16 @@ def check_installed(package: str) -> None:
 def masked(text: str) -> str:
     """A text with the user and password of every URL in it replaced."""
     return re.sub(r"://[^/\s]*@", "://***@", text)
+
+
+def reach(address: str | None) -> None:
+    """Raises OSError where nobody listens at the address of a server."""
+    parts = urlsplit(address or "")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return
+    from requests.utils import get_environ_proxies
+
+    if get_environ_proxies(address or ""):
+        return
+    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    socket.create_connection((parts.hostname, port), REACH_SECONDS).close()

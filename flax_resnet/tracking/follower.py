@@ -277,9 +277,8 @@ def within(seconds: float, call: Callable[[], Found], where: str) -> Found:
         raise UserError(f"tracking: {where} does not answer for {seconds:.0f} s: {advice}")
     if isinstance(errors[0], UserError):
         raise errors[0]
-    raise UserError(
-        f"tracking: {where} cannot be used ({_line_of(errors[0])}): {advice}"
-    ) from errors[0]
+    line = f"tracking: {where} cannot be used ({_line_of(errors[0])}): {advice}"
+    raise UserError(line) from None  # what it says may hold a password
 
 
 @contextlib.contextmanager

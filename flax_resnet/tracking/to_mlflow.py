@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import os
 import re
-import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,13 +22,13 @@ from flax_resnet.tracking.base import (
     Tracking,
     check_installed,
     masked,
+    reach,
 )
 
 SENT = "flax_resnet.sent"
 """The tag that says which line came last: it is set in the request that brings the line."""
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000
 MOST_AT_ONCE, MOST_PARAMS = 900, 100
-REACH_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,7 @@ class MLflow(Tracking):
           UserError: MLflow is not installed, or the experiment was deleted.
         """
         check_installed("mlflow")
-        _reach(self._address)
+        reach(self._address)
         found = self._client().get_experiment_by_name(self.experiment)
         if found is not None and found.lifecycle_stage == "deleted":
             raise UserError(
@@ -103,7 +102,7 @@ class MLflow(Tracking):
 
 class _Run(Tracker):
     def __init__(self, client: Any, config: MLflow, about: About, address: str | None):
-        self._client, self._reach = client, address
+        self._client, self._server = client, address
         run = self._earlier(about.run_id)
         tags = {**about.tags, **({"group": about.group} if about.group else {})}
         if commit := about.tags.get("git.commit"):
@@ -166,7 +165,7 @@ class _Run(Tracker):
         """In one request, as a rule."""
         from mlflow.entities import Metric
 
-        _reach(self._reach)  # MLflow itself tries for minutes where nobody listens
+        reach(self._server)  # MLflow itself tries for minutes where nobody listens
         found = [
             Metric(_key(name), float(value), round(1000 * line.time), line.step)
             for line in lines
@@ -177,14 +176,14 @@ class _Run(Tracker):
 
     def rewind(self, step: int) -> None:
         """What was there of later steps stays, and the new values stand beside it."""
-        _reach(self._reach)
+        reach(self._server)
         self._log(tags={SENT: f"{step} eval", "flax_resnet.went_back_to": step})
 
     def close(self, end: End) -> None:
         """Result, files and status."""
         from mlflow.entities import Metric
 
-        _reach(self._reach)
+        reach(self._server)
         now = round(1000 * time.time())
         numbers = {
             f"result/{name}": float(value)
@@ -221,16 +220,3 @@ def _key(name: str) -> str:
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
     return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def _reach(address: str | None) -> None:
-    """Raises OSError where nobody listens at the address of a server."""
-    parts = urlsplit(address or "")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return
-    from requests.utils import get_environ_proxies
-
-    if get_environ_proxies(address or ""):
-        return
-    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-    socket.create_connection((parts.hostname, port), REACH_SECONDS).close()

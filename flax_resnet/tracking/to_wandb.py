@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from flax_resnet.errors import UserError, check_choices
-from flax_resnet.tracking.base import About, End, Line, Tracker, Tracking, check_installed
-from flax_resnet.tracking.follower import FINISHED_SECONDS, OPEN_SECONDS
+from flax_resnet.tracking.base import About, End, Line, Tracker, Tracking, check_installed, reach
+from flax_resnet.tracking.follower import OPEN_SECONDS
 
 PICTURES = (".png",)
+FINISH_SECONDS = 20.0
+"""That W&B's own process may take to upload the rest, when Python ends too."""
 STOPPED_STATUS = {"FINISHED": 0, "FAILED": 1, "KILLED": 75}
 
 
@@ -41,10 +43,11 @@ class Wandb(Tracking):
         return "W&B " + "/".join(name for name in (self.entity, self.project) if name)
 
     def check(self) -> None:
-        """Looks for the key: W&B would ask for it, and nobody may be there.
+        """Looks for the key, which W&B would ask for, and for the server.
 
         Raises:
           UserError: W&B is not installed, or has no key.
+          OSError: nobody listens at its address.
         """
         check_installed("wandb")
         if (self.mode or os.environ.get("WANDB_MODE", "online")) != "online":
@@ -58,6 +61,7 @@ class Wandb(Tracking):
                 f"{self.where}: no key for {host}: run `wandb login`, set WANDB_API_KEY in the "
                 "environment, or take --tracking.mode offline"
             )
+        reach(host)  # W&B itself tries for a minute
 
     def open(self, about: About) -> Tracker:
         """Makes the run, or goes on with it."""
@@ -72,7 +76,7 @@ class _Run(Tracker):
             "silent": True,
             "console": "off",
             "init_timeout": OPEN_SECONDS - 5,
-            "finish_timeout": FINISHED_SECONDS,
+            "finish_timeout": FINISH_SECONDS,
             "reinit": "create_new",  # several seeds, and runs of the user's own
         }
         known = wandb.Settings.model_fields
