@@ -71,6 +71,11 @@ from flax_resnet.step import train_step as train_step
 from flax_resnet.summary import summarize as summarize
 from flax_resnet.sweeps import sweep as sweep
 from flax_resnet.sweeps import train_seeds as train_seeds
+from flax_resnet.tracking import MLflow as MLflow
+from flax_resnet.tracking import TensorBoard as TensorBoard
+from flax_resnet.tracking import Tracker as Tracker
+from flax_resnet.tracking import Tracking as Tracking
+from flax_resnet.tracking import Wandb as Wandb
 from flax_resnet.train import train_and_evaluate as train_and_evaluate
 
 __version__ = "0.1.0"

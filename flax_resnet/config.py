@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD, Optimizer
 from flax_resnet.provenance import git_state, versions
 from flax_resnet.record import flatten, to_record
+from flax_resnet.tracking import AnyTracking, TensorBoard, Tracking
 from flax_resnet.views import Views
 
 # Fields of a network that say how it is computed and not what: a resumed run may change them.
@@ -109,11 +110,18 @@ class TrainConfig:
     on a CPU n takes n times as long to compile and no step is shorter."""
     guard: Guard = dataclasses.field(default=Guard(), metadata=FREE)
     """What to do when the run goes wrong."""
+    tracking: AnyTracking = dataclasses.field(default=TensorBoard(), metadata=FREE)
+    """What shows the run's numbers, besides metrics.jsonl; it slows no step, nor fails the run."""
     profile_steps: int = dataclasses.field(default=0, metadata=FREE)
     """Trace so many steps, in whole dispatches, after the first few, into WORKDIR/profile."""
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if not isinstance(self.tracking, Tracking):
+            raise UserError(
+                f"tracking={self.tracking!r}: expected TensorBoard(), MLflow(), Wandb(), Off(), or "
+                "a dataclass of yours that is a flax_resnet.Tracking"
+            )
         inf = math.inf
         bounds = {
             "batch_size": (1, inf),
@@ -180,10 +188,16 @@ def differences(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
     return [
         f"{name}: there {old.get(name, absent)}, here {new.get(name, absent)}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name, absent) != new.get(name, absent) and name not in free
+        if old.get(name, absent) != new.get(name, absent) and not _within(name, free)
         # A field that came after the run was begun stands for what was done before.
         if name in old or not _is_default(config, name)
     ]
+
+
+def _within(name: str, fields: Collection[str]) -> bool:
+    """Whether a dotted name is one of the fields, or of what one holds: another class there too."""
+    parts = name.split(".")
+    return any(".".join(parts[:n]) in fields for n in range(1, len(parts) + 1))
 
 
 def _is_default(config: Any, name: str) -> bool:

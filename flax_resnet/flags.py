@@ -256,7 +256,11 @@ def _choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
 
     def visit(value: Any, prefix: str) -> None:
         for name, hint in typing.get_type_hints(type(value)).items():
-            classes: list[Any] = [c for c in typing.get_args(hint) if dataclasses.is_dataclass(c)]
+            classes: list[Any] = [
+                c
+                for c in typing.get_args(hint)
+                if dataclasses.is_dataclass(c) and not inspect.isabstract(c)
+            ]
             if isinstance(hint, types.UnionType) and len(classes) > 1:
                 found[prefix + name] = {c.__name__.lower(): c for c in classes}
             inner = getattr(value, name)

@@ -1,4 +1,4 @@
-"""Sums of metrics, and where they are written: metrics.jsonl, TensorBoard and the terminal.
+"""Sums of metrics, and where they are written: metrics.jsonl, a tracker and the terminal.
 
 A metric is a sum over examples, kept beside the count of examples, so that batches of any
 size, shard or padding add up to the exact mean.
@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from flax_resnet.files import replacing
+from flax_resnet.tracking import Events, Follower
 
 Sums = dict[str, jax.Array]
 
@@ -103,7 +104,7 @@ def _wide(x: jax.Array) -> jax.Array:
 
 
 class RunLog:
-    """Writes one run's metrics: lines of JSON, TensorBoard events, and the terminal.
+    """Writes one run's metrics: lines of JSON, TensorBoard events, a tracker and the terminal.
 
     Opened again at a step, it drops the lines after it, so that a resumed run leaves the file
     of an unbroken one. A process that does not lead writes nothing.
@@ -117,6 +118,8 @@ class RunLog:
         *,
         lead: bool = True,
         quiet: bool = False,
+        events: bool = True,
+        follower: Follower | None = None,
     ):
         """Opens the log.
 
@@ -126,8 +129,11 @@ class RunLog:
           num_steps: of the whole run.
           lead: False writes nothing.
           quiet: True writes nothing to the terminal.
+          events: False leaves out tensorboard/.
+          follower: is told of new lines; it begins to send here, and whoever opened it closes it.
         """
         self._quiet = quiet
+        self._writes_events, self._follower = events, follower
         self._path = workdir / "metrics.jsonl"
         self._lead = lead
         self._num_steps = num_steps
@@ -141,6 +147,9 @@ class RunLog:
             self._progress = Progress(TextColumn("{task.description}"), *columns)
             self._task = self._progress.add_task("", total=num_steps, completed=start_step)
             self._progress.start()
+        if follower is not None:
+            follower.follow()
+            self.message(follower.opening_line)
 
     def write(self, split: str, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Records ``values`` of a split ("train" or "eval") after ``step`` optimizer steps."""
@@ -149,9 +158,12 @@ class RunLog:
         record = {"step": step, "epoch": round(epoch, 4), "split": split, **values}
         self._file.write(_line(record))
         self._file.flush()
-        for name, value in values.items():
-            self._events.write(f"{split}/{name}", value, step)
-        self._events.flush()  # or a killed run would lose its last two minutes for good
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.write(f"{split}/{name}", value, step)
+            self._events.flush()  # or a killed run would lose its last two minutes for good
+        if self._follower is not None:
+            self._follower.poke()
         if self._quiet:
             return
         text = " ".join(f"{k} {_short(k, v)}" for k, v in values.items())
@@ -168,13 +180,14 @@ class RunLog:
         """Drops the lines after a step that the run has gone back to."""
         if not self._lead:
             return
-        self._file.close()
-        self._events.close()
+        self._close_files()
         self._keep_to(step)
+        if self._follower is not None:
+            self._follower.rewind(step)
 
     def _keep_to(self, step: int) -> None:
         events = self._path.parent / "tensorboard"
-        self._events = _Events(events, step + 1)
+        self._events = Events(events, step + 1) if self._writes_events else None
         kept = [record for record in read_metrics(self._path.parent) if record["step"] <= step]
         with replacing(self._path) as partial:
             partial.write_text("".join(_line(record) for record in kept))
@@ -192,8 +205,12 @@ class RunLog:
             return
         if self._progress is not None:
             self._progress.stop()
+        self._close_files()
+
+    def _close_files(self) -> None:
         self._file.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 class RunLogs:
@@ -230,58 +247,6 @@ class RunLogs:
         """Closes every log."""
         for log in self._logs:
             log.close()
-
-
-class _Events:
-    """Scalars in TensorBoard's format, written at once.
-
-    tensorboardX's SummaryWriter has a thread and an exit handler: on a full disk they print
-    tracebacks, and whoever writes on waits for ever.
-    """
-
-    def __init__(self, directory: Path, purge_step: int):
-        """Events of ``purge_step`` and later, in the files of earlier starts, are not shown."""
-        board = _tensorboardx()
-        self._event, self._scalar = board.proto.event_pb2.Event, board.summary.scalar
-        directory.mkdir(parents=True, exist_ok=True)
-        self._file = board.event_file_writer.EventsWriter(str(directory / "events"))
-        session = board.proto.event_pb2.SessionLog
-        self._add(purge_step, session_log=session(status=session.START))
-        self.flush()
-
-    def write(self, name: str, value: float, step: int) -> None:
-        """Records a value after ``step`` optimizer steps."""
-        self._add(step, summary=self._scalar(name, value, display_name=""))
-
-    def _add(self, step: int, **what: Any) -> None:
-        self._file.write_event(self._event(step=step, wall_time=time.time(), **what))
-
-    def flush(self) -> None:
-        """Writes what has been recorded."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Writes what has been recorded, and closes the file."""
-        self._file.close()
-
-
-def _tensorboardx() -> Any:
-    """tensorboardX, imported without torch.
-
-    It imports torch wherever that is installed, for tensors that it never sees here: seconds of
-    start-up, and a framework in the process that nobody asked for.
-    """
-    hides = "torch" not in sys.modules
-    if hides:
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        import tensorboardX.event_file_writer
-        import tensorboardX.proto.event_pb2
-        import tensorboardX.summary
-    finally:
-        if hides:
-            del sys.modules["torch"]
-    return tensorboardX
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -68,6 +68,11 @@ def from_record(record: Any) -> Any:
     return cls(**values)
 
 
+def untracked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config without its tracker, whose class only the program that trained may know."""
+    return {name: value for name, value in record.items() if name != "tracking"}
+
+
 def class_name(cls: type) -> str:
     """``module:Name`` of a class."""
     return f"{cls.__module__}:{cls.__qualname__}"

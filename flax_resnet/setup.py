@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax.errors import FlaxError
 from jax.sharding import Mesh
 
-from flax_resnet import distributed, guards, transfer
+from flax_resnet import distributed, guards, models, transfer
 from flax_resnet.augment import Augment, normalize, statistics, statistics_shape
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
@@ -256,3 +256,20 @@ def fitted(run: Run, state: TrainState) -> TrainState:
     jax.block_until_ready(found.params)
     run.start_seconds += time.perf_counter() - began
     return found
+
+
+def opening_line(run: Run) -> str:
+    """What a run is of: network, data, steps and devices."""
+    data, devices = run.data, run.mesh.devices.flat
+    parameters = sum(x.size for x in jax.tree.leaves((run.whole or run.state).params))
+    members = math.prod(run.lead)
+    together = f", {run.group} a dispatch" if run.group > 1 else ""
+    return (
+        (f"{members} x " if run.lead else "")
+        + f"{models.network_name(run.config.model)}, {parameters // members:,} parameters; "
+        f"{run.config.data.title}: "
+        f"{data.num_train:,} training and {data.num_eval:,} evaluation images of "
+        f"{data.sizes}, {'resident' if data.resident else 'streamed'}; "
+        f"{run.num_steps} steps, {run.steps_per_epoch} an epoch{together}, on {run.mesh.size} x "
+        f"{devices[0].device_kind}" + (f"; resumes at step {run.step}" if run.step else "")
+    )

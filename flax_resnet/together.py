@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from flax_resnet import distributed, hosts, metrics
+from flax_resnet import distributed, hosts, metrics, tracking
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.errors import UserError
@@ -168,7 +168,9 @@ def why_not(configs: Sequence[TrainConfig]) -> str | None:
 def _without_own(config: TrainConfig) -> TrainConfig:
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1.0, weight_decay=1.0)
     checkpoint = dataclasses.replace(config.checkpoint, directory=None)
-    return dataclasses.replace(config, seed=0, optimizer=optimizer, checkpoint=checkpoint)
+    return dataclasses.replace(
+        config, seed=0, optimizer=optimizer, checkpoint=checkpoint, tracking=tracking.TensorBoard()
+    )
 
 
 def set_up(
@@ -289,18 +291,30 @@ def _train_group(
         first = next(iter(configs.values()))
         watch = stack.enter_context(hosts.watching(first.guard.report_after))
         watch.at(SETTING_UP, 0)
+        open_ones = [path for path in configs if finished(path) is None]
+        trackings = {path: configs[path].tracking for path in open_ones}
+        for chosen in set(trackings.values()):
+            tracking.check(chosen)
         run = set_up(list(configs.values()), own, devices)
         watch.at(COMPILING, run.step)
         steps = run.compile()
-        open_ones = [path for path in configs if finished(path) is None]
         for path in open_ones:
             stack.enter_context(claimed(path, configs[path]))
         own.mkdir(parents=True, exist_ok=True)
         check_current(run)
         names = [path.relative_to(own.parent.parent).as_posix() for path in configs]
         write_json(own / "members.json", names)
+        followers = stack.enter_context(tracking.following(trackings))
         logs = [
-            metrics.RunLog(path, run.step, run.num_steps, lead=path in open_ones, quiet=True)
+            metrics.RunLog(
+                path,
+                run.step,
+                run.num_steps,
+                lead=path in open_ones,
+                quiet=True,
+                events=configs[path].tracking.events,
+                follower=followers.get(path),
+            )
             for path in configs
         ]
         go(run, *steps, metrics.RunLogs(logs, run.num_steps), watch, stop)

@@ -14,7 +14,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import dispatch, distributed, figures, hosts, metrics, models, profiling
+from flax_resnet import (
+    dispatch,
+    distributed,
+    figures,
+    hosts,
+    metrics,
+    models,
+    profiling,
+    tracking,
+)
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.files import room
@@ -23,7 +32,7 @@ from flax_resnet.preemption import Preempted, Signals
 from flax_resnet.record import to_record
 from flax_resnet.resume import changes, check_current, restore
 from flax_resnet.run import Run
-from flax_resnet.setup import set_up
+from flax_resnet.setup import opening_line, set_up
 from flax_resnet.watch import (
     COMPILING,
     EVALUATING,
@@ -93,18 +102,29 @@ def _train(
                 "%. Nothing to do; another --workdir trains again."
             )
         return result
+    lead = distributed.is_lead()
+    if lead:
+        tracking.check(config.tracking)
     run = set_up(config, workdir, distributed.data_mesh() if mesh is None else mesh)
     watch.at(COMPILING, run.step)
     steps = run.compile()  # what can be wrong has been by now; only then is anything written
-    lead = distributed.is_lead()
     advice = "make room, and the same command goes on from the last checkpoint"
     with claimed(workdir, config), room(workdir, advice):
         watch.at(SETTING_UP, run.step)
         check_current(run)
-        log = metrics.RunLog(workdir, run.step, run.num_steps, lead=lead, quiet=quiet)
-        go(run, *steps, log, watch, stop)
-        watch.at(RECORDING, run.step)
-        result = conclude(run, quiet=quiet) if lead else {}
+        with tracking.following({workdir: config.tracking} if lead else {}) as followers:
+            log = metrics.RunLog(
+                workdir,
+                run.step,
+                run.num_steps,
+                lead=lead,
+                quiet=quiet,
+                events=config.tracking.events,
+                follower=followers.get(workdir),
+            )
+            go(run, *steps, log, watch, stop)
+            watch.at(RECORDING, run.step)
+            result = conclude(run, quiet=quiet) if lead else {}
         distributed.same_everywhere(run.step)  # nobody leaves before the record is whole
         return result
 
@@ -150,7 +170,7 @@ def go(
             step_fn, config.profile_steps, run.profiles, log.message, _steps_of_call
         )
         step_fn = stack.enter_context(tracing)
-        log.message(_opening_line(run))
+        log.message(opening_line(run))
         if changed := changes(run):
             log.message(changed)
         if run.group > 1 and dispatch.different(run.taken) == {1}:
@@ -332,22 +352,6 @@ class _Loop:
         self.checkpoints.wait()
         self.log.message(f"stopped at step {run.step} of {run.num_steps}, which is saved")
         raise Preempted
-
-
-def _opening_line(run: Run) -> str:
-    data, devices = run.data, run.mesh.devices.flat
-    parameters = sum(x.size for x in jax.tree.leaves((run.whole or run.state).params))
-    members = math.prod(run.lead)
-    together = f", {run.group} a dispatch" if run.group > 1 else ""
-    return (
-        (f"{members} x " if run.lead else "")
-        + f"{models.network_name(run.config.model)}, {parameters // members:,} parameters; "
-        f"{run.config.data.title}: "
-        f"{data.num_train:,} training and {data.num_eval:,} evaluation images of "
-        f"{data.sizes}, {'resident' if data.resident else 'streamed'}; "
-        f"{run.num_steps} steps, {run.steps_per_epoch} an epoch{together}, on {run.mesh.size} x "
-        f"{devices[0].device_kind}" + (f"; resumes at step {run.step}" if run.step else "")
-    )
 
 
 def conclude(run: Run, *, quiet: bool = False) -> dict[str, Any]:

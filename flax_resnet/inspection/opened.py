@@ -19,7 +19,7 @@ from flax_resnet.data import Data
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
 from flax_resnet.pretrained.load import saved_variables
-from flax_resnet.record import from_record
+from flax_resnet.record import from_record, untracked
 
 Which = Literal["best", "latest"]
 
@@ -136,7 +136,7 @@ def read_record(workdir: str | Path) -> tuple[Any, dict[str, Any]]:
     path = Path(workdir).expanduser() / "config.json"
     try:
         record = json.loads(path.read_text())
-        return from_record(record["config"]), record
+        return from_record(untracked(record["config"])), record
     except FileNotFoundError:
         raise UserError(f"{workdir} holds no run: expected a config.json there") from None
     except UserError:

@@ -24,7 +24,7 @@ from flax_resnet.pretrained import published
 from flax_resnet.pretrained.classes import imagenet_classes
 from flax_resnet.pretrained.fetch import fetch
 from flax_resnet.pretrained.weights import Pretrained, Variables, open_file
-from flax_resnet.record import from_record
+from flax_resnet.record import from_record, untracked
 
 SUFFIXES = (".safetensors", ".h5", ".hdf5", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
 
@@ -204,7 +204,7 @@ def _open_run(workdir: Path) -> Pretrained:
         state, meta = reader.read("evaluated")
     finally:
         reader.close()
-    config = from_record(meta["config"])
+    config = from_record(untracked(meta["config"]))
     module = config.model
     stats, shape = state["normalization"], models.check_shape(meta["image_shape"])
     decoder = config.data.decoder(shape[2])
