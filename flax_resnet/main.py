@@ -19,6 +19,7 @@ from flax_resnet import (
     evaluate,
     flags,
     hosts,
+    hub,
     models,
     predict,
     preemption,
@@ -40,6 +41,8 @@ TOOLS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "predict": ("name what is in images", predict.main),
     "evaluate": ("measure weights on a data set or a folder", evaluate.main),
     "convert": ("write weights in another format", convert.main),
+    "push": ("upload weights and a model card to the Hugging Face hub", hub.push),
+    "pull": ("download weights and their card from it", hub.pull),
     "report": ("write a run's result and pictures as one HTML file", report.main),
 }
 
