@@ -16,53 +16,15 @@ from typing import Any
 import jax
 
 from flax_resnet import markdown, models
-from flax_resnet.errors import UserError, did_you_mean
+from flax_resnet.licenses import License
 from flax_resnet.pretrained import Pretrained
 from flax_resnet.pretrained.hub import is_address, parse
 from flax_resnet.record import to_record
 
-# https://huggingface.co/docs/hub/repositories-licenses, less those of families of language models.
-_LICENSES = (
-    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom- "
-    "rail-1.0 bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause "
-    "bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 "
-    "cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc- "
-    "nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla- "
-    "permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 "
-    "eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl "
-    "mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr "
-    "unknown other "
-)
-LICENSES = tuple(_LICENSES.split())
 MOST_NAMES = 100
 MOST_NUMBERS = 4
 FAR = 10_000  # YAML lines are not broken
 Rows = Iterable[tuple[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class License:
-    """What others may do with the weights."""
-
-    id: str
-    """The hub's word for it, such as "apache-2.0"; "other" needs a name and a link."""
-    name: str | None = None
-    """Of another licence: what it is called."""
-    link: str | None = None
-    """Of another licence: the address of its text."""
-
-    def __post_init__(self) -> None:
-        if self.id not in LICENSES:
-            near = did_you_mean(str(self.id).lower(), LICENSES)
-            raise UserError(
-                f"license {self.id!r:.80} is not one that the hub knows{near}: expected one such "
-                "as apache-2.0, mit or cc-by-4.0, or other, with a name and a link"
-            )
-        if (self.id == "other") != bool(self.name and self.link):
-            raise UserError(
-                f"license {self.id!r} with name {self.name!r:.80} and link {self.link!r:.80}: "
-                "expected both with 'other', and neither without"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +144,8 @@ def _what(opened: Pretrained, trained: Trained | None) -> str:
     name = network_name(opened)
     of = f", trained on {markdown.text(trained.data_name)}" if trained is not None else ""
     return (
-        f"A residual network for image classification, {markdown.text(name)}{of}, in JAX and Flax, by "
-        "flax_resnet."
+        f"A residual network for image classification, {markdown.text(name)}{of}, in JAX and "
+        "Flax, by flax_resnet."
     )
 
 
@@ -409,8 +371,8 @@ def _limits(opened: Pretrained, trained: Trained | None) -> str:
         found.append("What it was trained on, and how good it is, has to be asked of who gave it.")
     else:
         found.append(
-            f"It was trained and measured on {markdown.text(trained.data_name)}; on other images, and on "
-            "kinds of images apart, it was not measured."
+            f"It was trained and measured on {markdown.text(trained.data_name)}; on other images, and "
+            "on kinds of images apart, it was not measured."
         )
         found.append("One run was measured: how far another seed would differ is not said here.")
     return "\n".join(f"- {line}" for line in found)
@@ -422,7 +384,8 @@ def _license(license: License, trained: Trained | None) -> str:
     start = trained.config.weights if trained is not None else None
     if start is None:
         return f"{said}."
-    return f"{said}. It was trained from {markdown.text(without_home(start))}, whose licence counts as well."
+    origin = markdown.text(without_home(start))
+    return f"{said}. It was trained from {origin}, whose licence counts as well."
 
 
 def _numbers(values: Sequence[float]) -> str:

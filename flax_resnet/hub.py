@@ -15,10 +15,11 @@ from typing import Annotated, Any
 import tyro
 
 from flax_resnet import flags, metrics, models, provenance
-from flax_resnet.card import License, Trained, model_card, network_name, without_home
+from flax_resnet.card import Trained, model_card, network_name, without_home
 from flax_resnet.classify import flag, input_channels
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import read_record
+from flax_resnet.licenses import License
 from flax_resnet.predict import reason
 from flax_resnet.pretrained import Pretrained, open_weights, write_weights
 from flax_resnet.pretrained.hub import (
@@ -61,7 +62,7 @@ def push_to_hub(
     Args:
       source: a run's working directory, a weight file, "hf://OWNER/NAME", or opened weights.
       repo_id: OWNER/NAME.
-      license: of the weights, by the hub's word for it ("apache-2.0"), or a ``card.License``.
+      license: of the weights, by the hub's word for it ("apache-2.0"), or a ``licenses.License``.
       private: of a new repository: only its owner sees it.
       revision: the branch to add the commit to, made where it is not there; None: main.
       message: of the commit.

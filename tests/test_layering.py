@@ -29,6 +29,7 @@ LEVELS = [
         "cutting",
         "views",
         "tables",
+        "licenses",
         "markdown",
         "datasets.decode",
     },
