@@ -7,10 +7,9 @@ said to be not known. Names from elsewhere are escaped: a card is a web page.
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from flax_resnet import markdown, models
 from flax_resnet.licenses import License
 from flax_resnet.pretrained import Pretrained
 from flax_resnet.pretrained.hub import is_address, parse
+from flax_resnet.provenance import command_of, without_home
 from flax_resnet.record import to_record
 
 MOST_NAMES = 100
@@ -230,35 +230,6 @@ def _accuracy(repository: str, trained: Trained) -> str:
     return "\n\n".join([*parts, note, markdown.fenced(again, "bash")])
 
 
-def command_of(argv: Sequence[str]) -> str | None:
-    """A process's ``sys.argv`` as what was typed; None where it was no command.
-
-    The home directory is written ~, and of a script only the name.
-    """
-    if not argv or argv[0] in ("", "-c", "-"):
-        return None
-    path = PurePath(argv[0])
-    words = ["python", path.name] if path.suffix == ".py" else [path.name]
-    for package in ("experiments", "flax_resnet"):
-        if path.suffix == ".py" and package in path.parts[:-1]:
-            last = len(path.parts) - 1 - path.parts[::-1].index(package)
-            inner = [*path.parts[last:-1], *([path.stem] if path.stem != "__main__" else [])]
-            words = ["python", "-m", ".".join(inner)]
-            break
-    return " ".join([*map(shlex.quote, words), *map(_word, argv[1:])])
-
-
-def _word(word: str) -> str:
-    word = without_home(word)
-    return "~/" + shlex.quote(word[2:]) if word.startswith("~/") and word[2:] else shlex.quote(word)
-
-
-def without_home(text: str) -> str:
-    """A text with ~ for the user's home directory, which is nobody else's business."""
-    home = str(Path.home())
-    return re.sub(rf"{re.escape(home)}(?=/|$)", "~", text) if len(home) > 1 else text
-
-
 def _data(trained: Trained) -> Rows:
     data, checkpoint = trained.config.data, trained.checkpoint
     kind = "a folder of images" if data.folder else "a tfds set"
@@ -371,8 +342,8 @@ def _limits(opened: Pretrained, trained: Trained | None) -> str:
         found.append("What it was trained on, and how good it is, has to be asked of who gave it.")
     else:
         found.append(
-            f"It was trained and measured on {markdown.text(trained.data_name)}; on other images, and "
-            "on kinds of images apart, it was not measured."
+            f"It was trained and measured on {markdown.text(trained.data_name)}; on other images, "
+            "and on kinds of images apart, it was not measured."
         )
         found.append("One run was measured: how far another seed would differ is not said here.")
     return "\n".join(f"- {line}" for line in found)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from flax_resnet import flags, metrics, models, provenance
-from flax_resnet.card import Trained, model_card, network_name, without_home
+from flax_resnet.card import Trained, model_card, network_name
 from flax_resnet.classify import flag, input_channels
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import read_record
@@ -247,7 +247,7 @@ def _at_home(value: Any) -> Any:
         return {name: _at_home(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_at_home(inner) for inner in value]
-    return without_home(value) if isinstance(value, str) else value
+    return provenance.without_home(value) if isinstance(value, str) else value
 
 
 def _json(value: Any) -> str:
