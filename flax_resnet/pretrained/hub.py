@@ -12,6 +12,8 @@ import errno
 import hashlib
 import logging
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,7 @@ def library() -> Any:
     try:
         import huggingface_hub.constants
         import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as error:
         raise UserError(
             f"the Hugging Face hub needs huggingface_hub ({error}): pip install 'flax_resnet[hub]'"
@@ -136,9 +139,22 @@ def commit_of(path: Path) -> str | None:
     return parts[-1] if parts else None
 
 
-def explained(repo: Repo, what: str) -> contextlib.AbstractContextManager[None]:
-    """Turns whatever the client raises into one line that begins with ``what``."""
-    return storage.one_line(lambda error: f"{what}: {_why(error, repo)}")
+@contextlib.contextmanager
+def explained(repo: Repo, what: str) -> Iterator[None]:
+    """Turns whatever the client raises into one line that begins with ``what``.
+
+    Its progress bars are shown on a terminal only.
+    """
+    bars = library().utils
+    hide = not (sys.stderr.isatty() or bars.are_progress_bars_disabled())
+    if hide:
+        bars.disable_progress_bars()
+    try:
+        with storage.one_line(lambda error: f"{what}: {_why(error, repo)}"):
+            yield
+    finally:
+        if hide:
+            bars.enable_progress_bars()
 
 
 def _why(error: BaseException, repo: Repo) -> str:
