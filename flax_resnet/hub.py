@@ -8,19 +8,14 @@ import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from flax_resnet import flags, metrics, models, provenance
+from flax_resnet import metrics, models, provenance, storage
 from flax_resnet.card import Trained, model_card, network_name
-from flax_resnet.classify import flag, input_channels
 from flax_resnet.errors import UserError
-from flax_resnet.inspection import read_record
 from flax_resnet.licenses import License
-from flax_resnet.predict import reason
 from flax_resnet.pretrained import Pretrained, open_weights, write_weights
 from flax_resnet.pretrained.hub import (
     WEIGHTS,
@@ -35,7 +30,7 @@ from flax_resnet.pretrained.hub import (
     parse,
 )
 from flax_resnet.pretrained.load import open_run
-from flax_resnet.record import to_record
+from flax_resnet.record import from_record, to_record
 
 CONFIG, CARD, RESULT = "config.json", "README.md", "result.json"
 OURS = (WEIGHTS, CONFIG, CARD, RESULT)
@@ -125,7 +120,7 @@ def write_repository(
     repo, directory = _named(repo_id), Path(directory).expanduser()
     license = License(license) if isinstance(license, str) else license
     opened, trained, record = _opened(source)
-    shape = _input_shape(opened)
+    shape = _input_shape(opened, trained)
     texts = {
         CONFIG: _json(_config(opened, shape, record)),
         CARD: model_card(opened, repo.name, license, trained),
@@ -203,22 +198,33 @@ def _opened(
     workdir = Path(source).expanduser()
     if not workdir.is_dir():
         return open_weights(source), None, None
-    config, record = read_record(workdir)
     opened, checkpoint = open_run(workdir)
-    try:
-        result = json.loads((workdir / RESULT).read_text())
-    except FileNotFoundError:
-        result = None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{workdir / RESULT} cannot be read ({error}): remove it") from error
+    record, result = _read_json(workdir / CONFIG), _read_json(workdir / RESULT)
+    if record is None:
+        raise UserError(f"{workdir} holds no record of a run: expected its {CONFIG}")
+    config = from_record(checkpoint["config"])
     evaluations = [line for line in metrics.read_metrics(workdir) if line["split"] == "eval"]
     trained = Trained(config, record.get("starts", ()), checkpoint, evaluations, result)
     return opened, trained, record
 
 
-def _input_shape(opened: Pretrained) -> tuple[int, int, int]:
+def _read_json(path: Path) -> Any:
+    """What a file holds; None where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): mend or remove it") from error
+
+
+def _input_shape(opened: Pretrained, trained: Trained | None) -> tuple[int, int, int]:
     if opened.preprocessing is not None:
         return opened.preprocessing.shape
+    if trained is not None:
+        return models.check_shape(trained.checkpoint["image_shape"])
+    from flax_resnet.classify import input_channels  # with it comes what only commands need
+
     height, width, _ = models.default_shape(opened.module)
     return height, width, input_channels(opened)
 
@@ -260,82 +266,4 @@ def _writing(directory: Path) -> Any:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{directory} cannot be written ({reason(error)})") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class PushSettings:
-    """What the command line asks for."""
-
-    source: Annotated[tyro.conf.Positional[str], flag("SOURCE")]
-    """A run's working directory (its best checkpoint) or a weight file."""
-    repository: Annotated[tyro.conf.Positional[str], flag("OWNER/NAME")]
-    """Repository on the hub; it is made where it is not there."""
-    license: Annotated[str, flag("ID")]
-    """Of the weights: apache-2.0, mit, cc-by-4.0, ..., or other."""
-    license_name: Annotated[str | None, flag("NAME")] = None
-    """Of "other": what the licence is called."""
-    license_link: Annotated[str | None, flag("URL")] = None
-    """Of "other": where its text is."""
-    private: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
-    """Make a new repository private."""
-    revision: Annotated[str | None, flag("BRANCH", "main")] = None
-    """Add the commit to this branch, made where it is not there."""
-    message: Annotated[str, flag("TEXT")] = MESSAGE
-    """Of the commit."""
-    dry_run: Annotated[str | None, flag("DIR")] = None
-    """Write the files into this directory and upload nothing; needs no network."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PullSettings:
-    """What the command line asks for."""
-
-    repository: Annotated[tyro.conf.Positional[str], flag("OWNER/NAME[@REVISION]")]
-    """Repository on the hub, at a branch, a tag or a commit."""
-    dest: Annotated[tyro.conf.Positional[str], flag("DEST")]
-    """Directory to make."""
-
-
-PUSH = """Uploads weights to the Hugging Face hub in one commit: model.safetensors, config.json, of
-a run its result.json, and a model card written from its record. HF_TOKEN, or what `hf auth login`
-has saved, has to allow it. What a run was started with (command line, config, packages, devices)
-is published with it: look at it first with --dry-run.
-
-Examples:
-  python -m flax_resnet push runs/digits me/digits --license apache-2.0 --dry-run card
-  python -m flax_resnet push runs/digits me/digits --license apache-2.0 --private
-  python -m flax_resnet push net.safetensors me/net --license cc-by-4.0 --revision trial"""
-
-PULL = """Downloads weights, config, result and model card of a repository on the Hugging Face hub
-into a directory, all of one commit. With HF_HUB_OFFLINE=1 they come from the cache alone.
-
-Examples:
-  python -m flax_resnet pull me/digits digits
-  python -m flax_resnet predict PHOTO.png --weights digits/model.safetensors
-  python -m flax_resnet predict PHOTO.png --weights hf://me/digits"""
-
-
-def push(argv: Sequence[str] | None = None) -> None:
-    """``python -m flax_resnet push``."""
-    given = flags.cli(PushSettings, argv, PUSH, "python -m flax_resnet push")
-    license = License(given.license, given.license_name, given.license_link)
-    if given.dry_run is not None:
-        write_repository(given.source, given.repository, given.dry_run, license=license)
-        print(f"card: {Path(given.dry_run).expanduser() / CARD}\nnothing was uploaded")
-        return
-    address = push_to_hub(
-        given.source,
-        given.repository,
-        license=license,
-        private=given.private,
-        revision=given.revision,
-        message=given.message,
-    )
-    print(f"pushed: {address}\npage: {parse(address).url}")
-
-
-def pull(argv: Sequence[str] | None = None) -> None:
-    """``python -m flax_resnet pull``."""
-    given = flags.cli(PullSettings, argv, PULL, "python -m flax_resnet pull")
-    print(pull_from_hub(given.repository, given.dest))
+        raise UserError(f"{directory} cannot be written ({storage.reason(error)})") from error

@@ -19,10 +19,11 @@ from flax_resnet import (
     evaluate,
     flags,
     hosts,
-    hub,
     models,
     predict,
     preemption,
+    pull,
+    push,
     report,
     restart,
     summary,
@@ -41,8 +42,8 @@ TOOLS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "predict": ("name what is in images", predict.main),
     "evaluate": ("measure weights on a data set or a folder", evaluate.main),
     "convert": ("write weights in another format", convert.main),
-    "push": ("upload weights and a model card to the Hugging Face hub", hub.push),
-    "pull": ("download weights and their card from it", hub.pull),
+    "push": ("upload weights and a model card to the Hugging Face hub", push.main),
+    "pull": ("download weights and their card from it", pull.main),
     "report": ("write a run's result and pictures as one HTML file", report.main),
 }
 

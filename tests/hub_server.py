@@ -260,7 +260,9 @@ class Hub:
                 raise refused(404, "EntryNotFound", "A file with this name doesn't exist")
         commit = repo.commit(branch, files, lines[0]["value"]["summary"])
         url = f"{self.url}/{name}/commit/{commit}"
-        raise Answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+        raise Answer(
+            200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""}
+        )
 
     def resolve(self, request, name, revision, path):
         repo = self.repository(request, name)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -20,7 +19,6 @@ from PIL import Image
 from prediction_helpers import make_weights
 
 import flax_resnet
-from flax_resnet import hub as hub_module
 from flax_resnet.errors import UserError
 from flax_resnet.hub import CARD, CONFIG, OURS, RESULT, write_repository
 from flax_resnet.licenses import License
@@ -405,8 +403,9 @@ def test_a_run_starts_from_an_address_and_says_so(hub, run, digits_dir, tmp_path
     flax_resnet.push_to_hub(tmp_path / "on", "me/on", license="mit")
     card = huggingface_hub.ModelCard(hub.files("me/on")[CARD].decode())
     assert card.data.base_model == "me/digits"
-    assert f"trained from {address.replace('://', chr(92) + '://').replace('@', chr(92) + '@')}," in (
-        card.text
+    assert (
+        f"trained from {address.replace('://', chr(92) + '://').replace('@', chr(92) + '@')},"
+        in (card.text)
     )
 
 
