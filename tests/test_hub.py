@@ -1,19 +1,14 @@
 """Push and pull, against a stand-in for the hub on loopback."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_one_line_error, assert_trees_equal
-from hub_server import Hub
 from inspection_helpers import tiny_config, tiny_run
 from PIL import Image
 from prediction_helpers import make_weights
@@ -31,42 +26,9 @@ huggingface_hub = pytest.importorskip("huggingface_hub", reason="needs [hub]")
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
-@pytest.fixture
-def hub():
-    with contextlib.closing(Hub()) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def client(hub, tmp_path, monkeypatch):
-    """huggingface_hub, at the stand-in, with a cache and a login of the test's own."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith("HF_"):
-            monkeypatch.delenv(name)
-    monkeypatch.delenv("FLAX_RESNET_OFFLINE", raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    monkeypatch.setenv("HF_TOKEN", "hf_me")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
-    yield
-    huggingface_hub.close_session()
-
-
 @pytest.fixture(scope="module")
 def run(digits_dir):
     return tiny_run(digits_dir)
-
-
-@pytest.fixture
-def net(tmp_path):
-    """A weight file of no run."""
-    make_weights(tmp_path / "net.safetensors")
-    return tmp_path / "net.safetensors"
 
 
 def cached(tmp_path):
@@ -188,7 +150,7 @@ def test_the_token_is_shown_to_the_hub_alone(hub, net):
 def test_weights_of_others_open_as_files_do(hub, tmp_path):
     from safetensors.numpy import load_file, save
 
-    module, variables = make_weights(tmp_path / "a.safetensors")
+    make_weights(tmp_path / "a.safetensors")
     plain = save(load_file(tmp_path / "a.safetensors"))
     (tmp_path / "plain.safetensors").write_bytes(plain)
     hub.add("someone/net", {"model.safetensors": plain, "config.json": b"{}"})
@@ -295,34 +257,9 @@ def test_pull_takes_one_commit(hub, run, net, tmp_path):
         flax_resnet.pull_from_hub("me/net", old)
 
 
-@pytest.mark.parametrize(
-    ("address", "message"),
-    [
-        ("hf://me/none", "there is no such repository at http://127.0.0.1:"),
-        ("hf://me/gated", "it is gated (HTTP 403): ask for access at http://127.0.0.1:"),
-        ("hf://me/net@never", "there is no revision 'never': expected a branch, a tag or a commit"),
-        ("hf://me/pickled", "model.safetensors cannot be downloaded: there is no such file in it"),
-        ("hf://me", "'hf://me': expected OWNER/NAME of a repository on the hub"),
-        ("hf://me/../x", "expected OWNER/NAME"),
-        ("hf://me/net/model.bin", "expected OWNER/NAME"),
-        ("hf://me/bad", "it is no safetensors file"),
-    ],
-)
-def test_what_cannot_be_had_is_one_line(hub, net, tmp_path, call, address, message):
-    flax_resnet.push_to_hub(net, "me/net", license="mit")
-    hub.add("me/gated", {WEIGHTS: net.read_bytes()}, gated=True)
-    hub.add("me/pickled", {"pytorch_model.bin": b"evil"})
-    hub.add("me/bad", {WEIGHTS: b"evil" * 100})
-    code, out, err = call("convert", address, tmp_path / "x.safetensors")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    if address != "hf://me/bad":
-        assert message in err
-    assert not (tmp_path / "x.safetensors").exists()
-
-
 def test_statuses_are_said(hub, net, monkeypatch):
     hub.down = 503
-    with pytest.raises(UserError, match="is not reached .*503 Service Unavailable"):
+    with pytest.raises(UserError, match=r"is not reached .*503 Service Unavailable"):
         open_weights("hf://me/net")
     hub.down = None
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
@@ -348,40 +285,6 @@ def test_a_full_disk_is_one_line(hub, net, monkeypatch):
         open_weights("hf://me/net")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{net}", "me/net", "--license", "apache2"], "did you mean 'apache-2.0'?"),
-        (["{net}", "me/net", "--license", "other"], "expected both with 'other'"),
-        (["{net}", "me/net@v1", "--license", "mit"], "give it as the revision"),
-        (["{net}", "net", "--license", "mit"], "'net': expected OWNER/NAME"),
-        (["{net}", "me/net"], "--license"),
-        (["{net}", "me/net", "--license", "mit", "--message", " "], "what the commit is to be"),
-        (["{tmp}/none.safetensors", "me/net", "--license", "mit"], "none.safetensors"),
-        (["{tmp}", "me/net", "--license", "mit"], "holds no run"),
-    ],
-)
-def test_bad_pushes_are_one_line_and_ask_nothing(hub, net, tmp_path, call, arguments, message):
-    result = call("push", *[a.format(net=net, tmp=tmp_path) for a in arguments])
-    assert_one_line_error(result, message)
-    assert hub.seen == []
-
-
-def test_a_dry_run_asks_nothing(hub, run, tmp_path, call, monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as where it is not installed
-    flags = ("--license", "other", "--license-name", "Mine", "--license-link", "https://x.org/l")
-    result = call("push", run, "me/digits", *flags, "--dry-run", tmp_path / "dry")
-    assert result == (0, f"card: {tmp_path / 'dry' / CARD}\nnothing was uploaded\n", "")
-    assert sorted(p.name for p in (tmp_path / "dry").iterdir()) == sorted(OURS)
-    assert_trees_equal(
-        open_weights(tmp_path / "dry" / WEIGHTS).variables, open_weights(run).variables
-    )
-    assert "license_name: Mine" in (tmp_path / "dry" / CARD).read_text()
-    assert hub.seen == []
-    assert_one_line_error(call("push", run, "me/digits", "--license", "mit"), "flax_resnet[hub]")
-    assert_one_line_error(call("pull", "me/digits", tmp_path / "x"), "flax_resnet[hub]")
-
-
 def test_what_a_dry_run_wrote_is_what_a_push_uploads(hub, run, tmp_path):
     paths = write_repository(run, "me/digits", tmp_path, license=License("mit"))
     flax_resnet.push_to_hub(run, "me/digits", license="mit")
@@ -403,10 +306,8 @@ def test_a_run_starts_from_an_address_and_says_so(hub, run, digits_dir, tmp_path
     flax_resnet.push_to_hub(tmp_path / "on", "me/on", license="mit")
     card = huggingface_hub.ModelCard(hub.files("me/on")[CARD].decode())
     assert card.data.base_model == "me/digits"
-    assert (
-        f"trained from {address.replace('://', chr(92) + '://').replace('@', chr(92) + '@')},"
-        in (card.text)
-    )
+    escaped = address.replace("://", r"\://").replace("@", r"\@")
+    assert f"trained from {escaped}, whose" in card.text
 
 
 def test_the_python_of_the_card_runs(hub, run, tmp_path, monkeypatch, capsys):
@@ -418,29 +319,3 @@ def test_the_python_of_the_card_runs(hub, run, tmp_path, monkeypatch, capsys):
     found = open_weights(run)
     (expected,) = predict(found, [tmp_path / "photo.png"], top=3)
     assert capsys.readouterr().out == f"{expected.names} {expected.probabilities}\n"
-
-
-@pytest.mark.slow
-def test_commands_in_processes_of_their_own(hub, run, tmp_path, clean_environment):
-    environment = clean_environment | {
-        "HF_ENDPOINT": hub.url,
-        "HF_TOKEN": "hf_me",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-
-    def command(*arguments, **more):
-        asked = [sys.executable, "-m", "flax_resnet", *map(str, arguments)]
-        done = subprocess.run(asked, env=environment | more, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    out = command("push", run, "me/digits", "--license", "apache-2.0", "--private")
-    commit = hub.repositories["me/digits"].branches["main"]
-    assert out == f"pushed: hf://me/digits@{commit}\npage: {hub.url}/me/digits\n"
-    assert command("pull", "me/digits", tmp_path / "there") == f"{tmp_path / 'there'}\n"
-    hub.close()
-    command("pull", "me/digits", tmp_path / "again", HF_HUB_OFFLINE="1")
-    again = (tmp_path / "again" / WEIGHTS).read_bytes()
-    assert again == (tmp_path / "there" / WEIGHTS).read_bytes() == hub.files("me/digits")[WEIGHTS]
