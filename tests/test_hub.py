@@ -159,6 +159,17 @@ def test_weights_of_others_open_as_files_do(hub, tmp_path):
     assert_trees_equal(there.variables, here.variables)
 
 
+def test_a_repository_that_has_a_tag_is_prepared_as_the_tag_says(hub, tmp_path):
+    from safetensors.numpy import load_file, save
+
+    make_weights(tmp_path / "a.safetensors", stem="imagenet", num_classes=1000)
+    plain = save(load_file(tmp_path / "a.safetensors"))
+    hub.add("timm/resnet50.a1_in1k", {WEIGHTS: plain})
+    opened = open_weights("hf://timm/resnet50.a1_in1k")
+    assert opened.preprocessing == flax_resnet.preprocessing("resnet50", "timm/a1")
+    assert opened.class_names[0] == "tench"
+
+
 def test_a_flipped_bit_is_an_error_and_is_not_kept(hub, net, call, tmp_path):
     flax_resnet.push_to_hub(net, "me/net", license="mit")
     hub.flip = 1000
