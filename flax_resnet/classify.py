@@ -36,7 +36,7 @@ def open_network(weights: str | Path, model: str | None = None) -> Pretrained:
     """Weights with their network; where it is named, they are checked to be that network's.
 
     Args:
-      weights: a tag, a weight file or a run's working directory.
+      weights: a tag, a weight file, a run's working directory or hf://OWNER/NAME[@REVISION].
       model: a name of ``names()``, which a tag needs; of others the network is inferred.
 
     Raises:
@@ -133,7 +133,8 @@ class WeightFlags(PreparedFlags):
     """Which weights classify."""
 
     weights: Annotated[str, flag("TAG|PATH", "imagenet")] = "imagenet"
-    """A tag such as "imagenet" or "tv_v2", a weight file, or a run's working directory."""
+    """A tag such as "imagenet" or "tv_v2", a weight file, a run's working directory, or
+    hf://OWNER/NAME[@REVISION] of the Hugging Face hub."""
 
 
 @dataclasses.dataclass(frozen=True)

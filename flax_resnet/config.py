@@ -56,8 +56,9 @@ class TrainConfig:
     """Normalise by channel; by one mean and each pixel's deviation; by ImageNet's constants; as
     the pretrained weights want it."""
     weights: str | None = None
-    """Start from these: a tag such as "imagenet", a weight file, or a run's directory. A head of
-    another width starts afresh."""
+    """Start from these: a tag such as "imagenet", a weight file, a run's directory, or
+    hf://OWNER/NAME@REVISION of the Hugging Face hub, where a commit as the revision stays the same.
+    A head of another width starts afresh."""
     measure_norms: bool = False
     """Measure BatchNorm's statistics anew on the training split before the first step."""
     cache_features: bool = dataclasses.field(default=False, metadata=FREE)

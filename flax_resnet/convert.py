@@ -23,7 +23,8 @@ class Settings(PreparedFlags):
     """What the command line asks for."""
 
     source: Annotated[tyro.conf.Positional[str], flag("SOURCE")] = ""
-    """A tag such as "imagenet" (with --model), a weight file, or a run's working directory."""
+    """A tag such as "imagenet" (with --model), a weight file, a run's working directory, or
+    hf://OWNER/NAME[@REVISION]."""
     dest: Annotated[tyro.conf.Positional[str], flag("DEST")] = ""
     """File to write; it ends in .safetensors or .weights.h5."""
     overwrite: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False

@@ -38,7 +38,7 @@ def open_for(model: nn.Module, weights: str) -> Pretrained:
 
     Args:
       model: the network.
-      weights: a tag, a weight file, or a run's working directory.
+      weights: a tag, a weight file, a run's working directory or hf://OWNER/NAME[@REVISION].
 
     Raises:
       UserError: they cannot be had, or are of another network.

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, quick compilation, prepared digits, and small networks and images."""
 
+import contextlib
 import os
 import pathlib
 import tempfile
@@ -138,6 +139,38 @@ def bucket(monkeypatch):
     monkeypatch.setitem(storage.NEEDS, "s3", "fsspec")
     monkeypatch.setenv("EPATH_USE_TF", "0")
     return lambda name: monkeypatch.setattr(Objects, name, True)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the Hugging Face hub, with a cache and a login of the test's own."""
+    client = pytest.importorskip("huggingface_hub", reason="needs [hub]")
+    from hub_server import Hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy") or name.startswith("HF_"):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("FLAX_RESNET_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # of its own, not HTTP
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    with contextlib.closing(Hub()) as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        yield running
+        client.close_session()
+
+
+@pytest.fixture
+def net(tmp_path):
+    """A weight file of no run."""
+    from prediction_helpers import make_weights
+
+    make_weights(tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors"
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -153,3 +153,10 @@ def test_imagenet_classes_are_a_thousand_in_the_usual_order():
     assert (names[134], names[517]) == ("crane bird", "construction crane")
     assert (names[638], names[639]) == ("maillot", "tank suit")
     assert all(name == name.strip() and name for name in names)
+
+
+def test_a_repository_of_the_hub_is_known_by_its_name():
+    found = published.find_repository("timm/resnet50.a1_in1k")
+    assert (found.network, found.tag) == ("resnet50", "timm/a1")
+    assert published.find_repository("timm/resnet50.a1") is None
+    assert published.find_repository("me/net") is None

@@ -555,3 +555,13 @@ def test_keras_files_are_of_floats_that_keras_reads(tmp_path):
     with pytest.raises(UserError, match="Keras's format with bfloat16"):
         write_weights(tmp_path / "net.weights.h5", module, random_variables(module))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path):
+    from prediction_helpers import make_weights
+
+    written = set()
+    for i in range(8):
+        make_weights(tmp_path / f"{i}.safetensors")
+        written.add((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(written) == 1

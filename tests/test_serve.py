@@ -198,7 +198,7 @@ def running(environment, arguments, cwd, before=""):
     """The command in a process of its own: (its address, its directory, the process)."""
     pytest.importorskip("gradio", reason="the page needs the [serve] extra", exc_type=ImportError)
     (cwd / "tmp").mkdir()
-    code = f"{before}\nfrom flax_resnet.main import command\ncommand()"
+    code = f"{before}\nfrom flax_resnet.command import command\ncommand()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "serve", *map(str, arguments), "--port", "0", "--no-browser"],
         cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

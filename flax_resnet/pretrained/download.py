@@ -101,7 +101,7 @@ def locate(session: requests.Session, published: Published) -> Source:
         location = headers.get("Location", "")
         url = urllib.parse.urljoin(url, location)
         # A renamed repository is followed; what goes to another host comes with the digest.
-        if not location or not url.startswith(f"{_endpoint()}/"):
+        if not location or not url.startswith(f"{endpoint()}/"):
             break
     raise Unavailable("the hub does not say its sha256")
 
@@ -190,20 +190,21 @@ def _check_status(response: requests.Response) -> None:
         raise Unavailable(what, "dropped" if code in PASSING else "final")
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """The Hugging Face hub, or what stands for it: $HF_ENDPOINT."""
     return (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
 
 
 def address(published: Published) -> str:
     """The file's URL, at $HF_ENDPOINT where it is the hub's."""
     on_hub = published.url.startswith(f"{HUB}/")
-    return _endpoint() + published.url.removeprefix(HUB) if on_hub else published.url
+    return endpoint() + published.url.removeprefix(HUB) if on_hub else published.url
 
 
 def _authorisation(url: str) -> Callable[[Any], Any] | None:
     """Adds $HF_TOKEN to a request to the hub; requests drops it on the way to another host."""
     token = os.environ.get("HF_TOKEN", "").strip()
-    if not token or not url.startswith(f"{_endpoint()}/"):
+    if not token or not url.startswith(f"{endpoint()}/"):
         return None
 
     def authorise(request: Any) -> Any:

@@ -20,7 +20,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.layers import Dtype
 from flax_resnet.models import ResNet
 from flax_resnet.preprocess import Preprocessing
-from flax_resnet.pretrained import published
+from flax_resnet.pretrained import hub, published
 from flax_resnet.pretrained.classes import imagenet_classes
 from flax_resnet.pretrained.fetch import fetch
 from flax_resnet.pretrained.weights import Pretrained, Variables, open_file
@@ -48,9 +48,10 @@ def load(
       name: one of ``names()``; Keras's spellings (``ResNet152V2``) give Keras's networks.
       weights: None starts afresh. "imagenet", or another of ``tags(name)`` such as "keras",
         "tv_v1" or "timm/a1", fetches published weights. A path reads a file of any kind that
-        ``read_weights`` takes, or a run's working directory. Variables ({"params",
-        "batch_stats"}, of blocks stacked or not) are taken as they are. A head in the weights
-        is dropped where ``include_top`` is False.
+        ``read_weights`` takes, or a run's working directory. "hf://OWNER/NAME" and
+        "hf://OWNER/NAME@REVISION" download model.safetensors of a repository on the Hugging Face
+        hub (needs [hub]). Variables ({"params", "batch_stats"}, of blocks stacked or not) are
+        taken as they are. A head in the weights is dropped where ``include_top`` is False.
       include_top: end with the dense head; its output is logits.
       pooling: without the top: None gives the last map (N, h, w, C), "avg" and "max" its
         global pool (N, C).
@@ -104,15 +105,22 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
     """Weights with their network and what they were trained on.
 
     Args:
-      weights: a tag, a weight file, or a run's working directory (its best checkpoint).
+      weights: a tag, a weight file, a run's working directory (its best checkpoint), or
+        "hf://OWNER/NAME[@REVISION]".
       network: a name of ``names()``, which a tag needs.
 
     Raises:
       UserError: an unknown tag, no such file, one that cannot be read, or a download that fails.
     """
+    if hub.is_address(weights):
+        repo = hub.parse(str(weights))
+        opened = open_file(hub.fetch_file(repo))
+        return _known(published.find_repository(repo.name), opened)
     path = Path(weights).expanduser()
     if is_path(weights):
-        return _open_run(path) if path.is_dir() else _known(path, open_file(path))
+        if path.is_dir():
+            return open_run(path)[0]
+        return _known(published.find_file(path.name), open_file(path))
     if network is None:
         raise UserError(
             f"weights {str(weights)!r}: no such file, and a tag needs a network: say which"
@@ -130,9 +138,8 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
     )
 
 
-def _known(path: Path, opened: Pretrained) -> Pretrained:
+def _known(entry: published.Published | None, opened: Pretrained) -> Pretrained:
     """What a weight file does not say itself: a published one is known by its name."""
-    entry = published.find_file(path.name)
     if opened.class_names is None and entry is not None:
         opened = dataclasses.replace(opened, preprocessing=entry.preprocessing)
     classes, module = imagenet_classes(), opened.module
@@ -143,10 +150,12 @@ def _known(path: Path, opened: Pretrained) -> Pretrained:
 
 
 def is_path(weights: str | Path) -> bool:
-    """True for what names a file rather than a tag; ./imagenet is a path, imagenet a tag."""
+    """True for what names a file rather than a tag, hf:// among them; ./imagenet is a path."""
     text = str(weights)
     if isinstance(weights, str) and published.is_tag(text):
         return False
+    if hub.is_address(weights):
+        return True
     looks = text.startswith((".", "/", "~")) or text.lower().endswith(SUFFIXES)
     return isinstance(weights, Path) or looks or Path(text).expanduser().exists()
 
@@ -156,7 +165,7 @@ def preprocessing(network: str, weights: str | Path = published.DEFAULT) -> Prep
 
     Args:
       network: a name of ``names()``.
-      weights: a tag, a weight file or a working directory.
+      weights: a tag, a weight file, a working directory or hf://OWNER/NAME.
 
     Raises:
       UserError: an unknown tag, or a file that does not say.
@@ -194,8 +203,15 @@ def check_same(opened: Pretrained, module: nn.Module, name: str) -> None:
         raise UserError(f"the weights are not of {name} ({'; '.join(found)}): {advice}")
 
 
-def _open_run(workdir: Path) -> Pretrained:
-    """The best checkpoint of a run, else its newest: what was evaluated."""
+def open_run(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
+    """The best checkpoint of a run, else its newest: what was evaluated.
+
+    Returns:
+      (its network, what the checkpoint says of itself: "step", "config", the data).
+
+    Raises:
+      UserError: there is no run, or its checkpoint cannot be read.
+    """
     directory = _checkpoints_of(workdir)
     if not storage.is_remote(directory) and not directory.is_dir():
         raise UserError(f"{workdir} holds no run: expected its checkpoints/, or a weight file")
@@ -208,7 +224,7 @@ def _open_run(workdir: Path) -> Pretrained:
     module = config.model
     stats, shape = state["normalization"], models.check_shape(meta["image_shape"])
     decoder = config.data.decoder(shape[2])
-    return Pretrained(
+    opened = Pretrained(
         module=module,
         variables=saved_variables(module, state),
         preprocessing=Preprocessing(
@@ -225,6 +241,7 @@ def _open_run(workdir: Path) -> Pretrained:
         class_names=tuple(meta["class_names"]),
         certain=True,
     )
+    return opened, meta
 
 
 def _checkpoints_of(workdir: Path) -> epath.Path:

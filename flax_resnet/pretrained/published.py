@@ -110,6 +110,13 @@ def find_file(name: str) -> Published | None:
     return entries.get(name) or sources.get(name)
 
 
+def find_repository(name: str) -> Published | None:
+    """The entry whose file lies in a repository OWNER/NAME of the hub; None of any other."""
+    start = f"{HUB}/{name}/resolve/"
+    entries = (entry for found in _all().values() for entry in found.values())
+    return next((entry for entry in entries if entry.url.startswith(start)), None)
+
+
 @functools.cache
 def _all() -> dict[str, dict[str, Published]]:
     """{network: {tag: its file}}."""

@@ -316,7 +316,16 @@ def _write_safetensors(
     naming = _torch_naming(module) if isinstance(module, ResNet) else _OWN_NAMING
     tensors = {naming.name(p): np.ascontiguousarray(naming.write(p, v)) for p, v in flat.items()}
     # "format" is what torch's loaders look for.
-    path.write_bytes(save(tensors, {"format": "pt", METADATA_KEY: json.dumps(about)}))
+    data = save(tensors, {"format": "pt", METADATA_KEY: json.dumps(about)})
+    # The library writes the metadata in an order that changes: the same weights, the same bytes.
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(memoryview(data)[start:])
 
 
 def _write_keras(
