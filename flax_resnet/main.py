@@ -31,6 +31,7 @@ from flax_resnet.compilation import use_cache
 from flax_resnet.config import TrainConfig
 from flax_resnet.datasets.prepare import prepare
 from flax_resnet.errors import UserError, check_range
+from flax_resnet.exporting import command as exporting
 from flax_resnet.pretrained import tags
 from flax_resnet.sweeps import sweep, train_seeds
 from flax_resnet.train import train_and_evaluate
@@ -40,6 +41,7 @@ TOOLS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "predict": ("name what is in images", predict.main),
     "evaluate": ("measure weights on a data set or a folder", evaluate.main),
     "convert": ("write weights in another format", convert.main),
+    "export": ("write a network for use elsewhere: StableHLO, ONNX, safetensors", exporting.main),
     "report": ("write a run's result and pictures as one HTML file", report.main),
 }
 
