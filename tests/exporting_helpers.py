@@ -1,5 +1,6 @@
 """What the tests of exports share: tiny networks of every family, nowhere at the identity."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,16 +13,21 @@ from flax_resnet import models
 from flax_resnet.augment import normalize
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.models import DropBlockResNet, MiniModel
-from flax_resnet.preprocess import Preprocessing
+from flax_resnet.preprocess import KERAS_V1, Preprocessing
 from flax_resnet.pretrained import Pretrained
 
 CIFAR = Preprocessing(size=16, resize=None, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 PHOTO = Preprocessing(size=32, resize=36, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+BGR = dataclasses.replace(KERAS_V1, size=32, mean=(0.4, 0.5, 0.6))
 # As a run on the digits leaves it, a deviation for each pixel.
 DIGITS = Preprocessing(
-    size=8, resize=None, channels=1, mean=(0.3,), std=tuple(np.linspace(0.1, 0.4, 64)),
+    size=8,
+    resize=None,
+    channels=1,
+    mean=(0.3,),
+    std=tuple(np.linspace(0.1, 0.4, 64)),
     decoder=Decoder(1),
-)  # fmt: skip
+)
 
 named = functools.partial(models.create, num_classes=10, num_filters=8)
 FAMILIES = {
@@ -29,17 +35,7 @@ FAMILIES = {
     "v1": (named("resnet50_v1", stage_sizes=(1, 1)), PHOTO),
     "v1.5, scanned": (named("resnet50", stage_sizes=(3, 2), scan_blocks=True), PHOTO),
     "v2": (named("resnet50_v2", stage_sizes=(1, 2)), PHOTO),
-    "Keras, blue first": (
-        named("ResNet50V2", stage_sizes=(2, 2)),
-        Preprocessing(
-            size=32,
-            resize=None,
-            interpolation="nearest",
-            mean=(0.4, 0.5, 0.6),
-            std=(1 / 255,) * 3,
-            bgr=True,
-        ),
-    ),  # fmt: skip
+    "Keras, blue first": (named("ResNet50V2", stage_sizes=(2, 2)), BGR),
     "option A": (named("resnet20", stage_sizes=(2, 2, 1)), CIFAR),
     "CIFAR v2": (named("preresnet110", stage_sizes=(1, 2)), CIFAR),
     "wide": (named("wrn_28_10", stage_sizes=(1, 1)), CIFAR),
@@ -64,10 +60,7 @@ FAMILIES = {
 
 def opened(module, prepared=SQUARE, class_names=NAMES):
     """Random weights and statistics of a network, as a weight file gives them."""
-    if hasattr(module, "scan_blocks"):
-        shapes_of = module.clone(scan_blocks=False)
-    else:
-        shapes_of = module
+    unrolled = module.clone(scan_blocks=False) if hasattr(module, "scan_blocks") else module
     rng = np.random.default_rng(0)
 
     def draw(path, like):
@@ -81,7 +74,7 @@ def opened(module, prepared=SQUARE, class_names=NAMES):
         return drawn.astype(like.dtype)
 
     images = jax.ShapeDtypeStruct((1, *prepared.shape), jnp.float32)
-    shapes = models.variable_shapes(shapes_of, images)
+    shapes = models.variable_shapes(unrolled, images)
     variables = jax.tree_util.tree_map_with_path(draw, shapes)
     return Pretrained(module, variables, prepared, class_names, certain=True)
 

@@ -6,11 +6,12 @@ import math
 import re
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from exporting_helpers import CIFAR, FAMILIES, opened, own_logits, relative
+from exporting_helpers import CIFAR, FAMILIES, PHOTO, named, opened, own_logits, relative
 from flax import linen as nn
 from helpers import assert_one_line_error, assert_trees_equal, tiny_resnet
 from prediction_helpers import NAMES, SQUARE, damaged, make_weights
@@ -26,9 +27,8 @@ from flax_resnet.models import MiniModel
 from flax_resnet.preprocess import TORCH
 from flax_resnet.pretrained import open_weights
 
-OPTIMIZED = True  # what is compared is what people compile
 QUICK_FAMILIES = ["imagenet stem", "MiniModel of digits"]
-BATCHES = (1, 3, 7)
+BATCHES = (3,)  # neither of those that an export is measured with
 
 
 def batch(rng, source, n):
@@ -94,20 +94,24 @@ def test_onnx_of_every_family(name, tmp_path, rng):
 
 
 def test_the_program_is_for_every_platform(tmp_path):
-    source = opened(*FAMILIES["imagenet stem"])
+    """It has XLA's own max-pool and convolutions, also of maps smaller than the kernel."""
+    source = opened(named("resnet18", stage_sizes=(1, 1, 1, 1)), PHOTO)
     flax_resnet.export(source, tmp_path / "net")
     data = (tmp_path / "net" / loader.ARTIFACT).read_bytes()
     exported = jax.export.deserialize(bytearray(data))
     assert exported.platforms == ("cpu", "cuda", "tpu")
     (images,) = exported.in_avals
     assert (str(images.shape), images.dtype) == ("(b, 32, 32, 3)", np.uint8)
+    here = jax.jit(source.module.apply)
+    here = here.lower(source.variables, np.zeros((1, 32, 32, 3), np.float32)).as_text()
+    assert "reduce_window" not in here
+    assert "stablehlo.select" in here
+    assert here.count("stablehlo.convolution") < 12
     program = exported.mlir_module()
-    # The CPU's max-pool is slices and selections; its form of a convolution has products of taps.
-    forms = ("reduce_window", "stablehlo.select", "stablehlo.concatenate")
-    assert [form in program for form in forms] == [True, False, False]
-    module = source.module
-    here = jax.jit(module.apply).lower(source.variables, np.zeros((1, 32, 32, 3), np.float32))
-    assert [form in here.as_text() for form in forms] == [False, True, True]
+    assert "reduce_window" in program
+    assert "stablehlo.select" not in program
+    # The stem, four blocks of two and three shortcuts; each platform has its own.
+    assert program.count("stablehlo.convolution") == 3 * (1 + 4 * 2 + 3)
     assert cpu.is_backend()
 
 
@@ -124,7 +128,7 @@ def test_a_directory_says_what_it_holds(tmp_path, call):
     assert line[1] == str(tmp_path / "net")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "net"]
     files = sorted(p.name for p in (tmp_path / "net").iterdir())
-    assert files == ["about.json", "load.py", "net.stablehlo"]
+    assert files == ["about.json", "load.py", "net.stablehlo", "weights.npz"]
     about = json.loads((tmp_path / "net" / "about.json").read_text())
     assert about["class_names"] == list(NAMES)
     assert about["input"]["shape"] == ["b", 8, 8, 3]
@@ -133,7 +137,7 @@ def test_a_directory_says_what_it_holds(tmp_path, call):
     check = about["check"]
     assert (check["images"], check["batch_sizes"]) == (10, [1, 10])
     assert float(line[2]) == pytest.approx(check["largest_relative_difference"], rel=0.06)
-    assert (tmp_path / "net" / "load.py").read_text() == open(loader.__file__).read()
+    assert (tmp_path / "net" / "load.py").read_text() == Path(loader.__file__).read_text()
 
 
 def test_images_of_ones_own_and_platforms(tmp_path, call, photos):
@@ -171,7 +175,9 @@ def test_a_file_says_what_it_holds(tmp_path, call):
     assert (images.name, sides) == ("images", ["b", 8, 8, 3])
     assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
     operations = [node.op_type for node in model.graph.node]
-    assert operations.count("BatchNormalization") == 4  # what runtimes fuse into convolutions
+    assert (
+        operations.count("BatchNormalization") == operations.count("Conv") == 3
+    )  # what runtimes fuse into convolutions
 
 
 def test_safetensors_are_those_of_convert(tmp_path, call):
@@ -197,14 +203,15 @@ def test_without_torch_safetensors_are_read_back(monkeypatch, tmp_path, module, 
     monkeypatch.setitem(sys.modules, "torch", None)
     exported = flax_resnet.export(opened(module, prepared), tmp_path / "a.safetensors")
     assert exported.by == f"read back into jax, for {reason}"
-    assert exported.difference.largest == 0
+    assert exported.difference.largest < 1e-6
     # What is read back is the file.
     tensors = to_torch.open_weights
 
     def other(path):
         found = tensors(path)
-        found.variables["params"]["head"]["bias"][0] += 1
-        return found
+        return dataclasses.replace(
+            found, variables=jax.tree.map(lambda x: x + 0.1, found.variables)
+        )
 
     monkeypatch.setattr(to_torch, "open_weights", other)
     with pytest.raises(UserError, match="the export is not the network"):
@@ -278,7 +285,7 @@ def test_an_export_that_cannot_be_moved_leaves_the_old_one(monkeypatch, tmp_path
         return replace(path, target)
 
     monkeypatch.setattr(write.Path, "replace", refuse)
-    with pytest.raises(UserError, match="net cannot be written: .*No space left"):
+    with pytest.raises(UserError, match=r"net cannot be written: .*No space left"):
         flax_resnet.export(source, tmp_path / "net", overwrite=True)
     assert (tmp_path / "net" / "about.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["net"]

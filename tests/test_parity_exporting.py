@@ -7,14 +7,13 @@ import pytest
 from exporting_helpers import CIFAR, PHOTO, named, opened, own_logits
 from parity_helpers import assert_close, channels_first, torch
 from safetensors.torch import load_file
-from test_parity_families import Spec, TorchNet
+from test_parity_families import R50, Spec, TorchNet
 
 import flax_resnet
 from flax_resnet.augment import normalize
 from flax_resnet.errors import UserError
 from flax_resnet.exporting import to_torch
 
-OPTIMIZED = True
 NETS = {
     "basic": (named("resnet18", stage_sizes=(1, 1)), PHOTO),
     "v1, output stride 8": (
@@ -52,15 +51,15 @@ def test_a_file_that_differs_is_refused(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "spec"),
+    ("fields", "spec"),
     [
-        ("resnet18", Spec(False, (2, 2, 2, 2))),
-        pytest.param("resnet50", Spec(True, (3, 4, 6, 3)), marks=pytest.mark.slow),
+        ({"num_filters": 8, "num_classes": 10}, Spec(True, R50, filters=8, classes=10)),
+        pytest.param({}, Spec(True, R50), marks=pytest.mark.slow),
     ],
 )
-def test_torchvisions_network_takes_the_file(rng, tmp_path, name, spec):
+def test_torchvisions_network_takes_the_file(rng, tmp_path, fields, spec):
     """Of its names, and of every one of them: the reference has torchvision's modules."""
-    source = opened(flax_resnet.create(name), PHOTO, class_names=None)
+    source = opened(flax_resnet.create("resnet50", **fields), PHOTO, class_names=None)
     flax_resnet.export(source, tmp_path / "a.safetensors")
     with torch.device("meta"):
         model = TorchNet(spec)

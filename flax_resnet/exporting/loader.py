@@ -29,7 +29,8 @@ import jax.export
 import numpy as np
 
 FORMAT = "flax_resnet export 1"
-ARTIFACT, ABOUT = "net.stablehlo", "about.json"
+ARTIFACT, WEIGHTS, ABOUT = "net.stablehlo", "weights.npz", "about.json"
+HASHED = (ARTIFACT, WEIGHTS)
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -45,10 +46,13 @@ class Net:
         difference to the source that was measured.
     """
 
-    def __init__(self, about: Mapping[str, Any], exported: jax.export.Exported):
+    def __init__(
+        self, about: Mapping[str, Any], exported: jax.export.Exported, weights: Mapping[str, Any]
+    ):
         self.about = about
         self.shape: tuple[int, ...] = tuple(about["input"]["shape"][1:])
         self._prepared = about["preprocessing"]
+        self._weights = jax.device_put(dict(weights))
         self._call = jax.jit(exported.call)
 
     def __call__(self, images: Any) -> np.ndarray:
@@ -63,7 +67,7 @@ class Net:
                 f"images are {images.dtype} {images.shape}: expected uint8 (N, "
                 f"{', '.join(map(str, self.shape))}), as prepare gives them"
             )
-        return np.asarray(self._call(images))
+        return np.asarray(self._call(self._weights, images))
 
     def name(self, index: int) -> str:
         """What to call a class."""
@@ -117,14 +121,16 @@ def load(directory: str | Path) -> Net:
     """
     directory = Path(directory)
     try:
-        text, data = (directory / ABOUT).read_text("utf-8"), (directory / ARTIFACT).read_bytes()
+        text = (directory / ABOUT).read_text("utf-8")
+        files = {name: (directory / name).read_bytes() for name in HASHED}
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(
-            f"{directory} is no exported network ({error}): expected {ABOUT} and {ARTIFACT}"
+            f"{directory} is no exported network ({error}): expected {ABOUT}, "
+            f"{ARTIFACT} and {WEIGHTS}"
         ) from error
     try:
         about = json.loads(text)
-        known, expected = about["format"] == FORMAT, about["sha256"]
+        known, hashes = about["format"] == FORMAT, dict(about["sha256"] or ())
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ExportError(f"{directory / ABOUT} is damaged ({error!r}): export it again") from error
     if not known:
@@ -132,10 +138,12 @@ def load(directory: str | Path) -> Net:
             f"{directory / ABOUT} says {about['format']!r:.80}, expected {FORMAT!r}: use the "
             "load.py beside it"
         )
-    if hashlib.sha256(data).hexdigest() != expected:
-        raise ExportError(f"{directory / ARTIFACT} is not what {ABOUT} describes: export it again")
+    for name, data in files.items():
+        if hashlib.sha256(data).hexdigest() != hashes.get(name):
+            raise ExportError(f"{directory / name} is not what {ABOUT} describes: export it again")
     try:
-        return Net(about, jax.export.deserialize(bytearray(data)))
+        with np.load(io.BytesIO(files[WEIGHTS]), allow_pickle=False) as weights:
+            return Net(about, jax.export.deserialize(bytearray(files[ARTIFACT])), weights)
     except Exception as error:  # whatever a reader of bytes may raise
         lines = str(error).splitlines() or [type(error).__name__]
         raise ExportError(

@@ -88,9 +88,9 @@ class Source:
         sides = ", ".join(map(str, self.images.shape[1:]))
         return jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"b, {sides}"), jnp.uint8)
 
-    def apply(self, images: jax.Array) -> jax.Array:
-        """uint8 images to float32 logits in the plain forms, the weights constants: for tracing."""
-        variables, stats = jax.device_get((self.classifier.variables, self.classifier.stats))
+    def apply(self, variables: Any, images: jax.Array) -> jax.Array:
+        """uint8 images to float32 logits in the forms of any backend: for tracing."""
+        stats = jax.device_get(self.classifier.stats)
         with cpu.plain_forms():
             logits: Any = self.classifier.module.apply(variables, normalize(images, stats))
         return logits

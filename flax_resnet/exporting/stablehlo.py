@@ -1,4 +1,8 @@
-"""A network as StableHLO: a directory with the program, a description, and a loader."""
+"""A network as StableHLO: a directory with program, weights, a description, and a loader.
+
+The weights are arguments of the program: as constants XLA would fold them, for minutes where they
+are large, and keep a copy for every batch size.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,10 @@ from typing import Any
 import jax
 import jax.export
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.exporting import loader
-from flax_resnet.exporting.loader import ABOUT, ARTIFACT, FORMAT
+from flax_resnet.exporting.loader import ABOUT, ARTIFACT, FORMAT, HASHED, WEIGHTS
 from flax_resnet.exporting.source import Difference, Run, Source
 from flax_resnet.record import to_record
 
@@ -26,18 +31,25 @@ def write(source: Source, directory: Path, platforms: Sequence[str] = PLATFORMS)
 
     Args:
       source: the network.
-      directory: it will hold net.stablehlo, about.json and load.py.
+      directory: it will hold net.stablehlo, weights.npz, about.json and load.py.
       platforms: names that jax.export knows.
     """
+    weights = {
+        "/".join(path): np.asarray(value)
+        for path, value in flatten_dict(dict(source.opened.variables)).items()
+    }
+
     # A function of its own: jit would find a trace of another form in its cache.
-    exported = jax.export.export(jax.jit(lambda images: source.apply(images)), platforms=platforms)(
-        source.spec
-    )
-    data = bytes(exported.serialize())
+    def program(weights: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+        return source.apply(unflatten_dict(weights, sep="/"), images)
+
+    exported = jax.export.export(jax.jit(program), platforms=platforms)(weights, source.spec)
     directory.mkdir()
-    (directory / ARTIFACT).write_bytes(data)
+    (directory / ARTIFACT).write_bytes(exported.serialize())
+    np.savez(directory / WEIGHTS, **weights)  # type: ignore[arg-type]
     (directory / "load.py").write_text(_loader(), "utf-8")
-    _write_about(directory, _about(source, exported, data))
+    hashes = {n: hashlib.sha256((directory / n).read_bytes()).hexdigest() for n in HASHED}
+    _write_about(directory, {**_about(source, exported), "sha256": hashes})
     return f"StableHLO for {', '.join(platforms)}"
 
 
@@ -57,7 +69,7 @@ def finish(directory: Path, found: Difference) -> None:
     _write_about(directory, {**about, "check": check})
 
 
-def _about(source: Source, exported: jax.export.Exported, data: bytes) -> dict[str, Any]:
+def _about(source: Source, exported: jax.export.Exported) -> dict[str, Any]:
     names = source.classifier.class_names
     return {
         "format": FORMAT,
@@ -72,7 +84,6 @@ def _about(source: Source, exported: jax.export.Exported, data: bytes) -> dict[s
         "jax": jax.__version__,
         "numpy": np.__version__,
         "calling_convention": exported.calling_convention_version,
-        "sha256": hashlib.sha256(data).hexdigest(),
     }  # fmt: skip
 
 

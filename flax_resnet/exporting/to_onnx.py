@@ -95,7 +95,7 @@ def _traced(source: Source, images: jax.Array) -> jax.Array:
 
     nn.max_pool = max_pool  # type: ignore[assignment]
     try:
-        return source.apply(images)
+        return source.apply(source.opened.variables, images)
     finally:
         nn.max_pool = theirs
 

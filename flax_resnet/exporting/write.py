@@ -12,7 +12,7 @@ import jax
 
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.exporting import stablehlo, to_onnx, to_torch
-from flax_resnet.exporting.loader import ABOUT, ARTIFACT
+from flax_resnet.exporting.loader import ABOUT, HASHED
 from flax_resnet.exporting.source import Difference, Source
 from flax_resnet.exporting.stablehlo import PLATFORMS
 from flax_resnet.pretrained import Pretrained
@@ -77,7 +77,7 @@ def check_dest(dest: Path, overwrite: bool) -> None:
         raise UserError(f"{dest} is a directory: name a file")
     if not overwrite:
         raise UserError(f"{dest} is there already: give another name, or --overwrite")
-    if not is_file and not ((dest / ABOUT).is_file() and (dest / ARTIFACT).is_file()):
+    if not is_file and not all((dest / name).is_file() for name in (ABOUT, *HASHED)):
         raise UserError(f"{dest} is no exported network, and is not overwritten: give another name")
 
 
