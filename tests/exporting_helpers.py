@@ -1,4 +1,7 @@
-"""What the tests of exports share: tiny networks of every family, nowhere at the identity."""
+"""What the tests of exports share: tiny networks of every family, nowhere at the identity.
+
+Importing it skips a module where jax.export cannot write: without the [export] extra.
+"""
 
 import dataclasses
 import functools
@@ -6,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import tiny_resnet
 from prediction_helpers import NAMES, SQUARE, apply
 
@@ -15,6 +19,8 @@ from flax_resnet.datasets.decode import Decoder
 from flax_resnet.models import DropBlockResNet, MiniModel
 from flax_resnet.preprocess import KERAS_V1, Preprocessing
 from flax_resnet.pretrained import Pretrained
+
+pytest.importorskip("flatbuffers", reason="flatbuffers is not installed (the [export] extra)")
 
 CIFAR = Preprocessing(size=16, resize=None, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 PHOTO = Preprocessing(size=32, resize=36, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))

@@ -1,4 +1,4 @@
-"""The loader of an export: alone, the same pixels as Preprocessing, and one line for bad files."""
+"""The loader of an export: by itself, Preprocessing's pixels, and one line for bad files."""
 
 import hashlib
 import io
@@ -20,6 +20,7 @@ from prediction_helpers import paint
 import flax_resnet
 from flax_resnet.classify import Classifier
 from flax_resnet.datasets.decode import Decoder
+from flax_resnet.errors import UserError
 from flax_resnet.exporting import loader
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, WEIGHTS, ExportError
 from flax_resnet.predict import predict
@@ -261,6 +262,14 @@ def test_a_damaged_export_is_one_line(exported, name):
     assert len(str(error.value)) < 600
 
 
+def test_without_flatbuffers_it_says_so(exported, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(ExportError, match="which is not here: pip install flatbuffers"):
+        loader.load(exported[1])
+    with pytest.raises(UserError, match=r"not installed: pip install 'flax_resnet\[export\]'"):
+        flax_resnet.export(exported[0], exported[1], overwrite=True)
+
+
 def test_nothing_is_unpickled(exported, monkeypatch):
     """A pickle in the place of the program, or of the text, is not opened."""
     import pickle
@@ -282,7 +291,7 @@ def test_it_runs_in_an_environment_of_jax_alone(exported, tmp_path, rng):
     place = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
     python = place / "bin" / "python"
-    wanted = [f"jax=={jax.__version__}", f"numpy=={np.__version__}"]
+    wanted = ["flatbuffers", f"jax=={jax.__version__}", f"numpy=={np.__version__}"]
     fetched = subprocess.run(
         [python, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True
     )

@@ -30,7 +30,7 @@ def export(
       source: a run's working directory, a weight file or a tag, as ``load`` takes them; or what
         ``classify.open_network`` gives, its preprocessing changed, for example.
       dest: ends in ".onnx" (needs the [export] extra) or ".safetensors" (torchvision's names); else
-        a directory for StableHLO, which gets a ``load.py`` that needs jax alone.
+        a directory for StableHLO (needs it too), with a ``load.py`` that needs jax and flatbuffers.
       model: a name of ``names()``, which a tag needs.
       images: photographs, or folders of them, to measure the difference on; by default
         scikit-learn's two, cut up.

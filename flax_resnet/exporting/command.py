@@ -45,11 +45,11 @@ ABOUT = """Writes a trained network for use elsewhere, and prints how far its ou
 network's on real photographs; if that is too far, nothing is left.
 
 DEST says the format. A directory gets StableHLO: a program for any batch size with its weights,
-what images go through before, the classes' names, and load.py, which runs it where only jax (and
-Pillow, for photographs) is installed. DEST.onnx is one file for onnxruntime, with the same inside
-(pip install 'flax_resnet[export]'). DEST.safetensors has the weights with torchvision's names.
-The first two take uint8 images (batch, height, width, channels), resized and cropped, and
-normalise them.
+what images go through before, the classes' names, and load.py, which runs it where jax and
+flatbuffers (and Pillow, for photographs) are installed, without this library. DEST.onnx is one
+file for onnxruntime, with the same inside. Both need pip install 'flax_resnet[export]'.
+DEST.safetensors has the weights with torchvision's names. The first two take uint8 images
+(batch, height, width, channels), resized and cropped, and normalise them.
 
 Examples:
   python -m flax_resnet export runs/digits digits_net && python digits_net/load.py PHOTO.png

@@ -1,4 +1,6 @@
-"""Runs a network that ``python -m flax_resnet export`` wrote; needs nothing but jax.
+"""Runs a network that ``python -m flax_resnet export`` wrote; needs jax and flatbuffers alone.
+
+flatbuffers (pip install jax flatbuffers) is what ``jax.export`` reads programs with.
 
     net = load("DIRECTORY")
     net(images)                      # uint8 (N, H, W, C), any N, to logits (N, classes)
@@ -141,6 +143,12 @@ def load(directory: str | Path) -> Net:
     for name, data in files.items():
         if hashlib.sha256(data).hexdigest() != hashes.get(name):
             raise ExportError(f"{directory / name} is not what {ABOUT} describes: export it again")
+    try:
+        import flatbuffers  # noqa: F401
+    except ImportError as error:
+        raise ExportError(
+            "jax reads programs with flatbuffers, which is not here: pip install flatbuffers"
+        ) from error
     try:
         with np.load(io.BytesIO(files[WEIGHTS]), allow_pickle=False) as weights:
             return Net(about, jax.export.deserialize(bytearray(files[ARTIFACT])), weights)

@@ -18,6 +18,7 @@ import jax.export
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from flax_resnet.errors import UserError
 from flax_resnet.exporting import loader
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, FORMAT, HASHED, WEIGHTS
 from flax_resnet.exporting.source import Difference, Run, Source
@@ -38,6 +39,14 @@ def write(source: Source, directory: Path, platforms: Sequence[str] = PLATFORMS)
         "/".join(path): np.asarray(value)
         for path, value in flatten_dict(dict(source.opened.variables)).items()
     }
+
+    try:
+        import flatbuffers  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "jax writes programs with flatbuffers, which is not installed: pip install "
+            "'flax_resnet[export]'"
+        ) from error
 
     # A function of its own: jit would find a trace of another form in its cache.
     def program(weights: dict[str, jax.Array], images: jax.Array) -> jax.Array:
