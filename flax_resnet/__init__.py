@@ -8,6 +8,7 @@ from flax_resnet.data import Data as Data
 from flax_resnet.data import DataConfig as DataConfig
 from flax_resnet.distributed import data_mesh as data_mesh
 from flax_resnet.errors import UserError as UserError
+from flax_resnet.exporting import export as export
 from flax_resnet.grids import grid as grid
 from flax_resnet.grids import replaced as replaced
 from flax_resnet.guards import Guard as Guard

@@ -33,6 +33,7 @@ from flax_resnet.compilation import use_cache
 from flax_resnet.config import TrainConfig
 from flax_resnet.datasets.prepare import prepare
 from flax_resnet.errors import UserError, check_range, did_you_mean
+from flax_resnet.exporting import command as exporting
 from flax_resnet.main import one_line_errors, start
 from flax_resnet.pretrained import tags
 
@@ -235,6 +236,9 @@ TOOLS: dict[str, Tool] = {
     "serve": Tool("open a web page to drop images on", serve.Settings, serve.main),
     "compare": Tool("set runs side by side", compare.Settings, compare.main),
     "convert": Tool("write weights in another format", convert.Settings, convert.main),
+    "export": Tool(
+        "write a network for StableHLO, ONNX or torch", exporting.Settings, exporting.main
+    ),
     "summary": Tool("show a network's layers and their cost", Summary, _summary),
     "names": Tool("list the networks that have a name", Names, _names),
     "prepare": Tool("make a tfds set readable", Prepare, _prepare),

@@ -12,7 +12,8 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,25 @@ Gradient = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Of input, kernel and the output's cotangent."""
 
 
+_for_others: ContextVar[bool] = ContextVar("for_others", default=False)
+
+
 def is_backend() -> bool:
-    """Whether programs are compiled for a CPU."""
-    return jax.default_backend() == "cpu"
+    """Whether programs are compiled for a CPU alone."""
+    return jax.default_backend() == "cpu" and not _for_others.get()
+
+
+@contextlib.contextmanager
+def plain_forms() -> Iterator[None]:
+    """What is traced within is for any backend: it has the plain forms.
+
+    A function under ``jax.jit`` must be a new one: a trace from outside is found in its cache.
+    """
+    token = _for_others.set(True)
+    try:
+        yield
+    finally:
+        _for_others.reset(token)
 
 
 def usable_cores() -> int:

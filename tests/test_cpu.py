@@ -11,7 +11,7 @@ from flax import linen as nn
 from helpers import tiny_resnet
 from jax import lax
 
-from flax_resnet import cpu
+from flax_resnet import cpu, layers
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.train import train_and_evaluate
@@ -248,6 +248,22 @@ def test_the_compiler_gives_sums_to_ynnpack_and_convolutions_to_eigen(rng):
     assert "__ynn_fusion" in entry
     for want, got in zip(compiled[False](x, kernel), compiled[True](x, kernel), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+
+
+def test_plain_forms_are_traced_within_a_block_alone():
+    def program():
+        pool = jax.make_jaxpr(lambda x: layers.max_pool(x, 3, 2, pad=1))
+        return "reduce_window_max" in str(pool(jnp.zeros((1, 8, 8, 2))))
+
+    assert not program()
+    with cpu.plain_forms():
+        assert not cpu.is_backend()
+        assert program()
+        with pytest.raises(ZeroDivisionError), cpu.plain_forms():
+            _ = 1 / 0
+        assert program()
+    assert cpu.is_backend()
+    assert not program()
 
 
 def test_a_users_choice_stands_and_other_backends_have_no_options(monkeypatch):

@@ -5,7 +5,7 @@ import pathlib
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_resnet"
 LEVELS = [
-    {"errors"},
+    {"errors", "exporting.loader"},
     {"cpu", "files", "seals", "preemption", "profiling", "programs", "datasets.resample"},
     {"clusters", "provenance", "storage", "watch"},
     {"meeting"},
@@ -67,6 +67,10 @@ LEVELS = [
     {"card"},
     {"hub"},
     {"convert", "predict", "evaluate"},
+    {"exporting.source"},
+    {"exporting.stablehlo", "exporting.to_onnx", "exporting.to_torch"},
+    {"exporting.write"},
+    {"exporting", "exporting.command"},
     {"inspection.opened", "inspection.layers", "inspection.embed", "inspection.lr_finder"},
     {"inspection.predictions", "inspection.samples", "inspection.studies"},
     {"inspection.parts"},

@@ -1,0 +1,58 @@
+"""A trained network with its preprocessing, for use elsewhere: StableHLO, ONNX, safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flax_resnet.exporting.write import Exported
+    from flax_resnet.pretrained import Pretrained
+
+
+def export(
+    source: str | Path | Pretrained,
+    dest: str | Path,
+    *,
+    model: str | None = None,
+    images: Sequence[str | Path] = (),
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    tolerance: float = 1e-4,
+    overwrite: bool = False,
+) -> Exported:
+    """Writes a network with its preprocessing, having measured that it computes the same.
+
+    It is written whole or not at all, in float32, and takes uint8 images as its preprocessing gives
+    them (safetensors has the weights alone, and the rest in its metadata).
+
+    Args:
+      source: a run's working directory, a weight file or a tag, as ``load`` takes them; or what
+        ``classify.open_network`` gives, its preprocessing changed, for example.
+      dest: ends in ".onnx" (needs the [export] extra) or ".safetensors" (torchvision's names); else
+        a directory for StableHLO, with a ``load.py`` that needs jax and flatbuffers.
+      model: a name of ``names()``, which a tag needs.
+      images: photographs, or folders of them, to measure the difference on; by default
+        scikit-learn's two, cut up.
+      platforms: of StableHLO; "cpu" is one of them.
+      tolerance: largest difference of the outputs, as a share of the largest output.
+      overwrite: replace an export that is there.
+
+    Returns:
+      What was written, and the difference that was measured; as a text, one line.
+
+    Raises:
+      UserError: weights that cannot be had or cannot classify, a place that cannot be written, a
+        package that is missing, or a larger difference.
+    """
+    from flax_resnet.classify import open_network  # these imports take time
+    from flax_resnet.exporting import write
+
+    return write.export(
+        open_network(source, model) if isinstance(source, (str, Path)) else source,
+        Path(dest).expanduser(),
+        images=images,
+        platforms=platforms,
+        tolerance=tolerance,
+        overwrite=overwrite,
+    )
