@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from flax_resnet import markdown, models
+from flax_resnet import markdown
 from flax_resnet.licenses import License
 from flax_resnet.pretrained import Pretrained
 from flax_resnet.pretrained.hub import is_address, parse
@@ -141,7 +141,7 @@ def _metadata(repository: str, license: License, trained: Trained | None) -> dic
 
 
 def _what(opened: Pretrained, trained: Trained | None) -> str:
-    name = network_name(opened)
+    name = opened.name
     of = f", trained on {markdown.text(trained.data_name)}" if trained is not None else ""
     return (
         f"A residual network for image classification, {markdown.text(name)}{of}, in JAX and "
@@ -149,14 +149,9 @@ def _what(opened: Pretrained, trained: Trained | None) -> str:
     )
 
 
-def network_name(opened: Pretrained) -> str:
-    """The name of a network where it has one, else its class."""
-    return opened.network or models.name_of(opened.module) or type(opened.module).__name__
-
-
 def _network(opened: Pretrained) -> Rows:
     module, prepared, names = opened.module, opened.preprocessing, opened.class_names
-    yield "network", network_name(opened)
+    yield "network", opened.name
     said = ("parent", "name", "block_cls", "num_classes", "scan_blocks", "remat", "axis_name")
     if changed := _changed(module, leave=said):
         yield "fields", changed

@@ -82,5 +82,4 @@ def convert(opened: Pretrained, dest: str | Path) -> str:
         input_shape=(side, side, input_channels(opened)),
     )
     parameters = sum(x.size for x in jax.tree.leaves(opened.variables["params"]))
-    name = opened.network or models.network_name(module)
-    return f"{name}, {parameters:,} parameters, written to {dest}"
+    return f"{opened.name}, {parameters:,} parameters, written to {dest}"

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from flax import linen as nn
 
-from flax_resnet import flags, metrics, models
+from flax_resnet import flags, metrics
 from flax_resnet.augment import normalize
 from flax_resnet.classify import Classifier, WeightFlags, flag, writing
 from flax_resnet.data import DataConfig
@@ -332,8 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             file.write("\n")
     split = "" if config.folder else f" {config.eval_split}"
     about = {"weights": settings.weights, "data": f"{config.title}{split}"}
-    network = opened.network or settings.model or models.network_name(opened.module)
-    metrics.closing_table(network, {**about, **_rows(found)})
+    metrics.closing_table(opened.name, {**about, **_rows(found)})
 
 
 def _rows(found: Mapping[str, float]) -> dict[str, str]:

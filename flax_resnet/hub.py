@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_resnet import metrics, models, provenance, storage
-from flax_resnet.card import Trained, model_card, network_name
+from flax_resnet.card import Trained, model_card
 from flax_resnet.errors import UserError
 from flax_resnet.licenses import License
 from flax_resnet.pretrained import Pretrained, open_weights, write_weights
@@ -237,7 +237,7 @@ def _config(
     return {
         "library_name": "flax_resnet",
         "library_version": provenance.versions(["flax_resnet"])["flax_resnet"],
-        "architecture": network_name(opened),
+        "architecture": opened.name,
         "num_classes": getattr(opened.module, "num_classes", None),
         "input_shape": shape,
         "class_names": opened.class_names,

@@ -128,15 +128,19 @@ def _on_small(images: Images) -> TrainConfig:
         data=images.data,
         # Grey images are often signs, which have no mirror image.
         augment=Augment(rotation=10.0, width_shift=1 / 8, height_shift=1 / 8, flip=not grey),
-        optimizer=SGD(
-            learning_rate=0.1,
-            schedule=Cosine(warmup=0.05),
-            weight_decay=5e-4,
-            nesterov=True,
-        ),
+        optimizer=_sgd(weight_decay=5e-4),
         batch_size=64,
         num_epochs=30,
         eval_every_epochs=5,
+    )
+
+
+def _sgd(weight_decay: float) -> SGD:
+    return SGD(
+        learning_rate=0.1,
+        schedule=Cosine(warmup=0.05),
+        weight_decay=weight_decay,
+        nesterov=True,
     )
 
 
@@ -147,12 +151,7 @@ def _on_large(images: Images) -> TrainConfig:
             images.data, image_size=LARGE_SIZE, random_resized_crop=True, crop_ratio=0.875
         ),
         augment=Augment(flip=True),
-        optimizer=SGD(
-            learning_rate=0.1,
-            schedule=Cosine(warmup=0.05),
-            weight_decay=1e-4,
-            nesterov=True,
-        ),
+        optimizer=_sgd(weight_decay=1e-4),
         batch_size=64,
         eval_batch_size=64,
         num_epochs=60,

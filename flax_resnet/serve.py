@@ -26,7 +26,6 @@ from flax_resnet.classify import Classifier, PreparedFlags, flag
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.inspection import Inspected, open_run
 from flax_resnet.inspection.samples import eval_images
-from flax_resnet.models import network_name
 from flax_resnet.pretrained import Pretrained
 from flax_resnet.serving import page
 from flax_resnet.serving.answers import Answers, Limits
@@ -106,11 +105,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def about(opened: Pretrained, source: str) -> tuple[page.About, Inspected | None]:
     """The head of the page; and the run, where ``source`` is one's working directory."""
-    name = opened.network or network_name(opened.module)
     facts = [f"weights: {source}", *page.device_facts(opened.module)]
     workdir = Path(source).expanduser()
     if not (workdir / "config.json").is_file():
-        return page.About(name, tuple(facts)), None
+        return page.About(opened.name, tuple(facts)), None
     run = open_run(workdir)
     facts.insert(1, f"step {run.step:,}")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is not finished

@@ -49,6 +49,11 @@ class Pretrained:
     certain: bool = False
     """The file says what network it is of by more than its shapes."""
 
+    @property
+    def name(self) -> str:
+        """What to call the network."""
+        return self.network or models.network_name(self.module)
+
 
 class Naming(NamedTuple):
     """How a file calls and lays out a network's variables."""
