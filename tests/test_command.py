@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -62,7 +63,7 @@ def test_every_command_has_help_with_examples(name, call):
 def test_what_help_shows_as_examples_parses(name, call, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = call(name, "--help")[1].split("Examples:")[1].split("╭")[0].replace("\\\n", " ")
-    lines = [line.split("|")[0].split(" > ")[0].rstrip(' )"') for line in text.splitlines()]
+    lines = [re.split(r"\||>|&&", line)[0].rstrip(' )"') for line in text.splitlines()]
     found = [
         line.split(f"flax-resnet {name}", 1)[1] for line in lines if f"flax-resnet {name}" in line
     ]
