@@ -9,7 +9,8 @@ import sys
 import pytest
 
 import flax_resnet
-from flax_resnet import convert, evaluate, flags, main, models, predict, report
+from flax_resnet import command, flags, main, models, recipes
+from flax_resnet.data import DataConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,7 +48,12 @@ def test_commands_followed_in_order_do_not_meet_another_configs_workdir():
     for name, arguments in COMMANDS:
         chosen = parse(name, arguments)
         assert configs.setdefault(chosen.workdir, chosen.config) == chosen.config
-    assert len(configs) >= 10
+    for name, arguments in TOOLS:
+        if name in RECIPES:
+            default = f"runs/{arguments.split()[0]}{'' if name == 'train' else '-' + name}"
+            chosen = asked(name, arguments, default)
+            assert configs.setdefault(chosen.workdir, chosen.config) == chosen.config
+    assert len(configs) >= 6
 
 
 def test_there_are_two_commands_that_install_and_run():
@@ -75,7 +81,7 @@ def test_the_python_runs(code, tmp_path, digits_dir, clean_environment):
     assert done.returncode == 0, done.stderr
     if "sweep(" in code:
         assert "| residual=True | 2 | " in done.stdout
-    if "train_and_evaluate" in code:
+    if "train_and_evaluate(" in code:
         assert 0 < float(done.stdout.splitlines()[-1]) <= 1
         assert (tmp_path / "runs" / "python" / "result.json").exists()
 
@@ -88,26 +94,40 @@ def test_every_network_in_the_readme_has_that_name():
     assert wanted <= set(models.names())
 
 
+TOOLS = re.findall(r"^flax-resnet (\w+) (.*)$", README, re.MULTILINE)
+RECIPES = {"train": recipes.digits(), "finetune": recipes.finetuning(DataConfig(folder="x"), 5)}
+
+
+def asked(name, arguments, workdir="runs/x"):
+    """What a line of the README asks of ``train`` or ``finetune``."""
+    return flags.parse(RECIPES[name], workdir, arguments.split()[1:])
+
+
 def test_fine_tuning_as_the_readme_says_leaves_batch_norm_as_it_was():
-    runs = [parse(*command).config for command in COMMANDS if command[0] == "finetune"]
+    runs = [asked(name, arguments).config for name, arguments in TOOLS if name == "finetune"]
     assert len(runs) >= 2
     assert {run.model.norm_kind for run in runs} == {"frozen"}
 
 
 def test_every_tool_in_the_readme_parses():
-    tools = {m.__name__.split(".")[1]: m.Settings for m in (predict, evaluate, convert, report)}
-    found = re.findall(r"^python -m flax_resnet (\w+) (.*)$", README, re.MULTILINE)
-    assert tools.keys() <= {name for name, _ in found}
-    for name, arguments in found:
-        if name in tools:
-            flags.cli(tools[name], arguments.split(), "", None)
+    wanted = {"train", "finetune", "predict", "report", "compare", "export", "push", "serve"}
+    assert wanted <= {name for name, _ in TOOLS} <= command.TOOLS.keys()
+    for name, arguments in TOOLS:
+        if name in RECIPES:
+            assert asked(name, arguments)
+        else:
+            flags.cli(command.TOOLS[name].settings, arguments.split(), "", None)
+
+
+def test_every_link_in_the_readme_is_to_a_file_that_is_there():
+    links = re.findall(r"\]\(([\w./-]+)\)", README)
+    assert len(links) > 15
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_the_tags_in_the_readme_are_some():
-    section = README.split("## Pretrained weights")[1].split("Files are kept")[0]
-    assert {"tv_v1", "tv_v2", "keras", "timm/a1", "timm/ra2", "hf"} <= set(
-        re.findall(r"`([\w/]+)`", section)
-    )
+    tags = re.search(r"a tag such as (.*?) fetches", README, re.DOTALL)[1]
+    assert re.findall(r'`"([\w/]+)"`', tags) == ["tv_v1", "keras", "timm/a1", "hf"]
     for name, tag in [("resnet50", "tv_v1"), ("resnet50", "tv_v2"), ("ResNet152", "keras"),
                       ("resnet50", "keras"), ("resnet50", "timm/a1"), ("resnet50d", "timm/ra2"),
                       ("resnet152", "hf")]:  # fmt: skip
