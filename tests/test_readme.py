@@ -53,7 +53,7 @@ def test_commands_followed_in_order_do_not_meet_another_configs_workdir():
             default = f"runs/{arguments.split()[0]}{'' if name == 'train' else '-' + name}"
             chosen = asked(name, arguments, default)
             assert configs.setdefault(chosen.workdir, chosen.config) == chosen.config
-    assert len(configs) >= 6
+    assert len(configs) >= 5
 
 
 def test_there_are_two_commands_that_install_and_run():
