@@ -80,9 +80,7 @@ def skip_fields(
     return None if member or what != "class" else True
 
 
-def whole_line(
-    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
-) -> None:
+def whole_line(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Keeps napoleon from taking what stands before a colon for a property's type."""
     if what == "property" and lines:
         lines[0] = lines[0].replace(": ", "\\: ", 1)

@@ -1,6 +1,7 @@
-"""The code blocks of a documentation page, the small sets that they train on, and what runs them."""
+"""The code blocks of a documentation page, and the small sets that they train on."""
 
 import io
+import itertools
 import re
 import shlex
 from typing import NamedTuple
@@ -58,7 +59,7 @@ def commands(block):
 def module_of(command):
     """The module that a command runs, "experiments.digits", or None."""
     words = shlex.split(command)
-    modules = [word for flag, word in zip(words, words[1:], strict=False) if flag == "-m"]
+    modules = [word for flag, word in itertools.pairwise(words) if flag == "-m"]
     return modules[-1] if modules else None  # a launcher is followed by what it starts
 
 

@@ -11,15 +11,18 @@ import re
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 from docs_helpers import blocks, commands, module_of, small_photos, small_sets
-from helpers import QUICK
+from helpers import QUICK, drawn
 
 import flax_resnet
+from experiments import mnist_transfer
 from flax_resnet.datasets import prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+NOTEBOOK = DOCS / "tutorials" / "mnist_transfer.ipynb"
 PAGES = sorted(
     page.relative_to(DOCS).as_posix()
     for page in DOCS.rglob("*.md")
@@ -44,17 +47,17 @@ SMALLER = {
     "--model.dense-features 8 8",
     "experiments.gradient_flow": "--depths 8 --seeds 1 --batch-size 4 --image-size 8",
     "experiments.ablations.depth": f"{FEW_STEPS} {THIN} --model.scan-blocks --seeds 1",
-    "experiments.ablations.augmentation": f"{FEW_STEPS} --model.stage-sizes 1 "
-    "--model.num-filters 4 --seeds 1",
-    "experiments.launch.tutorials": "--trial --minutes 0.01",
 }
 """Flags that make a command short; the last of two counts."""
-PLACES = ("DIR",)
-"""Words in commands that stand for a folder of the reader's own images."""
-
 CANNOT_RUN = {
     "python -m venv .venv && . .venv/bin/activate": "the tests run in an environment already",
     "pip install -e .": "installs; .ci/run has it",
+    "python -m flax_resnet prepare mnist": "downloads, with TensorFlow",
+    "python -m flax_resnet predict PHOTO.jpg FOLDER --model resnet50 --weights imagenet --format "
+    "csv --output top5.csv": "downloads ImageNet's weights",
+    "python -m experiments.cifar10_resnet --depth 110 --hosts.coordinator HOST:1234 "
+    "--hosts.num-processes 4 --hosts.process-id 0 --workdir /shared/runs/110": "four machines",
+    "srun python -m experiments.cifar10_resnet --depth 110 --workdir /shared/runs/110": "Slurm",
 }
 """Commands of the pages that no test runs, and why."""
 
@@ -70,7 +73,10 @@ def small_data(tmp_path_factory):
 
 @pytest.fixture
 def environment(tmp_path, small_data, clean_environment):
-    """Of a reader's shell: the small sets, this checkout, this Python first on the path."""
+    """Of a reader's shell: the small sets, this checkout, this Python first on the path.
+
+    DIR, in the pages a folder of the reader's own photographs, is one in its directory.
+    """
     small_photos(tmp_path / "DIR")
     python = pathlib.Path(sys.executable).parent
     return clean_environment | QUICK | {
@@ -119,7 +125,12 @@ def test_a_block_that_fails_or_prints_something_else_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# X\n```python\nprint(1 + 1)\n```\n```text\n3\n```\n\n```bash\nfalse\n```\n")
     first, second = blocks(page)
-    assert (first.language, first.text, first.line, first.output) == ("python", "print(1 + 1)\n", 3, "3\n")
+    assert (first.language, first.text, first.line, first.output) == (
+        "python",
+        "print(1 + 1)\n",
+        3,
+        "3\n",
+    )
     assert (second.text, second.line, second.output) == ("false\n", 10, None)
     for chosen, message in (([first], "page says\n3"), ([second], "status 1 of")):
         done = subprocess.run(
@@ -131,8 +142,79 @@ def test_a_block_that_fails_or_prints_something_else_is_found(tmp_path):
         assert message in done.stderr
 
 
+@pytest.fixture
+def notebook(tmp_path, small_data):
+    """The notebook with small parameters, not executed; (it, the parameters as written)."""
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    found = nbformat.read(NOTEBOOK, as_version=4)
+    (cell,) = [c for c in found.cells if "parameters" in c.metadata.get("tags", ())]
+    written, weights = cell.source, tmp_path / "ResNet50.weights.h5"
+    module = flax_resnet.keras_resnet(50)
+    flax_resnet.write_weights(weights, module, drawn(module, jnp.zeros((1, 32, 32, 3))))
+    small = {"DATA_DIR": str(small_data), "WEIGHTS": str(weights), "DEPTH": 50, "EPOCHS": 1,
+             "BATCH_SIZE": 16, "HIDDEN": 8, "WORKDIR": str(tmp_path / "run")}  # fmt: skip
+    assert set(re.findall(r"^([A-Z_]+) =", written, re.MULTILINE)) == set(small)
+    cell.source = "import os\n" + "\n".join(f"{name} = {value!r}" for name, value in small.items())
+    for other in found.cells:
+        if other.cell_type == "code":
+            other.outputs, other.execution_count = [], None
+    return found, written
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(notebook, tmp_path, environment):
+    """In a process of its own: what Jupyter warns of is not ours."""
+    import nbformat
+
+    nbformat.write(notebook[0], tmp_path / "small.ipynb")
+    del environment["PYTHONWARNINGS"]
+    environment |= {"IPYTHONDIR": str(tmp_path), "JUPYTER_PLATFORM_DIRS": "1"}
+    program = (
+        "import nbclient, nbformat; book = nbformat.read('small.ipynb', as_version=4); "
+        "nbclient.NotebookClient(book, timeout=300, kernel_name='python3').execute(); "
+        "nbformat.write(book, 'done.ipynb')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    executed = nbformat.read(tmp_path / "done.ipynb", as_version=4)
+    outputs = [out for cell in executed.cells for out in cell.get("outputs", ())]
+    texts = "".join(out.get("text", "") for out in outputs)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert f"test top-1 {result['top1']:.4f}, loss {result['loss']:.4f}, 3 steps\n" in texts
+    assert "48 training and 16 test images of (32, 32, 3)\n" in texts
+    pictures = [out.data["image/png"] for out in outputs if "data" in out]
+    assert len(pictures) == 3
+    assert all(pictures)
+
+
+def test_the_notebook_has_the_experiments_recipe():
+    """What it stores ran as a whole, and trains what experiments.mnist_transfer does."""
+    cells = [c for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code"]
+    counts = [cell["execution_count"] for cell in cells]
+    assert counts == list(range(1, len(cells) + 1))
+    sources = ["".join(cell["source"]) for cell in cells]
+    namespace = {}
+    for source in sources:
+        if "DEPTH =" in source or "TrainConfig(" in source:
+            exec(source, namespace)
+        if source.startswith("import matplotlib"):
+            exec("from flax_resnet import DataConfig", namespace)
+            exec(next(x for x in source.splitlines() if "DataConfig(" in x), namespace)
+        if "model = " in source:
+            exec("from flax_resnet import keras_resnet", namespace)
+            exec(next(x for x in source.splitlines() if x.startswith("model = ")), namespace)
+    assert namespace["config"] == mnist_transfer.get_config()
+
+
 def test_what_cannot_run_is_in_the_pages_and_nothing_else_is_left_out():
-    written = [c for p in PAGES for b in blocks(DOCS / p) if b.language == "bash" for c in commands(b)]
+    written = [
+        c for p in PAGES for b in blocks(DOCS / p) if b.language == "bash" for c in commands(b)
+    ]
     assert set(CANNOT_RUN) <= set(written)
     assert all(CANNOT_RUN.values())
     assert set(SMALLER) <= {module_of(command) for command in written}
@@ -178,7 +260,9 @@ def test_the_strict_build_passes_and_loads_nothing_from_elsewhere(tmp_path, clea
     pages = list((tmp_path / "html").rglob("*.html"))
     assert len(pages) > len(PAGES)
     for page in pages:
-        loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]*)", page.read_text())
+        loaded = re.findall(
+            r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]*)", page.read_text()
+        )
         assert loaded == [], page
     index = (tmp_path / "html" / "api" / "training.html").read_text()
     assert 'id="flax_resnet.train_and_evaluate"' in index
