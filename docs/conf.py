@@ -80,12 +80,6 @@ def skip_fields(
     return None if member or what != "class" else True
 
 
-def whole_line(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Keeps napoleon from taking what stands before a colon for a property's type."""
-    if what == "property" and lines:
-        lines[0] = lines[0].replace(": ", "\\: ", 1)
-
-
 def list_fields(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
@@ -128,7 +122,6 @@ def setup(app: Sphinx) -> None:
     """Connects the above; napoleon is between the two at priority 500."""
     app.connect("autodoc-process-signature", drop_signature)
     app.connect("autodoc-skip-member", skip_fields)
-    app.connect("autodoc-process-docstring", whole_line, priority=400)
     app.connect("autodoc-process-docstring", list_fields, priority=400)
     app.connect("autodoc-process-docstring", add_defaults, priority=600)
     for field in PyObject.doc_field_types:

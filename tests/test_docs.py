@@ -28,7 +28,7 @@ PAGES = sorted(
     for page in DOCS.rglob("*.md")
     if "_build" not in page.parts and any(b.language in ("python", "bash") for b in blocks(page))
 )
-QUICK_PAGES = ("tutorials/dropblock.md",)
+QUICK_PAGES = ("index.md",)
 
 FEW_STEPS = "--num-steps 2 --batch-size 8 --eval-batch-size 16 --log-every-steps 1"
 NO_DOWNLOAD = "--weights None --normalization imagenet"
