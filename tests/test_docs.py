@@ -33,20 +33,20 @@ QUICK_PAGES = ("index.md",)
 FEW_STEPS = "--num-steps 2 --batch-size 8 --eval-batch-size 16 --log-every-steps 1"
 NO_DOWNLOAD = "--weights None --normalization imagenet"
 SHALLOW = "--model.stage-sizes 1 1 1 1 --model.num-filters 8"
-THIN = "--data.image-size 16 --model.num-filters 4"
+TINY = "--data.image-size 8 --augment.pad-crop 1 --model.num-filters 4"
 SMALLER = {
     "experiments.digits": "--num-steps 12 --log-every-steps 6 --model.stage-sizes 1 1 1",
     "experiments.mnist_transfer": f"{FEW_STEPS} {NO_DOWNLOAD} {SHALLOW}",
     "experiments.finetune": f"{FEW_STEPS} {NO_DOWNLOAD} {SHALLOW} --data.image-size 32",
     "experiments.cifar10_mini": f"{FEW_STEPS} --model.stage-sizes 1 1 --model.num-filters 8",
-    "experiments.cifar10_resnet": f"{FEW_STEPS} {THIN} --model.scan-blocks",
-    "experiments.cifar10_plain": f"{FEW_STEPS} {THIN} --model.scan-blocks",
-    "experiments.cifar10_highway": f"{FEW_STEPS} {THIN} --model.scan-blocks",
-    "experiments.cifar10_preact": f"{FEW_STEPS} {THIN} --data.image-size 8 --augment.pad-crop 1",
+    "experiments.cifar10_resnet": f"{FEW_STEPS} {TINY} --model.stage-sizes 1 1 1",
+    "experiments.cifar10_plain": f"{FEW_STEPS} {TINY} --model.stage-sizes 1 1 1",
+    "experiments.cifar10_highway": f"{FEW_STEPS} {TINY} --model.stage-sizes 1 1 1",
+    "experiments.cifar10_preact": f"{FEW_STEPS} {TINY} --model.stage-sizes 2 2 2",
     "experiments.cifar100_dropblock": f"{FEW_STEPS} --model.stage-filters 4 4 4 4 "
     "--model.dense-features 8 8",
     "experiments.gradient_flow": "--depths 8 --seeds 1 --batch-size 4 --image-size 8",
-    "experiments.ablations.depth": f"{FEW_STEPS} {THIN} --model.scan-blocks --seeds 1",
+    "experiments.ablations.depth": f"{FEW_STEPS} {TINY} --model.scan-blocks --seeds 1",
 }
 """Flags that make a command short; the last of two counts."""
 CANNOT_RUN = {
