@@ -170,7 +170,7 @@ def test_the_notebook_runs(notebook, tmp_path, environment):
     import nbformat
 
     nbformat.write(notebook, tmp_path / "small.ipynb")
-    del environment["PYTHONWARNINGS"]
+    del environment["PYTHONWARNINGS"], environment["MPLBACKEND"]
     environment |= {"IPYTHONDIR": str(tmp_path), "JUPYTER_PLATFORM_DIRS": "1"}
     program = (
         "import nbclient, nbformat; book = nbformat.read('small.ipynb', as_version=4); "
