@@ -79,8 +79,7 @@ class Preprocessing:
     def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
         """Decodes one image to uint8 (size, size, channels), RGB; ``rng`` is not used.
 
-        Raises:
-          one of datasets.decode.DECODE_ERRORS: it is no image that Pillow reads.
+        What Pillow cannot read raises one of ``datasets.decode.DECODE_ERRORS``.
         """
         if self.decoder is not None:
             return self.decoder(data)
@@ -92,11 +91,11 @@ class Preprocessing:
     def ten_crops(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
         """Corners and centre, each also mirrored: uint8 (10, size, size, channels).
 
-        Krizhevsky et al. 2012, section 4.1, in torchvision's order.
+        Krizhevsky et al. 2012, section 4.1, in torchvision's order. What Pillow cannot read
+        raises one of ``datasets.decode.DECODE_ERRORS``.
 
         Raises:
           UserError: there is nothing to crop from.
-          one of datasets.decode.DECODE_ERRORS: it is no image that Pillow reads.
         """
         if self.decoder is not None or self.resize in (None, self.size):
             raise UserError(

@@ -269,7 +269,7 @@ def write_weights(
 
     Args:
       path: ".safetensors" has torchvision's names and torch's layout, and says in its metadata
-        what network it is; ".weights.h5" is Keras 3's, for ``keras_resnet``s.
+        what network it is; ".weights.h5" is Keras 3's, for networks of ``keras_resnet``.
       module: the network; one that is no ResNet is written under its own names.
       variables: its variables, of blocks stacked or not.
       preprocessing: what the weights want done to a photograph.
