@@ -56,7 +56,8 @@ toc_object_entries = False
 FOREIGN = "collections|etils|flax|jax|jaxlib|numpy|optax|os|pathlib|typing"
 nitpick_ignore_regex = [
     (r"py:.*", rf"({FOREIGN})\..*"),
-    (r"py:class", r"Array|Decoder|Layers|Module|Row|flax_resnet\.datasets\..*"),
+    (r"py:class", r"Array|Decoder|Exported|Layers|Module|Off|Path|Pretrained|Row"),
+    (r"py:class", r"flax_resnet\.(datasets|licenses|pretrained)\..*"),
 ]
 
 

@@ -57,8 +57,10 @@ def commands(block):
 
 
 def module_of(command):
-    """The module that a command runs, "experiments.digits", or None."""
+    """What a command runs: "experiments.digits", "flax-resnet train", or None."""
     words = shlex.split(command)
+    if words[0] == "flax-resnet":
+        return " ".join(words[:2])
     modules = [word for flag, word in itertools.pairwise(words) if flag == "-m"]
     return modules[-1] if modules else None  # a launcher is followed by what it starts
 

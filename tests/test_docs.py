@@ -4,6 +4,7 @@ Python blocks run as written. Commands run as written too, on small sets of the 
 those that train with the flags of SMALLER after their own, so that they take seconds.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 from docs_helpers import blocks, commands, module_of, small_photos, small_sets
 from helpers import QUICK, drawn
+from hub_server import Hub
 
 import flax_resnet
 from experiments import mnist_transfer
@@ -35,6 +37,8 @@ NO_DOWNLOAD = "--weights None --normalization imagenet"
 SHALLOW = "--model.stage-sizes 1 1 1 1 --model.num-filters 8"
 TINY = "--data.image-size 8 --augment.pad-crop 1 --model.num-filters 4"
 SMALLER = {
+    "flax-resnet train": "--num-steps 12 --log-every-steps 6 --model.stage-sizes 1 1 1",
+    "flax-resnet finetune": f"{FEW_STEPS} {NO_DOWNLOAD} {SHALLOW} --data.image-size 32",
     "experiments.digits": "--num-steps 12 --log-every-steps 6 --model.stage-sizes 1 1 1",
     "experiments.mnist_transfer": f"{FEW_STEPS} {NO_DOWNLOAD} {SHALLOW}",
     "experiments.finetune": f"{FEW_STEPS} {NO_DOWNLOAD} {SHALLOW} --data.image-size 32",
@@ -49,11 +53,23 @@ SMALLER = {
     "experiments.ablations.depth": f"{FEW_STEPS} {TINY} --model.scan-blocks --seeds 1",
 }
 """Flags that make a command short; the last of two counts."""
+NEEDS = {
+    "export.md": ("jax2onnx", "onnxruntime"),
+    "hub.md": ("huggingface_hub",),
+    "tracking.md": ("wandb",),
+}
+"""Packages of the extras that a page is about."""
+MLFLOW = "tests/test_tracking.py runs MLflow's server"
+
 CANNOT_RUN = {
+    "flax-resnet serve runs/digits": "waits for visitors; tests/test_serve.py is one",
+    "mlflow server --host 127.0.0.1 --port 5000": MLFLOW,
+    "flax-resnet train digits --tracking mlflow --tracking.uri http://127.0.0.1:5000 "
+    "--workdir runs/mlflow": MLFLOW,
     "python -m venv .venv && . .venv/bin/activate": "the tests run in an environment already",
     "pip install -e .": "installs; .ci/run has it",
-    "python -m flax_resnet prepare mnist": "downloads, with TensorFlow",
-    "python -m flax_resnet predict PHOTO.jpg FOLDER --model resnet50 --weights imagenet --format "
+    "flax-resnet prepare mnist": "downloads, with TensorFlow",
+    "flax-resnet predict PHOTO.jpg FOLDER --model resnet50 --weights imagenet --format "
     "csv --output top5.csv": "downloads ImageNet's weights",
     "python -m experiments.cifar10_resnet --depth 110 --hosts.coordinator HOST:1234 "
     "--hosts.num-processes 4 --hosts.process-id 0 --workdir /shared/runs/110": "four machines",
@@ -111,6 +127,17 @@ def runnable(page):
     "page", [pytest.param(p, marks=() if p in QUICK_PAGES else pytest.mark.slow) for p in PAGES]
 )
 def test_the_code_of_a_page_runs(page, tmp_path, environment):
+    for package in NEEDS.get(page, ()):
+        pytest.importorskip(package)
+    with contextlib.ExitStack() as stack:
+        if page == "hub.md":
+            hub = stack.enter_context(contextlib.closing(Hub()))
+            environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_me", "HF_HUB_DISABLE_XET": "1"}
+            environment |= {"HF_HOME": str(tmp_path / "hf")}
+        run_page(page, tmp_path, environment)
+
+
+def run_page(page, tmp_path, environment):
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "docs_runner.py")],
         input=json.dumps(runnable(page)), cwd=tmp_path, env=environment, capture_output=True,

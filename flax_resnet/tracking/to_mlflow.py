@@ -69,7 +69,7 @@ class MLflow(Tracking):
 
     @property
     def where(self) -> str:
-        """ "MLflow http://127.0.0.1:5000, experiment digits"."""
+        """The server and the experiment."""
         return f"MLflow {masked(self._address or 'here')}, experiment {self.experiment}"
 
     def check(self) -> None:

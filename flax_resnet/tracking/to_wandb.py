@@ -39,7 +39,7 @@ class Wandb(Tracking):
 
     @property
     def where(self) -> str:
-        """ "W&B team/project"."""
+        """The team and the project."""
         return "W&B " + "/".join(name for name in (self.entity, self.project) if name)
 
     def check(self) -> None:
