@@ -1,6 +1,6 @@
 """Sphinx: the pages are MyST Markdown and one notebook, the reference comes from docstrings.
 
-python -m sphinx -W --keep-going -n -b html docs docs/_build
+python -m sphinx -W --keep-going -n -b html docs docs/_build/html
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ copyright = "the authors of flax_resnet, Apache-2.0"
 version = release = flax_resnet.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]
 html_theme = "furo"
 html_title = f"flax_resnet {release}"
 html_copy_source = False
