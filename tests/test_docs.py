@@ -134,6 +134,8 @@ def test_the_code_of_a_page_runs(page, tmp_path, environment):
             hub = stack.enter_context(contextlib.closing(Hub()))
             environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_me", "HF_HUB_DISABLE_XET": "1"}
             environment |= {"HF_HOME": str(tmp_path / "hf")}
+            # huggingface_hub's own, of httpx
+            environment |= {"PYTHONWARNINGS": "error,ignore::DeprecationWarning"}
         run_page(page, tmp_path, environment)
 
 

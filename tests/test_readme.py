@@ -20,9 +20,11 @@ def module(name):
     return importlib.import_module(f"experiments.{name}")
 
 
-RUNS = re.findall(r"python -m experiments\.([\w.]+)([^\n`|]*)", README)
-COMMANDS = [(name, arguments) for name, arguments in RUNS if hasattr(module(name), "get_config")]
-ABLATIONS = [(name, arguments) for name, arguments in RUNS if hasattr(module(name), "get_grid")]
+PAGES = "".join(page.read_text() for page in sorted((ROOT / "docs").rglob("*.md")))
+RUN = re.compile(r"python -m experiments\.([\w.]+)([^\n`|]*)")
+RUNS = sorted({*RUN.findall(README), *RUN.findall(PAGES)})
+COMMANDS = [run for run in RUNS if hasattr(module(run[0]), "get_config")]
+ABLATIONS = [run for run in RUNS if hasattr(module(run[0]), "get_grid")]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -45,7 +47,9 @@ def test_every_flag_of_an_ablation_is_one(name, arguments):
 
 def test_commands_followed_in_order_do_not_meet_another_configs_workdir():
     configs = {}
-    for name, arguments in COMMANDS:
+    for name, arguments in RUN.findall(README):
+        if not hasattr(module(name), "get_config"):
+            continue
         chosen = parse(name, arguments)
         assert configs.setdefault(chosen.workdir, chosen.config) == chosen.config
     for name, arguments in TOOLS:
