@@ -21,7 +21,7 @@ from flax_resnet.errors import UserError, check_choices, check_range
 from flax_resnet.files import replacing
 from flax_resnet.models import ResNet
 from flax_resnet.preprocess import Preprocessing
-from flax_resnet.pretrained import Pretrained, check_same, open_weights
+from flax_resnet.pretrained import Pretrained, check_same, open_weights, stem_channels
 
 FLAGS = "--size, --resize, --interpolation, --mean and --std"
 OWN = "the weights' own"
@@ -63,9 +63,7 @@ def input_channels(opened: Pretrained) -> int:
     """Channels of the images that the network takes."""
     if opened.preprocessing is not None:
         return opened.preprocessing.channels
-    params = opened.variables["params"]
-    stem = next((params[name] for name in ("stem_conv1", "stem_conv") if name in params), None)
-    return 3 if stem is None else stem["kernel"].shape[2]
+    return stem_channels(opened, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,4 +206,5 @@ def writing(output: str | None) -> Iterator[TextIO]:
         with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             yield file
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error}") from error
+        why = error.strerror or error  # not the name of the unfinished file
+        raise UserError(f"--output {output} cannot be written: {why}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ import tyro
 from flax_resnet import (
     compare,
     convert,
-    distributed,
     doctor,
     evaluate,
     flags,
@@ -146,10 +144,8 @@ Examples:
   flax-resnet finetune PHOTOS --model resnet18 --weights net.safetensors
   flax-resnet finetune PHOTOS --model.frozen-stages 4 --cache-features \\
     --data.no-random-resized-crop --augment.no-flip"""
-NEXT = """look at it: {prog} report {workdir}
-use it: {prog} predict IMAGE --weights {workdir}"""
 DATA = "DATA"
-MAKES: Mapping[str, tuple[str, Callable[[str, str | None], TrainConfig]]] = {
+MAKES: Mapping[str, tuple[str, Callable[[str, recipes.Given], TrainConfig]]] = {
     "train": (TRAIN, recipes.scratch),
     "finetune": (FINETUNE, recipes.finetuned),
 }
@@ -193,20 +189,27 @@ def _make(command: str, argv: Sequence[str]) -> None:
     about, recipe = MAKES[command]
     prog = f"{PROG} {command} {DATA}"
     if {"-h", "--help"} & set(argv) and argv[0].startswith("-"):
-        flags.parse(recipes.digits(), f"runs/{DATA}", ["--help"], about, prog)
+        flags.parse(recipes.digits(), _workdir(DATA, command), ["--help"], about, prog)
     if not argv or argv[0].startswith("-"):
         raise UserError(
             f'{command} {" ".join(argv[:1])}: expected what to train on first: "digits", a tfds '
             f"name, or a folder; `{PROG} {command} --help` has examples"
         )
     data, rest = argv[0], argv[1:]
-    config = recipe(data, _value_of("--data.data-dir", rest))
+    given = recipes.Given(
+        data_dir=_value_of("--data.data-dir", rest),
+        weights=_value_of("--weights", rest),
+        model=_value_of("--model", rest),
+    )
+    config = recipe(data, given)
     name = Path(data).expanduser().resolve().name if config.data.folder else data.replace("/", "-")
-    workdir = f"runs/{name}" + ("" if command == "train" else f"-{command}")
-    chosen = flags.parse(config, workdir, rest, about, prog)
-    trained = start(chosen, own_process=[command, *argv] == sys.argv[1:])
-    if len(trained) == 1 and distributed.is_lead():
-        print(NEXT.format(prog=PROG, workdir=shlex.quote(chosen.workdir)))
+    chosen = flags.parse(config, _workdir(name, command), rest, about, prog)
+    start(chosen, own_process=[command, *argv] == sys.argv[1:])
+
+
+def _workdir(name: str, command: str) -> str:
+    """The default one."""
+    return f"runs/{name}" + ("" if command == "train" else f"-{command}")
 
 
 def _value_of(name: str, argv: Sequence[str]) -> str | None:

@@ -264,6 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not settings.json:
             advice = f"   -> {finding.advice}" if finding.advice else ""
             print(f"{MARKS[finding.state]} {finding.topic:24} {finding.text}{advice}", flush=True)
+    if not settings.json:
+        print("(! is wrong; - is absent, and not everybody needs it; -> what to do)")
     if settings.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2))
     if wrong := [finding.topic for finding in found if finding.state == "wrong"]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import inspect
 import io
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import docstring_parser
@@ -144,15 +145,16 @@ def parse(
       UserError: an unknown flag, with the nearest, or a value that does not fit.
     """
     config, argv = _choose(config, [_dashes(argument) for argument in argv])
-    return cli(
-        ask,
-        argv,
-        _with_choices(about, config),
-        prog,
-        default=ask(workdir, config),
-        registry=_registry(),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    with _meant(config):
+        return cli(
+            ask,
+            argv,
+            _with_choices(about, config),
+            prog,
+            default=ask(workdir, config),
+            registry=_registry(),
+            config=(tyro.conf.AvoidSubcommands,),
+        )
 
 
 def cli(
@@ -269,6 +271,41 @@ def _choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
 
     visit(config, "")
     return found
+
+
+# What other programs call a flag.
+ALIASES = {
+    "--epochs": "--num-epochs",
+    "--steps": "--num-steps",
+    "--lr": "--optimizer.learning-rate",
+    "--learning-rate": "--optimizer.learning-rate",
+    "--weight-decay": "--optimizer.weight-decay",
+    "--momentum": "--optimizer.momentum",
+    "--batch": "--batch-size",
+    "--num-classes": "--model.num-classes",
+    "--image-size": "--data.image-size",
+    "--data-dir": "--data.data-dir",
+    "--output-dir": "--workdir",
+}
+
+
+@contextlib.contextmanager
+def _meant(config: TrainConfig) -> Iterator[None]:
+    """Names what a flag of another program, or one that chooses a class, was meant to be."""
+    try:
+        yield
+    except UserError as error:
+        found = re.match(r"Unrecognized options: (--[\w.-]+)", str(error))
+        if found is None:
+            raise
+        choosing = [f"--{path}" for path in _choices(config)]
+        near = difflib.get_close_matches(found[1], choosing, 1, 0.8)
+        meant = ALIASES.get(found[1], near[0] if near else None)
+        if meant is None:
+            raise
+        text = re.sub(r" \(did you mean [^)]*\)", "", str(error))
+        first, mark, rest = text.partition("; --help")
+        raise UserError(f"{first} (did you mean {meant}?){mark}{rest}") from None
 
 
 def _with_choices(about: str, config: TrainConfig) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +19,9 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.sweeps import sweep, train_seeds
 from flax_resnet.train import train_and_evaluate
+
+NEXT = """look at it: flax-resnet report {workdir}
+use it: flax-resnet predict IMAGE --weights {workdir} (its best checkpoint, of step {step})"""
 
 
 def main(
@@ -58,7 +63,11 @@ def start(chosen: flags.Invocation, *, own_process: bool) -> list[dict[str, Any]
             restart.with_huge_pages(chosen.config, chosen.num_seeds)
         use_cache()
         if chosen.num_seeds == 1:
-            return [train_and_evaluate(chosen.config, chosen.workdir)]
+            again = (Path(chosen.workdir) / "result.json").exists()
+            result = train_and_evaluate(chosen.config, chosen.workdir)
+            if distributed.is_lead() and not again:
+                print(NEXT.format(workdir=shlex.quote(chosen.workdir), step=result["best_step"]))
+            return [result]
         together = False if chosen.in_turn else None
         return train_seeds(chosen.config, chosen.workdir, chosen.num_seeds, together=together)
 

@@ -220,7 +220,8 @@ class Settings(WeightFlags):
 
 ABOUT = """Prints the most probable classes of images, with their probabilities.
 
-An image that cannot be read is named on the standard error and left out. One device is used.
+An image that cannot be read is named on the standard error and left out; a path that is not there
+ends it before any is read. One device is used.
 Of a run, --size, --resize and --interpolation take the place of how its data were decoded.
 
 Examples:

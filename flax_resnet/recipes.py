@@ -7,14 +7,18 @@ with their figures, are the modules of ``experiments``.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from pathlib import Path
+from typing import Any
 
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.datasets import prepare, sources
-from flax_resnet.models import cifar_resnet, imagenet_resnet
+from flax_resnet.errors import UserError
+from flax_resnet.models import ResNet, cifar_resnet, imagenet_resnet
 from flax_resnet.optim import SGD, Cosine
+from flax_resnet.pretrained import Pretrained, hub, is_path, open_weights
 
 SMALL = 96
 """Sides up to which images are taken by a CIFAR network, as they are."""
@@ -47,37 +51,80 @@ def digits() -> TrainConfig:
     return _on_small(Images(DataConfig(name=sources.DIGITS), 10, (8, 8, 1)))
 
 
-def scratch(data: str, data_dir: str | None = None) -> TrainConfig:
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a command line says that decides the rest."""
+
+    data_dir: str | None = None
+    """Directory that holds NAME/VERSION of a tfds set."""
+    weights: str | None = None
+    """Weights to train on from: a tag, a weight file, a run's directory."""
+    model: str | None = None
+    """Name of the network."""
+
+
+def scratch(data: str, given: Given = Given()) -> TrainConfig:
     """A config that trains from random weights.
 
     Small images get a ResNet-20 (He et al. 2016, section 4.2), others a ResNet-18 at 224 pixels.
 
     Args:
       data: "digits", a tfds name, or a folder of images with a sub-folder for each class.
-      data_dir: directory that holds NAME/VERSION of a tfds set.
+      given: its ``data_dir`` is looked at.
 
     Raises:
       UserError: there are no such images.
     """
-    images = look_at(data, data_dir)
+    images = look_at(data, given.data_dir)
     return _on_small(images) if images.small else _on_large(images)
 
 
-def finetuned(data: str, data_dir: str | None = None) -> TrainConfig:
+def finetuned(data: str, given: Given = Given()) -> TrainConfig:
     """A config that trains a ResNet-50 on from ImageNet's weights, for ten epochs.
 
     Every layer trains, the head at the full learning rate and each stage below at half that of the
-    next; BatchNorm stays as the weights left it.
+    next; BatchNorm stays as the weights left it. Of weights in a file, or a run's, it is their
+    network, and images get the size and the channels that they were trained on.
 
     Args:
       data: as of ``scratch``.
-      data_dir: as of ``scratch``.
+      given: a model that it names goes before the weights' own.
 
     Raises:
-      UserError: there are no such images.
+      UserError: there are no such images, or no such weights.
     """
-    images = look_at(data, data_dir)
-    return finetuning(images.data, images.num_classes)
+    images = look_at(data, given.data_dir)
+    config = finetuning(images.data, images.num_classes)
+    weights = given.weights
+    if weights is None or given.model is not None:
+        return config
+    if not (is_path(weights) or hub.is_address(weights)):  # a tag fits any network that has it
+        return config
+    return _as_trained(config, open_weights(weights))
+
+
+def _as_trained(config: TrainConfig, opened: Pretrained) -> TrainConfig:
+    """A config of fine-tuning, with the network of opened weights, on images as theirs were."""
+    own: Any = opened.module
+    fields: dict[str, Any] = {"num_classes": getattr(config.model, "num_classes", None)}
+    if isinstance(own, ResNet):
+        fields |= {"include_top": True, "norm_kind": "frozen" if own.norm_kind == "batch" else
+                   own.norm_kind}  # fmt: skip
+    config = dataclasses.replace(config, model=own.clone(**fields))
+    prepared = opened.preprocessing
+    if prepared is None:
+        return config
+    pad = prepared.decoder.pad if prepared.decoder else 0
+    size = prepared.shape[0] - 2 * pad
+    channels: Any = prepared.channels
+    data = dataclasses.replace(
+        config.data,
+        image_size=size,
+        pad=pad,
+        channels=channels,
+        random_resized_crop=size > SMALL,
+    )
+    return dataclasses.replace(config, data=data, augment=Augment(flip=prepared.channels != 1))
 
 
 def finetuning(data: DataConfig, num_classes: int) -> TrainConfig:
@@ -100,12 +147,17 @@ def look_at(data: str, data_dir: str | None = None) -> Images:
 
     Args:
       data: as of ``scratch``.
-      data_dir: as of ``scratch``.
+      data_dir: directory that holds NAME/VERSION of a tfds set.
 
     Raises:
       UserError: there are no such images.
     """
-    if Path(data).expanduser().is_dir() or data.startswith((".", "/", "~")):
+    is_folder = Path(data).expanduser().is_dir()
+    if not is_folder and data.startswith((".", "/", "~")):
+        raise UserError(f"{data}: no such folder; expected one with a sub-folder for each class")
+    if data != "digits" and not is_folder and difflib.get_close_matches(data, ["digits"], 1, 0.8):
+        raise UserError(f"unknown data {data!r} (did you mean 'digits'?)")
+    if is_folder:
         folder = DataConfig(folder=data)
         splits = (folder.train_split, folder.eval_split)
         source = sources.open_folder(data, splits, LARGE_SIZE, folder.holdout_every)[0]

@@ -171,7 +171,7 @@ def _result(workdir: Path) -> str:
             "evaluation top-5": f"{100 * found['top5']:.2f} %",
             "evaluation loss": f"{found['loss']:.4f} nats",
             "best top-1": f"{100 * found['best_top1']:.2f} % at step {found['best_step']}",
-            "training top-1": f"{100 * found['train_top1']:.2f} % (augmented, last interval)",
+            "training top-1": f"{100 * found['train_top1']:.2f} % (last interval)",
             "training loss": f"{found['train_loss']:.4f} nats",
             "training images": found["num_train"],
             "steps": f"{found['step']} ({found['epochs']:g} epochs)",

@@ -350,7 +350,8 @@ class _Loop:
         if self.saved != run.step:  # it was restored, and has only been evaluating since
             self._save(None)
         self.checkpoints.wait()
-        self.log.message(f"stopped at step {run.step} of {run.num_steps}, which is saved")
+        at = f"stopped at step {run.step} of {run.num_steps}, which is saved"
+        self.log.message(f"{at}: the same command goes on")
         raise Preempted
 
 
@@ -390,7 +391,7 @@ def conclude(run: Run, *, quiet: bool = False) -> dict[str, Any]:
                 "evaluation top-5": f"{100 * result['top5']:.2f} %",
                 "evaluation loss": f"{result['loss']:.4f} nats",
                 "best top-1": f"{100 * best['top1']:.2f} % at step {best['step']}",
-                "training top-1": f"{100 * last['top1']:.2f} % (augmented, last interval)",
+                "training top-1": f"{100 * last['top1']:.2f} % (last interval)",
                 "steps": f"{run.step} ({run.epoch:g} epochs)",
                 "time": f"{run.seconds:.1f} s, compilation and evaluation included",
                 "record": str(workdir),

@@ -81,6 +81,7 @@ def test_training_the_digits_and_predicting(call, here, rng):
     code, out, err = call("train", "digits", *TINY)
     assert code == 0, err
     workdir = here / "runs" / "digits"
+    assert out.endswith("--weights runs/digits (its best checkpoint, of step 2)\n")
     result = json.loads((workdir / "result.json").read_text())
     assert result["num_eval"] == 355
     Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(here / "eight.png")
@@ -92,6 +93,7 @@ def test_training_the_digits_and_predicting(call, here, rng):
     code, out, _ = call("train", "digits", *TINY)
     assert code == 0
     assert "is finished: 2 steps" in out
+    assert out.count("\n") == 1
 
 
 def test_a_folder_needs_no_number_of_classes(call, here, image_folder):
@@ -107,10 +109,7 @@ def test_a_folder_needs_no_number_of_classes(call, here, image_folder):
 def test_fine_tuning_goes_on_from_weights(call, here, image_folder):
     assert call("train", "digits", *TINY)[0] == 0
     assert call("convert", "runs/digits", "digits.safetensors")[0] == 0
-    code, _, err = call(
-        "finetune", image_folder, "--model", "resnet20", "--weights", "digits.safetensors",
-        "--data.no-random-resized-crop", "--data.image-size", "8", "--data.channels", "1", *TINY,
-    )  # fmt: skip
+    code, _, err = call("finetune", image_folder, "--weights", "digits.safetensors", *TINY[4:])
     assert code == 0, err
     result = json.loads((here / "runs" / "photos-finetune" / "result.json").read_text())
     assert result["num_train"] == 32
@@ -121,7 +120,9 @@ def test_fine_tuning_goes_on_from_weights(call, here, image_folder):
     [
         (["train"], 'expected what to train on first: "digits", a tfds name, or a folder'),
         (["train", "--batch-size", "8"], "train --batch-size: expected what to train on first"),
-        (["train", "./nowhere"], "--data.folder ./nowhere: no such directory"),
+        (["train", "./nowhere"], "./nowhere: no such folder; expected one with a sub-folder for"),
+        (["train", "digits", "--epochs", "2"], "--epochs, 2 (did you mean --num-epochs?)"),
+        (["train", "digits", "--optimzer", "adamw"], "adamw (did you mean --optimizer?)"),
         (["train", "cifar1o"], "unknown dataset 'cifar1o' (did you mean 'cifar10'?)"),
         (["train", "digits", "--batch-siz", "8"], "did you mean --batch-size?"),
         (["summary", "resnet5o"], "did you mean 'resnet56'?"),

@@ -183,7 +183,7 @@ def test_what_comes_from_the_cache_still_takes_its_argument_over(fresh, mesh):
 def test_the_commands_use_it_and_nothing_else_does(monkeypatch, tmp_path, digits_dir):
     used = []
     monkeypatch.setattr(main, "use_cache", lambda: used.append(True))
-    monkeypatch.setattr(main, "train_and_evaluate", lambda *_: {})
+    monkeypatch.setattr(main, "train_and_evaluate", lambda *_: {"best_step": 1})
     monkeypatch.setattr(main, "sweep", lambda *_, **__: [])
     argv = ["--workdir", str(tmp_path)]
     main.main(digits.get_config, "w", argv)

@@ -5,6 +5,7 @@
 
 import ast
 import inspect
+import os
 import pathlib
 import subprocess
 import sys
@@ -24,6 +25,17 @@ def test_gpu_requirements_are_the_core_ones_with_cuda():
     wanted = [line for line in lines if line and not line.startswith("#")]
     core = [d.replace("jax>=", "jax[cuda13]>=") for d in PROJECT["dependencies"]]
     assert wanted == core
+
+
+def test_a_directory_of_the_packages_name_does_not_hide_it(tmp_path):
+    """As a script finds one that lies beside a checkout, of an editable install."""
+    (tmp_path / "flax_resnet").mkdir()
+    code = "import flax_resnet; print(flax_resnet.load.__name__)"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "load\n", done.stderr
 
 
 def test_extras_are_there():

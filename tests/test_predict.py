@@ -137,7 +137,7 @@ def test_a_path_that_is_no_utf8_is_printed(call, weights, photos):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{photos}"], "weights 'imagenet': no such file, and a tag needs a network"),
+        (["{photos}"], "weights 'imagenet': a tag needs a network (--model NAME"),
         ([], "no images are given"),
         (["/nowhere/x.png", "--weights", "{weights}"], "/nowhere/x.png: no such file or folder"),
         (["{empty}", "--weights", "{weights}"], "holds no images: expected files that end in .bmp"),
@@ -174,7 +174,7 @@ def test_bad_input_is_one_line(call, weights, photos, tmp_path, arguments, messa
 def test_help(call, name):
     code, out, _ = call(name, "--help")
     assert code == 0
-    assert f"python -m flax_resnet {name}" in out
+    assert f"flax-resnet {name}" in out
     assert "--interpolation" in out
     assert name in call("--help")[1]
 

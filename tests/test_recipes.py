@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from helpers import drawn, tiny_resnet
 from PIL import Image
 
 from experiments import digits, finetune
-from flax_resnet import UserError, recipes
+from flax_resnet import Preprocessing, UserError, recipes, write_weights
 from flax_resnet.models import name_of
 
 
@@ -29,7 +30,7 @@ def test_the_experiments_are_these():
 
 def test_digits_by_either_name(digits_dir):
     for name in ("digits", "sklearn_digits"):
-        config = recipes.scratch(name, digits_dir)
+        config = recipes.scratch(name, recipes.Given(digits_dir))
         assert (config.data.name, config.data.data_dir) == ("sklearn_digits", digits_dir)
         assert config.model == recipes.digits().model
         assert config.optimizer == recipes.digits().optimizer
@@ -65,7 +66,7 @@ def test_fine_tuning_counts_the_classes(photographs):
 def test_splits_are_those_that_a_set_has(monkeypatch, digits_dir):
     def of(*names):
         monkeypatch.setattr(recipes.sources, "split_names", lambda *_: list(names))
-        data = recipes.scratch("digits", digits_dir).data
+        data = recipes.scratch("digits", recipes.Given(digits_dir)).data
         return data.train_split, data.eval_split
 
     assert of("train", "test") == ("train", "test")
@@ -78,7 +79,44 @@ def test_the_splits_of_the_digits(digits_dir):
     assert recipes.sources.split_names("sklearn_digits", "/nowhere") == []
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "cifar1o"])
-def test_what_is_not_there(name):
-    with pytest.raises(UserError, match=r"no such directory|did you mean 'cifar10'"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "./nowhere: no such folder"),
+        ("/nowhere", "/nowhere: no such folder"),
+        ("cifar1o", "did you mean 'cifar10'"),
+        ("digts", "unknown data 'digts' .did you mean 'digits'"),
+        ("digit", "did you mean 'digits'"),
+    ],
+)
+def test_what_is_not_there(name, message):
+    with pytest.raises(UserError, match=message):
         recipes.scratch(name)
+
+
+def weights_of(path, module, side, channels, **kwargs):
+    """A weight file of a network, with what images of (side, side, channels) go through."""
+    shape = (side, side, channels)
+    images = np.zeros((1, *shape), np.float32)
+    means = (0.5,) * channels
+    prepared = Preprocessing(side, None, channels=channels, mean=means, std=means)
+    kept = {"preprocessing": prepared, "input_shape": shape}
+    write_weights(path, module, drawn(module, images), **kept)
+    return str(path)
+
+
+def test_fine_tuning_takes_the_network_and_the_size_of_weights_in_a_file(photographs, tmp_path):
+    own = tiny_resnet(num_classes=10)
+    weights = weights_of(tmp_path / "net.safetensors", own, 8, 1)
+    config = recipes.finetuned(str(photographs), recipes.Given(weights=weights))
+    assert config.model == own.clone(num_classes=3, norm_kind="frozen")
+    assert (config.data.image_size, config.data.channels) == (8, 1)
+    assert (config.data.random_resized_crop, config.augment.flip) == (False, False)
+    assert config.normalization == "weights"
+    large = weights_of(tmp_path / "large.safetensors", own, 128, 3)
+    config = recipes.finetuned(str(photographs), recipes.Given(weights=large))
+    assert (config.data.image_size, config.data.random_resized_crop) == (128, True)
+    named = recipes.finetuned(str(photographs), recipes.Given(weights=large, model="resnet18"))
+    assert named == recipes.finetuned(str(photographs))
+    tag = recipes.finetuned(str(photographs), recipes.Given(weights="tv_v1"))
+    assert tag == recipes.finetuned(str(photographs))

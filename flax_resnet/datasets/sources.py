@@ -151,7 +151,7 @@ def check_known(name: str) -> None:
     if name.split("/")[0].split(":")[0] not in known:
         raise UserError(
             f"unknown dataset {name!r}{did_you_mean(name, known)}: expected a tfds name, or a "
-            "folder of images by --data.folder DIR"
+            "folder of images (--data.folder DIR)"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -69,6 +70,11 @@ def check_dest(dest: Path, overwrite: bool) -> None:
         raise UserError(
             f"{dest}: expected a name that ends in .onnx or .safetensors, or a directory's; "
             "`convert` writes .weights.h5"
+        )
+    if re.fullmatch(r"\.[A-Za-z]+", dest.suffix) and dest.suffix not in (".onnx", ".safetensors"):
+        raise UserError(
+            f"{dest}: {dest.suffix} is no format; expected a name that ends in .onnx or "
+            ".safetensors, or a directory's, for StableHLO"
         )
     if not dest.exists():
         return
@@ -158,4 +164,5 @@ def _in_place(dest: Path) -> Iterator[Path]:
                     old.rename(dest)
                 raise
     except OSError as error:
-        raise UserError(f"{dest} cannot be written: {error}") from error
+        why = error.strerror or error  # not the name of the unfinished one
+        raise UserError(f"{dest} cannot be written: {why}") from error

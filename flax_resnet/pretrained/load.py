@@ -58,7 +58,8 @@ def load(
       num_classes: width of the head; by default that of the weights, else the network's own:
         1000, of CIFAR nets 10.
       classes: Keras's word for num_classes.
-      input_shape: (H, W, C); by default (224, 224, 3), of CIFAR nets (32, 32, 3).
+      input_shape: (H, W, C); by default (224, 224, 3), of CIFAR nets (32, 32, 3), with the
+        channels that weights of a file take.
       dtype: computation dtype.
       seed: of the initialisation.
       **fields: any other field of the network.
@@ -88,7 +89,14 @@ def load(
     module = models.create(name, dtype=dtype, **fields)
     if opened is not None:
         check_same(opened, module, name)
-    shape = models.check_shape(models.default_shape(module) if input_shape is None else input_shape)
+    if input_shape is None:
+        height, width, channels = models.default_shape(module)
+        input_shape = (
+            height,
+            width,
+            channels if opened is None else stem_channels(opened, channels),
+        )
+    shape = models.check_shape(input_shape)
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     if weights is None:
         return module, models.initialize(module, jax.random.key(seed), images)
@@ -122,8 +130,12 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
             return open_run(path)[0]
         return _known(published.find_file(path.name), open_file(path))
     if network is None:
+        kinds = "a weight file, a run's directory, or hf://OWNER/NAME"
+        if "/" in str(weights) and not published.is_tag(str(weights)):
+            raise UserError(f"weights {str(weights)!r}: no such file or run; expected {kinds}")
         raise UserError(
-            f"weights {str(weights)!r}: no such file, and a tag needs a network: say which"
+            f"weights {str(weights)!r}: a tag needs a network (--model NAME, in Python its name); "
+            f"or give {kinds}"
         )
     entry = published.find(network, str(weights))
     opened = open_file(fetch(entry))
@@ -147,6 +159,13 @@ def _known(entry: published.Published | None, opened: Pretrained) -> Pretrained:
     if opened.class_names is None and opened.preprocessing is not None and imagenet:
         opened = dataclasses.replace(opened, class_names=classes)
     return opened
+
+
+def stem_channels(opened: Pretrained, default: int) -> int:
+    """Channels of the images that opened weights take."""
+    params = opened.variables["params"]
+    stem = next((params[name] for name in ("stem_conv1", "stem_conv") if name in params), None)
+    return default if stem is None else stem["kernel"].shape[2]
 
 
 def is_path(weights: str | Path) -> bool:

@@ -302,7 +302,7 @@ def write_weights(
         with replacing(path) as partial:
             kinds[kind](partial, module, flat, about)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _input_shape(module: nn.Module, flat: Mapping[Path_, np.ndarray]) -> tuple[int, int, int]:
