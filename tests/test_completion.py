@@ -214,7 +214,8 @@ def test_typing_in_bash(script, there, keys, expected):
 
 @needs("zsh")
 @pytest.mark.parametrize(
-    ("keys", "expected"), [*TYPED, ("predict --model resnet5\t", "resnet50_v1")]
+    ("keys", "expected"),
+    [*TYPED, ("train \t", "runs/"), ("predict --model resnet5\t", "resnet50_v1")],
 )
 def test_typing_in_zsh(script, there, keys, expected):
     path = script("zsh")
