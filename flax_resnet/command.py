@@ -6,12 +6,13 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
 
 from flax_resnet import (
     compare,
+    completion,
     convert,
     doctor,
     evaluate,
@@ -225,7 +226,10 @@ def _value_of(name: str, argv: Sequence[str]) -> str | None:
 def _completion(argv: Sequence[str]) -> None:
     shell = flags.cli(Completion, argv, COMPLETION, f"{PROG} completion").shell
     settings = {name: (tool.settings, tool.what) for name, tool in TOOLS.items()}
-    print(flags.completion(settings, PROG, shell), end="")
+    default = flags.Invocation("runs", TrainConfig())
+    first = {"summary": models.names(), "completion": get_args(Shell)}
+    first |= dict.fromkeys(MAKES, ("digits",))
+    print(completion.script(settings, default, first, PROG, shell), end="")
 
 
 TOOLS: dict[str, Tool] = {

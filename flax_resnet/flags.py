@@ -11,7 +11,7 @@ import io
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 import docstring_parser
@@ -152,7 +152,7 @@ def parse(
             _with_choices(about, config),
             prog,
             default=ask(workdir, config),
-            registry=_registry(),
+            registry=tyro_registry(),
             config=(tyro.conf.AvoidSubcommands,),
         )
 
@@ -186,39 +186,8 @@ def cli(
         raise UserError(_one_line(said.getvalue())) from None
 
 
-def completion(settings: Mapping[str, tuple[Any, str]], prog: str, shell: str) -> str:
-    """A script that completes commands and their flags.
-
-    Args:
-      settings: {command: (the dataclass whose fields are its flags, what it does)}; an
-        Invocation's are those of the default config.
-      prog: what is completed.
-      shell: "bash", "zsh" or "fish".
-    """
-    default = Invocation("runs", TrainConfig())
-    commands = [
-        Annotated[kind, tyro.conf.subcommand(name, default=default, description=what)]
-        if kind is Invocation
-        else Annotated[kind, tyro.conf.subcommand(name, description=what)]
-        for name, (kind, what) in settings.items()
-    ]
-    any_of: Any = typing.Union[tuple(commands)]  # noqa: UP007
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        tyro.cli(
-            any_of,
-            prog=prog,
-            args=["--tyro-print-completion", shell],
-            registry=_registry(),
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    script = said.getvalue().replace("\ncomplete -F ", "\ncomplete -o default -F ")
-    # Helps in one line: of another, bash takes each word for a flag.
-    one_line = functools.partial(re.sub, r"\\+n", " ")
-    return re.sub(r"(?m)^COMPLETION_SPEC = .*$", lambda spec: one_line(spec.group()), script)
-
-
-def _registry() -> ConstructorRegistry:
+def tyro_registry() -> ConstructorRegistry:
+    """What tyro is told of linen modules and of their block classes."""
     registry = ConstructorRegistry()
     registry.struct_rule(_module_rule)
     registry.primitive_rule(_module_class_rule)
@@ -250,7 +219,7 @@ def _one_line(box: str) -> str:
     return f"{text.rstrip('.')}; --help lists every flag"
 
 
-def _choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
+def class_choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
     """{dotted field: {name: factory}} of the fields that hold one of several classes."""
     found: dict[str, dict[str, Factory]] = {
         "model": {name: functools.partial(models.create, name) for name in models.names()}
@@ -298,7 +267,7 @@ def _meant(config: TrainConfig) -> Iterator[None]:
         found = re.match(r"Unrecognized options: (--[\w.-]+)", str(error))
         if found is None:
             raise
-        choosing = [f"--{path}" for path in _choices(config)]
+        choosing = [f"--{path}" for path in class_choices(config)]
         near = difflib.get_close_matches(found[1], choosing, 1, 0.8)
         meant = ALIASES.get(found[1], near[0] if near else None)
         if meant is None:
@@ -315,7 +284,7 @@ def _with_choices(about: str, config: TrainConfig) -> str:
 
 
 def _choices_help(config: TrainConfig) -> str:
-    choices = {path: "|".join(names) for path, names in _choices(config).items()}
+    choices = {path: "|".join(names) for path, names in class_choices(config).items()}
     choices["model"] = "NAME (python -m flax_resnet names lists them)"
     lines = [f"--{path} {names}" for path, names in choices.items()]
     return "Choose a class, with its defaults: " + "; ".join(lines) + "."
@@ -323,7 +292,7 @@ def _choices_help(config: TrainConfig) -> str:
 
 def _choose(config: TrainConfig, argv: list[str]) -> tuple[TrainConfig, list[str]]:
     """Takes ``--FIELD NAME`` out of argv for the fields that hold one of several classes."""
-    for path, choices in _choices(config).items():  # outer fields come before inner ones
+    for path, choices in class_choices(config).items():  # outer fields come before inner ones
         for i, argument in enumerate(argv):
             flag, equals, name = argument.partition("=")
             if flag != f"--{path}":

@@ -1,13 +1,8 @@
-"""``flax-resnet COMMAND``: what it trains, what it says, what shells complete."""
+"""``flax-resnet COMMAND``: what it trains, what it says."""
 
 import json
-import os
-import pathlib
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -141,47 +136,3 @@ def test_the_data_directory_is_read_before_the_flags_are():
     assert value("--data.data-dir", ["--data.data-dir", "a", "--x", "b"]) == "a"
     assert value("--data.data-dir", ["--data.data_dir=a", "--data.data-dir=b"]) == "b"
     assert value("--data.data-dir", ["--data.name", "--data.data-dir"]) is None
-
-
-def completed(script, *words):
-    """What bash proposes for the last word."""
-    code = f"""source {script}
-COMP_WORDS=({" ".join(f"'{word}'" for word in words)})
-COMP_CWORD={len(words) - 1}
-_tyro_flax_resnet
-printf '%s\\n' "${{COMPREPLY[@]}}"
-"""
-    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", code], capture_output=True, text=True, check=True, env={"PATH": path}
-    )
-    assert done.stderr == ""
-    return done.stdout.split()
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-def test_bash_completes_commands_flags_and_choices(call, tmp_path):
-    code, out, _ = call("completion", "bash")
-    assert code == 0
-    script = tmp_path / "completion.bash"
-    script.write_text(out)
-    commands = set(completed(script, "flax-resnet", ""))
-    assert commands == {*command.TOOLS, "-h", "--help"}
-    assert completed(script, "flax-resnet", "pred") == ["predict"]
-    assert completed(script, "flax-resnet", "predict", "--format", "") == ["text", "json", "csv"]
-    assert completed(script, "flax-resnet", "train", "digits", "--sharding", "z") == ["zero"]
-    flags = completed(script, "flax-resnet", "train", "digits", "--optimizer.")
-    assert {"--optimizer.learning-rate", "--optimizer.momentum"} <= set(flags)
-    assert all(flag.startswith("--optimizer.") for flag in flags)
-    assert "complete -o default -F" in out  # files, where nothing else is known
-
-
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_can_read_their_scripts(call, tmp_path, shell):
-    code, out, _ = call("completion", shell)
-    assert code == 0
-    assert "COMPLETION_SPEC" in out
-    assert all(f"'{name}'" in out or f'"{name}"' in out for name in command.TOOLS)
-    if shutil.which(shell):
-        (tmp_path / "script").write_text(out)
-        subprocess.run([shell, "-n", tmp_path / "script"], check=True)
