@@ -293,9 +293,16 @@ class Settings(WeightFlags):
         super().__post_init__()
         check_range("--batch-size", self.batch_size, 1)
         check_range("--limit", self.limit, 1)
-        named = [self.data.name, self.data.folder].count(None)
-        if named == 0 or (named == 2 and self._run() is None):
-            raise UserError("expected one of --data.name NAME and --data.folder DIR: what images")
+        if None not in (self.data.name, self.data.folder):
+            raise UserError("expected one of --data.name NAME and --data.folder DIR, not both")
+
+    def check(self) -> None:
+        """Raises UserError where nothing says what images; what is parsed need not be there yet."""
+        if {self.data.name, self.data.folder, self._run()} == {None}:
+            raise UserError(
+                "expected one of --data.name NAME and --data.folder DIR: what images (weights that "
+                "are a run's working directory need neither)"
+            )
 
     def _run(self) -> Path | None:
         """The run's working directory, where the weights are one."""
@@ -349,6 +356,7 @@ Examples:
 def main(argv: Sequence[str] | None = None) -> None:
     """``python -m flax_resnet evaluate``."""
     settings = flags.cli(Settings, argv, ABOUT, "flax-resnet evaluate")
+    settings.check()
     opened = settings.open(settings.weights)
     config, how = settings.asked()
 
