@@ -7,6 +7,7 @@ said to be not known. Names from elsewhere are escaped: a card is a web page.
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
@@ -15,9 +16,12 @@ from typing import Any
 import jax
 
 from flax_resnet import markdown
+from flax_resnet.datasets import sources
 from flax_resnet.licenses import License
 from flax_resnet.pretrained import Pretrained
 from flax_resnet.pretrained.hub import is_address, parse
+from flax_resnet.pretrained.load import SUFFIXES
+from flax_resnet.pretrained.published import is_tag
 from flax_resnet.provenance import command_of, without_home
 from flax_resnet.record import to_record
 
@@ -57,7 +61,27 @@ class Trained:
     def data_name(self) -> str:
         """The set's name, or the folder's without where it lies."""
         data = self.config.data
-        return PurePath(data.folder).name if data.folder else data.name
+        return PurePath(data.folder).name or "images" if data.folder else data.name
+
+    @property
+    def may_hold_out(self) -> bool:
+        """False of a folder that surely had sub-folders for its splits, by the numbers of images.
+
+        One in N of each class leaves less than a whole image of each over.
+        """
+        images = self.checkpoint["num_eval"], self.checkpoint["num_train"]
+        classes, every = len(self.checkpoint["class_names"]), self.config.data.holdout_every
+        most = sum(images) / every
+        return bool(self.config.data.folder) and most - classes < images[0] <= most
+
+    @property
+    def length(self) -> tuple[int, float]:
+        """(steps, epochs) of the whole run; of one that is not finished those asked for."""
+        if self.result is not None:
+            return self.result["step"], self.result["epochs"]
+        an_epoch = math.ceil(self.checkpoint["num_train"] / self.config.batch_size)
+        steps = self.config.num_steps or max(1, round(self.config.num_epochs * an_epoch))
+        return steps, steps / an_epoch
 
 
 def model_card(
@@ -89,17 +113,9 @@ def model_card(
         ]
     else:
         parts += ["## Accuracy", _accuracy(repository, trained)]
-        parts += [
-            "## Data",
-            markdown.table(_data(trained)),
-            "## Recipe",
-            markdown.table(_recipe(trained)),
-        ]
-        parts += [
-            "`config.json` has every field.",
-            "## Made with",
-            markdown.table(_environment(trained)),
-        ]
+        parts += ["## Data", markdown.table(_data(trained))]
+        parts += ["## Recipe", markdown.table(_recipe(trained)), "`config.json` has every field."]
+        parts += ["## Made with", markdown.table(_environment(trained))]
     parts += ["## Use", _use(opened, repository), "## Limits", _limits(opened, trained)]
     parts += ["## Licence", _license(license, trained)]
     return "\n\n".join(parts) + "\n"
@@ -202,32 +218,39 @@ def _accuracy(repository: str, trained: Trained) -> str:
         )
     commands = [command_of(start.get("argv") or ()) for start in trained.starts]
     told = [line for line in dict.fromkeys(commands) if line]
-    made = "The command that made it:" if len(told) == 1 else "The commands that made it, in turn:"
+    made = "The command that made it" if len(told) == 1 else "The commands that made it, in turn"
+    if any(line.startswith("python -m experiments.") for line in told):
+        made += " (in a checkout of flax_resnet)"
     parts = [
         markdown.table(rows),
         f"{chosen}.",
-        *([made, markdown.fenced("\n".join(told), "bash")] if told else []),
+        *([f"{made}:", markdown.fenced("\n".join(told), "bash")] if told else []),
     ]
     if len(told) < len(set(commands)) or not commands:
         parts.append("It was trained from Python, not by a command; `config.json` has the config.")
-    where = (
-        "--data.folder DIR"
-        if config.data.folder
-        else f"--data.name {shlex.quote(config.data.name)}"
-    )
-    views = "" if config.tta == "none" else f" --tta {config.tta}"
-    again = (
-        f"python -m flax_resnet evaluate --weights hf://{repository} {where} "
-        f"--data.eval-split {shlex.quote(split)}{views}"
-    )
-    held_out = " (of a folder without sub-folders for its splits with --holdout)"
-    note = f"To measure it again{held_out if config.data.folder else ''}:"
-    return "\n\n".join([*parts, note, markdown.fenced(again, "bash")])
+    return "\n\n".join([*parts, *_again(repository, trained)])
+
+
+def _again(repository: str, trained: Trained) -> Iterable[str]:
+    """The command that gives the figures once more, to who has the data."""
+    data, tta = trained.config.data, trained.config.tta
+    words = ["flax-resnet", "evaluate", "--weights", f"hf://{repository}"]
+    words += ["--data.folder", "DIR"] if data.folder else ["--data.name", data.name]
+    if data.folder and data.train_split != type(data).train_split:
+        words += ["--data.train-split", data.train_split]
+    words += ["--data.eval-split", data.eval_split]
+    if trained.may_hold_out:
+        words += ["--data.holdout-every", str(data.holdout_every)]
+    words += [] if tta == "none" else ["--tta", tta]
+    yield "To measure it again" + (", DIR being the same folder:" if data.folder else ":")
+    yield markdown.fenced(shlex.join(words), "bash")
 
 
 def _data(trained: Trained) -> Rows:
     data, checkpoint = trained.config.data, trained.checkpoint
-    kind = "a folder of images" if data.folder else "a tfds set"
+    bundled = "scikit-learn's digits, which flax_resnet brings"
+    kind = bundled if data.name == sources.DIGITS else "a tfds set"
+    kind = "a folder of images" if data.folder else kind
     yield "data", f"{trained.data_name} ({kind})"
     yield "training images", f"{checkpoint['num_train']:,}, split {data.train_split}"
     yield "evaluation images", f"{checkpoint['num_eval']:,}, split {data.eval_split}"
@@ -240,15 +263,14 @@ def _data(trained: Trained) -> Rows:
 def _recipe(trained: Trained) -> Rows:
     config = trained.config
     optimizer, schedule = config.optimizer, config.optimizer.schedule
-    yield (
-        "started from",
-        "random weights" if config.weights is None else without_home(config.weights),
-    )
+    yield "started from", _origin(config.weights)
     always = ("learning_rate", "momentum", "weight_decay")
     yield "optimizer", _settings(optimizer, always, leave=("schedule",))
     yield "schedule", _settings(schedule)
-    epochs = trained.scores["epoch"] if trained.scores else None
-    yield "length", f"{trained.step:,} steps" + (f", {epochs:g} epochs" if epochs else "")
+    steps, epochs = trained.length
+    part = "" if trained.step == steps else f"; these weights are of step {trained.step:,}"
+    open_end = "" if trained.result is not None else ", not known to be finished"
+    yield "length", f"{steps:,} steps, {round(epochs, 4):g} epochs{open_end}{part}"
     yield "batch", f"{config.batch_size} images"
     yield "augmentation", _changed(config.augment) or "none"
     yield "normalisation", config.normalization
@@ -258,6 +280,16 @@ def _recipe(trained: Trained) -> Rows:
     if changed := _changed(config, leave=said):
         yield "besides", changed
     yield "seed", config.seed
+
+
+def _origin(weights: str | None) -> str:
+    """What a run started from, for who does not have its files."""
+    if weights is None:
+        return "random weights"
+    path = without_home(weights)
+    if is_address(weights) or is_tag(weights) or path.lower().endswith(SUFFIXES):
+        return path
+    return f"weights of another run ({path})"
 
 
 def _settings(value: Any, always: Sequence[str] = (), leave: Sequence[str] = ()) -> str:
@@ -307,7 +339,7 @@ def _use(opened: Pretrained, repository: str) -> str:
 
 opened = open_weights("{address}")
 module, variables = opened.module, opened.variables"""
-    shell = f"python -m flax_resnet pull {repository} {repository.partition('/')[2]}"
+    shell = f"flax-resnet pull {repository} {repository.partition('/')[2]}"
     if opened.preprocessing is not None and getattr(opened.module, "include_top", True):
         python = f"""from pathlib import Path
 
@@ -316,10 +348,11 @@ from flax_resnet.predict import predict
 
 for found in predict(opened, [Path("photo.png")], top=3):
     print(found.names, found.probabilities)"""
-        shell = f"python -m flax_resnet predict photo.png --weights {address}\n{shell}"
+        shell = f"flax-resnet predict photo.png --weights {address}\n{shell}"
     return "\n\n".join(
         [
-            "With flax_resnet and its extra `[hub]` installed:",
+            "flax_resnet comes from its repository, there is no release on PyPI yet; in a checkout "
+            "`pip install '.[hub]'` installs it. Then:",
             markdown.fenced(python, "python"),
             markdown.fenced(shell, "bash"),
             f"`{address}@COMMIT` stays the same when this repository changes. `model.safetensors` "
@@ -350,7 +383,7 @@ def _license(license: License, trained: Trained | None) -> str:
     start = trained.config.weights if trained is not None else None
     if start is None:
         return f"{said}."
-    origin = markdown.text(without_home(start))
+    origin = markdown.text(_origin(start))
     return f"{said}. It was trained from {origin}, whose licence counts as well."
 
 

@@ -13,6 +13,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -29,8 +30,9 @@ from flax_resnet.datasets import prepare, sources
 from flax_resnet.datasets.rows import decode_chunks
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.preprocess import Preprocessing
-from flax_resnet.pretrained import Pretrained
+from flax_resnet.pretrained import Pretrained, is_path
 from flax_resnet.pretrained.classes import imagenet_classes, imagenet_ids
+from flax_resnet.record import from_record
 from flax_resnet.views import Views, averaged_logits, check_views
 
 BINS = 15
@@ -255,12 +257,15 @@ class Where:
     """Where the images are."""
 
     name: Annotated[str | None, flag("NAME")] = None
-    """A tfds image-classification set: "imagenet2012", "cifar10", "NAME:VERSION"."""
+    """A tfds image-classification set: "imagenet2012", "cifar10", "NAME:VERSION". Weights that are
+    a run's working directory need none: its own data are taken, as it evaluated on them."""
     data_dir: Annotated[str | None, flag("DIR", "$TFDS_DATA_DIR or ~/tensorflow_datasets")] = None
     """Directory that holds NAME/VERSION."""
     folder: Annotated[str | None, flag("DIR")] = None
     """A folder instead: all images of DIR/CLASS/..., or, next to DIR/train, those of DIR/val."""
-    eval_split: str = DataConfig.eval_split
+    train_split: Annotated[str | None, flag("SPLIT", DataConfig.train_split)] = None
+    """Of a folder: the sub-folder next to which that of --data.eval-split is one."""
+    eval_split: Annotated[str | None, flag("SPLIT", DataConfig.eval_split)] = None
     """Split to evaluate; next to a folder's train, val and the like are found too."""
     holdout_every: Annotated[int | None, flag("N")] = None
     """Of DIR/CLASS/... only one image in N of each class: what training on it holds out."""
@@ -275,7 +280,9 @@ class Settings(WeightFlags):
     """Images, or crops, in one step of the device."""
     ten_crop: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
     """Average the probabilities of the corners and the centre, each also mirrored."""
-    tta: Views = "none"
+    tta: Annotated[
+        Views | None, flag("{none,flip,flip_shift}", "none; of a run on its own data, the run's")
+    ] = None
     """Average the logits of an image and its mirror image, and of both shifted by a pixel."""
     limit: Annotated[int | None, flag("N", "all")] = None
     """Evaluate N examples, evenly spread."""
@@ -286,13 +293,51 @@ class Settings(WeightFlags):
         super().__post_init__()
         check_range("--batch-size", self.batch_size, 1)
         check_range("--limit", self.limit, 1)
-        if (self.data.name is None) == (self.data.folder is None):
-            raise UserError("expected one of --data.name NAME and --data.folder DIR: what images")
+        if None not in (self.data.name, self.data.folder):
+            raise UserError("expected one of --data.name NAME and --data.folder DIR, not both")
 
-    def config(self) -> DataConfig:
-        """The data asked for."""
-        given = dataclasses.asdict(self.data)
-        return DataConfig(**{name: value for name, value in given.items() if value is not None})
+    def check(self) -> None:
+        """Raises UserError where nothing says what images; what is parsed need not be there yet."""
+        if {self.data.name, self.data.folder, self._run()} == {None}:
+            raise UserError(
+                "expected one of --data.name NAME and --data.folder DIR: what images (weights that "
+                "are a run's working directory need neither)"
+            )
+
+    def _run(self) -> Path | None:
+        """The run's working directory, where the weights are one."""
+        path = Path(self.weights).expanduser()
+        return path if is_path(self.weights) and path.is_dir() else None
+
+    def asked(self) -> tuple[DataConfig, dict[str, Any]]:
+        """(the data, ``tta`` and ``holdout`` of ``evaluate``): those given, else the run's own.
+
+        Raises:
+          UserError: the record of the run cannot be read.
+        """
+        given = {name: v for name, v in dataclasses.asdict(self.data).items() if v is not None}
+        config, holdout = DataConfig(), self.data.holdout_every is not None
+        tta: Views = self.tta or "none"
+        run = self._run()
+        if run is not None and not {"name", "folder"} & given.keys():
+            config, views = _evaluated_on(run)
+            # With sub-folders for its splits a folder has nothing to hold out.
+            holdout = config.folder is not None
+            tta = self.tta or ("none" if self.ten_crop else views)
+        return dataclasses.replace(config, **given), {"tta": tta, "holdout": holdout}
+
+
+def _evaluated_on(workdir: Path) -> tuple[DataConfig, Views]:
+    """What a run was evaluated on: its data, and the views of an image."""
+    path = workdir / "config.json"
+    try:
+        record = json.loads(path.read_text())["config"]
+        return from_record(record["data"]), record.get("tta", "none")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} does not say what the run was evaluated on ({error!r}): give --data.name NAME "
+            "or --data.folder DIR"
+        ) from error
 
 
 ABOUT = """Measures weights on a data set or a folder: top-1, top-5, mean loss, expected calibration
@@ -300,17 +345,20 @@ error (Guo et al. 2017) and Brier score.
 
 The images are decoded as the weights want it. Classes of the same names in another order are
 matched by name, WordNet's ids with ImageNet's classes. One device is used. Of a run, --size,
---resize and --interpolation take the place of how its data were decoded.
+--resize and --interpolation take the place of how its data were decoded; where no data are named,
+those that it was evaluated on are taken, and its --tta.
 
 Examples:
-  flax-resnet evaluate --weights runs/digits --data.name sklearn_digits
+  flax-resnet evaluate --weights runs/digits
   flax-resnet evaluate --model resnet50 --data.folder PHOTOS --tta flip --output result.json"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """``python -m flax_resnet evaluate``."""
     settings = flags.cli(Settings, argv, ABOUT, "flax-resnet evaluate")
-    config, opened = settings.config(), settings.open(settings.weights)
+    settings.check()
+    opened = settings.open(settings.weights)
+    config, how = settings.asked()
 
     def measured() -> dict[str, float]:
         return evaluate(
@@ -318,9 +366,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             config,
             batch_size=settings.batch_size,
             ten_crop=settings.ten_crop,
-            tta=settings.tta,
             limit=settings.limit,
-            holdout=settings.data.holdout_every is not None,
+            **how,
         )
 
     if settings.output is None:
@@ -328,7 +375,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         with writing(settings.output) as file:
             found = measured()
-            json.dump({**dataclasses.asdict(settings), **found}, file, indent=2)
+            said = {**dataclasses.asdict(settings), "tta": how["tta"]}
+            of_none = {"name": config.folder is not None, "holdout_every": not how["holdout"]}
+            said["data"] = {
+                name: None if of_none.get(name) else getattr(config, name) for name in said["data"]
+            }
+            json.dump({**said, **found}, file, indent=2)
             file.write("\n")
     split = "" if config.folder else f" {config.eval_split}"
     about = {"weights": settings.weights, "data": f"{config.title}{split}"}

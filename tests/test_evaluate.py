@@ -5,10 +5,11 @@ import jax
 import numpy as np
 import pytest
 from helpers import assert_one_line_error, tiny_resnet
+from inspection_helpers import tiny_config
 from PIL import Image
 from prediction_helpers import apply, damaged, make_weights, paint
 
-from flax_resnet import figures
+from flax_resnet import figures, metrics
 from flax_resnet.augment import normalize
 from flax_resnet.classify import open_network
 from flax_resnet.config import TrainConfig
@@ -19,6 +20,7 @@ from flax_resnet.evaluate import calibration_error, calibration_sums, class_orde
 from flax_resnet.optim import Adam
 from flax_resnet.predict import predict
 from flax_resnet.pretrained.classes import imagenet_classes
+from flax_resnet.pretrained.load import open_run
 from flax_resnet.train import train_and_evaluate
 
 CLASSES = tuple(f"kind {i}" for i in range(7))
@@ -208,6 +210,15 @@ def test_a_run_gives_its_own_top1(call, tmp_path, mesh, digits_dir, monkeypatch)
     assert (found["top1"], found["top5"], found["n"]) == (recorded["top1"], recorded["top5"], 355)
     assert found["loss"] == pytest.approx(recorded["loss"], rel=1e-4)
     assert found["weights"] == str(workdir)
+    # Where no data are named they are the run's own.
+    assert call("evaluate", "--weights", workdir, "--output", file)[0] == 0
+    own = json.loads(file.read_text())
+    assert {k: own[k] for k in NUMBERS} == {k: found[k] for k in NUMBERS}
+    assert own["data"] == found["data"]
+    assert (own["data"]["name"], own["data"]["holdout_every"]) == ("sklearn_digits", None)
+    arguments = ("evaluate", "--weights", workdir, "--data.eval-split", "train", "--output", file)
+    assert call(*arguments)[0] == 0
+    assert json.loads(file.read_text())["n"] == 1442
     # The same images as files; and a network that says 8x8 takes one of another size.
     (test,) = sources.open_tfds("sklearn_digits", digits_dir, ("test",))
     encoded, labels = test.read(range(355))
@@ -219,6 +230,62 @@ def test_a_run_gives_its_own_top1(call, tmp_path, mesh, digits_dir, monkeypatch)
     assert len(predicted) == 356
     hits = [p.classes[0] == label for p, label in zip(predicted, labels, strict=False)]
     assert np.mean(hits) == recorded["top1"]
+
+
+@pytest.fixture
+def folder_run(tmp_path, image_folder, mesh, monkeypatch):
+    """A run on 40 images that held out 10, and saw each with its mirror image."""
+    for name in ("curves", "confusion"):
+        monkeypatch.setattr(figures, name, lambda *arguments: None)
+    data = DataConfig(folder=str(image_folder), holdout_every=4)
+    config = tiny_config(None, data=data, batch_size=15, num_steps=6, tta="flip")
+    train_and_evaluate(config, tmp_path / "run", mesh=mesh)
+    return tmp_path / "run"
+
+
+def test_a_run_on_a_folder_gives_its_own_top1(call, folder_run, tmp_path):
+    kept = open_run(folder_run)[1]["step"]
+    lines = [line for line in metrics.read_metrics(folder_run) if line["split"] == "eval"]
+    (recorded,) = [line for line in lines if line["step"] == kept]
+    file = tmp_path / "numbers.json"
+
+    def measured(*flags):
+        result = call("evaluate", "--weights", folder_run, *flags, "--output", file)
+        assert result[::2] == (0, "")
+        return json.loads(file.read_text())
+
+    own = measured()
+    assert (own["top1"], own["n"], own["tta"]) == (recorded["top1"], 10, "flip")
+    assert own["loss"] == pytest.approx(recorded["loss"], rel=1e-4)
+    assert (own["data"]["name"], own["data"]["holdout_every"]) == (None, 4)
+    assert measured("--tta", "none")["loss"] != pytest.approx(own["loss"], rel=1e-4)
+    assert measured("--data.holdout-every", "5")["n"] == 8
+    # The same, told by hand; and all of it.
+    where = ("--data.folder", own["data"]["folder"], "--tta", "flip")
+    assert measured(*where, "--data.holdout-every", "4")["loss"] == own["loss"]
+    assert measured(*where)["n"] == 40
+
+
+def test_sub_folders_for_splits_hold_out_nothing(call, folder_run, image_folder, tmp_path, rng):
+    for name in ("training", "val"):
+        fill(image_folder / name, rng, ("cat", "dog"), 3)
+    record = json.loads((folder_run / "config.json").read_text())
+    record["config"]["data"]["train_split"] = "training"
+    (folder_run / "config.json").write_text(json.dumps(record))
+    file = tmp_path / "numbers.json"
+    assert call("evaluate", "--weights", folder_run, "--output", file)[0] == 0
+    assert json.loads(file.read_text())["n"] == 6
+    named = ("--data.folder", image_folder, "--data.train-split", "training")
+    weights = ("evaluate", "--weights", folder_run)
+    assert call(*weights, *named, "--data.holdout-every", "4", "--output", file)[0] == 0
+    assert json.loads(file.read_text())["n"] == 6
+
+
+def test_a_directory_that_does_not_say_its_data_is_one_line(call, folder_run, tmp_path):
+    assert_one_line_error(call("evaluate", "--weights", tmp_path / "photos"), "holds no run")
+    (folder_run / "config.json").write_text("{}")
+    told = "does not say what the run was evaluated on (KeyError('config')): give --data.name NAME"
+    assert_one_line_error(call("evaluate", "--weights", folder_run), told)
 
 
 @pytest.mark.parametrize(
