@@ -14,16 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import (
-    dispatch,
-    distributed,
-    figures,
-    hosts,
-    metrics,
-    models,
-    profiling,
-    tracking,
-)
+from flax_resnet import dispatch, distributed, figures, hosts, metrics, models, profiling, tracking
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.files import room
