@@ -135,14 +135,14 @@ Examples:
   flax-resnet train cifar10 --data.data-dir DIR --model wrn_28_10 --num-epochs 60
   flax-resnet train PHOTOS --model resnet50 --data.image-size 160 --workdir runs/photos"""
 FINETUNE = """Trains a ResNet-50 on from ImageNet's weights, on a folder of images with a sub-folder
-for each class, or a tfds set.
+for each class, or a tfds set. Of --weights FILE_OR_RUN it is their network, on images as theirs.
 
 Every layer trains, earlier ones more slowly. The classes are counted. Every field of the config is
 a flag. The same command goes on where it was.
 
 Examples:
   flax-resnet finetune PHOTOS --num-epochs 5
-  flax-resnet finetune PHOTOS --model resnet18 --weights net.safetensors
+  flax-resnet finetune PHOTOS --weights runs/others
   flax-resnet finetune PHOTOS --model.frozen-stages 4 --cache-features \\
     --data.no-random-resized-crop --augment.no-flip"""
 DATA = "DATA"
