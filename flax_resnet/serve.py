@@ -280,11 +280,18 @@ def surroundings() -> Iterator[Path]:
 
 
 def _wait() -> None:
-    """Until Ctrl-C, or until the process is asked to end."""
+    """Until Ctrl-C, or until the process is asked to end.
+
+    What a shell starts in the background ignores SIGINT until it says otherwise.
+    """
     ended = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    before = {
+        number: signal.signal(number, lambda *_: ended.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         while not ended.wait(3600):
             pass
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

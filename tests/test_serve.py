@@ -198,7 +198,9 @@ def running(environment, arguments, cwd, before=""):
     """The command in a process of its own: (its address, its directory, the process)."""
     pytest.importorskip("gradio", reason="the page needs the [serve] extra", exc_type=ImportError)
     (cwd / "tmp").mkdir()
-    code = f"{before}\nfrom flax_resnet.command import command\ncommand()"
+    # What a shell starts in the background ignores SIGINT.
+    ignores = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)"
+    code = f"{ignores}\n{before}\nfrom flax_resnet.command import command\ncommand()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "serve", *map(str, arguments), "--port", "0", "--no-browser"],
         cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
