@@ -63,7 +63,7 @@ def input_channels(opened: Pretrained) -> int:
     """Channels of the images that the network takes."""
     if opened.preprocessing is not None:
         return opened.preprocessing.channels
-    return stem_channels(opened, 3)
+    return stem_channels(opened.variables, 3)
 
 
 @dataclasses.dataclass(frozen=True)

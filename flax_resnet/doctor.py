@@ -31,6 +31,8 @@ from flax_resnet.provenance import git_state, versions
 PACKAGE = "flax_resnet"
 State = Literal["ok", "absent", "wrong"]
 MARKS: Mapping[State, str] = {"ok": " ", "absent": "-", "wrong": "!"}
+Needs = dict[str, list[tuple[str, Any]]]
+"""{extra, "" of what is always needed: [(package, versions that will do)]}."""
 LEAST_FREE = 2**31
 """Bytes on the disk of the working directory, below which a long run may fill it."""
 
@@ -55,24 +57,24 @@ def findings(data_dir: str | None = None) -> Iterator[Finding]:
     Args:
       data_dir: directory of tfds sets; None is tfds's default.
     """
-    yield from _python()
+    needs, git = _requirements(), git_state()
+    yield from _python(needs, git)
     yield from _devices()
     yield _computation()
     yield from _memory()
     yield from _caches()
     yield from _data(data_dir)
-    yield from _extras()
+    yield from _extras(needs, from_checkout=git is not None)
 
 
-def _python() -> Iterator[Finding]:
-    git = git_state()
+def _python(needs: Needs, git: Mapping[str, Any] | None) -> Iterator[Finding]:
     where = Path(__file__).parent
     commit = (
         f", commit {git['commit'][:10]}{' and changes' if git['changed'] else ''}" if git else ""
     )
     yield Finding(PACKAGE, f"{versions([PACKAGE])[PACKAGE]} in {where}{commit}")
     yield Finding("python", f"{platform.python_version()}, {sys.executable}")
-    for name, wanted in _requirements().get("", []):
+    for name, wanted in needs.get("", []):
         yield _package(name, wanted, f'pip install "{name}{wanted}"')
 
 
@@ -85,11 +87,11 @@ def _package(name: str, wanted: Any, advice: str) -> Finding:
     return Finding(name, found)
 
 
-def _requirements() -> dict[str, list[tuple[str, Any]]]:
-    """{extra, "" of what is always needed: [(package, versions that will do)]} on this machine."""
+def _requirements() -> Needs:
+    """What this machine needs of this library's requirements."""
     from packaging.requirements import Requirement
 
-    found: dict[str, list[tuple[str, Any]]] = {}
+    found: Needs = {}
     try:
         said = importlib.metadata.metadata(PACKAGE)
     except importlib.metadata.PackageNotFoundError:  # a directory on the path, not installed
@@ -217,14 +219,13 @@ def _data(data_dir: str | None) -> Iterator[Finding]:
                           advice.replace("NAME", name))  # fmt: skip
 
 
-def _extras() -> Iterator[Finding]:
-    for extra, packages in _requirements().items():
+def _extras(needs: Needs, from_checkout: bool) -> Iterator[Finding]:
+    for extra, packages in needs.items():
         if not extra:
             continue
         found = [_package(name, wanted, "") for name, wanted in packages]
         if lacking := [f"{f.topic} ({f.text})" for f in found if f.state != "ok"]:
             text = f"not here: {', '.join(lacking)}"
-            from_checkout = git_state() is not None
             what = f"-e '.[{extra}]'" if from_checkout else f"'{PACKAGE}[{extra}]'"
             yield Finding(f"[{extra}]", text, "absent", f"pip install {what}")
         else:

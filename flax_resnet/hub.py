@@ -16,7 +16,7 @@ from flax_resnet import metrics, models, provenance, storage
 from flax_resnet.card import Trained, model_card
 from flax_resnet.errors import UserError
 from flax_resnet.licenses import License
-from flax_resnet.pretrained import Pretrained, open_weights, write_weights
+from flax_resnet.pretrained import Pretrained, open_weights, stem_channels, write_weights
 from flax_resnet.pretrained.hub import (
     WEIGHTS,
     Repo,
@@ -223,10 +223,8 @@ def _input_shape(opened: Pretrained, trained: Trained | None) -> tuple[int, int,
         return opened.preprocessing.shape
     if trained is not None:
         return models.check_shape(trained.checkpoint["image_shape"])
-    from flax_resnet.classify import input_channels  # with it comes what only commands need
-
-    height, width, _ = models.default_shape(opened.module)
-    return height, width, input_channels(opened)
+    height, width, channels = models.default_shape(opened.module)
+    return height, width, stem_channels(opened.variables, channels)
 
 
 def _config(

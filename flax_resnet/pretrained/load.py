@@ -23,7 +23,7 @@ from flax_resnet.preprocess import Preprocessing
 from flax_resnet.pretrained import hub, published
 from flax_resnet.pretrained.classes import imagenet_classes
 from flax_resnet.pretrained.fetch import fetch
-from flax_resnet.pretrained.weights import Pretrained, Variables, open_file
+from flax_resnet.pretrained.weights import Pretrained, Variables, open_file, stem_channels
 from flax_resnet.record import from_record, untracked
 
 SUFFIXES = (".safetensors", ".h5", ".hdf5", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
@@ -94,7 +94,7 @@ def load(
         input_shape = (
             height,
             width,
-            channels if opened is None else stem_channels(opened, channels),
+            channels if opened is None else stem_channels(opened.variables, channels),
         )
     shape = models.check_shape(input_shape)
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
@@ -159,13 +159,6 @@ def _known(entry: published.Published | None, opened: Pretrained) -> Pretrained:
     if opened.class_names is None and opened.preprocessing is not None and imagenet:
         opened = dataclasses.replace(opened, class_names=classes)
     return opened
-
-
-def stem_channels(opened: Pretrained, default: int) -> int:
-    """Channels of the images that opened weights take."""
-    params = opened.variables["params"]
-    stem = next((params[name] for name in ("stem_conv1", "stem_conv") if name in params), None)
-    return default if stem is None else stem["kernel"].shape[2]
 
 
 def is_path(weights: str | Path) -> bool:

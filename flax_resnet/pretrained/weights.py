@@ -296,7 +296,7 @@ def write_weights(
         "module": to_record(module),
         "preprocessing": None if preprocessing is None else to_record(preprocessing),
         "class_names": None if class_names is None else list(class_names),
-        "input_shape": models.check_shape(input_shape or _input_shape(module, flat)),
+        "input_shape": models.check_shape(input_shape or _input_shape(module, variables)),
     }
     try:
         with replacing(path) as partial:
@@ -305,12 +305,16 @@ def write_weights(
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _input_shape(module: nn.Module, flat: Mapping[Path_, np.ndarray]) -> tuple[int, int, int]:
+def stem_channels(variables: Variables, default: int) -> int:
+    """Channels of the images that a network of these variables takes."""
+    params = variables["params"]
+    stem = next((params[name] for name in ("stem_conv1", "stem_conv") if name in params), None)
+    return default if stem is None else stem["kernel"].shape[2]
+
+
+def _input_shape(module: nn.Module, variables: Variables) -> tuple[int, int, int]:
     height, width, channels = models.default_shape(module)
-    for name in ("stem_conv1", "stem_conv"):
-        if ("params", name, "kernel") in flat:
-            return height, width, flat["params", name, "kernel"].shape[2]
-    return height, width, channels
+    return height, width, stem_channels(variables, channels)
 
 
 def _write_safetensors(
