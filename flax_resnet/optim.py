@@ -61,8 +61,7 @@ class _Optimizer:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "weight_decay"):
-            if not isinstance(getattr(self, name), jax.Array):  # of networks that train together
-                check_range(f"optimizer.{name}", getattr(self, name), 0)
+            check_range(f"optimizer.{name}", getattr(self, name), 0)
         if self.max_grad_norm != math.inf:  # clips nothing, as None does
             check_range("optimizer.max_grad_norm", self.max_grad_norm, POSITIVE)
         check_range("optimizer.stage_decay", self.stage_decay, 0)
@@ -295,7 +294,7 @@ def _is_plateau(node: Any) -> bool:
 
 
 def _l2(weight_decay: float, mask: Any) -> list[optax.GradientTransformation]:
-    if not isinstance(weight_decay, jax.Array) and weight_decay == 0:
-        # With the state of one that decays, so that networks with and without train together.
+    if weight_decay == 0:
+        # The optimizer's state has the same shape as with a decay; checkpoints hold it.
         return [optax.masked(optax.identity(), mask)]
     return [optax.add_decayed_weights(weight_decay, mask)]
