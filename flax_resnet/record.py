@@ -14,12 +14,24 @@ from flax import linen as nn
 from flax_resnet.errors import UserError, did_you_mean
 
 REMOVED_FIELDS: dict[str, dict[str, Any]] = {
+    "flax_resnet.augment:Augment": {"erasing": 0.0},
     "flax_resnet.guards:Guard": {"skips": 0},
+    **{
+        f"flax_resnet.optim:{name}": {"stem_bias_until": 1.0}
+        for name in ("SGD", "Adam", "AdamW", "LARS", "LAMB", "Muon")
+    },
 }
 """{"module:Name" of a class: {field that the class no longer has: value that turned it off}}."""
 
-MOVED_CLASSES: dict[str, str] = {}
-"""{"module:Name" that older records give a class: its "module:Name" today}."""
+MOVED_CLASSES: dict[str, str] = {
+    "flax_resnet.models.speed:SpeedNet": "experiments.speedrun:SpeedNet",
+    "flax_resnet.schedules:Triangle": "experiments.speedrun:Triangle",
+    "flax_resnet.optim:SGD.stem_bias_until": "experiments.speedrun:SpeedSGD",
+}
+"""{"module:Name" that older records give a class: its "module:Name" today}.
+
+A key "module:Name.field" is a field that only the class on the right still has.
+"""
 
 
 def module_fields(module: nn.Module) -> list[dataclasses.Field]:
@@ -64,7 +76,8 @@ def from_record(record: Any) -> Any:
         return record
     if "class_itself" in record:
         return find_class(record["class_itself"])
-    cls = find_class(record["class"])
+    of_field = (f"{record['class']}.{name}" for name in record if not is_removed(record, name))
+    cls = find_class(next((key for key in of_field if key in MOVED_CLASSES), record["class"]))
     known = {f.name for f in dataclasses.fields(cls)}
     values = {
         name: from_record(value)

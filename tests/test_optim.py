@@ -150,44 +150,6 @@ def speed_gradients(rng, steps):
     return tree(), [tree() for _ in range(steps)]
 
 
-def test_the_speed_runs_optimizer_is_torchs_with_groups_of_parameters(rng):
-    """airbench in numpy: a rate and a decay for each group, decay / rate in the gradient."""
-    steps, batch, momentum = 10, 64, 0.85
-    fields = optim.decoupled(11.5, 0.0153, momentum, batch)
-    sgd = optim.SGD(
-        **fields, nesterov=True, decay_norm_and_bias=True, norm_bias_scale=64.0,
-        stem_bias_until=0.3, schedule=optim.Triangle(),
-    )  # fmt: skip
-    params, grads = speed_gradients(rng, steps)
-    tx, _ = sgd.build(steps, 5)
-    state, got = tx.init(params), jax.tree.map(jnp.asarray, params)
-    update = jax.jit(tx.update)
-    kilo = 1024 * (1 + 1 / (1 - momentum))
-    decay = 0.0153 * batch / kilo
-    want, velocity = params, jax.tree.map(np.zeros_like, params)
-    for step, grad in enumerate(grads):
-        delta, state = update(grad, state, got, value=0.0)
-        got = optax.apply_updates(got, delta)
-        # airbench's gradient is of the sum over the batch: the mean's times the batch.
-        shape = 0.2 + 0.8 * step / 2 if step < 2 else 1 - 0.93 * (step - 2) / 8
-
-        def move(path, p, v, g, step=step, shape=shape):
-            names = [key.key for key in path]
-            rate = 11.5 / kilo * (64 if names[-2] == "norm1" else 1)
-            g = batch * g + decay / rate * p
-            v = momentum * v + g
-            if names[-2] == "stem_conv" and step >= 3:
-                return p, v
-            return p - shape * rate * (g + momentum * v), v
-
-        both = jax.tree_util.tree_map_with_path(move, want, velocity, grad)
-        is_pair = lambda x: isinstance(x, tuple)  # noqa: E731
-        want = jax.tree.map(lambda x: x[0], both, is_leaf=is_pair)
-        velocity = jax.tree.map(lambda x: x[1], both, is_leaf=is_pair)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
-
-
 def test_muon_makes_hidden_kernels_orthogonal_and_gives_the_rest_momentum(rng):
     params, grads = speed_gradients(rng, 1)
     muon = optim.Muon(learning_rate=0.5, rest_scale=0.4, rest_momentum=0.9, ns_steps=12)

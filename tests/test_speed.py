@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from helpers import assert_trees_equal, count_parameters, drawn
 
+from experiments.speedrun import SpeedNet, SpeedStage, Whitening, whitening_kernel
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
-from flax_resnet.models import SpeedNet, replace_head, trainable
-from flax_resnet.models.speed import SpeedStage, Whitening, whitening_kernel
+from flax_resnet.models import replace_head, trainable
 from flax_resnet.setup import set_up
 
 TINY = SpeedNet(num_classes=2, stage_filters=(8, 8))

@@ -143,3 +143,37 @@ def read_record(workdir: str | Path) -> tuple[Any, dict[str, Any]]:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a run's record ({error!r}): give another run") from error
+
+
+def variants(path: str | Path) -> list[tuple[str, list[Path]]]:
+    """[(name, working directories of its seeds)] of a run, a variant or a sweep.
+
+    Raises:
+      UserError: the directory holds none of these.
+    """
+    path = Path(path).expanduser()
+    groups = _groups_in(path)
+    if not groups:
+        raise UserError(
+            f"{path} holds no run: expected a working directory (config.json), a variant "
+            "(seedN/config.json) or a sweep (VARIANT/seedN/config.json)"
+        )
+    return groups
+
+
+def _groups_in(path: Path) -> list[tuple[str, list[Path]]]:
+    if (path / "config.json").is_file():
+        return [(path.name, [path])]
+    if seeds := _seeds_in(path):
+        return [(path.name, seeds)]
+    below = sorted({f.parent.parent for f in path.glob("*/seed*/config.json")})
+    return [found for variant in below for found in _groups_in(variant)]
+
+
+def _seeds_in(path: Path) -> list[Path]:
+    return sorted((f.parent for f in path.glob("seed*/config.json")), key=_seed)
+
+
+def _seed(path: Path) -> tuple[int, str]:
+    digits = path.name.removeprefix("seed")
+    return (int(digits) if digits.isdigit() else -1, path.name)
