@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax import linen as nn
+
 from experiments.study_figures import Group
 from flax_resnet import metrics, tables
 from flax_resnet.errors import UserError, did_you_mean
-from flax_resnet.inspection import depth, read_record, variants
+from flax_resnet.inspection import read_record, variants
 from flax_resnet.models import network_name
-from flax_resnet.record import flatten
+from flax_resnet.record import flatten, varying_fields
+from flax_resnet.summary import count_layers
 
 # What does not set two series apart: seeds are averaged, sizes of stages are the depth.
 MOST_NAMED = 4
@@ -106,6 +111,17 @@ def depth_points(
     return points
 
 
+@functools.cache
+def depth(module: nn.Module) -> int:
+    """Weighted layers on the main path, as He et al. 2016 count them.
+
+    Shortcuts, the gates of highway networks and of squeeze-and-excitation are left out.
+    """
+    rows = count_layers(module, (64, 64, 3))[0]
+    beside = re.compile(r"(shortcut(_conv)?|gate)$|\bse\b")
+    return sum(row.macs > 0 and not beside.search(row.name) for row in rows)
+
+
 def _finished(directory: Path) -> list[dict[str, str]]:
     path = directory / "table.csv"
     try:
@@ -123,14 +139,14 @@ def _finished(directory: Path) -> list[dict[str, str]]:
 
 
 def _series_fields(flats: Sequence[Mapping[str, Any]], by: str | None) -> list[str]:
-    known = {name for flat in flats for name in flat}
     if by is not None:
+        known = {name for flat in flats for name in flat}
         if by not in known:
             raise UserError(
                 f"--by {by}: no such field of the runs' configs{did_you_mean(by, known)}"
             )
         return [by]
-    differ = {n for n in known if len({repr(flat.get(n)) for flat in flats}) > 1}
+    differ = set(varying_fields(flats))
     if "model" in differ:  # networks of several classes have few fields in common
         return ["model", *sorted(n for n in differ if not n.startswith(("model", "seed")))]
     return sorted(differ - set(NO_SERIES))

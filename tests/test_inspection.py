@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import random_batch, tiny_resnet
+from helpers import noisy, tiny_resnet
 from inspection_helpers import tiny_config, tiny_run
 
-from flax_resnet import inspection, models
+from flax_resnet import inspection
 from flax_resnet.augment import normalize
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import lr_finder
@@ -95,18 +95,6 @@ def test_worst_are_the_largest_losses_with_their_images(run, found, whole_split)
     np.testing.assert_array_equal(true, labels[[354, 3, 199, 200]])
 
 
-def drawn_variables(module, images):
-    """Without initialisers: none has to be compiled."""
-    rng = np.random.default_rng(1)
-
-    def draw(path, like):
-        start = float(path[-1].key in ("scale", "var"))
-        spread = 0.3 if path[-1].key == "kernel" else 0.1
-        return jnp.asarray(start + rng.normal(0, spread, like.shape), like.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, models.variable_shapes(module, images))
-
-
 def jitted_forward(module, variables, images):
     return jax.jit(lambda v, x: inspection.forward(module, v, x))(variables, images)
 
@@ -122,11 +110,13 @@ NETS = {
 def test_grad_cam_after_a_global_average_is_the_heads_weighted_map(name, rng):
     module = NETS[name]
     images = jnp.asarray(rng.normal(size=(3, 8, 8, 3)), jnp.float32)
-    variables = drawn_variables(module, images)
+    variables = noisy(module, images)
     stages = inspection.stage_maps(module, variables, images)
     last = np.asarray(list(stages.values())[-1])
     assert [x.shape[1:] for x in stages.values()] == [(8, 8, 4), (4, 4, 8)]
     assert last.min() == 0
+    _, features = jitted_forward(module, variables, images)
+    np.testing.assert_allclose(features, last.mean(axis=(1, 2)), rtol=1e-5)
     kernel = np.asarray(variables["params"]["head"]["kernel"])
     logits = last.mean(axis=(1, 2)) @ kernel + np.asarray(variables["params"]["head"]["bias"])
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -142,7 +132,7 @@ def test_grad_cam_after_a_global_average_is_the_heads_weighted_map(name, rng):
 def test_grad_cam_before_dense_layers_is_their_gradients(rng):
     module = DropBlockResNet(num_classes=5, stage_filters=(3, 4), dense_features=(6,))
     images = jnp.asarray(rng.normal(size=(2, 8, 8, 3)), jnp.float32)
-    variables = drawn_variables(module, images)
+    variables = noisy(module, images)
     stages = inspection.stage_maps(module, variables, images)
     assert {k: v.shape[1:] for k, v in stages.items()} == {
         "DropBlock_0": (8, 8, 3), "DropBlock_1": (4, 4, 4),
@@ -187,7 +177,6 @@ def test_a_network_without_maps_or_head_says_so(rng):
         (lambda: inspection.grad_cam(Flat(), variables, images), "has no maps"),
         (lambda: inspection.forward(Flat(), variables, images), "no layer named 'head'"),
         (lambda: inspection.first_filters(Flat(), variables, (8, 8, 3)), "has no convolution"),
-        (lambda: inspection.depth(Flat()), "is known of ResNet"),
     ):
         with pytest.raises(UserError, match=line):
             ask()
@@ -197,17 +186,6 @@ def test_first_filters_are_the_stems(run):
     name, kernel = inspection.first_filters(run.module, run.variables, run.image_shape)
     assert name == "stem_conv"
     np.testing.assert_array_equal(kernel, run.variables["params"]["stem_conv"]["kernel"])
-
-
-@pytest.mark.parametrize(
-    ("name", "layers"),
-    [("resnet20", 20), ("plain56", 56), ("resnet18", 18), ("resnet50", 50), ("resnet152", 152),
-     ("preresnet164", 164), ("highway19", 19), ("resnet50d", 52), ("mini", 26),
-     ("dropblock_resnet", 19), ("wrn_28_10", 26)],
-)  # fmt: skip
-def test_depth_counts_weighted_layers(name, layers):
-    # A D-stem has three convolutions; WRN's 28 counts its projections (its paper, table 1).
-    assert inspection.depth(models.create(name)) == layers
 
 
 def test_pca_has_numpys_variances_and_fixed_signs(rng):
@@ -353,14 +331,3 @@ def test_the_suggestion_is_at_the_steepest_fall():
 def test_a_range_that_is_none_is_one_line(options, line):
     with pytest.raises(UserError, match=line):
         inspection.find_rate(None, **options)
-
-
-def test_random_batches_of_other_nets_have_features(rng):
-    batch = random_batch(rng, n=2)
-    module = NETS["mini"]
-    images = jnp.asarray(batch["image"], jnp.float32) / 255
-    variables = drawn_variables(module, images)
-    logits, features = jitted_forward(module, variables, images)
-    last = list(inspection.stage_maps(module, variables, images).values())[-1]
-    np.testing.assert_allclose(features, last.mean(axis=(1, 2)), rtol=1e-5)
-    assert logits.dtype == jnp.float32

@@ -16,7 +16,6 @@ from experiments import cifar10_speedrun
 from experiments.speedrun import SpeedNet, SpeedSGD, Triangle
 from flax_resnet import flags, run
 from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
-from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.optim import SGD, decoupled
@@ -156,11 +155,6 @@ def test_lookahead_is_the_loop_written_out(rng):
         np.testing.assert_allclose(state.params["w"], fast, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(state.ema["params"]["w"], slow, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(state.params["still"], np.full(2, 0.1, np.float32))
-
-
-def test_lookahead_needs_an_average():
-    with pytest.raises(UserError, match="lookahead_steps=5 without an average"):
-        TrainConfig(lookahead_steps=5)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@
 from flax_resnet.inspection.embed import Embedding as Embedding
 from flax_resnet.inspection.embed import pca as pca
 from flax_resnet.inspection.embed import tsne as tsne
-from flax_resnet.inspection.layers import depth as depth
 from flax_resnet.inspection.layers import first_filters as first_filters
 from flax_resnet.inspection.layers import forward as forward
 from flax_resnet.inspection.layers import grad_cam as grad_cam

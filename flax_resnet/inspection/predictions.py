@@ -59,8 +59,9 @@ class Predictions:
         confidence = self.probabilities.max(axis=1).astype(np.float64)
         edges = np.linspace(0, 1, evaluate.BINS + 1)[1:-1]
         place, right = np.digitize(confidence, edges, right=True), self.predicted == self.labels
-        sums = (np.bincount(place, w, evaluate.BINS) for w in (confidence, right))
-        return *sums, np.bincount(place, minlength=evaluate.BINS)
+        bins = evaluate.BINS
+        counts = np.bincount(place, minlength=bins)
+        return np.bincount(place, confidence, bins), np.bincount(place, right, bins), counts
 
 
 def predictions(run: Inspected) -> Predictions:
