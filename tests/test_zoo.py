@@ -58,7 +58,7 @@ PARAMETERS = {
     "resnet1202": 19_421_274,
     "wrn_28_10": 36_479_194,
     "mini": 4_368_714,
-    "dropblock_resnet": 77_791_210,  # 9 filters (inputs + filters) and norms a unit; the dense layers
+    "dropblock_resnet": 77_791_210,  # the CIFAR-100 tutorial's, added up by hand
 }
 KERAS_VALUES = {
     "ResNet50": 25_636_712,

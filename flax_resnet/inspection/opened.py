@@ -152,28 +152,20 @@ def variants(path: str | Path) -> list[tuple[str, list[Path]]]:
       UserError: the directory holds none of these.
     """
     path = Path(path).expanduser()
-    groups = _groups_in(path)
+    if (path / "config.json").is_file():
+        return [(path.name, [path])]
+    below = [*path.glob("seed*/config.json")] or [*path.glob("*/seed*/config.json")]
+    groups: dict[Path, list[Path]] = {}
+    for seed in sorted((file.parent for file in below), key=_variant_and_seed):
+        groups.setdefault(seed.parent, []).append(seed)
     if not groups:
         raise UserError(
             f"{path} holds no run: expected a working directory (config.json), a variant "
             "(seedN/config.json) or a sweep (VARIANT/seedN/config.json)"
         )
-    return groups
+    return [(variant.name, seeds) for variant, seeds in groups.items()]
 
 
-def _groups_in(path: Path) -> list[tuple[str, list[Path]]]:
-    if (path / "config.json").is_file():
-        return [(path.name, [path])]
-    if seeds := _seeds_in(path):
-        return [(path.name, seeds)]
-    below = sorted({f.parent.parent for f in path.glob("*/seed*/config.json")})
-    return [found for variant in below for found in _groups_in(variant)]
-
-
-def _seeds_in(path: Path) -> list[Path]:
-    return sorted((f.parent for f in path.glob("seed*/config.json")), key=_seed)
-
-
-def _seed(path: Path) -> tuple[int, str]:
-    digits = path.name.removeprefix("seed")
-    return (int(digits) if digits.isdigit() else -1, path.name)
+def _variant_and_seed(path: Path) -> tuple[Path, int, str]:
+    """Sorts VARIANT/seed10 behind VARIANT/seed9."""
+    return path.parent, len(path.name), path.name
