@@ -122,8 +122,9 @@ def find_class(name: str) -> type:
     A record may come from anyone, so a name does not import arbitrary modules: only those of
     this library, those that the program has imported itself, and those of MOVED_CLASSES.
     """
-    moved = MOVED_CLASSES.get(name)
-    module_name, _, qualname = (moved or name).partition(":")
+    today = MOVED_CLASSES.get(name, name)
+    moved = today in MOVED_CLASSES.values()
+    module_name, _, qualname = today.partition(":")
     module = sys.modules.get(module_name)
     if module is None and (moved or module_name.split(".")[0] == "flax_resnet"):
         try:
@@ -132,8 +133,8 @@ def find_class(name: str) -> type:
             module = None
     if moved and module is None:
         raise UserError(
-            f"class {name!r} is {moved!r} today, which cannot be imported here: start the command "
-            "in a checkout of the project, or put one on PYTHONPATH"
+            f"class {name!r} is in {module_name}, which cannot be imported here: put a checkout of "
+            "the project on PYTHONPATH"
         )
     cls = getattr(module, qualname, None)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,7 +104,13 @@ def test_a_class_that_was_moved_is_found_by_its_old_name(monkeypatch):
     record = to_record(TrainConfig())
     record["optimizer"]["class"] = "flax_resnet.old:Step"
     assert from_record(record) == TrainConfig()
-    with pytest.raises(
-        UserError, match=r"'not_there.speedrun:Net' today, which cannot be imported"
-    ):
-        find_class("flax_resnet.old:Net")
+    for name in ("flax_resnet.old:Net", "not_there.speedrun:Net"):
+        with pytest.raises(UserError, match=f"'{name}' is in not_there.speedrun, which cannot be"):
+            find_class(name)
+
+
+def test_a_class_of_the_table_is_found_where_nothing_has_imported_it(monkeypatch):
+    """A command that evaluates a speed run has not."""
+    monkeypatch.delitem(sys.modules, "experiments.speedrun", raising=False)
+    found = find_class("experiments.speedrun:SpeedNet")
+    assert (found.__module__, found.__name__) == ("experiments.speedrun", "SpeedNet")
