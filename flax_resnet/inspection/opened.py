@@ -167,5 +167,5 @@ def variants(path: str | Path) -> list[tuple[str, list[Path]]]:
 
 
 def _variant_and_seed(path: Path) -> tuple[Path, int, str]:
-    """Sorts VARIANT/seed10 behind VARIANT/seed9."""
+    """Sort key that puts VARIANT/seed10 behind VARIANT/seed9."""
     return path.parent, len(path.name), path.name
