@@ -27,14 +27,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.speedrun import SpeedNet, SpeedSGD, Triangle
 from flax_resnet import distributed
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig, write_json
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.main import chosen_by, main
-from flax_resnet.models import SpeedNet
-from flax_resnet.optim import SGD, Triangle, decoupled
+from flax_resnet.optim import decoupled
 from flax_resnet.tables import mean_and_deviation
 
 WORKDIR = "runs/cifar10_speedrun"
@@ -89,7 +89,7 @@ def get_config(target: int = 94) -> TrainConfig:
         model=recipe.model.clone(dtype="bfloat16"),
         data=DataConfig(name="cifar10"),
         augment=dataclasses.replace(recipe.augment, alternating_flip=True, pad_mode="reflect"),
-        optimizer=SGD(
+        optimizer=SpeedSGD(
             **decoupled(recipe.learning_rate, recipe.weight_decay, 0.85, BATCH_SIZE),
             schedule=recipe.schedule,
             nesterov=True,

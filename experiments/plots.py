@@ -28,10 +28,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from flax_resnet import figures, flags
+from experiments import study_figures
+from experiments.study_runs import depth_points, find_groups, study_title
+from flax_resnet import flags
 from flax_resnet.classify import flag
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
-from flax_resnet.inspection import PARTS, Session, depth_points, find_groups, open_run, study_title
+from flax_resnet.inspection import PARTS, Session, open_run
 from flax_resnet.main import one_line_errors
 
 What = Literal[
@@ -111,14 +113,14 @@ def draw(settings: Settings, path: Path) -> str:
         count = sum(len(group.runs) for group in groups)
         title = settings.title or study_title(settings.paths, count)
         if settings.what == "paper":
-            figures.training_and_test(groups, path, title, settings.x or "step")
+            study_figures.training_and_test(groups, path, title, settings.x or "step")
         else:
-            figures.bands(groups, path, title, settings.x or "epoch")
+            study_figures.bands(groups, path, title, settings.x or "epoch")
         return ""
     if settings.what == "depth":
         points = depth_points(settings.paths[0], settings.by)
         title = settings.title or study_title(settings.paths, sum(map(len, points.values())))
-        figures.error_by_depth(points, path, title)
+        study_figures.error_by_depth(points, path, title)
         return ""
     options: dict[str, Any] = {
         "count": settings.count,

@@ -28,7 +28,6 @@ from flax_resnet.models import PreActBasicBlock as PreActBasicBlock
 from flax_resnet.models import PreActBottleneckBlock as PreActBottleneckBlock
 from flax_resnet.models import ResidualUnit as ResidualUnit
 from flax_resnet.models import ResNet as ResNet
-from flax_resnet.models import SpeedNet as SpeedNet
 from flax_resnet.models import WeightsError as WeightsError
 from flax_resnet.models import cifar_preact as cifar_preact
 from flax_resnet.models import cifar_resnet as cifar_resnet
@@ -54,7 +53,6 @@ from flax_resnet.optim import Muon as Muon
 from flax_resnet.optim import OneCycle as OneCycle
 from flax_resnet.optim import Piecewise as Piecewise
 from flax_resnet.optim import ReduceOnPlateau as ReduceOnPlateau
-from flax_resnet.optim import Triangle as Triangle
 from flax_resnet.optim import decoupled as decoupled
 from flax_resnet.optim import linear_scaled_lr as linear_scaled_lr
 from flax_resnet.preemption import Preempted as Preempted

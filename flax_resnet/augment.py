@@ -1,7 +1,7 @@
 """Normalisation and augmentation of a batch of images, pure and keyed, for use inside the step.
 
 Order: RandAugment, uint8 to float, normalise, move (rotation and shifts, flip, pad and crop), cut
-(cutout, erasing), mix (mixup, cutmix). Moving happens after normalisation, as in the tutorials and
+(cutout), mix (mixup, cutmix). Moving happens after normalisation, as in the tutorials and
 in He et al.: what a crop pads with is then zero, the mean.
 """
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
-from flax_resnet.cutting import cutmix, cutout, erase, mixup
+from flax_resnet.cutting import cutmix, cutout, mixup
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.randaugment import MOST, randaugment
 
@@ -148,8 +148,6 @@ class Augment:
     """Set a square of this side to zero, centred anywhere (DeVries and Taylor 2017)."""
     cutout_inside: bool = False
     """Keep that square wholly within the image."""
-    erasing: float = 0.0
-    """Probability of setting a box of 2 to 33 % of an image to zero (Zhong et al. 2020)."""
     mixup: float = 0.0
     """Beta parameter of mixup (Zhang et al. 2018); 0 is off."""
     cutmix: float = 0.0
@@ -160,11 +158,7 @@ class Augment:
             value = getattr(self, field.name)
             if isinstance(value, (int, float)):
                 check_range(f"augment.{field.name}", value, 0)
-        for name, most in {
-            "randaugment_magnitude": MOST,
-            "randaugment_probability": 1,
-            "erasing": 1,
-        }.items():
+        for name, most in {"randaugment_magnitude": MOST, "randaugment_probability": 1}.items():
             if getattr(self, name) > most:
                 raise UserError(f"augment.{name}={getattr(self, name)}: expected 0 to {most:g}")
         if self.flip and self.alternating_flip:
@@ -222,8 +216,6 @@ class Augment:
             images = pad_and_crop(crop_key, images, self.pad_crop, self.pad_mode)
         if self.cutout:
             images = cutout(cut_key, images, self.cutout, self.cutout_inside)
-        if self.erasing:
-            images = erase(jax.random.fold_in(cut_key, 2**16), images, self.erasing)
         batch = {**batch, "image": images}
         if not (self.mixup or self.cutmix):
             return batch

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -49,25 +47,6 @@ def cutout(key: jax.Array, images: jax.Array, size: int, inside: bool = False) -
         images.shape,
     )
     return jnp.where(hole, jnp.zeros((), images.dtype), images)
-
-
-def erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
-    """Sets a box of some images to zero (random erasing, Zhong et al. 2020, section 3.2).
-
-    Its area is 2 to 33 % of the image's and its height over its width 0.3 to 3.3, cut where that
-    is larger than the image; it lies within the image, anywhere.
-    """
-    n, height, width, _ = images.shape
-    coin_key, area_key, aspect_key, row_key, column_key = jax.random.split(key, 5)
-    area = height * width * jax.random.uniform(area_key, (n,), minval=0.02, maxval=1 / 3)
-    aspect = jnp.exp(math.log(0.3) * jax.random.uniform(aspect_key, (n,), minval=-1.0))
-    rows = jnp.clip(jnp.round(jnp.sqrt(area * aspect)), 1, height).astype(int)
-    columns = jnp.clip(jnp.round(jnp.sqrt(area / aspect)), 1, width).astype(int)
-    top = jax.random.randint(row_key, (n,), 0, height - rows + 1)
-    left = jax.random.randint(column_key, (n,), 0, width - columns + 1)
-    hole = _box(top + rows // 2, left + columns // 2, (rows, columns), images.shape)
-    drawn = jax.random.bernoulli(coin_key, probability, (n, 1, 1, 1))
-    return jnp.where(hole & drawn, jnp.zeros((), images.dtype), images)
 
 
 def mixup(key: jax.Array, batch: Batch, alpha: float) -> Batch:

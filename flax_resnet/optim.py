@@ -22,14 +22,11 @@ from flax_resnet.schedules import OneCycle as OneCycle
 from flax_resnet.schedules import Piecewise as Piecewise
 from flax_resnet.schedules import ReduceOnPlateau as ReduceOnPlateau
 from flax_resnet.schedules import Schedule as Schedule
-from flax_resnet.schedules import Triangle as Triangle
 from flax_resnet.schedules import check_shares
 from flax_resnet.transforms import (
     as_matrices,
     is_hidden_kernel,
     is_norm_bias,
-    is_stem_bias,
-    rest_after,
     scale_by_stage,
     scale_where,
 )
@@ -56,18 +53,14 @@ class _Optimizer:
     norm_bias_scale: float = 1.0
     """What the gradient of the norms' offsets is multiplied by, before decay is added: with SGD
     their learning rate over the others' (64 in K. Jordan 2024). Adam takes no notice."""
-    stem_bias_until: float = 1.0
-    """Share of the run after which the bias of the stem's convolution rests."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "weight_decay"):
-            if not isinstance(getattr(self, name), jax.Array):  # of networks that train together
-                check_range(f"optimizer.{name}", getattr(self, name), 0)
+            check_range(f"optimizer.{name}", getattr(self, name), 0)
         if self.max_grad_norm != math.inf:  # clips nothing, as None does
             check_range("optimizer.max_grad_norm", self.max_grad_norm, POSITIVE)
         check_range("optimizer.stage_decay", self.stage_decay, 0)
         check_range("optimizer.norm_bias_scale", self.norm_bias_scale, 0)
-        check_range("optimizer.stem_bias_until", self.stem_bias_until, 0)
         check_shares("unfreeze", self.unfreeze, "optimizer")
         if list(self.unfreeze) != sorted(self.unfreeze):
             raise UserError(
@@ -107,8 +100,6 @@ class _Optimizer:
         if self.stage_decay != 1 or self.unfreeze:
             starts = tuple(round(share * num_steps) for share in self.unfreeze)
             parts.append(scale_by_stage(self.stage_decay, starts))
-        if self.stem_bias_until < 1:
-            parts.append(rest_after(is_stem_bias, round(self.stem_bias_until * num_steps)))
         return optax.with_extra_args_support(optax.chain(*parts)), schedule
 
     def _core(self, schedule: optax.Schedule, mask: Any) -> list[optax.GradientTransformation]:
@@ -242,35 +233,34 @@ Optimizer = SGD | Adam | AdamW | LARS | LAMB | Muon
 
 
 def decoupled(
-    learning_rate: float, weight_decay: float, momentum: float, batch_size: int, per: int = 1024
+    learning_rate: float, weight_decay: float, momentum: float, batch_size: int
 ) -> dict[str, Any]:
     """SGD's fields for a step and a decay that do not depend on momentum, batch or one another.
 
-    In airbench (K. Jordan 2024; Page 2019) the two are those of ``per`` examples, of which the loss
+    In airbench (K. Jordan 2024; Page 2019) the two are those of 1024 examples, of which the loss
     is the sum, and Nesterov's momentum, which makes steps 1 + 1 / (1 - momentum) times as long, is
     divided out. The decay there is added to the gradient, as SGD's here, over the learning rate.
 
     Args:
-      learning_rate: per so many examples.
-      weight_decay: likewise, not multiplied by the learning rate.
+      learning_rate: of 1024 examples.
+      weight_decay: of 1024 examples, not multiplied by the learning rate.
       momentum: Nesterov's.
       batch_size: images in a step; the loss is their mean.
-      per: examples.
 
     Returns:
       "learning_rate", "weight_decay" and "momentum" of an SGD with nesterov.
     """
     longer = 1 + 1 / (1 - momentum)
     return {
-        "learning_rate": learning_rate * batch_size / per / longer,
+        "learning_rate": learning_rate * batch_size / 1024 / longer,
         "weight_decay": weight_decay / learning_rate,
         "momentum": momentum,
     }
 
 
-def linear_scaled_lr(base: float, batch_size: int, base_batch_size: int = 256) -> float:
-    """The linear scaling rule of Goyal et al. 2017, section 2.1: ``base * batch / base_batch``."""
-    return base * batch_size / base_batch_size
+def linear_scaled_lr(base: float, batch_size: int) -> float:
+    """The linear scaling rule of Goyal et al. 2017, section 2.1: ``base * batch_size / 256``."""
+    return base * batch_size / 256
 
 
 def is_kernel(params: Any) -> Any:
@@ -295,7 +285,7 @@ def _is_plateau(node: Any) -> bool:
 
 
 def _l2(weight_decay: float, mask: Any) -> list[optax.GradientTransformation]:
-    if not isinstance(weight_decay, jax.Array) and weight_decay == 0:
-        # With the state of one that decays, so that networks with and without train together.
+    if weight_decay == 0:
+        # The optimizer's state has the same shape as with a decay; checkpoints hold it.
         return [optax.masked(optax.identity(), mask)]
     return [optax.add_decayed_weights(weight_decay, mask)]

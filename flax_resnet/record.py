@@ -5,13 +5,33 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flax import linen as nn
 
 from flax_resnet.errors import UserError, did_you_mean
+
+REMOVED_FIELDS: dict[str, dict[str, Any]] = {
+    "flax_resnet.augment:Augment": {"erasing": 0.0},
+    "flax_resnet.guards:Guard": {"skips": 0},
+    **{
+        f"flax_resnet.optim:{name}": {"stem_bias_until": 1.0}
+        for name in ("SGD", "Adam", "AdamW", "LARS", "LAMB", "Muon")
+    },
+}
+"""{"module:Name" of a class: {field that the class no longer has: value that turned it off}}."""
+
+MOVED_CLASSES: dict[str, str] = {
+    "flax_resnet.models.speed:SpeedNet": "experiments.speedrun:SpeedNet",
+    "flax_resnet.schedules:Triangle": "experiments.speedrun:Triangle",
+    "flax_resnet.optim:SGD.stem_bias_until": "experiments.speedrun:SpeedSGD",
+}
+"""{"module:Name" that older records give a class: its "module:Name" today}.
+
+A key "module:Name.field" is a field that only the class on the right still has.
+"""
 
 
 def module_fields(module: nn.Module) -> list[dataclasses.Field]:
@@ -56,16 +76,34 @@ def from_record(record: Any) -> Any:
         return record
     if "class_itself" in record:
         return find_class(record["class_itself"])
-    cls = find_class(record["class"])
+    of_field = (f"{record['class']}.{name}" for name in record if not is_removed(record, name))
+    cls = find_class(next((key for key in of_field if key in MOVED_CLASSES), record["class"]))
     known = {f.name for f in dataclasses.fields(cls)}
-    values = {name: from_record(value) for name, value in record.items() if name != "class"}
+    values = {
+        name: from_record(value)
+        for name, value in record.items()
+        if name != "class" and not is_removed(record, name)
+    }
     for name in values:
+        if name not in known and name in REMOVED_FIELDS.get(record["class"], {}):
+            neutral = REMOVED_FIELDS[record["class"]][name]
+            raise UserError(
+                f"{record['class']}: {name}={values[name]!r} in the record, expected {neutral!r}, "
+                "for this version has no such field: use the version that wrote the record, or "
+                f"write {neutral!r} there to go on without it"
+            )
         if name not in known:
             raise UserError(
                 f"{record['class']} has no field {name!r}{did_you_mean(name, known)}: the record "
                 "is of another version, or mistyped"
             )
     return cls(**values)
+
+
+def is_removed(record: Mapping[str, Any], name: str) -> bool:
+    """Whether a record's field is one of REMOVED_FIELDS and has the value that turned it off."""
+    removed = REMOVED_FIELDS.get(record["class"], {})
+    return name in removed and record[name] == removed[name]
 
 
 def untracked(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,15 +120,22 @@ def find_class(name: str) -> type:
     """The dataclass or linen module class that ``module:Name`` names.
 
     A record may come from anyone, so a name does not import arbitrary modules: only those of
-    this library, and those that the program has imported itself.
+    this library, those that the program has imported itself, and those of MOVED_CLASSES.
     """
-    module_name, _, qualname = name.partition(":")
+    today = MOVED_CLASSES.get(name, name)
+    moved = today in MOVED_CLASSES.values()
+    module_name, _, qualname = today.partition(":")
     module = sys.modules.get(module_name)
-    if module is None and module_name.split(".")[0] == "flax_resnet":
+    if module is None and (moved or module_name.split(".")[0] == "flax_resnet"):
         try:
             module = importlib.import_module(module_name)
         except ImportError:
             module = None
+    if moved and module is None:
+        raise UserError(
+            f"class {name!r} is in {module_name}, which cannot be imported here: put a checkout of "
+            "the project on PYTHONPATH"
+        )
     cls = getattr(module, qualname, None)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise UserError(
@@ -101,13 +146,29 @@ def find_class(name: str) -> type:
 
 
 def flatten(record: Any, prefix: str = "") -> dict[str, Any]:
-    """A record as {dotted field: value}, with a class under its own field's name."""
+    """A record as {dotted field: value}, with a class under its own field's name.
+
+    Fields that ``is_removed`` holds for are left out.
+    """
     if isinstance(record, Mapping) and "class" in record:
         flat = {prefix: record["class"].partition(":")[2]} if prefix else {}
         for name, value in record.items():
-            if name != "class":
+            if name != "class" and not is_removed(record, name):
                 flat |= flatten(value, f"{prefix}.{name}" if prefix else name)
         return flat
     if isinstance(record, Mapping):
         record = record["class_itself"].partition(":")[2]
     return {prefix: record}
+
+
+def varying_fields(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the fields in which flat records differ, in the records' order.
+
+    A field that some of the records lack differs.
+    """
+    names = dict.fromkeys(name for record in records for name in record)
+    return [
+        name
+        for name in names
+        if any(name not in one or one[name] != records[0].get(name) for one in records)
+    ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 
 import optax
 
-from flax_resnet.errors import UserError, check_range
+from flax_resnet.errors import UserError
 
 
 def check_shares(name: str, values: Sequence[float], owner: str = "schedule") -> None:
@@ -21,7 +22,16 @@ def check_shares(name: str, values: Sequence[float], owner: str = "schedule") ->
 
 
 @dataclasses.dataclass(frozen=True)
-class Constant:
+class Shape(abc.ABC):
+    """Base of every schedule, and of one of your own: a frozen dataclass with ``build``."""
+
+    @abc.abstractmethod
+    def build(self, peak: float, num_steps: int) -> optax.Schedule:
+        """The optax schedule, step (int) to learning rate, for a run of ``num_steps``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant(Shape):
     """The peak learning rate throughout, after an optional linear warm-up."""
 
     warmup: float = 0.0
@@ -75,7 +85,7 @@ class Cosine(Constant):
 
 
 @dataclasses.dataclass(frozen=True)
-class OneCycle:
+class OneCycle(Shape):
     """Up to the peak and down to near zero, both by half cosines (Smith and Topin 2018)."""
 
     rise: float = 0.3
@@ -96,32 +106,6 @@ class OneCycle:
 
 
 @dataclasses.dataclass(frozen=True)
-class Triangle:
-    """Straight up to the peak and straight down (K. Jordan 2024, section 3.1)."""
-
-    start: float = 0.2
-    """The first rate, as a share of the peak."""
-    rise: float = 0.23
-    """Share of the run spent rising."""
-    final: float = 0.07
-    """The rate that the line ends at, one step past the run, as a share of the peak."""
-
-    def __post_init__(self) -> None:
-        check_shares("rise", [self.rise])
-        check_range("schedule.start", self.start, 0)
-        check_range("schedule.final", self.final, 0)
-
-    def build(self, peak: float, num_steps: int) -> optax.Schedule:
-        """The optax schedule, step (int) to learning rate, for a run of ``num_steps``."""
-        top = int(self.rise * num_steps)
-        fall = optax.linear_schedule(peak, self.final * peak, num_steps - top)
-        if not top:
-            return fall
-        rise = optax.linear_schedule(self.start * peak, peak, top)
-        return optax.join_schedules([rise, fall], [top])
-
-
-@dataclasses.dataclass(frozen=True)
 class ReduceOnPlateau(Constant):
     """Multiplied by ``factor`` when the training loss, averaged over an epoch, stops falling.
 
@@ -139,4 +123,4 @@ class ReduceOnPlateau(Constant):
     """The product of all reductions stops here."""
 
 
-Schedule = Constant | Piecewise | Cosine | OneCycle | ReduceOnPlateau | Triangle
+Schedule = Constant | Piecewise | Cosine | OneCycle | ReduceOnPlateau | Shape

@@ -21,7 +21,7 @@ from flax_resnet.files import replacing
 from flax_resnet.grids import check_name, replaced
 from flax_resnet.guards import Diverged
 from flax_resnet.preemption import Preempted, Signals
-from flax_resnet.record import flatten, to_record
+from flax_resnet.record import flatten, to_record, varying_fields
 from flax_resnet.together import NotTogether, train_together, why_not
 from flax_resnet.train import finished, train_and_evaluate
 
@@ -232,12 +232,10 @@ def table_rows(
       failures: how runs failed, by name.
     """
     flat = {name: flatten(to_record(config)) for name, config in configs.items()}
-    fields = list(dict.fromkeys(field for one in flat.values() for field in one))
     varies = [
         field
-        for field in fields
+        for field in varying_fields(list(flat.values()))
         if field not in ("seed", "checkpoint.directory")
-        and len({repr(one.get(field)) for one in flat.values()}) > 1
     ]
     rows = []
     for name, own in flat.items():
@@ -268,10 +266,7 @@ def train_seeds(
     workdir: str | Path,
     num_seeds: int,
     *,
-    learning_rate: Sequence[float] | None = None,
-    weight_decay: Sequence[float] | None = None,
     together: bool | None = None,
-    devices: Sequence[jax.Device] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains one config from several seeds, ``config.seed`` and those after it.
 
@@ -282,10 +277,7 @@ def train_seeds(
       config: the run.
       workdir: gets seedN/, an ordinary workdir of each, and a table.
       num_seeds: S.
-      learning_rate: S peak rates in place of the config's.
-      weight_decay: S weight decays, likewise.
       together: in one program or in turn; by default in one on accelerators.
-      devices: those that share the networks, by default all.
 
     Returns:
       What each result.json holds.
@@ -295,27 +287,23 @@ def train_seeds(
     """
     check_range("num_seeds", num_seeds, 1)
     seeds = range(config.seed, config.seed + num_seeds)
-    configs = [_with_own_place(replaced(config, "seed", s), f"seed{s}") for s in seeds]
-    for field, values in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-        if values is not None and len(values) != num_seeds:
-            raise UserError(f"{field}={values}: expected {num_seeds} values, one a seed")
-        for i, value in enumerate(values or ()):
-            configs[i] = replaced(configs[i], f"optimizer.{field}", value)
     root = Path(workdir).expanduser()
-    runs = {root / f"seed{seed}": c for seed, c in zip(seeds, configs, strict=True)}
+    runs = {
+        root / f"seed{seed}": _with_own_place(replaced(config, "seed", seed), f"seed{seed}")
+        for seed in seeds
+    }
     default = jax.default_backend() != "cpu" and num_seeds > 1
     results = None
     if default if together is None else together:
         try:
-            results = train_together(runs, root / "together", devices)
+            results = train_together(runs, root / "together")
         except NotTogether:
             if together:
                 raise
     if results is None:
-        mesh = None if devices is None else distributed.data_mesh(devices)
-        results = [train_and_evaluate(c, path, mesh=mesh) for path, c in runs.items()]
-    named = {f"seeds/seed{seed}": c for seed, c in zip(seeds, configs, strict=True)}
-    rows = table_rows(named, {name: root / name.rpartition("/")[2] for name in named}, {})
+        results = [train_and_evaluate(own, path) for path, own in runs.items()]
+    named = {f"seeds/{path.name}": own for path, own in runs.items()}
+    rows = table_rows(named, {f"seeds/{path.name}": path for path in runs}, {})
     if distributed.is_lead():
         tables.write([{**row, "workdir": f"seed{row['seed']}"} for row in rows], root)
     return results

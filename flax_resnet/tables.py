@@ -69,14 +69,14 @@ def paired_test(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, flo
     from scipy import stats
 
     seeds = sorted(a.keys() & b.keys())
-    d = np.array([a[seed] - b[seed] for seed in seeds])
-    n = len(d)
+    n, first, second = len(seeds), [a[s] for s in seeds], [b[s] for s in seeds]
+    d = np.subtract(first, second)
     found = {"n": n, "difference": float(d.mean()) if n else math.nan}
     if n < 2 or np.ptp(d) <= 1e-12 * max(1.0, float(np.abs(d).max())):
         return {**found, "half_width": math.nan, "p": math.nan}
-    error = d.std(ddof=1) / math.sqrt(n)
-    p = 2 * stats.t.sf(abs(d.mean()) / error, n - 1)
-    return {**found, "half_width": float(stats.t.ppf(0.975, n - 1) * error), "p": float(p)}
+    test = stats.ttest_rel(first, second)
+    low, high = test.confidence_interval(0.95)
+    return {**found, "half_width": float(high - low) / 2, "p": float(test.pvalue)}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding
 
 from flax_resnet import distributed, hosts, metrics, tracking
@@ -26,19 +24,18 @@ from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.errors import UserError
 from flax_resnet.files import digest
-from flax_resnet.optim import Constant, ReduceOnPlateau, learning_rate_at
+from flax_resnet.optim import learning_rate_at
 from flax_resnet.record import to_record
 from flax_resnet.resume import check_current, restore
 from flax_resnet.run import Run
 from flax_resnet.setup import fitted, measure_statistics, prepare
-from flax_resnet.step import Batch, TrainState, of_trainable
 from flax_resnet.train import conclude, finished, go
 from flax_resnet.watch import COMPILING, RECORDING, SETTING_UP
 
 
 @dataclasses.dataclass
 class Together(Run):
-    """Runs that differ by seed, learning rate and weight decay, as one.
+    """Runs that differ by their seed alone, as one.
 
     Attributes:
       configs: of each.
@@ -77,47 +74,14 @@ class Together(Run):
         return [config.seed for config in self.configs]
 
     def learning_rate(self) -> Any:
-        """Each network's rate of the last step: (S,)."""
-        scale = learning_rate_at(lambda step: 1.0, self.state.opt_state, self.step - 1)
-        return np.array([rate(self.step - 1) for rate in self._schedules()]) * np.asarray(scale)
-
-    def _schedules(self) -> list[optax.Schedule]:
-        optimizers = [config.optimizer for config in self.configs]
-        return [o.schedule.build(o.learning_rate, self.num_steps) for o in optimizers]
+        """Each network's rate of the last step: (S,); ReduceOnPlateau reduces each by itself."""
+        rate = learning_rate_at(self.schedule, self.state.opt_state, self.step - 1)
+        return np.broadcast_to(np.asarray(rate, float), self.lead)
 
     def steps(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The two steps of one network, mapped over the seed axis."""
         train, evaluate = super().steps()
-        optimizer, plateau = self.config.optimizer, Constant()
-        if isinstance(optimizer.schedule, ReduceOnPlateau):
-            plateau = dataclasses.replace(optimizer.schedule, warmup=0.0)
-
-        def one(state: TrainState, batch: Batch, own: Mapping[str, Any]) -> Any:
-            if not own:
-                return train(state, batch)
-            # This step's rate is given, so that it is to the bit what the run alone has.
-            now = dataclasses.replace(optimizer, schedule=plateau, **own)
-            tx, _ = now.build(self.num_steps, self.steps_per_epoch)
-            tx = of_trainable(tx, self.config.model, state.params)
-            after, sums = train(state.replace(tx=tx), batch)
-            return after.replace(tx=state.tx), sums
-
-        def step(state: TrainState, batch: Batch) -> Any:
-            return jax.vmap(one)(state, batch, self._own(jnp.asarray(state.step)[0]))
-
-        return step, jax.vmap(evaluate, in_axes=(0, None))
-
-    def _own(self, step: jax.Array) -> dict[str, jax.Array]:
-        """{field: (S,)} of the optimizer's fields that vary, at a step."""
-        optimizers = [config.optimizer for config in self.configs]
-        if len({(o.learning_rate, o.weight_decay) for o in optimizers}) == 1:
-            return {}
-        rates = [rate(step) for rate in self._schedules()]
-        decays = [o.weight_decay for o in optimizers]
-        return {
-            "learning_rate": jnp.stack([jnp.asarray(rate) for rate in rates]),
-            "weight_decay": jnp.asarray(decays, float),
-        }
+        return jax.vmap(train), jax.vmap(evaluate, in_axes=(0, None))
 
     def of(self, index: int, workdir: Path) -> Run:
         """One network's run, as it stands."""
@@ -150,9 +114,9 @@ class NotTogether(UserError):
 def why_not(configs: Sequence[TrainConfig]) -> str | None:
     """What keeps runs from training together, for a message; None where nothing does."""
     first = configs[0]
-    alike = {repr(to_record(_without_own(config))) for config in configs}
+    alike = {repr(to_record(_without_seed(config))) for config in configs}
     if len(alike) > 1:
-        return "they differ in more than seed, learning rate and weight decay"
+        return "they differ in more than their seed"
     for name in ("cache_features", "measure_norms"):
         if getattr(first, name):
             return f"{name} is for one network at a time"
@@ -165,11 +129,11 @@ def why_not(configs: Sequence[TrainConfig]) -> str | None:
     return None
 
 
-def _without_own(config: TrainConfig) -> TrainConfig:
-    optimizer = dataclasses.replace(config.optimizer, learning_rate=1.0, weight_decay=1.0)
+def _without_seed(config: TrainConfig) -> TrainConfig:
+    """The config without what may differ: its seed, and where its record goes."""
     checkpoint = dataclasses.replace(config.checkpoint, directory=None)
     return dataclasses.replace(
-        config, seed=0, optimizer=optimizer, checkpoint=checkpoint, tracking=tracking.TensorBoard()
+        config, seed=0, checkpoint=checkpoint, tracking=tracking.TensorBoard()
     )
 
 
@@ -219,7 +183,7 @@ def train_together(
     *,
     stop: Callable[[], bool] | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains runs that differ by seed, learning rate and weight decay in one program.
+    """Trains runs that differ by their seed alone in one program.
 
     Each leaves the record that it would alone, in its own workdir, with the last checkpoint
     (the best evaluation is in its metrics); seconds are its share of the program's. What is

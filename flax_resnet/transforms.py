@@ -66,11 +66,6 @@ def is_norm_bias(path: Any) -> bool:
     return len(path) > 1 and "norm" in _name(path[-2]) and _name(path[-1]) == "bias"
 
 
-def is_stem_bias(path: Any) -> bool:
-    """True for the bias of the stem's convolution."""
-    return len(path) > 1 and _name(path[-2]).startswith("stem_conv") and _name(path[-1]) == "bias"
-
-
 def _name(key: Any) -> str:
     return str(getattr(key, "key", ""))
 
@@ -100,19 +95,3 @@ def scale_where(which: Callable[[Any], bool], factor: float) -> optax.GradientTr
         return update * jnp.asarray(factor, update.dtype) if which(path) else update
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(one, updates))
-
-
-def rest_after(which: Callable[[Any], bool], num_steps: int) -> optax.GradientTransformation:
-    """Updates of nothing, after ``num_steps``, at the paths where ``which`` says so."""
-
-    def init(params: Any) -> Any:
-        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        def one(path: Any, update: jax.Array) -> jax.Array:
-            return jnp.where(state.count < num_steps, update, 0) if which(path) else update
-
-        count = optax.safe_increment(state.count)
-        return jax.tree_util.tree_map_with_path(one, updates), state._replace(count=count)
-
-    return optax.GradientTransformation(init, update)

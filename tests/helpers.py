@@ -59,6 +59,18 @@ def drawn(module, images):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def noisy(module, images):
+    """Variables of a network that has trained: no offset is 0, no scale or variance is 1."""
+    rng = np.random.default_rng(0)
+
+    def change(path, x):
+        if path[-1].key in ("var", "scale"):
+            return np.asarray(x * rng.uniform(0.5, 1.5, x.shape), np.float32)
+        return np.asarray(x + 0.1 * rng.normal(size=x.shape), np.float32)
+
+    return jax.tree_util.tree_map_with_path(change, drawn(module, images))
+
+
 def count_parameters(module, shape):
     """Parameters of a module on images of ``shape`` (H, W, C), without computing any."""
     return sum(x.size for x in jax.tree.leaves(shapes_of(module, shape)["params"]))

@@ -215,21 +215,6 @@ def test_training_is_the_same_on_one_device_and_eight(rng, meshes, accum_steps, 
 
 
 @pytest.mark.slow
-def test_seeds_together_equal_each_alone(rng):
-    batch = random_batch(rng, 8)
-    with jax.enable_x64(True):
-        model = tiny_resnet(dtype="float64", param_dtype="float64", bn_group=2)
-        one = make_state(model)
-        states = [one, one.replace(params=jax.tree.map(lambda x: 1.5 * x, one.params))]
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
-        together, _ = jax.jit(jax.vmap(train_step, in_axes=(0, None)))(stacked, batch)
-        alone, _ = jax.jit(train_step)(states[1], batch)
-        for name in ("params", "batch_stats"):
-            here = jax.tree.map(lambda x: x[1], getattr(together, name))
-            assert max_difference(here, getattr(alone, name)) < 1e-12
-
-
-@pytest.mark.slow
 def test_scanned_and_rematted_blocks_have_groups(rng):
     x = noise(rng, (8, 8, 8, 3))
     model = tiny_resnet(stage_sizes=(3,), num_filters=4, bn_group=2)

@@ -34,20 +34,6 @@ def test_cutout_zeroes_a_square_clipped_at_the_edge():
     assert set(first) == {0, 1, 2, 3, 4, 5}
 
 
-def test_erasing_zeroes_a_box_within_some_images():
-    ones = np.ones((4000, 20, 16, 1), np.float32)
-    holes = np.asarray(cutting.erase(KEY, ones, 0.25) == 0)[..., 0]
-    drawn = holes.any((1, 2))
-    assert drawn.mean() == pytest.approx(0.25, abs=0.02)
-    rows, columns = holes.any(2).sum(1)[drawn], holes.any(1).sum(1)[drawn]
-    area = holes.sum((1, 2))[drawn]
-    np.testing.assert_array_equal(area, rows * columns)
-    assert area.mean() / 320 == pytest.approx((0.02 + 1 / 3) / 2, abs=0.01)
-    assert np.log(rows / columns).mean() == pytest.approx(0, abs=0.05)
-    assert np.quantile(rows / columns, 0.95) == pytest.approx(0.3**-0.9, rel=0.1)
-    assert holes.any(0).all()
-
-
 def test_mixup_blends_with_the_mirror_in_the_batch(images):
     label = jnp.arange(32)
     out = cutting.mixup(KEY, {"image": jnp.asarray(images), "label": label}, 0.5)

@@ -10,7 +10,14 @@ import pytest
 from PIL import Image
 
 import experiments
-from experiments import cifar10_highway, cifar10_preact, cifar10_resnet, table, wide_resnet
+from experiments import (
+    ablations,
+    cifar10_highway,
+    cifar10_preact,
+    cifar10_resnet,
+    table,
+    wide_resnet,
+)
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.models import architecture, create
@@ -22,6 +29,7 @@ MODULES = {
     for _, name, is_package in pkgutil.iter_modules(experiments.__path__)
     if not is_package
 }
+ABLATIONS = [f"ablations.{one.name}" for one in pkgutil.iter_modules(ablations.__path__)]
 NAMES = [name for name, module in MODULES.items() if hasattr(module, "get_config")]
 DEPTHS = [
     *((cifar10_resnet, f"resnet{depth}", depth) for depth in (20, 32, 44, 56, 110, 1202)),
@@ -53,9 +61,10 @@ def test_experiments_are_found():
     assert "gradient_flow" in set(MODULES) - set(NAMES)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "gradient_flow"])
+@pytest.mark.parametrize("name", [*NAMES, "gradient_flow", *ABLATIONS])
 def test_docstring_states_claim_command_hardware_and_published_figure(name):
-    said = {label: table.field(inspect.getdoc(MODULES[name]), label) for label in table.LABELS}
+    text = inspect.getdoc(importlib.import_module(f"experiments.{name}"))
+    said = {label: table.field(text, label) for label in table.LABELS}
     assert min(map(len, said.values())) >= len("none."), said
     assert said["Command"].startswith(f"python -m experiments.{name}")
 

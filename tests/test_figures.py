@@ -7,9 +7,11 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
+from experiments import study_figures
+from experiments.study_figures import Group
 from flax_resnet import figures
 from flax_resnet.errors import UserError
-from flax_resnet.figures import Group, canvas
+from flax_resnet.figures import canvas
 
 
 @pytest.fixture
@@ -125,21 +127,21 @@ def test_average_is_numpys_over_common_steps():
     runs = (run([0.9, 0.5, 0.2], [10, 20, 30]), run([0.7, 0.6], [10, 20]),
             run([0.8, 0.1, 0.4], [10, 15, 20]))  # fmt: skip
     values = np.array([[90, 50], [70, 60], [80, 40]])
-    places, mean, spread = figures.average(Group("g", runs), "eval", "step", "error")
+    places, mean, spread = study_figures.average(Group("g", runs), "eval", "step", "error")
     np.testing.assert_array_equal(places, [10, 20])
     np.testing.assert_allclose(mean, values.mean(axis=0))
     np.testing.assert_allclose(spread, values.std(axis=0, ddof=1))
-    places, mean, spread = figures.average(Group("g", runs[:1]), "train", "epoch", "loss")
+    places, mean, spread = study_figures.average(Group("g", runs[:1]), "train", "epoch", "loss")
     np.testing.assert_allclose([places, mean, spread], [[1, 2, 3], [0.9, 0.5, 0.2], [0, 0, 0]])
 
 
 def test_runs_that_cannot_be_averaged_are_one_line():
     apart = Group("deep", (run([0.9], [10]), run([0.9], [15])))
     with pytest.raises(UserError, match=r"deep: its 2 runs have no evaluation line at the same st"):
-        figures.average(apart, "eval", "step", "loss")
+        study_figures.average(apart, "eval", "step", "loss")
     young = Group("young", ([{"split": "train", "step": 1, "epoch": 1, "loss": 1, "top1": 0}],))
     with pytest.raises(UserError, match="young: a run of it has no evaluation line yet"):
-        figures.average(young, "eval", "step", "loss")
+        study_figures.average(young, "eval", "step", "loss")
 
 
 def two_groups():
@@ -151,7 +153,7 @@ def two_groups():
 
 
 def test_bands_show_mean_and_deviation(tmp_path, drawn):
-    figures.bands(two_groups(), tmp_path / "b.png", "a title", "step")
+    study_figures.bands(two_groups(), tmp_path / "b.png", "a title", "step")
     loss, error = drawn[0].axes
     assert (loss.get_xlabel(), loss.get_ylabel()) == ("step (optimizer updates)", "loss (nats)")
     assert error.get_ylabel() == "top-1 error (%)"
@@ -164,7 +166,7 @@ def test_bands_show_mean_and_deviation(tmp_path, drawn):
 
 
 def test_training_is_thin_and_dashed_and_test_is_bold(tmp_path, drawn):
-    figures.training_and_test(two_groups(), tmp_path / "p.png", "a title")
+    study_figures.training_and_test(two_groups(), tmp_path / "p.png", "a title")
     (axes,) = drawn[0].axes
     looks = [(line.get_linestyle(), line.get_linewidth()) for line in axes.lines]
     assert looks == [("--", 0.9), ("-", 2.2)] * 2
@@ -176,7 +178,7 @@ def test_training_is_thin_and_dashed_and_test_is_bold(tmp_path, drawn):
 def test_error_by_depth_averages_runs_of_a_depth(tmp_path, drawn):
     points = {"plain": [(56, 14.0, 9.0), (20, 8.0, 4.0), (20, 10.0, None)],
               "residual": [(20, 8.0, 3.0), (56, 6.0, 2.0), (110, 6.0, 1.0)]}  # fmt: skip
-    figures.error_by_depth(points, tmp_path / "d.png", "a title")
+    study_figures.error_by_depth(points, tmp_path / "d.png", "a title")
     (axes,) = drawn[0].axes
     lines = [c.lines[0].get_xydata().tolist() for c in axes.containers]
     assert lines[:2] == [[[20, 4], [56, 9]], [[20, 9], [56, 14]]]
@@ -208,10 +210,10 @@ def test_filters_are_scaled_each(tmp_path, drawn, rng):
 def test_maps_show_the_strongest_channels(tmp_path, drawn, rng):
     stages = {"stage1": rng.random((8, 8, 3)), "stage2": rng.random((4, 4, 16))}
     image = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    figures.maps(image, stages, tmp_path / "m.png", "a title", most=4)
-    grid = np.array(drawn[0].axes[:10]).reshape(2, 5)
+    figures.maps(image, stages, tmp_path / "m.png", "a title")
+    grid = np.array(drawn[0].axes[:18]).reshape(2, 9)
     np.testing.assert_array_equal(grid[0, 0].images[0].get_array(), image)
-    order = np.argsort(-stages["stage2"].mean(axis=(0, 1)))[:4]
+    order = np.argsort(-stages["stage2"].mean(axis=(0, 1)))[:8]
     assert [a.get_title() for a in grid[1, 1:]] == [f"channel {c}" for c in order]
     np.testing.assert_array_equal(grid[1, 1].images[0].get_array(), stages["stage2"][..., order[0]])
     assert grid[1, 1].get_ylabel() == "stage2\n4 x 4"

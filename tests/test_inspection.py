@@ -1,26 +1,24 @@
 """What is computed for the pictures is what straight code gives."""
 
-import csv
 import dataclasses
 import json
-import re
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import random_batch, tiny_resnet
+from helpers import noisy, tiny_resnet
 from inspection_helpers import tiny_config, tiny_run
 
-from flax_resnet import inspection, models
+from flax_resnet import inspection
 from flax_resnet.augment import normalize
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import lr_finder
-from flax_resnet.models import DropBlockResNet, MiniModel, PreActBasicBlock, cifar_resnet
+from flax_resnet.models import DropBlockResNet, MiniModel, PreActBasicBlock
 from flax_resnet.optim import SGD
-from flax_resnet.record import to_record
 from flax_resnet.step import TrainState, train_step
 
 
@@ -67,19 +65,18 @@ def test_predictions_are_the_networks_of_every_example_once(run, found, whole_sp
 def test_reliability_bins_equal_brute_force(found):
     confidence = found.probabilities.max(axis=1).astype(np.float64)
     right = found.predicted == found.labels
-    gap = 0.0
+    confidences, corrects, counts = found.reliability()
     for index in range(15):
         inside = (confidence > index / 15) & (confidence <= (index + 1) / 15)
-        assert found.counts[index] == inside.sum()
-        assert found.correct[index] == right[inside].sum()
-        assert found.confidence[index] == pytest.approx(confidence[inside].sum(), rel=1e-5)
-        gap += abs(right[inside].sum() - confidence[inside].sum()) / 355
-    assert found.counts.sum() == 355
-    assert found.calibration_error == pytest.approx(gap, rel=1e-4)
+        assert counts[index] == inside.sum()
+        assert corrects[index] == right[inside].sum()
+        assert confidences[index] == pytest.approx(confidence[inside].sum(), rel=1e-5)
+    assert counts.sum() == 355
 
 
-def test_features_are_the_heads_inputs(run, found, whole_split):
-    few = inspection.predictions(run, most_features=7)
+def test_features_are_the_heads_inputs(run, found, whole_split, monkeypatch):
+    monkeypatch.setattr(sys.modules[inspection.predictions.__module__], "MOST_FEATURES", 7)
+    few = inspection.predictions(run)
     np.testing.assert_array_equal(few.rows, np.linspace(0, 354, 7).round())
     np.testing.assert_allclose(few.features, found.features[few.rows], atol=1e-6)
     head = run.variables["params"]["head"]
@@ -98,18 +95,6 @@ def test_worst_are_the_largest_losses_with_their_images(run, found, whole_split)
     np.testing.assert_array_equal(true, labels[[354, 3, 199, 200]])
 
 
-def drawn_variables(module, images):
-    """Without initialisers: none has to be compiled."""
-    rng = np.random.default_rng(1)
-
-    def draw(path, like):
-        start = float(path[-1].key in ("scale", "var"))
-        spread = 0.3 if path[-1].key == "kernel" else 0.1
-        return jnp.asarray(start + rng.normal(0, spread, like.shape), like.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, models.variable_shapes(module, images))
-
-
 def jitted_forward(module, variables, images):
     return jax.jit(lambda v, x: inspection.forward(module, v, x))(variables, images)
 
@@ -125,11 +110,13 @@ NETS = {
 def test_grad_cam_after_a_global_average_is_the_heads_weighted_map(name, rng):
     module = NETS[name]
     images = jnp.asarray(rng.normal(size=(3, 8, 8, 3)), jnp.float32)
-    variables = drawn_variables(module, images)
+    variables = noisy(module, images)
     stages = inspection.stage_maps(module, variables, images)
     last = np.asarray(list(stages.values())[-1])
     assert [x.shape[1:] for x in stages.values()] == [(8, 8, 4), (4, 4, 8)]
     assert last.min() == 0
+    _, features = jitted_forward(module, variables, images)
+    np.testing.assert_allclose(features, last.mean(axis=(1, 2)), rtol=1e-5)
     kernel = np.asarray(variables["params"]["head"]["kernel"])
     logits = last.mean(axis=(1, 2)) @ kernel + np.asarray(variables["params"]["head"]["bias"])
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -145,7 +132,7 @@ def test_grad_cam_after_a_global_average_is_the_heads_weighted_map(name, rng):
 def test_grad_cam_before_dense_layers_is_their_gradients(rng):
     module = DropBlockResNet(num_classes=5, stage_filters=(3, 4), dense_features=(6,))
     images = jnp.asarray(rng.normal(size=(2, 8, 8, 3)), jnp.float32)
-    variables = drawn_variables(module, images)
+    variables = noisy(module, images)
     stages = inspection.stage_maps(module, variables, images)
     assert {k: v.shape[1:] for k, v in stages.items()} == {
         "DropBlock_0": (8, 8, 3), "DropBlock_1": (4, 4, 4),
@@ -190,7 +177,6 @@ def test_a_network_without_maps_or_head_says_so(rng):
         (lambda: inspection.grad_cam(Flat(), variables, images), "has no maps"),
         (lambda: inspection.forward(Flat(), variables, images), "no layer named 'head'"),
         (lambda: inspection.first_filters(Flat(), variables, (8, 8, 3)), "has no convolution"),
-        (lambda: inspection.depth(Flat()), "is known of ResNet"),
     ):
         with pytest.raises(UserError, match=line):
             ask()
@@ -200,17 +186,6 @@ def test_first_filters_are_the_stems(run):
     name, kernel = inspection.first_filters(run.module, run.variables, run.image_shape)
     assert name == "stem_conv"
     np.testing.assert_array_equal(kernel, run.variables["params"]["stem_conv"]["kernel"])
-
-
-@pytest.mark.parametrize(
-    ("name", "layers"),
-    [("resnet20", 20), ("plain56", 56), ("resnet18", 18), ("resnet50", 50), ("resnet152", 152),
-     ("preresnet164", 164), ("highway19", 19), ("resnet50d", 52), ("mini", 26),
-     ("dropblock_resnet", 19), ("wrn_28_10", 26)],
-)  # fmt: skip
-def test_depth_counts_weighted_layers(name, layers):
-    # A D-stem has three convolutions; WRN's 28 counts its projections (its paper, table 1).
-    assert inspection.depth(models.create(name)) == layers
 
 
 def test_pca_has_numpys_variances_and_fixed_signs(rng):
@@ -245,7 +220,7 @@ def test_augmented_is_what_the_steps_see(run, monkeypatch):
     monkeypatch.setattr(jax.random, "beta", lambda key, a, b: jax.random.uniform(key))
     augment = dataclasses.replace(run.config.augment, mixup=0.4)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, augment=augment))
-    config, draws = run.config, 3
+    config = run.config
     batch = next(iter(run.data.train_batches(config.seed, config.batch_size, 0, 1)))
 
     @jax.jit
@@ -265,15 +240,15 @@ def test_augmented_is_what_the_steps_see(run, monkeypatch):
         train_step(state.replace(step=step), batch, augment=spy)
         return {"image": seen[0]["image"], "mix": seen[0]["mix"]}
 
-    got = inspection.augmented(run, count=4, draws=draws)
-    np.testing.assert_array_equal(got.originals, np.asarray(batch["image"])[:4])
+    got = inspection.augmented(run)
+    np.testing.assert_array_equal(got.originals, np.asarray(batch["image"])[:6])
     mean, std = np.asarray(run.stats["mean"]), np.asarray(run.stats["std"])
-    for step in range(draws):
+    for step in range(6):
         want = jax.device_get(seen_by_step(jnp.int32(step)))
-        pixels = np.clip(np.round(255 * (want["image"][:4] * std + mean)), 0, 255)
+        pixels = np.clip(np.round(255 * (want["image"][:6] * std + mean)), 0, 255)
         np.testing.assert_allclose(got.draws[step], pixels, atol=1)
-        np.testing.assert_allclose(got.shares[step], want["mix"][:4], rtol=1e-6)
-    np.testing.assert_array_equal(got.mixed[0], np.asarray(batch["label"])[::-1][:4])
+        np.testing.assert_allclose(got.shares[step], want["mix"][:6], rtol=1e-6)
+    np.testing.assert_array_equal(got.mixed[0], np.asarray(batch["label"])[::-1][:6])
     assert (got.draws[0] != got.draws[1]).any()
 
 
@@ -307,6 +282,16 @@ def test_best_and_latest_checkpoints(workdir, run):
     assert run.title == "ResNet on sklearn_digits"
     assert run.class_name(3) == "3"
     assert run.class_name(12) == "class 12"
+
+
+def test_variants_of_a_sweep_are_by_name_and_their_seeds_by_number(tmp_path):
+    for name in ("b/seed0", "a/seed10", "a/seed9"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
+    nine, ten = tmp_path / "a/seed9", tmp_path / "a/seed10"
+    assert inspection.variants(tmp_path) == [("a", [nine, ten]), ("b", [tmp_path / "b/seed0"])]
+    assert inspection.variants(tmp_path / "a") == [("a", [nine, ten])]
+    assert inspection.variants(nine) == [("seed9", [nine])]
 
 
 def test_what_is_no_run_is_one_line(tmp_path, workdir, run):
@@ -356,80 +341,3 @@ def test_the_suggestion_is_at_the_steepest_fall():
 def test_a_range_that_is_none_is_one_line(options, line):
     with pytest.raises(UserError, match=line):
         inspection.find_rate(None, **options)
-
-
-@pytest.fixture
-def sweep(tmp_path):
-    """Two connections, two depths, two seeds; one run has failed, one has logged nothing."""
-    root, rows = tmp_path / "sweep", []
-    for connection in ("plain", "residual"):
-        for depth in (8, 20):
-            for seed in range(2):
-                variant = f"{connection}{depth}"
-                workdir = root / variant / f"seed{seed}"
-                workdir.mkdir(parents=True)
-                config = tiny_config(
-                    None, model=cifar_resnet(depth, connection=connection), seed=seed
-                )
-                record = {"config": to_record(config), "starts": []}
-                (workdir / "config.json").write_text(json.dumps(record))
-                failed = (variant, seed) == ("plain20", 1)
-                top1 = "" if failed else 0.9 - depth / 1000 - seed / 100
-                rows.append({"variant": variant, "seed": seed, "top1": top1, "train_top1": top1,
-                             "state": "failed" if failed else "finished",
-                             "workdir": f"{variant}/seed{seed}"})  # fmt: skip
-                if depth == 8 or connection == "plain":
-                    line = {"step": 5, "epoch": 1.0, "loss": 1.0, "top1": 0.5 + seed / 4}
-                    lines = [{**line, "split": split} for split in ("train", "eval")]
-                    text = "".join(json.dumps(line) + "\n" for line in lines)
-                    (workdir / "metrics.jsonl").write_text(text)
-    with (root / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return root
-
-
-def test_groups_of_a_sweep_a_variant_and_a_run(sweep):
-    said = []
-    groups = inspection.find_groups([sweep], said.append)
-    assert [(g.name, len(g.runs)) for g in groups] == [
-        ("plain20", 2),
-        ("plain8", 2),
-        ("residual8", 2),
-    ]
-    assert said == [
-        f"left out {sweep}/residual20/seed{seed}: it has logged nothing yet" for seed in (0, 1)
-    ]
-    groups = inspection.find_groups([sweep / "plain8", sweep / "residual8" / "seed1"])
-    assert [(g.name, len(g.runs)) for g in groups] == [("plain8", 2), ("seed1", 1)]
-    assert inspection.study_title([sweep], 6).endswith(" on sklearn_digits, n = 6 runs")
-    with pytest.raises(UserError, match="holds no run"):
-        inspection.find_groups([sweep.parent / "nowhere"])
-    with pytest.raises(UserError, match="no run has been evaluated yet"):
-        inspection.find_groups([sweep / "residual20"])
-
-
-def test_depth_points_are_the_tables(sweep):
-    points = inspection.depth_points(sweep)
-    assert {k: sorted(d for d, *_ in v) for k, v in points.items()} == {
-        "plain": [8, 8, 20], "residual": [8, 8, 20, 20],
-    }  # fmt: skip
-    assert sorted(e for d, e, _ in points["residual"] if d == 20) == pytest.approx([12, 13])
-    assert points["plain"][0][2] == pytest.approx(10.8)
-    assert set(inspection.depth_points(sweep, "seed")) == {"seed 0", "seed 1"}
-    with pytest.raises(UserError, match=re.escape("(did you mean 'model.connection'?)")):
-        inspection.depth_points(sweep, "model.conection")
-    with pytest.raises(UserError, match="holds no table"):
-        inspection.depth_points(sweep / "plain8")
-
-
-def test_random_batches_of_other_nets_have_features(rng):
-    batch = random_batch(rng, n=2)
-    module = NETS["mini"]
-    images = jnp.asarray(batch["image"], jnp.float32) / 255
-    variables = drawn_variables(module, images)
-    logits, features = jitted_forward(module, variables, images)
-    last = list(inspection.stage_maps(module, variables, images).values())[-1]
-    np.testing.assert_allclose(features, last.mean(axis=(1, 2)), rtol=1e-5)
-    assert logits.dtype == jnp.float32

@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,25 +31,28 @@ def test_sgd_adds_decay_to_kernels_only_and_keeps_momentum():
     np.testing.assert_allclose(second["bias"], [0.19], rtol=1e-6)
 
 
-def test_decay_norm_and_bias_reaches_everything():
-    sgd = optim.SGD(learning_rate=0.1, weight_decay=0.01, decay_norm_and_bias=True)
-    np.testing.assert_allclose(updates(sgd)["bias"], [-0.1 * (-1 + 0.03)], rtol=1e-6)
+KERNEL, GRADIENT = np.array([1.0, -2.0]), np.array([0.5, 0.25])
+TRUST = np.linalg.norm(KERNEL) / np.linalg.norm(GRADIENT)
+CLIPPED = 0.1 / np.linalg.norm([0.5, 0.25, -1.0])
 
 
-def test_nesterov_looks_ahead():
-    sgd = optim.SGD(learning_rate=0.1, momentum=0.9, nesterov=True)
-    np.testing.assert_allclose(updates(sgd)["bias"], [0.1 * 1.9], rtol=1e-6)
-
-
-def test_adam_steps_by_the_learning_rate_at_first():
-    got = updates(optim.Adam(learning_rate=0.1, eps=1e-8))
-    np.testing.assert_allclose(got["kernel"], [-0.1, -0.1], rtol=1e-5)
-    np.testing.assert_allclose(got["bias"], [0.1], rtol=1e-5)
-
-
-def test_adam_eps_is_added_to_the_root():
-    got = updates(optim.Adam(learning_rate=0.1, eps=0.25))
-    np.testing.assert_allclose(got["kernel"][1], -0.1 * 0.25 / (0.25 + 0.25), rtol=1e-5)
+@pytest.mark.parametrize(
+    ("optimizer", "kernel", "bias"),
+    [
+        (optim.SGD(momentum=0.9, nesterov=True), -0.19 * GRADIENT, 0.19),
+        (optim.SGD(weight_decay=0.01, decay_norm_and_bias=True),
+         -0.1 * (GRADIENT + 0.01 * KERNEL), 0.1 * (1 - 0.03)),
+        (optim.SGD(1.0, momentum=0.0, max_grad_norm=0.1), -CLIPPED * GRADIENT, CLIPPED),
+        (optim.Adam(0.1), [-0.1, -0.1], 0.1),
+        (optim.Adam(0.1, eps=0.25), -0.1 * GRADIENT / (GRADIENT + 0.25), 0.1 / 1.25),
+        (optim.LARS(momentum=0.0, trust_coefficient=0.5), -0.05 * TRUST * GRADIENT, 0.1),
+        (optim.LAMB(0.1, weight_decay=0.0), [-0.1 * np.sqrt(2.5)] * 2, 0.3),
+    ],
+)  # fmt: skip
+def test_the_first_update(optimizer, kernel, bias):
+    got = updates(optimizer)
+    np.testing.assert_allclose(got["kernel"], kernel, rtol=1e-4)
+    np.testing.assert_allclose(got["bias"], [bias], rtol=1e-4)
 
 
 def test_adamw_decouples_its_decay():
@@ -60,26 +61,6 @@ def test_adamw_decouples_its_decay():
     shift = np.asarray(decayed["kernel"] - plain["kernel"])
     np.testing.assert_allclose(shift, -0.1 * 0.5 * np.asarray(PARAMS["conv"]["kernel"]), rtol=1e-5)
     np.testing.assert_array_equal(decayed["bias"], plain["bias"])
-
-
-def test_lars_scales_kernels_by_their_trust_ratio_and_leaves_biases():
-    got = updates(optim.LARS(learning_rate=0.1, momentum=0.0, trust_coefficient=0.5))
-    norm, grad_norm = np.sqrt(5.0), np.sqrt(0.5**2 + 0.25**2)
-    want = -0.1 * 0.5 * norm / grad_norm * np.array([0.5, 0.25])
-    np.testing.assert_allclose(got["kernel"], want, rtol=1e-5)
-    np.testing.assert_allclose(got["bias"], [0.1], rtol=1e-6)
-
-
-def test_lamb_scales_adams_direction_by_the_weight_norm():
-    got = updates(optim.LAMB(learning_rate=0.1, weight_decay=0.0))
-    want = -0.1 * np.sqrt(5.0) / np.sqrt(2.0) * np.ones(2)
-    np.testing.assert_allclose(got["kernel"], want, rtol=1e-4)
-
-
-def test_clipping_bounds_the_global_norm():
-    sgd = optim.SGD(learning_rate=1.0, momentum=0.0, max_grad_norm=0.1)
-    got = np.concatenate(list(updates(sgd).values()))
-    assert np.linalg.norm(got) == pytest.approx(0.1, rel=1e-5)
 
 
 def test_plateau_reduces_after_patience_epochs_without_improvement():
@@ -93,14 +74,6 @@ def test_plateau_reduces_after_patience_epochs_without_improvement():
     # Epochs 0 and 1 improve (mean losses 0.955, 0.855), epochs 2 and 3 do not: halved at 40.
     assert rates[:40] == [1.0] * 40
     assert rates[40:60] == [0.5] * 20
-
-
-def test_other_schedules_ignore_the_loss():
-    tx, _ = optim.Adam().build(10, 5)
-    state = tx.init(PARAMS)
-    a, _ = tx.update(GRADS, state, PARAMS, value=jnp.float32(1.0))
-    b, _ = tx.update(GRADS, state, PARAMS, value=jnp.float32(9.0))
-    np.testing.assert_array_equal(a["conv"]["kernel"], b["conv"]["kernel"])
 
 
 def test_is_kernel_goes_by_name_so_stacked_biases_are_not_decayed():
@@ -126,16 +99,6 @@ def test_numbers_that_are_no_rates_are_refused(fields):
         optim.Adam(**fields)
 
 
-@pytest.mark.parametrize("cls", [optim.SGD, optim.Adam, optim.AdamW, optim.LARS, optim.LAMB])
-def test_optimizers_are_frozen_and_jit(cls):
-    optimizer = cls()
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        optimizer.learning_rate = 1.0
-    tx, _ = optimizer.build(10, 5)
-    delta, _ = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS, value=jnp.float32(1.0))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(delta))
-
-
 def speed_gradients(rng, steps):
     like = {
         "stem_conv": {"bias": (3,)},
@@ -148,44 +111,6 @@ def speed_gradients(rng, steps):
         return jax.tree.map(lambda n: rng.normal(size=n), like, is_leaf=is_shape)
 
     return tree(), [tree() for _ in range(steps)]
-
-
-def test_the_speed_runs_optimizer_is_torchs_with_groups_of_parameters(rng):
-    """airbench in numpy: a rate and a decay for each group, decay / rate in the gradient."""
-    steps, batch, momentum = 10, 64, 0.85
-    fields = optim.decoupled(11.5, 0.0153, momentum, batch)
-    sgd = optim.SGD(
-        **fields, nesterov=True, decay_norm_and_bias=True, norm_bias_scale=64.0,
-        stem_bias_until=0.3, schedule=optim.Triangle(),
-    )  # fmt: skip
-    params, grads = speed_gradients(rng, steps)
-    tx, _ = sgd.build(steps, 5)
-    state, got = tx.init(params), jax.tree.map(jnp.asarray, params)
-    update = jax.jit(tx.update)
-    kilo = 1024 * (1 + 1 / (1 - momentum))
-    decay = 0.0153 * batch / kilo
-    want, velocity = params, jax.tree.map(np.zeros_like, params)
-    for step, grad in enumerate(grads):
-        delta, state = update(grad, state, got, value=0.0)
-        got = optax.apply_updates(got, delta)
-        # airbench's gradient is of the sum over the batch: the mean's times the batch.
-        shape = 0.2 + 0.8 * step / 2 if step < 2 else 1 - 0.93 * (step - 2) / 8
-
-        def move(path, p, v, g, step=step, shape=shape):
-            names = [key.key for key in path]
-            rate = 11.5 / kilo * (64 if names[-2] == "norm1" else 1)
-            g = batch * g + decay / rate * p
-            v = momentum * v + g
-            if names[-2] == "stem_conv" and step >= 3:
-                return p, v
-            return p - shape * rate * (g + momentum * v), v
-
-        both = jax.tree_util.tree_map_with_path(move, want, velocity, grad)
-        is_pair = lambda x: isinstance(x, tuple)  # noqa: E731
-        want = jax.tree.map(lambda x: x[0], both, is_leaf=is_pair)
-        velocity = jax.tree.map(lambda x: x[1], both, is_leaf=is_pair)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
 def test_muon_makes_hidden_kernels_orthogonal_and_gives_the_rest_momentum(rng):

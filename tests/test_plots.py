@@ -17,7 +17,7 @@ from flax_resnet.record import to_record
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """Two connections, two depths, two seeds: records, curves and a table."""
+    """Two connections, two depths, two seeds: records, curves and a table; one run failed."""
     root, rows = tmp_path_factory.mktemp("sweep"), []
     for connection in ("plain", "residual"):
         for depth in (20, 56):
@@ -36,9 +36,11 @@ def sweep(tmp_path_factory):
                 ]
                 text = "".join(json.dumps(line) + "\n" for line in lines)
                 (root / name / "metrics.jsonl").write_text(text)
-                rows.append({"variant": f"{connection}{depth}", "seed": seed, "state": "finished",
-                             "top1": 0.9 + seed / 100, "loss": 0.3, "train_top1": 0.95,
-                             "train_loss": 0.1, "workdir": name})  # fmt: skip
+                failed = name == "residual56/seed1"
+                rows.append({"variant": f"{connection}{depth}", "seed": seed,
+                             "state": "failed" if failed else "finished",
+                             "top1": "" if failed else 0.9 + seed / 100, "loss": 0.3,
+                             "train_top1": 0.95, "train_loss": 0.1, "workdir": name})  # fmt: skip
     tables.write(rows, root)
     return root
 
@@ -60,7 +62,7 @@ def titles(monkeypatch):
     seen = []
     for name in ("bands", "training_and_test", "error_by_depth"):
         monkeypatch.setattr(
-            plots.figures,
+            plots.study_figures,
             name,
             lambda what, path, title, *x, n=name: seen.append((n, what, title, *x)),
         )
@@ -83,6 +85,7 @@ def test_studies_of_a_sweep(sweep, titles, capsys):
     )  # fmt: skip
     assert paper[2:] == ("plain20, resnet56 on sklearn_digits, n = 4 runs", "step")
     assert depth[2] == "a title"
+    assert [layers for layers, *_ in depth[1]["residual"]] == [20, 20, 56]
     assert sorted(depth[1]["plain"]) == pytest.approx(
         np.array([(20, 9, 5), (20, 10, 5), (56, 9, 5), (56, 10, 5)])
     )
@@ -104,6 +107,11 @@ def test_a_run_without_evaluations_is_left_out_and_named(unfinished, titles, cap
     young = unfinished / "plain56" / "seed1"
     assert (code, error) == (0, f"left out {young}: it has no evaluation line yet\n")
     assert [len(group.runs) for group in titles[0][1]] == [2, 1, 2, 2]
+
+
+def test_depth_by_a_field_has_a_series_for_each_of_its_values(sweep, titles, capsys):
+    assert command(capsys, "depth", sweep, "--by", "seed")[0] == 0
+    assert {name: len(runs) for name, runs in titles[0][1].items()} == {"seed 0": 4, "seed 1": 3}
 
 
 def test_a_run_alone_is_drawn_with_what_it_has(unfinished, capsys):
@@ -162,18 +170,20 @@ def test_every_part_is_a_picture_that_can_be_asked_for():
         (["worst", "x", "--count", "0"], "--count=0: expected 1 or more"),
         (["lr", "x", "--lowest", "0"], "--lowest=0.0: expected more than 0"),
         (["curves", "."], "holds no run"),
+        (["curves", "young"], "young: no run has been evaluated yet"),
+        (["depth", "sweep", "--by", "model.conection"], "(did you mean 'model.connection'?)"),
+        (["depth", "sweep/plain20"], "sweep/plain20 holds no table.csv of a sweep"),
+        (["curves", "sweep", "--output", "no/such/x.png"], "x.png cannot be written"),
     ],
 )
-def test_bad_input_is_one_line(argv, line, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line(argv, line, sweep, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep").symlink_to(sweep)
+    (tmp_path / "young").mkdir()
+    shutil.copy(sweep / "plain20/seed0/config.json", "young")
     code, _, error = command(capsys, *argv)
     assert code == 2
     assert line in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-
-
-def test_what_cannot_be_written_is_one_line(sweep, capsys):
-    code, _, error = command(capsys, "curves", sweep, "--output", sweep / "no" / "such" / "x.png")
-    assert code == 2
-    assert "x.png cannot be written" in error
+    *left_out, last = error.splitlines()
+    assert last.startswith("error: ")
+    assert all(line.startswith("left out ") for line in left_out)

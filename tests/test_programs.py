@@ -28,7 +28,7 @@ SHAPE = (8, 8, 3)
 BATCH = 16
 DEVICES = 8
 OWN_ROWS = tiny_resnet(bn_group=BATCH // DEVICES)  # every device normalises its own images
-MOVES = Augment(rotation=10, width_shift=0.1, flip=True, pad_crop=1, cutout=2, erasing=0.5)
+MOVES = Augment(rotation=10, width_shift=0.1, flip=True, pad_crop=1, cutout=2)
 POINTER = 8  # bytes: a program's outputs are a tuple of pointers to them
 
 

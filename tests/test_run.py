@@ -9,8 +9,6 @@ from helpers import UNIT_STATS, assert_trees_equal, max_difference, random_batch
 from flax_resnet import setup
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
-from flax_resnet.errors import UserError
-from flax_resnet.models import MiniModel
 from flax_resnet.optim import SGD
 from flax_resnet.step import create_state, train_step
 
@@ -54,8 +52,3 @@ def test_the_schedule_is_what_the_network_drops_by(rng):
     throughout, _ = jax.jit(train_step)(later, batch)
     assert max_difference(at_1.params, throughout.params) < 1e-6
     assert max_difference(at_1.params, at_0.params) > 1e-4
-
-
-def test_a_rise_of_nothing_is_one_line(config):
-    with pytest.raises(UserError, match=r"dropblock_rise=0.5 and the model has no DropBlock: set"):
-        dataclasses.replace(config, model=MiniModel(), dropblock_rise=0.5)

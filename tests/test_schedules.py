@@ -16,9 +16,6 @@ from flax_resnet.errors import UserError
         (optim.Cosine(final=0.1), {0: 2.0, 50: 1.1, 100: 0.2}),
         (optim.Cosine(warmup=0.2), {0: 0.0, 10: 1.0, 20: 2.0, 60: 1.0, 100: 0.0}),
         (optim.OneCycle(), {0: 0.08, 30: 2.0, 100: 8e-6}),
-        (optim.Triangle(), {0: 0.4, 22: 2 * (1 - 0.8 / 23), 23: 2.0, 99: 0.14 + 1.86 / 77}),
-        (optim.Triangle(rise=0.1, final=0.0), {0: 0.4, 5: 1.2, 10: 2.0, 55: 1.0, 99: 2 / 90}),
-        (optim.Triangle(rise=0.0, final=0.5), {0: 2.0, 50: 1.5, 100: 1.0}),
     ],
 )
 def test_schedules(schedule, rates):

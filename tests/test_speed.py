@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_trees_equal, count_parameters, drawn
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
+from experiments.speedrun import SpeedNet, SpeedStage, Whitening, whitening_kernel
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
-from flax_resnet.models import SpeedNet, replace_head, trainable
-from flax_resnet.models.speed import SpeedStage, Whitening, whitening_kernel
+from flax_resnet.models import replace_head, trainable
+from flax_resnet.pretrained import read_weights, write_weights
 from flax_resnet.setup import set_up
 
 TINY = SpeedNet(num_classes=2, stage_filters=(8, 8))
@@ -125,6 +128,20 @@ def test_a_new_head_has_no_bias_either(rng):
     net, variables = replace_head(TINY, drawn(TINY, images), 5)
     assert {k: v.shape for k, v in variables["params"]["head"].items()} == {"kernel": (8, 5)}
     assert jax.eval_shape(net.apply, variables, images).shape == (1, 5)
+
+
+def test_weight_files_are_read_by_the_networks_name_of_today_and_of_before(rng, tmp_path):
+    variables = drawn(TINY, correlated(rng, 1))
+    write_weights(tmp_path / "new.safetensors", TINY, variables, input_shape=(8, 8, 3))
+    with safe_open(tmp_path / "new.safetensors", "numpy") as file:
+        about = {name: text.replace("experiments.speedrun", "flax_resnet.models.speed")
+                 for name, text in file.metadata().items()}  # fmt: skip
+    tensors = load_file(tmp_path / "new.safetensors")
+    save_file(tensors, tmp_path / "old.safetensors", about)
+    for name in ("new", "old"):
+        module, read = read_weights(tmp_path / f"{name}.safetensors")
+        assert module == TINY
+        assert_trees_equal(read, variables)
 
 
 def test_images_too_small_for_the_stages_are_refused():

@@ -10,15 +10,17 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_trees_equal
+from test_optim import speed_gradients
 
 from experiments import cifar10_speedrun
-from flax_resnet import run
+from experiments.speedrun import SpeedNet, SpeedSGD, Triangle
+from flax_resnet import flags, run
 from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
-from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
-from flax_resnet.models import SpeedNet
+from flax_resnet.optim import SGD, decoupled
 from flax_resnet.preemption import Preempted
+from flax_resnet.record import from_record, to_record
 from flax_resnet.step import TrainState, look_ahead
 from flax_resnet.train import train_and_evaluate
 
@@ -51,9 +53,85 @@ def test_recipes(target, steps, peak, decay, bias_steps, top, last):
     assert config.augment.alternating_flip
 
 
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        (Triangle(), {0: 0.4, 22: 2 * (1 - 0.8 / 23), 23: 2.0, 99: 0.14 + 1.86 / 77}),
+        (Triangle(rise=0.1, final=0.0), {0: 0.4, 5: 1.2, 10: 2.0, 55: 1.0, 99: 2 / 90}),
+        (Triangle(rise=0.0, final=0.5), {0: 2.0, 50: 1.5, 100: 1.0}),
+    ],
+)
+def test_triangles(schedule, rates):
+    built = schedule.build(2.0, 100)
+    assert {step: float(built(step)) for step in rates} == pytest.approx(rates, rel=1e-5)
+
+
+def test_flags_reach_what_is_the_speed_runs_own():
+    words = ["--optimizer.schedule.rise", "0.5", "--optimizer.stem-bias-until", "0.25"]
+    asked = flags.parse(cifar10_speedrun.get_config(), "runs/x", words).config
+    assert asked.optimizer == dataclasses.replace(
+        cifar10_speedrun.get_config().optimizer, stem_bias_until=0.25,
+        schedule=Triangle(start=0.2, rise=0.5, final=0.07),
+    )  # fmt: skip
+    assert isinstance(asked.model, SpeedNet)
+    other = flags.parse(asked, "runs/x", ["--optimizer", "sgd"]).config
+    assert other.optimizer == SGD(schedule=asked.optimizer.schedule)
+
+
+def test_records_of_older_speed_runs_are_read():
+    """The classes were flax_resnet's then, and the stem's bias a field of every optimizer."""
+    config = cifar10_speedrun.get_config()
+    record = to_record(config)
+    record["model"]["class"] = "flax_resnet.models.speed:SpeedNet"
+    record["optimizer"]["class"] = "flax_resnet.optim:SGD"
+    record["optimizer"]["schedule"]["class"] = "flax_resnet.schedules:Triangle"
+    assert from_record(record) == config
+    record["optimizer"]["class"] = "flax_resnet.optim:Muon"
+    with pytest.raises(UserError, match=r"optim:Muon: stem_bias_until=0.3.* expected 1.0"):
+        from_record(record)
+
+
 def test_other_targets_are_refused():
     with pytest.raises(UserError, match="--target 93: expected one of 94, 95, 96"):
         cifar10_speedrun.get_config(93)
+
+
+def test_the_speed_runs_optimizer_is_torchs_with_groups_of_parameters(rng):
+    """airbench in numpy: a rate and a decay for each group, decay / rate in the gradient."""
+    steps, batch, momentum = 10, 64, 0.85
+    fields = decoupled(11.5, 0.0153, momentum, batch)
+    sgd = SpeedSGD(
+        **fields, nesterov=True, decay_norm_and_bias=True, norm_bias_scale=64.0,
+        stem_bias_until=0.3, schedule=Triangle(),
+    )  # fmt: skip
+    params, grads = speed_gradients(rng, steps)
+    tx, _ = sgd.build(steps, 5)
+    state, got = tx.init(params), jax.tree.map(jnp.asarray, params)
+    update = jax.jit(tx.update)
+    kilo = 1024 * (1 + 1 / (1 - momentum))
+    decay = 0.0153 * batch / kilo
+    want, velocity = params, jax.tree.map(np.zeros_like, params)
+    for step, grad in enumerate(grads):
+        delta, state = update(grad, state, got, value=0.0)
+        got = optax.apply_updates(got, delta)
+        # airbench's gradient is of the sum over the batch: the mean's times the batch.
+        shape = 0.2 + 0.8 * step / 2 if step < 2 else 1 - 0.93 * (step - 2) / 8
+
+        def move(path, p, v, g, step=step, shape=shape):
+            names = [key.key for key in path]
+            rate = 11.5 / kilo * (64 if names[-2] == "norm1" else 1)
+            g = batch * g + decay / rate * p
+            v = momentum * v + g
+            if names[-2] == "stem_conv" and step >= 3:
+                return p, v
+            return p - shape * rate * (g + momentum * v), v
+
+        both = jax.tree_util.tree_map_with_path(move, want, velocity, grad)
+        is_pair = lambda x: isinstance(x, tuple)  # noqa: E731
+        want = jax.tree.map(lambda x: x[0], both, is_leaf=is_pair)
+        velocity = jax.tree.map(lambda x: x[1], both, is_leaf=is_pair)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
 def test_lookahead_is_the_loop_written_out(rng):
@@ -77,11 +155,6 @@ def test_lookahead_is_the_loop_written_out(rng):
         np.testing.assert_allclose(state.params["w"], fast, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(state.ema["params"]["w"], slow, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(state.params["still"], np.full(2, 0.1, np.float32))
-
-
-def test_lookahead_needs_an_average():
-    with pytest.raises(UserError, match="lookahead_steps=5 without an average"):
-        TrainConfig(lookahead_steps=5)
 
 
 @pytest.fixture

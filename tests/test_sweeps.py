@@ -160,11 +160,6 @@ def test_num_seeds_on_a_cpu_runs_them_in_turn(base, tmp_path, one_device):
     ]
 
 
-def test_num_seeds_wants_a_rate_for_each(base, tmp_path):
-    with pytest.raises(UserError, match=r"learning_rate=\(0.1,\): expected 2 values, one a seed"):
-        train_seeds(base, tmp_path, 2, learning_rate=(0.1,))
-
-
 @pytest.mark.slow
 def test_a_sweep_that_is_stopped_on_several_devices_stops_them_all(base, tmp_path, monkeypatch):
     configs = grid(dataclasses.replace(base, num_steps=2000), {}, 2)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from helpers import QUICK, assert_trees_equal, drawn, max_difference, random_batch
+from helpers import QUICK, assert_trees_equal, max_difference, noisy, random_batch
 from test_train import saved
 
 from experiments import finetune, mnist_transfer
@@ -33,12 +33,15 @@ from flax_resnet.models import (
     variable_shapes,
 )
 from flax_resnet.optim import SGD, Adam
+from flax_resnet.preprocess import KERAS_V1
 from flax_resnet.pretrained import write_weights
 from flax_resnet.provenance import versions
 from flax_resnet.step import create_state, train_step
 from flax_resnet.train import train_and_evaluate
 
 SMALL = {"stage_sizes": (1, 1), "num_filters": 8, "stem": "cifar"}
+IMAGES = jnp.zeros((1, 8, 8, 3))
+HALF = {"mean": np.full(3, 0.5), "std": np.ones(3)}
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -48,34 +51,14 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def noisy(module, shape=(8, 8, 3)):
-    """Variables with statistics that are not those of a start."""
-    variables = drawn(module, jnp.zeros((1, *shape)))
-    rng = np.random.default_rng(0)
-
-    def change(path, x):
-        leaf = path[-1].key
-        spread = rng.uniform(0.5, 1.5, x.shape) if leaf in ("var", "scale") else 0.1
-        return np.asarray(x * spread if leaf in ("var", "scale") else x + spread, np.float32)
-
-    return jax.tree_util.tree_map_with_path(change, variables)
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A file of a small network of Keras's kind, of 7 classes: (path, its variables)."""
     module = keras_resnet(50, num_classes=7, **SMALL)
-    variables = noisy(module)
+    variables = noisy(module, IMAGES)
     path = tmp_path_factory.mktemp("weights") / "net.safetensors"
-    how = create_preprocessing()
-    write_weights(path, module, variables, preprocessing=how)
+    write_weights(path, module, variables, preprocessing=KERAS_V1)
     return str(path), variables
-
-
-def create_preprocessing():
-    from flax_resnet.preprocess import KERAS_V1
-
-    return KERAS_V1
 
 
 @pytest.fixture
@@ -208,7 +191,7 @@ def test_a_streamed_set_and_a_resumed_run_give_the_same(config, tmp_path, mesh):
 def test_a_head_that_fits_is_kept_and_another_starts_as_a_fresh_one():
     images = jnp.zeros((1, 8, 8, 3))
     theirs = create("resnet20", num_classes=7, **{**SMALL, "stage_sizes": (2,)})
-    given = noisy(theirs)
+    given = noisy(theirs, images)
     key = jax.random.key(3)
     for model in (theirs, theirs.clone(scan_blocks=True)):
         variables, fresh = transfer.start_from(model, given, key, images)
@@ -225,7 +208,7 @@ def test_a_head_that_fits_is_kept_and_another_starts_as_a_fresh_one():
     with pytest.raises(WeightsError, match="of another shape"):
         transfer.start_from(theirs.clone(num_filters=4), given, key, images)
     mini = MiniModel(num_classes=4, stage_sizes=(1, 1, 1))
-    given = noisy(mini)
+    given = noisy(mini, images)
     variables, fresh = transfer.start_from(mini.clone(num_classes=9), given, key, images)
     assert fresh
     assert variables["params"]["head"]["kernel"].shape[1] == 9
@@ -235,10 +218,14 @@ def test_a_head_that_fits_is_kept_and_another_starts_as_a_fresh_one():
 # --- BatchNorm --------------------------------------------------------------------------------
 
 
+def state_of(model, variables, tx=None):
+    tx = tx or SGD().build(1, 1)[0]
+    start = lambda key, images: jax.tree.map(jnp.asarray, variables)  # noqa: E731
+    return create_state(model, tx, 0, (8, 8, 3), HALF, init=start)
+
+
 def one_step(model, tx, rng, variables):
-    state = create_state(model, tx, 0, (8, 8, 3), {"mean": np.full(3, 0.5), "std": np.ones(3)},
-                         init=lambda key, images: jax.tree.map(jnp.asarray, variables))  # fmt: skip
-    return jax.jit(train_step)(state, random_batch(rng))[0]
+    return jax.jit(train_step)(state_of(model, variables, tx), random_batch(rng))[0]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +240,7 @@ def one_step(model, tx, rng, variables):
 )
 def test_what_is_frozen_does_not_move_by_a_bit(rng, fields, stats_move, kernels_move):
     model = create("resnet20", **SMALL, num_classes=10, **fields)
-    given = noisy(model)
+    given = noisy(model, IMAGES)
     state = one_step(model, SGD(weight_decay=0.1).build(10, 1)[0], rng, given)
 
     def moved(new, old):
@@ -264,16 +251,17 @@ def test_what_is_frozen_does_not_move_by_a_bit(rng, fields, stats_move, kernels_
     assert moved(state.params, given["params"]) == {"head"} | kernels_move
 
 
+def measured(model, given, mesh, size, **data):
+    """(BatchNorm's statistics as they are measured, the training split)."""
+    opened = Data(DataConfig(channels=3, **data), mesh, 10)
+    return transfer.measure_norms(state_of(model, given), model, opened, size), opened
+
+
 def test_norms_are_measured_on_the_whole_training_split(digits_dir, mesh):
     """Whatever is frozen, and in whole batches though training's are in groups."""
     model = create("resnet20", **SMALL, frozen_stages=2, bn_group=7)
-    data = Data(DataConfig(data_dir=digits_dir, channels=3), mesh, 10)
-    given = noisy(model)
-    state = create_state(model, SGD().build(1, 1)[0], 0, (8, 8, 3),
-                         {"mean": np.full(3, 0.5), "std": np.ones(3)},
-                         init=lambda key, images: jax.tree.map(jnp.asarray, given))  # fmt: skip
-    size = 103  # 14 whole batches of the 1,442 images, which are 1,442
-    found = transfer.measure_norms(state, model, data, size)
+    given, size = noisy(model, IMAGES), 103  # 14 whole batches of the 1,442 images, which are 1,442
+    found, data = measured(model, given, mesh, size, data_dir=digits_dir)
     images = np.concatenate([np.asarray(b["image"]) for b in data.in_order("train", size)])
     whole = np.float32(images[: len(images) // size * size] / 255 - 0.5)
     # The first norm sees the stem's output whatever the batches are: its exact mean and variance.
@@ -286,37 +274,18 @@ def test_norms_are_measured_on_the_whole_training_split(digits_dir, mesh):
     assert max_difference(found, given["batch_stats"]) > 0.1
 
 
-def test_variances_far_below_their_means_are_measured(digits_dir, mesh):
+def test_variances_far_below_their_means_are_measured_on_several_devices(digits_dir, meshes):
     """As sums of squares in float32 they would be lost, or negative."""
     model = create("resnet20", **SMALL)
-    data = Data(DataConfig(data_dir=digits_dir, channels=3), mesh, 10)
-    given = noisy(model)
-    given["params"]["stem_norm"] = {"bias": np.full(8, 100.0), "scale": np.full(8, 1e-4)}
-    given["params"] = jax.tree.map(lambda x: np.asarray(x, np.float32), given["params"])
-    state = create_state(model, SGD().build(1, 1)[0], 0, (8, 8, 3),
-                         {"mean": np.full(3, 0.5), "std": np.ones(3)},
-                         init=lambda key, images: jax.tree.map(jnp.asarray, given))  # fmt: skip
-    found = transfer.measure_norms(state, model, data, 512)
-    assert min(leaf.min() for leaf in jax.tree.leaves(
-        {k: v["var"] for k, v in flatten_norms(found).items()})) >= 0  # fmt: skip
-
-
-def flatten_norms(stats):
-    return {"/".join(p[:-1]): {"var": x} for p, x in flatten_dict(stats).items() if p[-1] == "var"}
-
-
-def test_norms_are_measured_on_several_devices(digits_dir, meshes):
-    model = create("resnet20", **SMALL)
-    data = Data(
-        DataConfig(data_dir=digits_dir, channels=3, train_split="train[:25]"), meshes[1], 10
-    )
-    state = create_state(model, SGD().build(1, 1)[0], 0, (8, 8, 3),
-                         {"mean": np.full(3, 0.5), "std": np.ones(3)})  # fmt: skip
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(
-        transfer.measure_norms(state, model, data, 512)))  # fmt: skip
-    data = Data(DataConfig(data_dir=digits_dir, channels=3, train_split="train[:5]"), meshes[1], 10)
+    given = noisy(model, IMAGES)
+    given["params"]["stem_norm"] = {"bias": np.full(8, 100.0, np.float32),
+                                    "scale": np.full(8, 1e-4, np.float32)}  # fmt: skip
+    few = {"data_dir": digits_dir, "train_split": "train[:25]"}
+    norms = flatten_dict(measured(model, given, meshes[1], 512, **few)[0])
+    assert all(np.isfinite(x).all() for x in norms.values())
+    assert min(x.min() for path, x in norms.items() if path[-1] == "var") >= 0
     with pytest.raises(UserError, match="5 training images on 8 devices"):
-        transfer.measure_norms(state, model, data, 512)
+        measured(model, given, meshes[1], 512, data_dir=digits_dir, train_split="train[:5]")
 
 
 class Mine(BottleneckBlock):
@@ -367,12 +336,16 @@ def test_a_run_measures_norms_before_its_first_step(config, weights, tmp_path, m
         ({"weights": "imagenet"}, "tags are for networks that have a name"),
         ({"weights": "/nowhere.h5"}, "/nowhere.h5"),
         ({"measure_norms": True, "model.norm_kind": "none"}, "it is for ResNets with BatchNorm"),
+        ({"model": create("resnet20", **SMALL, frozen_stages=2)}, "the weights are not of"),
+        ({"cache": "/proc/flax_resnet"}, "set FLAX_RESNET_CACHE to another directory"),
     ],
 )
 def test_bad_combinations_are_one_line_and_nothing_is_written(
-    config, tmp_path, mesh, changes, message
+    config, tmp_path, mesh, monkeypatch, changes, message
 ):
     changes = dict(changes)
+    if "cache" in changes:
+        monkeypatch.setenv("FLAX_RESNET_CACHE", changes.pop("cache"))
     inner = {k.removeprefix("model."): changes.pop(k) for k in list(changes) if "." in k}
     if inner:
         changes["model"] = config.model.clone(**inner)
@@ -380,19 +353,6 @@ def test_bad_combinations_are_one_line_and_nothing_is_written(
     with pytest.raises(UserError, match=message) as caught:
         train_and_evaluate(config, tmp_path / "w", mesh=mesh)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "w").exists()
-
-
-def test_weights_of_another_network_are_refused(config, tmp_path, mesh):
-    model = create("resnet20", **SMALL, frozen_stages=2)
-    with pytest.raises(UserError, match="the weights are not of"):
-        train_and_evaluate(dataclasses.replace(config, model=model), tmp_path / "w", mesh=mesh)
-
-
-def test_the_features_cache_that_cannot_be_written(config, tmp_path, mesh, monkeypatch):
-    monkeypatch.setenv("FLAX_RESNET_CACHE", "/proc/flax_resnet")
-    with pytest.raises(UserError, match="set FLAX_RESNET_CACHE to another directory"):
-        train_and_evaluate(config, tmp_path / "w", mesh=mesh)
     assert not (tmp_path / "w").exists()
 
 

@@ -20,6 +20,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".ti
 DIGITS = "sklearn_digits"
 EVAL_NAMES = ("test", "testing", "val", "valid", "validation", "dev", "eval")
 SPLIT_NAMES = {"train", "training", *EVAL_NAMES}
+Labelled = list[tuple[Path, int]]
 
 
 class Source(Protocol):
@@ -228,43 +229,57 @@ def open_folder(
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(f"--data.folder {folder}: no such directory")
-    train_root = root / splits[0]
-    others = (splits[1], *EVAL_NAMES)
-    test_root = next((root / s for s in others if (root / s).is_dir()), None)
     if any(mark in split for split in splits for mark in "[+"):
         raise UserError(
             f"splits {splits[0]!r} and {splits[1]!r}: a folder has no slices, name sub-folders of "
             f"{folder}, or set --data.holdout-every"
         )
+    train_root, others = root / splits[0], (splits[1], *EVAL_NAMES)
+    test_root = next((root / s for s in others if (root / s).is_dir()), None)
     if train_root.is_dir() and test_root is not None:
-        names = _class_names(train_root)
-        if (test_names := _class_names(test_root)) != names:
-            odd = sorted(set(names) ^ set(test_names))
-            raise UserError(
-                f"{train_root} and {test_root} differ in classes {odd}: both need the same ones"
-            )
-        groups = [_list_images(train_root, names), _list_images(test_root, names)]
+        names, groups = _split_folders(train_root, test_root)
     else:
-        names = _class_names(root)
-        if alike := [name for name in names if name.lower() in SPLIT_NAMES]:
-            raise UserError(
-                f"{root} holds {alike}, which look like splits and not like classes: for splits "
-                "name them train and test, for classes give them other names"
-            )
-        groups = [[], []]
-        for label, paths in enumerate(_by_class(root, names)):
-            if len(paths) < test_every:
-                raise UserError(
-                    f"class {names[label]!r} in {root} has {len(paths)} images, at least "
-                    f"{test_every} are needed to hold out one in {test_every} for evaluation"
-                )
-            for position, path in enumerate(paths):
-                groups[position % test_every == test_every - 1].append((path, label))
+        names, groups = _held_out(root, test_every)
     shape = _common_shape([path for group in groups for path, _ in group], image_size)
     return [
         FolderSource([p for p, _ in group], np.array([c for _, c in group]), names, shape)
         for group in groups
     ]
+
+
+def _split_folders(train_root: Path, test_root: Path) -> tuple[list[str], list[Labelled]]:
+    """(class names, [training images, evaluation images]) of two folders with the same classes."""
+    names = _class_names(train_root)
+    if (test_names := _class_names(test_root)) != names:
+        odd = sorted(set(names) ^ set(test_names))
+        raise UserError(
+            f"{train_root} and {test_root} differ in classes {odd}: both need the same ones"
+        )
+    roots = (train_root, test_root)
+    return names, [
+        [(path, label) for label, paths in enumerate(_by_class(root, names)) for path in paths]
+        for root in roots
+    ]
+
+
+def _held_out(root: Path, test_every: int) -> tuple[list[str], list[Labelled]]:
+    """(class names, [training images, evaluation images]), one in ``test_every`` held out."""
+    names = _class_names(root)
+    if alike := [name for name in names if name.lower() in SPLIT_NAMES]:
+        raise UserError(
+            f"{root} holds {alike}, which look like splits and not like classes: for splits "
+            "name them train and test, for classes give them other names"
+        )
+    groups: list[Labelled] = [[], []]
+    for label, paths in enumerate(_by_class(root, names)):
+        if len(paths) < test_every:
+            raise UserError(
+                f"class {names[label]!r} in {root} has {len(paths)} images, at least "
+                f"{test_every} are needed to hold out one in {test_every} for evaluation"
+            )
+        for position, path in enumerate(paths):
+            groups[position % test_every == test_every - 1].append((path, label))
+    return names, groups
 
 
 def _class_names(root: Path) -> list[str]:
@@ -295,10 +310,6 @@ def _by_class(root: Path, names: Sequence[str]) -> list[list[Path]]:
             raise UserError(f"class folder {root / name} holds no images: add some or remove it")
         classes.append(paths)
     return classes
-
-
-def _list_images(root: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
-    return [(p, label) for label, paths in enumerate(_by_class(root, names)) for p in paths]
 
 
 def _common_shape(paths: Sequence[Path], image_size: int | None) -> tuple:

@@ -1,4 +1,4 @@
-"""Figures as PNG files: of a run, of several runs, and of what a network sees.
+"""Figures as PNG files: of a run, and of what its network sees.
 
 Each function draws numbers that it is given; ``flax_resnet.inspection`` computes them.
 """
@@ -13,8 +13,3 @@ from flax_resnet.figures.runs import confusion as confusion
 from flax_resnet.figures.runs import curves as curves
 from flax_resnet.figures.runs import learning_rates as learning_rates
 from flax_resnet.figures.runs import reliability as reliability
-from flax_resnet.figures.studies import Group as Group
-from flax_resnet.figures.studies import average as average
-from flax_resnet.figures.studies import bands as bands
-from flax_resnet.figures.studies import error_by_depth as error_by_depth
-from flax_resnet.figures.studies import training_and_test as training_and_test

@@ -11,6 +11,8 @@ import numpy as np
 from flax_resnet.figures import canvas
 
 MOST_NAMED_CLASSES = 20
+MOST_CHANNELS = 8
+"""Channels of a stage's map that are drawn."""
 
 
 def filters(kernel: np.ndarray, path: Path, title: str) -> None:
@@ -53,24 +55,21 @@ def filters(kernel: np.ndarray, path: Path, title: str) -> None:
     canvas.finish(figure, title, path)
 
 
-def maps(
-    image: np.ndarray, stages: Mapping[str, np.ndarray], path: Path, title: str, most: int = 8
-) -> None:
-    """Draws the strongest channels of each stage's map of one image.
+def maps(image: np.ndarray, stages: Mapping[str, np.ndarray], path: Path, title: str) -> None:
+    """Draws the eight channels of each stage's map of one image with the largest means.
 
     Args:
       image: uint8 (H, W, C), what the network saw.
       stages: {name: (h, w, channels)}, from the first to the last.
       path: the PNG to write.
       title: above the figure.
-      most: channels of each stage, those with the largest mean.
     """
-    figure = canvas.new_figure(1.05 * (most + 1) + 1.6, 1.2 * len(stages) + 1.1)
-    grid = figure.subplots(len(stages), most + 1, squeeze=False)
+    figure = canvas.new_figure(1.05 * (MOST_CHANNELS + 1) + 1.6, 1.2 * len(stages) + 1.1)
+    grid = figure.subplots(len(stages), MOST_CHANNELS + 1, squeeze=False)
     for index, (name, values) in enumerate(stages.items()):
         row = grid[index]
         height, width, _ = values.shape
-        order = np.argsort(-values.mean(axis=(0, 1)), kind="stable")[:most]
+        order = np.argsort(-values.mean(axis=(0, 1)), kind="stable")[:MOST_CHANNELS]
         low, high = values[..., order].min(), values[..., order].max()
         if index == 0:
             canvas.tile(row[0], image, "input")

@@ -6,7 +6,6 @@
 from flax_resnet.inspection.embed import Embedding as Embedding
 from flax_resnet.inspection.embed import pca as pca
 from flax_resnet.inspection.embed import tsne as tsne
-from flax_resnet.inspection.layers import depth as depth
 from flax_resnet.inspection.layers import first_filters as first_filters
 from flax_resnet.inspection.layers import forward as forward
 from flax_resnet.inspection.layers import grad_cam as grad_cam
@@ -17,6 +16,7 @@ from flax_resnet.inspection.lr_finder import find_rate as find_rate
 from flax_resnet.inspection.opened import Inspected as Inspected
 from flax_resnet.inspection.opened import open_run as open_run
 from flax_resnet.inspection.opened import read_record as read_record
+from flax_resnet.inspection.opened import variants as variants
 from flax_resnet.inspection.parts import PARTS as PARTS
 from flax_resnet.inspection.parts import Part as Part
 from flax_resnet.inspection.parts import Session as Session
@@ -27,7 +27,3 @@ from flax_resnet.inspection.samples import Augmented as Augmented
 from flax_resnet.inspection.samples import augmented as augmented
 from flax_resnet.inspection.samples import eval_images as eval_images
 from flax_resnet.inspection.samples import folder_images as folder_images
-from flax_resnet.inspection.studies import depth_points as depth_points
-from flax_resnet.inspection.studies import find_groups as find_groups
-from flax_resnet.inspection.studies import study_title as study_title
-from flax_resnet.inspection.studies import variants as variants

@@ -22,7 +22,7 @@ class Embedding:
 
 
 def pca(features: np.ndarray) -> tuple[Embedding, np.ndarray]:
-    """The first two principal components.
+    """The first two principal components, by scikit-learn.
 
     The sign of a component is such that its entry of the largest size is positive.
 
@@ -36,18 +36,17 @@ def pca(features: np.ndarray) -> tuple[Embedding, np.ndarray]:
       UserError: there are too few examples.
     """
     _check(features)
-    centred = np.asarray(features, np.float64)
-    centred = centred - centred.mean(axis=0)
-    _, sizes, components = np.linalg.svd(centred, full_matrices=False)
-    pad = max(0, 2 - len(components))
-    components = np.pad(components[:2], ((0, pad), (0, 0)))
-    largest = np.abs(components).argmax(axis=1)
-    signs = np.where(components[np.arange(2), largest] < 0, -1, 1)
-    total = max(np.square(sizes).sum(), np.finfo(float).tiny)
-    shares = np.pad(np.square(sizes)[:2], (0, pad)) / total
+    from sklearn.decomposition import PCA
+
+    count = min(2, features.shape[1])
+    model = PCA(count, svd_solver="full")
+    with np.errstate(invalid="ignore"):  # features that are all the same have no variance
+        points = model.fit_transform(np.asarray(features, np.float64))
+    points = np.pad(points, ((0, 0), (0, 2 - count)))
+    shares = np.pad(np.nan_to_num(model.explained_variance_ratio_), (0, 2 - count))
     names = [f"principal component {i + 1} ({100 * s:.1f} % of variance)"
              for i, s in enumerate(shares)]  # fmt: skip
-    return Embedding(centred @ (components.T * signs), (names[0], names[1])), shares
+    return Embedding(points, (names[0], names[1])), shares
 
 
 def tsne(features: np.ndarray, seed: int = 0) -> Embedding:

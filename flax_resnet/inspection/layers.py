@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from flax_resnet import models
 from flax_resnet.errors import UserError
-from flax_resnet.models import DropBlockResNet, MiniModel, ResNet
+from flax_resnet.models import ResNet
 
 HEAD = "head"
 # A norm of this name is followed by a ReLU, and the map is what that gives.
@@ -205,23 +204,3 @@ def first_filters(
     if not kernels or kernels[0][1].ndim != 4:
         raise UserError(f"{type(module).__name__} has no convolution: there are no filters to draw")
     return kernels[0]
-
-
-def depth(module: nn.Module) -> int:
-    """Weighted layers on the main path, as He et al. 2016 count them: shortcuts are left out.
-
-    Raises:
-      UserError: the network is of a class that is not known here.
-    """
-    if isinstance(module, ResNet):
-        sizes = range(len(module.stage_sizes))
-        blocks = sum(len(module.block(s, 0).convs()) * module.stage_sizes[s] for s in sizes)
-        return blocks + (3 if module.stem == "deep" else 1) + len(module.hidden_units) + 1
-    if isinstance(module, MiniModel):
-        return 2 * sum(module.stage_sizes) + 2
-    if isinstance(module, DropBlockResNet):
-        return 4 * len(module.stage_filters) + len(module.dense_features) + 1
-    name = models.network_name(module)
-    raise UserError(
-        f"{name}: how many layers it has is known of ResNet, MiniModel and DropBlockResNet only"
-    )

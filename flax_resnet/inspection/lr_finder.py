@@ -15,6 +15,7 @@ import numpy as np
 
 from flax_resnet import distributed
 from flax_resnet.errors import POSITIVE, UserError, check_range
+from flax_resnet.schedules import Shape
 from flax_resnet.setup import set_up
 
 SMOOTHING = 0.9
@@ -22,7 +23,7 @@ DIVERGED = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Rising:
+class Rising(Shape):
     """A schedule from ``lowest`` to the peak, by the same factor at each step."""
 
     lowest: float

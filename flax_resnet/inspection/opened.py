@@ -143,3 +143,29 @@ def read_record(workdir: str | Path) -> tuple[Any, dict[str, Any]]:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a run's record ({error!r}): give another run") from error
+
+
+def variants(path: str | Path) -> list[tuple[str, list[Path]]]:
+    """[(name, working directories of its seeds)] of a run, a variant or a sweep.
+
+    Raises:
+      UserError: the directory holds none of these.
+    """
+    path = Path(path).expanduser()
+    if (path / "config.json").is_file():
+        return [(path.name, [path])]
+    below = [*path.glob("seed*/config.json")] or [*path.glob("*/seed*/config.json")]
+    groups: dict[Path, list[Path]] = {}
+    for seed in sorted((file.parent for file in below), key=_variant_and_seed):
+        groups.setdefault(seed.parent, []).append(seed)
+    if not groups:
+        raise UserError(
+            f"{path} holds no run: expected a working directory (config.json), a variant "
+            "(seedN/config.json) or a sweep (VARIANT/seedN/config.json)"
+        )
+    return [(variant.name, seeds) for variant, seeds in groups.items()]
+
+
+def _variant_and_seed(path: Path) -> tuple[Path, int, str]:
+    """Sort key that puts VARIANT/seed10 behind VARIANT/seed9."""
+    return path.parent, len(path.name), path.name

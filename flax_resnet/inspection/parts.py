@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resnet import figures
+from flax_resnet import evaluate, figures
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import embed, layers, lr_finder, samples
 from flax_resnet.inspection.opened import Inspected
@@ -84,12 +84,10 @@ def draw_confusion(of: Session, path: Path) -> str:
 def draw_reliability(of: Session, path: Path) -> str:
     """The reliability diagram of the evaluation split."""
     found = of.predictions
-    safe = np.maximum(found.counts, 1)
-    error = f"{100 * found.calibration_error:.2f} %"
-    what = f"expected calibration error {error}, n = {len(found.labels)} evaluation images"
-    figures.reliability(
-        found.confidence / safe, found.correct / safe, found.counts, path, of.title(what)
-    )
+    (confidence, correct, counts), total = found.reliability(), len(found.labels)
+    safe, error = np.maximum(counts, 1), evaluate.calibration_error(confidence, correct, total)
+    what = f"expected calibration error {100 * error:.2f} %, n = {total} evaluation images"
+    figures.reliability(confidence / safe, correct / safe, counts, path, of.title(what))
     return "A bar below the diagonal: in that bin the network is surer than it is right."
 
 

@@ -33,12 +33,6 @@ class Predictions:
     """Those whose features were kept, evenly spread, int (m,)."""
     features: np.ndarray
     """Inputs of the head for them, float (m, F)."""
-    confidence: np.ndarray
-    """Sum of the largest probabilities of each reliability bin, (bins,)."""
-    correct: np.ndarray
-    """Right examples of each bin, (bins,)."""
-    counts: np.ndarray
-    """Examples of each bin, (bins,); the bins are equal parts of (0, 1], closed above."""
 
     @property
     def predicted(self) -> np.ndarray:
@@ -57,56 +51,50 @@ class Predictions:
         np.add.at(counts, (self.labels, self.predicted), 1)
         return counts
 
-    @property
-    def calibration_error(self) -> float:
-        """Expected calibration error (Guo et al. 2017, section 2) by these bins, a share."""
-        return evaluate.calibration_error(self.confidence, self.correct, len(self.labels))
+    def reliability(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(sum of the largest probabilities, right examples, examples) of each bin, (BINS,) each.
+
+        The bins are equal parts of (0, 1], closed above (Guo et al. 2017, section 2).
+        """
+        confidence = self.probabilities.max(axis=1).astype(np.float64)
+        edges = np.linspace(0, 1, evaluate.BINS + 1)[1:-1]
+        place, right = np.digitize(confidence, edges, right=True), self.predicted == self.labels
+        bins = evaluate.BINS
+        counts = np.bincount(place, minlength=bins)
+        return np.bincount(place, confidence, bins), np.bincount(place, right, bins), counts
 
 
-def predictions(
-    run: Inspected, *, bins: int = evaluate.BINS, most_features: int = MOST_FEATURES
-) -> Predictions:
+def predictions(run: Inspected) -> Predictions:
     """Runs the network on the evaluation split, every example once.
-
-    Args:
-      run: an opened run.
-      bins: of the reliability sums.
-      most_features: keep the features of so many examples.
 
     Raises:
       UserError: the data are not there, or outputs are not finite.
     """
     loss, count = LOSSES[run.config.loss], run.data.num_eval
     kept = np.zeros(count, bool)
-    kept[np.linspace(0, count - 1, min(count, most_features)).round().astype(int)] = True
+    kept[np.linspace(0, count - 1, min(count, MOST_FEATURES)).round().astype(int)] = True
 
     @jax.jit
     def step(variables: Any, stats: Any, batch: Any) -> Any:
         logits, features = forward(run.module, variables, normalize(batch["image"], stats))
-        label, mask = batch["label"], batch["mask"]
-        sums = evaluate.calibration_sums(logits, label, mask, bins)
-        # Were the labels what is predicted, all would be right: the sizes of the bins.
-        sizes = evaluate.calibration_sums(logits, jnp.argmax(logits, -1), mask, bins)["correct"]
+        label = batch["label"]
         return {
             "labels": label,
             "probabilities": jax.nn.softmax(logits),
             "losses": loss(logits, jax.nn.one_hot(label, logits.shape[-1])),
             "features": features.astype(jnp.float32),
-            "mask": mask,
-        }, {"confidence": sums["confidence"], "correct": sums["correct"], "counts": sizes}
+            "mask": batch["mask"],
+        }
 
     arrays: dict[str, list[np.ndarray]] = {}
-    totals: dict[str, Any] = {"confidence": 0.0, "correct": 0.0, "counts": 0.0}
     start = 0
     for batch in run.data.eval_batches(min(run.config.eval_batch_size, count)):
-        each, sums = jax.device_get(step(run.variables, run.stats, batch))
+        each = jax.device_get(step(run.variables, run.stats, batch))
         mask = each.pop("mask")
         here = kept[start : start + mask.sum()]
         each["features"] = each["features"][mask][here]
         for name, value in each.items():
             arrays.setdefault(name, []).append(value if name == "features" else value[mask])
-        for name in totals:
-            totals[name] = totals[name] + np.asarray(sums[name], np.float64)
         start += len(here)
     joined = {name: np.concatenate(parts) for name, parts in arrays.items()}
     if not np.isfinite(joined["losses"]).all():
@@ -114,7 +102,7 @@ def predictions(
             f"the network's outputs in {run.workdir} at step {run.step} are not finite: the run "
             "has diverged; look at an earlier checkpoint"
         )
-    return Predictions(**joined, **totals, rows=np.nonzero(kept)[0])
+    return Predictions(**joined, rows=np.nonzero(kept)[0])
 
 
 def worst(found: Predictions, count: int) -> np.ndarray:

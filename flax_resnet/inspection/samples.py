@@ -16,6 +16,9 @@ from flax_resnet.inspection.opened import Inspected
 from flax_resnet.predict import find_images, reason, shown
 from flax_resnet.step import step_keys
 
+IMAGES, DRAWS = 6, 6
+"""Training images that are shown augmented, and how often each."""
+
 
 def eval_images(run: Inspected, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """(images uint8 (N, H, W, C), labels int (N,)) of rows of the evaluation split."""
@@ -94,16 +97,11 @@ class Augmented:
     """Share of the image's own label in the target, (draws, N)."""
 
 
-def augmented(run: Inspected, count: int = 6, draws: int = 6) -> Augmented:
+def augmented(run: Inspected) -> Augmented:
     """The first images of the run's first batch, augmented as its steps do it.
 
     Draw k uses the key of step k; the first draw is what step 0 was trained on. A random resized
     crop is drawn when an image is decoded, so it is the same in the original and all draws.
-
-    Args:
-      run: an opened run.
-      count: images.
-      draws: of each.
     """
     config, size = run.config, run.config.batch_size
     batch = next(iter(run.data.train_batches(config.seed, size, 0, 1)))
@@ -115,15 +113,15 @@ def augmented(run: Inspected, count: int = 6, draws: int = 6) -> Augmented:
         images, run_key = normalize(pixels, run.stats), jax.random.wrap_key_data(run.key)
         return config.augment(augment_key, {**batch, "image": images}, run_key)
 
-    found = [jax.device_get(draw(np.uint32(step))) for step in range(draws)]
-    pixels = np.stack([one["image"][:count] for one in found])
+    found = [jax.device_get(draw(np.uint32(step))) for step in range(DRAWS)]
+    pixels = np.stack([one["image"][:IMAGES] for one in found])
     mixes = "mix" in found[0]
     return Augmented(
-        originals=np.asarray(batch["image"])[:count],
-        labels=np.asarray(batch["label"])[:count],
+        originals=np.asarray(batch["image"])[:IMAGES],
+        labels=np.asarray(batch["label"])[:IMAGES],
         draws=displayed(pixels, run),
-        mixed=np.stack([one["label_mixed"][:count] for one in found]) if mixes else None,
-        shares=np.stack([one["mix"][:count] for one in found]) if mixes else None,
+        mixed=np.stack([one["label_mixed"][:IMAGES] for one in found]) if mixes else None,
+        shares=np.stack([one["mix"][:IMAGES] for one in found]) if mixes else None,
     )
 
 

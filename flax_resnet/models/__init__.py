@@ -14,7 +14,6 @@ from flax_resnet.models.mini import MiniModel as MiniModel
 from flax_resnet.models.mini import ResidualUnit as ResidualUnit
 from flax_resnet.models.resnet import Feature as Feature
 from flax_resnet.models.resnet import ResNet as ResNet
-from flax_resnet.models.speed import SpeedNet as SpeedNet
 from flax_resnet.models.surgery import WeightsError as WeightsError
 from flax_resnet.models.surgery import initialize as initialize
 from flax_resnet.models.surgery import initializer as initializer

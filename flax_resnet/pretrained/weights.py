@@ -23,7 +23,7 @@ from flax_resnet.models import Block, ResNet, WeightsError
 from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.pretrained import keras_names, torch_names
 from flax_resnet.pretrained.tensors import TensorFile, read_tensors
-from flax_resnet.record import find_class, from_record, to_record
+from flax_resnet.record import MOVED_CLASSES, find_class, from_record, to_record
 
 Variables = Mapping[str, Any]
 Path_ = tuple[str, ...]
@@ -165,7 +165,7 @@ def _described(record: Any, fields: Mapping[str, Any], count: int) -> Any:
         raise ValueError("it holds more than a network")
     inner = [v["class_itself"] for v in record.values() if isinstance(v, Mapping)]
     for name, kind in ((record["class"], nn.Module), *((name, Block) for name in inner)):
-        if not str(name).startswith("flax_resnet.models."):
+        if not str(name).startswith("flax_resnet.models.") and name not in MOVED_CLASSES.values():
             raise ValueError(
                 f"{name!r:.80} is no network or block of flax_resnet.models; a block class of your "
                 "own has to be given, as block_cls"

@@ -8,11 +8,12 @@ import sys
 import jax
 import numpy as np
 
+from experiments.speedrun import SpeedNet
 from flax_resnet import distributed, hosts, setup
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
-from flax_resnet.models import BasicBlock, ResNet, SpeedNet
+from flax_resnet.models import BasicBlock, ResNet
 from flax_resnet.optim import SGD
 
 # name: (dtype, steps, sharding, accum_steps, MiB that may live on the device, BatchNorm groups,

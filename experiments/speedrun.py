@@ -1,4 +1,4 @@
-"""The network of the CIFAR-10 speed runs: a whitening stem, and stages that pool first.
+"""What the CIFAR-10 speed runs alone need: a network, a schedule, a rule for the stem's bias.
 
 K. Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv:2404.00498 (airbench).
 After a convolution that whitens 2x2 patches, and stays as it is, each stage is a convolution, a
@@ -8,12 +8,14 @@ part, norms have no scale, and the logits are scaled down.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 
 from flax_resnet.errors import POSITIVE, check_range
@@ -28,6 +30,8 @@ from flax_resnet.layers import (
     max_pool,
     whole_numbers,
 )
+from flax_resnet.optim import SGD
+from flax_resnet.schedules import Shape, check_shares
 
 # Images whose patches are summed at a time.
 CHUNK = 256
@@ -230,3 +234,59 @@ class SpeedNet(nn.Module):
             x = stage(x, train)
         logits = layers.dense(self.num_classes, name="head", bias=False)(_largest(x))
         return logits * self.logit_scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Triangle(Shape):
+    """Straight up to the peak and straight down (K. Jordan 2024, section 3.1)."""
+
+    start: float = 0.2
+    """The first rate, as a share of the peak."""
+    rise: float = 0.23
+    """Share of the run spent rising."""
+    final: float = 0.07
+    """The rate that the line ends at, one step past the run, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        check_shares("rise", [self.rise])
+        check_range("schedule.start", self.start, 0)
+        check_range("schedule.final", self.final, 0)
+
+    def build(self, peak: float, num_steps: int) -> optax.Schedule:
+        """The optax schedule, step (int) to learning rate, for a run of ``num_steps``."""
+        top = int(self.rise * num_steps)
+        fall = optax.linear_schedule(peak, self.final * peak, num_steps - top)
+        if not top:
+            return fall
+        rise = optax.linear_schedule(self.start * peak, peak, top)
+        return optax.join_schedules([rise, fall], [top])
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedSGD(SGD):
+    """SGD that stops updating the bias of the stem's convolution early."""
+
+    stem_bias_until: float = 1.0
+    """Share of the run after which the bias of the stem's convolution rests."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("optimizer.stem_bias_until", self.stem_bias_until, 0)
+
+    def build(
+        self, num_steps: int, steps_per_epoch: int
+    ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+        """The transformation and the schedule, as SGD's."""
+        tx, schedule = super().build(num_steps, steps_per_epoch)
+        moves = round(self.stem_bias_until * num_steps)
+        rest = optax.scale_by_schedule(lambda step: jnp.where(step < moves, 1.0, 0.0))
+        parts = optax.chain(tx, optax.masked(rest, _stem_bias))
+        return optax.with_extra_args_support(parts), schedule
+
+
+def _stem_bias(params: Any) -> Any:
+    """A tree of bools: True at the bias of the stem's convolution."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: [getattr(key, "key", "") for key in path[-2:]] == ["stem_conv", "bias"],
+        params,
+    )

@@ -1,4 +1,4 @@
-"""Figures of several runs: means over seeds with their spread, and error against depth."""
+"""Figures of a study's runs: means over seeds with their spread, and error against depth."""
 
 from __future__ import annotations
 

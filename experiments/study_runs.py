@@ -1,18 +1,22 @@
-"""Several runs: found below directories, and their final errors by depth."""
+"""Runs of a study: found below directories, and their final errors by depth."""
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax import linen as nn
+
+from experiments.study_figures import Group
 from flax_resnet import metrics, tables
 from flax_resnet.errors import UserError, did_you_mean
-from flax_resnet.figures import Group
-from flax_resnet.inspection.layers import depth
-from flax_resnet.inspection.opened import read_record
+from flax_resnet.inspection import read_record, variants
 from flax_resnet.models import network_name
-from flax_resnet.record import flatten
+from flax_resnet.record import flatten, varying_fields
+from flax_resnet.summary import count_layers
 
 # What does not set two series apart: seeds are averaged, sizes of stages are the depth.
 MOST_NAMED = 4
@@ -38,7 +42,7 @@ def find_groups(
     found = []
     for path in (Path(p).expanduser() for p in paths):
         groups = variants(path)
-        if groups[0][1] == [path] and (seeds := _seeds_in(path)):
+        if groups[0][1] == [path] and (seeds := list(path.glob("seed*/config.json"))):
             say(f"{path} is a run itself, and is drawn; the {len(seeds)} seeds in it are not")
         found += groups
     lines = {w: metrics.read_metrics(w) for _, workdirs in found for w in workdirs}
@@ -54,22 +58,6 @@ def find_groups(
     return [group for group in drawn if group.runs]
 
 
-def variants(path: str | Path) -> list[tuple[str, list[Path]]]:
-    """[(name, working directories of its seeds)] of a run, a variant or a sweep.
-
-    Raises:
-      UserError: the directory holds none of these.
-    """
-    path = Path(path).expanduser()
-    groups = _groups_in(path)
-    if not groups:
-        raise UserError(
-            f"{path} holds no run: expected a working directory (config.json), a variant "
-            "(seedN/config.json) or a sweep (VARIANT/seedN/config.json)"
-        )
-    return groups
-
-
 def _lacks(lines: Sequence[Mapping[str, Any]]) -> str:
     """What a run has not logged of what is averaged, for a message; "" where it has all."""
     splits = {line["split"] for line in lines}
@@ -79,33 +67,15 @@ def _lacks(lines: Sequence[Mapping[str, Any]]) -> str:
     return " and ".join(text for split, text in kinds.items() if split not in splits)
 
 
-def _groups_in(path: Path) -> list[tuple[str, list[Path]]]:
-    if (path / "config.json").is_file():
-        return [(path.name, [path])]
-    if seeds := _seeds_in(path):
-        return [(path.name, seeds)]
-    below = sorted({f.parent.parent for f in path.glob("*/seed*/config.json")})
-    return [found for variant in below for found in _groups_in(variant)]
-
-
-def _seeds_in(path: Path) -> list[Path]:
-    return sorted((f.parent for f in path.glob("seed*/config.json")), key=_seed)
-
-
 def study_title(paths: Sequence[str | Path], count: int) -> str:
     """The networks and the data of all runs below paths, and n, how many of them are drawn."""
-    found = [w for p in paths for _, dirs in _groups_in(Path(p).expanduser()) for w in dirs]
+    found = [w for p in paths for _, dirs in variants(p) for w in dirs]
     configs = [read_record(workdir)[0] for workdir in found]
     networks = list(dict.fromkeys(network_name(config.model) for config in configs))
     data = list(dict.fromkeys(config.data.title for config in configs))
     many = f"{len(networks)} networks"
     of = ", ".join(networks) if len(networks) <= MOST_NAMED else many
     return f"{of} on {', '.join(data)}, n = {count} {'run' if count == 1 else 'runs'}"
-
-
-def _seed(path: Path) -> tuple[int, str]:
-    digits = path.name.removeprefix("seed")
-    return (int(digits) if digits.isdigit() else -1, path.name)
 
 
 def depth_points(
@@ -141,6 +111,17 @@ def depth_points(
     return points
 
 
+@functools.cache
+def depth(module: nn.Module) -> int:
+    """Weighted layers on the main path, as He et al. 2016 count them.
+
+    Shortcuts, the gates of highway networks and of squeeze-and-excitation are left out.
+    """
+    rows = count_layers(module, (64, 64, 3))[0]
+    beside = re.compile(r"(shortcut(_conv)?|gate)$|\bse\b")
+    return sum(row.macs > 0 and not beside.search(row.name) for row in rows)
+
+
 def _finished(directory: Path) -> list[dict[str, str]]:
     path = directory / "table.csv"
     try:
@@ -158,14 +139,14 @@ def _finished(directory: Path) -> list[dict[str, str]]:
 
 
 def _series_fields(flats: Sequence[Mapping[str, Any]], by: str | None) -> list[str]:
-    known = {name for flat in flats for name in flat}
     if by is not None:
+        known = {name for flat in flats for name in flat}
         if by not in known:
             raise UserError(
                 f"--by {by}: no such field of the runs' configs{did_you_mean(by, known)}"
             )
         return [by]
-    differ = {n for n in known if len({repr(flat.get(n)) for flat in flats}) > 1}
+    differ = set(varying_fields(flats))
     if "model" in differ:  # networks of several classes have few fields in common
         return ["model", *sorted(n for n in differ if not n.startswith(("model", "seed")))]
     return sorted(differ - set(NO_SERIES))
