@@ -10,11 +10,8 @@ import contextlib
 import functools
 import math
 import os
-import platform
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,11 +22,6 @@ YNN = "xla_cpu_experimental_ynn_fusion_type"
 # By default XLA gives convolutions to YNNPACK, which has no fast gradient of a kernel, and sums
 # over the batch to its own loops; the other way round both are faster.
 FUSION_TYPES = "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
-
-TUNABLES = "GLIBC_TUNABLES"
-HUGE_PAGES_ON = "glibc.malloc.hugetlb=1"
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-WORTH_BYTES = 2**27
 
 # Of a convolution's input, when the gradient of its kernel is computed in parts.
 PART_BYTES = 2**21
@@ -72,48 +64,11 @@ def usable_cores() -> int:
 def compiler_options() -> dict[str, Any] | None:
     """What to give ``jax.jit(..., compiler_options=...)``: options for a CPU, None elsewhere.
 
-    A choice in $XLA_FLAGS stands, and a jax that does not know an option goes without.
+    A choice in $XLA_FLAGS stands.
     """
     if not is_backend() or YNN in os.environ.get("XLA_FLAGS", ""):
         return None
-    return _known_options()
-
-
-@functools.cache
-def _known_options() -> dict[str, Any] | None:
-    options = {YNN: FUSION_TYPES}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
-
-
-def lacks_huge_pages() -> bool:
-    """True where programs are compiled for a Linux CPU whose glibc could take huge pages.
-
-    XLA takes the memory of a step's activations from the system and gives it back in every step,
-    and the kernel clears it page by page of 4 KiB. glibc asks for pages of 2 MiB where it is told
-    to, before the process starts.
-    """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or not is_backend():
-        return False
-    if "hugetlb" in os.environ.get(TUNABLES, ""):
-        return False
-    with contextlib.suppress(OSError):
-        return "[madvise]" in HUGE_PAGES.read_text()
-    return False
-
-
-def memory_advice(temporaries: int) -> str | None:
-    """A line for whoever trains without huge pages and could with them; else None.
-
-    Args:
-      temporaries: bytes that a step takes besides its arguments and results.
-    """
-    if temporaries < WORTH_BYTES or not lacks_huge_pages():
-        return None
-    return f"steps are faster with huge pages: {TUNABLES}={HUGE_PAGES_ON} before the command"
+    return {YNN: FUSION_TYPES}
 
 
 def max_pool(

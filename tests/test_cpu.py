@@ -8,13 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import tiny_resnet
 from jax import lax
 
 from flax_resnet import cpu, layers
-from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
-from flax_resnet.train import train_and_evaluate
 
 DIMENSIONS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
@@ -273,40 +269,6 @@ def test_a_users_choice_stands_and_other_backends_have_no_options(monkeypatch):
     assert cpu.compiler_options() is not None
     monkeypatch.setattr(cpu.jax, "default_backend", lambda: "gpu")
     assert cpu.compiler_options() is None
-
-
-def test_a_jax_that_does_not_know_the_option_goes_without(monkeypatch):
-    monkeypatch.setattr(cpu, "YNN", "xla_cpu_of_another_version")
-    assert cpu._known_options.__wrapped__() is None
-
-
-def test_huge_pages_are_advised_where_they_would_be_used(monkeypatch, tmp_path):
-    enabled = tmp_path / "enabled"
-    enabled.write_text("always [madvise] never\n")
-    monkeypatch.setattr(cpu, "HUGE_PAGES", enabled)
-    monkeypatch.setattr(cpu.sys, "platform", "linux")
-    monkeypatch.setattr(cpu.platform, "libc_ver", lambda: ("glibc", "2.36"))
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    line = cpu.memory_advice(2**28)
-    assert line.endswith("GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command")
-    assert cpu.memory_advice(2**26) is None
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    assert cpu.memory_advice(2**28) is None
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
-    assert cpu.memory_advice(2**28) == line
-    for state in ("[always] madvise never", "always madvise [never]"):
-        enabled.write_text(state)
-        assert cpu.memory_advice(2**28) is None
-    enabled.unlink()
-    assert cpu.memory_advice(2**28) is None
-
-
-@pytest.mark.slow
-def test_a_run_passes_the_advice_on(monkeypatch, digits_dir, tmp_path, capsys):
-    monkeypatch.setattr(cpu, "memory_advice", lambda temporaries: f"take {temporaries > 1000}")
-    config = TrainConfig(tiny_resnet(), DataConfig(data_dir=digits_dir), num_steps=1)
-    train_and_evaluate(config, tmp_path / "w")
-    assert "take True" in capsys.readouterr().out.splitlines()
 
 
 def test_usable_cores_are_those_of_the_process(monkeypatch):

@@ -123,9 +123,6 @@ def test_seeds_that_are_not_finished_are_said(seeds):
     text = table.render({"digits": record}, {"digits": TEXT})
     assert "n = 2 | seed 2 not finished | 2-core CPU | 8.75 %. | run as it stands, not finished |" \
         in text  # fmt: skip
-    shutil.rmtree(seeds / "seed1")
-    (seeds / "seed2").rename(seeds / "seed1")  # its config says 2
-    assert results.collect([seeds])[1]["unfinished"] == ["seed 1 not begun", "seed 2 not finished"]
 
 
 def test_runs_of_a_sweep_that_failed_are_said(ablation):
@@ -147,24 +144,27 @@ def test_runs_of_a_sweep_that_failed_are_said(ablation):
     assert "| run, reduced, not finished |" in text
 
 
-def test_a_part_of_the_training_split_is_said(tmp_path):
-    data = dataclasses.replace(digits.get_config().data, train_split="train[:20%]")
-    leave_run(tmp_path / "w", dataclasses.replace(digits.get_config(), data=data), [DIGITS], 0.5)
+def test_what_sets_a_run_apart_is_found_and_said(tmp_path):
+    base = digits.get_config()
+    data = dataclasses.replace(base.data, train_split="train[:20%]")
+    config = dataclasses.replace(base, data=data, num_epochs=2.0, eval_every_epochs=1.0)
+    leave_run(tmp_path / "w", config, [DIGITS], 0.5, devices=["NVIDIA H200"] * 2, platform="gpu",
+              cpu_cores=16, git={"commit": "f" * 40, "changed": True}, together=2)  # fmt: skip
     name, record = results.collect([tmp_path / "w"])
-    assert record["changed_fields"] == ["data.train_split train[:20%], not train"]
-    assert record["runs"][0]["train_split"] == "train[:20%]"
+    assert record["changed_fields"] == [
+        "data.train_split train[:20%], not train", "num_epochs 2.0, not 30",
+    ]  # fmt: skip
+    assert record["hardware"] == ["2 x NVIDIA H200, 16-core CPU"]
     text = table.render({name: record}, {"digits": TEXT})
-    assert "| sklearn_digits | 1,442 (train[:20%]) | 30 | 12.0 |" in text
-
-
-def test_networks_that_trained_in_one_program_are_said(tmp_path):
-    argv = [DIGITS, "--num-seeds", "2"]
-    for seed in (0, 1):
-        leave_run(tmp_path / f"seed{seed}", digits.get_config(), argv, 0.5, seed, together=2)
-    name, record = results.collect([tmp_path])
-    assert [run["together"] for run in record["runs"]] == [2, 2]
-    text = table.render({name: record}, {"digits": TEXT})
-    assert "| 12.0 ± 0.0 (2 networks in one program) |" in text
+    assert "| run, reduced |" in text
+    assert (
+        "| sklearn_digits | 1,442 (train[:20%]) | 30 | 12.0 (2 networks in one program) |" in text
+    )
+    assert "ffffffffffff and uncommitted changes" in text
+    assert (
+        "| `digits` | `run \\| it` |  |  | not run here; one GPU. | 8.75 %. | not run here |"
+        in text
+    )
 
 
 def test_the_table_has_mean_deviation_and_count(seeds):
@@ -183,19 +183,6 @@ def test_runs_given_one_by_one_are_seeds_of_one(tmp_path):
     _, record = results.collect([tmp_path / "0", tmp_path / "1"])
     assert record["commands"] == ["python -m experiments.digits --seed S"]
     assert [(run["variant"], run["seed"]) for run in record["runs"]] == [("", 0), ("", 1)]
-
-
-def test_what_was_changed_is_found_and_named(tmp_path):
-    config = dataclasses.replace(digits.get_config(), num_epochs=2.0, eval_every_epochs=1.0)
-    leave_run(tmp_path / "w", config, [DIGITS], 0.5, seed=3)
-    name, record = results.collect([tmp_path / "w"])
-    assert record["changed_fields"] == ["num_epochs 2.0, not 30"]
-    text = table.render({name: record}, {"digits": TEXT})
-    assert "| run, reduced |" in text
-    assert (
-        "| `digits` | `run \\| it` |  |  | not run here; one GPU. | 8.75 %. | not run here |"
-        in text
-    )
 
 
 def test_parameters_are_part_of_the_name_and_of_what_is_compared_with(tmp_path):
@@ -217,14 +204,6 @@ def test_nothing_of_the_machine_is_in_a_record(tmp_path):
     assert "someone" not in json.dumps(record)
     assert "nets" not in json.dumps(record)
     assert record["commands"] == ["python -m experiments.digits --data.folder DIR --weights PATH"]
-
-
-def test_several_devices_and_changed_checkouts_are_said(tmp_path):
-    leave_run(tmp_path / "w", digits.get_config(), [DIGITS], 0.5, devices=["NVIDIA H200"] * 2,
-              platform="gpu", cpu_cores=16, git={"commit": "f" * 40, "changed": True})  # fmt: skip
-    name, record = results.collect([tmp_path / "w"])
-    assert record["hardware"] == ["2 x NVIDIA H200, 16-core CPU"]
-    assert "ffffffffffff and uncommitted changes" in table.render({name: record}, {"digits": TEXT})
 
 
 def test_an_ablation_has_a_row_for_each_variant(ablation):
@@ -256,12 +235,13 @@ def test_gradients_are_collected_from_their_own_result(tmp_path):
 
 
 def test_bad_directories_are_refused_in_one_line(tmp_path, seeds, ablation):
-    with pytest.raises(UserError, match="no finished run is in it"):
-        results.collect([tmp_path / "absent"])
-    with pytest.raises(UserError, match=r"ablations.shortcuts and digits: collect one"):
-        results.collect([seeds, ablation])
-    with pytest.raises(UserError, match="digits, seed 0: 2 runs of it"):
-        results.collect([seeds, seeds])
+    for directories, message in {
+        (tmp_path / "absent",): "no finished run is in it",
+        (seeds, ablation): r"ablations.shortcuts and digits: collect one",
+        (seeds, seeds): "digits, seed 0: 2 runs of it",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            results.collect(directories)
     leave_run(tmp_path / "own", digits.get_config(), ["/x/mine.py"], 0.5)
     with pytest.raises(UserError, match=r"run by mine: expected one of python -m"):
         results.collect([tmp_path / "own"])
