@@ -91,6 +91,11 @@ def test_a_record_has_the_figures_and_where_they_come_from(seeds):
     assert record["runs"][0]["train_loss"] == 0.25
     assert (record["changed_fields"], record["missing_variants"]) == ([], [])
     assert record["note"] == "a note"
+    text = table.render({"digits": {**record, "note": ""}}, {"digits": TEXT})
+    # Deviations from 93 are -3, -1 and 4: 26 / 2 is 13.
+    assert f"93.00 ± {math.sqrt(13):.2f} % top-1 of 355 images, Digits (8x8); n = 3" in text
+    assert "run as it stands" in text
+    assert "not run here" not in text
 
 
 def test_a_record_says_what_every_start_ran_on(seeds):
@@ -167,43 +172,28 @@ def test_what_sets_a_run_apart_is_found_and_said(tmp_path):
     )
 
 
-def test_the_table_has_mean_deviation_and_count(seeds):
-    _, record = results.collect([seeds])
-    text = table.render({"digits": record}, {"digits": TEXT})
-    # Deviations from 93 are -3, -1 and 4: 26 / 2 is 13.
-    assert f"93.00 ± {math.sqrt(13):.2f} % top-1 of 355 images, sklearn_digits; n = 3" in text
-    assert "run as it stands" in text
-    assert "not run here" not in text
-
-
-def test_runs_given_one_by_one_are_seeds_of_one(tmp_path):
+def test_runs_given_one_by_one_are_seeds_of_one_and_places_are_hidden(tmp_path):
+    data = dataclasses.replace(digits.get_config().data, folder="/home/someone/photos")
+    config = dataclasses.replace(digits.get_config(), data=data, weights="~/nets/a.npz")
     for seed in (0, 1):
-        argv = [DIGITS, "--seed", str(seed), "--workdir", f"/home/someone/{seed}"]
-        leave_run(tmp_path / str(seed), digits.get_config(), argv, 0.5, seed)
+        argv = [DIGITS, "--seed", str(seed), "--workdir", f"/home/someone/{seed}",
+                "--data.folder", "/home/someone/photos", "--weights", "~/nets/a.npz"]  # fmt: skip
+        leave_run(tmp_path / str(seed), config, argv, 0.5, seed)
     _, record = results.collect([tmp_path / "0", tmp_path / "1"])
-    assert record["commands"] == ["python -m experiments.digits --seed S"]
+    assert record["commands"] == [
+        "python -m experiments.digits --seed S --data.folder DIR --weights PATH"
+    ]
     assert [(run["variant"], run["seed"]) for run in record["runs"]] == [("", 0), ("", 1)]
+    assert "someone" not in json.dumps(record)
+    assert "nets" not in json.dumps(record)
 
 
 def test_parameters_are_part_of_the_name_and_of_what_is_compared_with(tmp_path):
-    argv = ["/x/experiments/cifar10_resnet.py", "--depth", "56", "--data.data-dir=/home/someone/d"]
+    argv = ["/x/experiments/cifar10_resnet.py", "--depth", "56"]
     leave_run(tmp_path / "w", cifar10_resnet.get_config(56), argv, 0.9)
     name, record = results.collect([tmp_path / "w"])
     assert name == "cifar10_resnet-depth56"
     assert record["changed_fields"] == []
-    command = "python -m experiments.cifar10_resnet --depth 56 --data.data-dir DIR"
-    assert record["commands"] == [command]
-
-
-def test_nothing_of_the_machine_is_in_a_record(tmp_path):
-    data = dataclasses.replace(digits.get_config().data, folder="/home/someone/photos")
-    config = dataclasses.replace(digits.get_config(), data=data, weights="~/nets/a.npz")
-    argv = [DIGITS, "--data.folder", "/home/someone/photos", "--weights", "~/nets/a.npz"]
-    leave_run(tmp_path / "w", config, argv, 0.5)
-    _, record = results.collect([tmp_path / "w"])
-    assert "someone" not in json.dumps(record)
-    assert "nets" not in json.dumps(record)
-    assert record["commands"] == ["python -m experiments.digits --data.folder DIR --weights PATH"]
 
 
 def test_an_ablation_has_a_row_for_each_variant(ablation):
@@ -267,14 +257,9 @@ def test_a_docstrings_fields_end_where_they_should():
     assert found == {"Claim": "a: b c.", "Command": "x --y --z", "Hardware": "h", "Published": "p"}
 
 
-def test_the_readme_is_what_the_records_and_docstrings_give():
-    records = results.load_records(EXPERIMENTS / "results")
-    wanted = table.render(records, table.documents(EXPERIMENTS))
-    assert (EXPERIMENTS / "README.md").read_text() == wanted
-
-
-def test_the_committed_records_hold_nothing_private_and_are_of_experiments():
-    texts = table.documents(EXPERIMENTS)
+def test_the_readme_is_what_the_records_and_docstrings_give_and_holds_nothing_private():
+    records, texts = results.load_records(EXPERIMENTS / "results"), table.documents(EXPERIMENTS)
+    assert (EXPERIMENTS / "README.md").read_text() == table.render(records, texts)
     for path in (EXPERIMENTS / "results").glob("*.json"):
         text = path.read_text()
         assert not re.search(r'"(/|~)|/(home|tmp|work|root)/', text), path
