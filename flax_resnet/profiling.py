@@ -48,38 +48,34 @@ def traced(
         return
     if jax.process_count() > 1:
         directory = directory / f"process{jax.process_index()}"
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # each Python call would be an event, and a slow one
     done, first, tracing = 0, None, False
 
-    def begin(arguments: Any) -> None:
-        nonlocal tracing
-        jax.block_until_ready(arguments)
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # each Python call would be an event, and a slow one
+    def works(call: Callable[..., None], *arguments: Any, **named: Any) -> bool:
         try:
-            jax.profiler.start_trace(directory, profiler_options=options)
-            tracing = True
-        except (RuntimeError, OSError) as error:  # another trace of this process is under way
+            call(*arguments, **named)
+        except (RuntimeError, OSError) as error:  # another trace is under way, or a full disk
             say(f"no profile: {error}")
+            return False
+        return True
 
     def end() -> None:
         nonlocal tracing
         tracing = False
-        try:
-            jax.profiler.stop_trace()
-        except (RuntimeError, OSError) as error:
-            say(f"no profile: {error}")
-            return
-        say(
-            f"profile of {done - (first or 0)} steps in {directory}: tensorboard --logdir "
-            f"{directory} (pip install tensorboard xprof), or open its "
-            "plugins/profile/*/*.trace.json.gz in ui.perfetto.dev"
-        )
+        if works(jax.profiler.stop_trace):
+            say(
+                f"profile of {done - (first or 0)} steps in {directory}: tensorboard --logdir "
+                f"{directory} (pip install tensorboard xprof), or open its "
+                "plugins/profile/*/*.trace.json.gz in ui.perfetto.dev"
+            )
 
     def traced_step(*arguments: Any) -> Any:
-        nonlocal done, first
+        nonlocal done, first, tracing
         if first is None and done >= FIRST_STEPS:
             first = done
-            begin(arguments)
+            jax.block_until_ready(arguments)
+            tracing = works(jax.profiler.start_trace, directory, profiler_options=options)
         number = done - (first or FIRST_STEPS) + 1
         done += steps_of(*arguments)
         with jax.profiler.StepTraceAnnotation(ANNOTATION, step_num=number):
