@@ -23,7 +23,6 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import gradient_flow, table
-from experiments.found import FINISHED, FoundRun, find_runs, pairs, unfinished
 from flax_resnet import flags
 from flax_resnet.config import TrainConfig, free_fields, write_json
 from flax_resnet.errors import UserError
@@ -33,10 +32,12 @@ from flax_resnet.record import flatten, to_record
 
 HERE = Path(__file__).parent
 KEPT = ("step", "epochs", "num_train", "num_eval", "top1", "loss", "train_top1", "train_loss",
-        "seconds")  # fmt: skip
-KEPT_WHERE_IT_IS = ("together",)  # networks that trained in one program
+        "seconds", "together")  # fmt: skip
+"""Fields of result.json that a record keeps; "together" where several networks trained at once."""
 PLACES = {"--data.data-dir": "DIR", "--data.folder": "DIR"}
 """Flags whose values are places, and what a record says in their stead."""
+Run = dict[str, Any]
+"""A run: "variant" (its path below the directory), "seed", "path", "config", "starts", "result"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,44 @@ class Settings:
     """Directory that gets results/NAME.json and README.md."""
 
 
+def find_runs(workdir: Path) -> tuple[list[Run], list[str]]:
+    """(the finished runs below a directory, a line for each that is not finished).
+
+    Raises:
+      UserError: none of them is finished, or a record cannot be read.
+    """
+    finished: list[Run] = []
+    states: dict[tuple[str, int], str] = {}
+    for failure in workdir.rglob("failures/*-seed*.txt"):  # a sweep's, begun or not
+        variant, _, seed = failure.stem.rpartition("-seed")
+        name = (failure.parent.parent / variant).relative_to(workdir).as_posix()
+        states[name, int(seed)] = "failed"
+    for path in sorted(path.parent for path in workdir.rglob("config.json")):
+        parts = path.relative_to(workdir).parts
+        seeded = bool(parts) and re.fullmatch(r"seed\d+", parts[-1])
+        variant, result = "/".join(parts[:-1] if seeded else parts), path / "result.json"
+        try:
+            record = json.loads((path / "config.json").read_text())
+            run = {"variant": variant, "seed": record["config"]["seed"], "path": path, **record}
+            run["starts"][-1]["argv"][0]
+            if not result.exists():
+                states.setdefault((variant, run["seed"]), "not finished")
+                continue
+            states.pop((variant, run["seed"]), None)
+            finished.append({**run, "result": json.loads(result.read_text())})
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{path}: not a run's record ({error!r}): leave it out") from error
+    if not finished:
+        raise UserError(
+            f"{workdir}: no finished run is in it (result.json beside config.json): name the "
+            "workdir of a run, of its seeds or of a sweep"
+        )
+    return finished, [
+        f"seed {seed}{f' of {variant}' if variant else ''} {state}"
+        for (variant, seed), state in sorted(states.items())
+    ]
+
+
 def collect(
     workdirs: Sequence[Path], note: str = "", data_note: str | None = None
 ) -> tuple[str, dict[str, Any]]:
@@ -71,22 +110,17 @@ def collect(
     Raises:
       UserError: no finished run, runs of several experiments, a run that is there twice.
     """
-    everything = [found for workdir in workdirs for found in find_runs(workdir)]
-    runs: list[dict[str, Any]] = []
-    starts: list[Mapping[str, Any]] = []
-    modules, titles, changed = {}, set(), set()
-    for run in everything:
-        if run.state != FINISHED:
-            continue
-        for start in run.starts:
-            module, parameters = _module_of(run.path, start["argv"])
-            modules[_name(module, parameters)] = (module, parameters)
-        flat = flatten(run.config)
-        runs.append(_figures(run, flat["data.train_split"]))
-        starts += run.starts
-        titles.add(_public(flat["data.folder"] or flat["data.name"]))
-        expected = _expected(module, parameters, run.variant)
-        changed.update([] if expected is None else _differences(flat, expected))
+    found = [find_runs(workdir) for workdir in workdirs]
+    runs = sorted(
+        (run for finished, _ in found for run in finished),
+        key=lambda run: (run["variant"], run["seed"]),
+    )
+    starts = [start for run in runs for start in run["starts"]]
+    commands = [_module_of(run["path"], s["argv"]) for run in runs for s in run["starts"]]
+    modules = {
+        "-".join([module, *(f"{n}{v}" for n, v in given.items())]): (module, given)
+        for module, given in commands
+    }
     if len(modules) > 1:
         raise UserError(
             f"runs of {' and '.join(sorted(modules))}: collect one experiment at a time"
@@ -95,7 +129,13 @@ def collect(
     for (variant, seed), times in Counter((r["variant"], r["seed"]) for r in runs).items():
         if times > 1:
             raise UserError(f"{variant or name}, seed {seed}: {times} runs of it; give each once")
-    runs.sort(key=lambda run: (run["variant"], run["seed"]))
+    expected, variants = _experiment(module, parameters)
+    titles, changed = set(), set()
+    for run in runs:
+        flat = flatten(run["config"])
+        titles.add(_public(flat["data.folder"] or flat["data.name"]))
+        config = expected.get(run["variant"] if variants else "")
+        changed.update([] if config is None else _differences(flat, config))
     return name, {
         "module": module,
         "commands": _commands(module, [start["argv"] for start in starts]),
@@ -104,10 +144,10 @@ def collect(
         "hardware": sorted({_hardware(start) for start in starts}),
         "data": data_note or " and ".join(sorted(titles)),
         "changed_fields": sorted(changed),
-        "missing_variants": _missing(module, {run["variant"] for run in runs}),
-        "unfinished": unfinished(everything),
+        "missing_variants": sorted(variants - {run["variant"] for run in runs}),
+        "unfinished": [line for _, unfinished in found for line in unfinished],
         "note": note,
-        "runs": runs,
+        "runs": [_figures(run) for run in runs],
     }
 
 
@@ -116,18 +156,9 @@ def collect_networks(workdir: Path, note: str = "") -> tuple[str, dict[str, Any]
     result = json.loads((workdir / "result.json").read_text())
     given, hardware = result["settings"], result["hardware"]
     usual = json.loads(json.dumps(dataclasses.asdict(gradient_flow.Settings())))
-    about = ("norm", "connection", "depth")
-    networks = [
-        {
-            **{name: network[name] for name in about},
-            **{q: network[q]["first_over_last"] for q in gradient_flow.QUANTITIES},
-            "n": given["seeds"],
-        }
-        for network in result["networks"]
-    ]
-    changed = {name: value for name, value in given.items() if value != usual[name]}
-    changed.pop("workdir", None)
+    changed = {n: v for n, v in given.items() if v != usual[n] and n != "workdir"}
     words = [f"--{n.replace('_', '-')} {_plain(value)}" for n, value in changed.items()]
+    device = f"{hardware['devices']} x {hardware['device']}"
     return "gradient_flow", {
         "module": "gradient_flow",
         "commands": [" ".join(["python -m experiments.gradient_flow", *words])],
@@ -135,24 +166,29 @@ def collect_networks(workdir: Path, note: str = "") -> tuple[str, dict[str, Any]
         "commits": [],
         "uncommitted_changes": False,
         "versions": {"jax": hardware["jax"]},
-        "hardware": [f"{hardware['cores']}-core CPU"]
-        if hardware["device"] == "cpu"
-        else [f"{hardware['devices']} x {hardware['device']}"],
+        "hardware": [f"{hardware['cores']}-core CPU" if device.endswith("x cpu") else device],
         "data": "sklearn_digits",
         "changed_fields": [f"{n} {_plain(v)}, not {_plain(usual[n])}" for n, v in changed.items()],
         "missing_variants": [],
         "unfinished": [],
         "note": note,
-        "networks": networks,
+        "networks": [
+            {
+                **{name: network[name] for name in ("norm", "connection", "depth")},
+                **{q: network[q]["first_over_last"] for q in gradient_flow.QUANTITIES},
+                "n": given["seeds"],
+            }
+            for network in result["networks"]
+        ],
     }
 
 
-def _figures(run: FoundRun, train_split: str) -> dict[str, Any]:
+def _figures(run: Run) -> dict[str, Any]:
     """What a record keeps of a finished run; the split where it is a part of one."""
-    kept = {name: run.result[name] for name in KEPT}
-    kept |= {name: run.result[name] for name in KEPT_WHERE_IT_IS if name in run.result}
-    part = {"train_split": train_split} if "[" in train_split else {}
-    return {"variant": run.variant, "seed": run.seed, **kept, **part}
+    split = flatten(run["config"])["data.train_split"]
+    figures = {name: run["result"][name] for name in KEPT if name in run["result"]}
+    part = {"train_split": split} if "[" in split else {}
+    return {"variant": run["variant"], "seed": run["seed"], **figures, **part}
 
 
 def _module_of(path: Path, argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -161,16 +197,28 @@ def _module_of(path: Path, argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if "experiments" not in parts[:-1]:
         raise UserError(f"{path}: run by {parts[-1]}: expected one of python -m experiments.NAME")
     last = len(parts) - 1 - parts[::-1].index("experiments")
-    module = ".".join(parts[last + 1 :])
-    found = importlib.import_module(f"experiments.{module}")
-    make = getattr(found, "get_config", None) or getattr(found, "get_base", None)
+    name = ".".join(parts[last + 1 :])
+    module = importlib.import_module(f"experiments.{name}")
+    make = getattr(module, "get_config", None) or getattr(module, "get_base", None)
     given = flags.arguments(make, argv[1:])[0] if make else {}
     defaults = inspect.signature(make).parameters if make else {}
-    return module, {n: v for n, v in given.items() if v != defaults[n].default}
+    return name, {n: v for n, v in given.items() if v != defaults[n].default}
 
 
-def _name(module: str, parameters: Mapping[str, Any]) -> str:
-    return "-".join([module, *(f"{name}{value}" for name, value in parameters.items())])
+def _experiment(
+    name: str, parameters: Mapping[str, Any]
+) -> tuple[dict[str, TrainConfig], set[str]]:
+    """({variant, "" without any: config as the experiment stands}, the variants of an ablation)."""
+    module = importlib.import_module(f"experiments.{name}")
+    if not hasattr(module, "get_grid"):
+        return (
+            {"": module.get_config(**parameters)} if hasattr(module, "get_config") else {}
+        ), set()
+    if not hasattr(module, "get_base"):
+        raise UserError(f"{module.__name__} has no get_base, which its runs are compared with")
+    grid = module.get_grid(module.get_base(**parameters), 1)
+    configs = {run.rpartition("/")[0]: config for run, config in grid.items()}
+    return configs, set(configs)
 
 
 def _public(value: Any) -> Any:
@@ -179,23 +227,32 @@ def _public(value: Any) -> Any:
     return "PATH" if place else value
 
 
+def _pairs(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(flag, its values) of each flag of a command line."""
+    pairs: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if re.match(r"--[a-zA-Z]", word):
+            flag, equals, value = word.partition("=")
+            pairs.append((flag.replace("_", "-"), [value] if equals else []))
+        elif pairs:
+            pairs[-1][1].append(word)
+    return pairs
+
+
 def _commands(module: str, argvs: Sequence[Sequence[str]]) -> list[str]:
     """The command lines, each once: without workdirs, places named, seeds of several as S."""
-    several = len({dict(pairs(argv[1:])).get("--seed") for argv in argvs}) > 1
-    found = []
+    several = len({str(dict(_pairs(argv[1:])).get("--seed")) for argv in argvs}) > 1
+    commands = set()
     for argv in argvs:
         words = ["python", "-m", f"experiments.{module}"]
-        for flag, value in pairs(argv[1:]):
-            if flag == "--workdir":
-                continue
-            values = [] if value is None else value.split(" ")
+        for flag, values in _pairs(argv[1:]):
             if flag in PLACES:
                 values = [PLACES[flag]]
             elif flag == "--seed" and several:
                 values = ["S"]
-            words += [flag, *(_public(v) for v in values)]
-        found.append(shlex.join(words))
-    return sorted(set(found))
+            words += [] if flag == "--workdir" else [flag, *map(_public, values)]
+        commands.add(shlex.join(words))
+    return sorted(commands)
 
 
 def _source(starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -205,7 +262,7 @@ def _source(starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "commits": sorted({state["commit"][:12] for state in states}),
         "uncommitted_changes": any(state["changed"] for state in states),
-        "versions": {name: " and ".join(sorted(found)) for name, found in packages.items()},
+        "versions": {name: " and ".join(sorted(numbers)) for name, numbers in packages.items()},
     }
 
 
@@ -215,30 +272,6 @@ def _hardware(start: Mapping[str, Any]) -> str:
         return cores
     devices = [f"{n} x {kind}" for kind, n in Counter(start["devices"]).items()]
     return f"{' and '.join(devices)}, {cores}"
-
-
-def _expected(module: str, parameters: Mapping[str, Any], variant: str) -> TrainConfig | None:
-    """What the experiment says of a variant; None where it says nothing."""
-    found = importlib.import_module(f"experiments.{module}")
-    if hasattr(found, "get_grid"):
-        return _grid(found, parameters).get(f"{variant}/seed0")
-    return found.get_config(**parameters) if hasattr(found, "get_config") else None
-
-
-def _missing(module: str, variants: set[str]) -> list[str]:
-    """Variants of an ablation that were not run."""
-    found = importlib.import_module(f"experiments.{module}")
-    if not hasattr(found, "get_grid"):
-        return []
-    wanted = {name.rpartition("/")[0] for name in _grid(found, {})}
-    return sorted(wanted - variants)
-
-
-def _grid(module: Any, parameters: Mapping[str, Any]) -> Mapping[str, TrainConfig]:
-    """Every variant of an ablation as it stands, of one seed."""
-    if not hasattr(module, "get_base"):
-        raise UserError(f"{module.__name__} has no get_base, which its runs are compared with")
-    return module.get_grid(module.get_base(**parameters), 1)
 
 
 def _differences(here: Mapping[str, Any], config: TrainConfig) -> list[str]:

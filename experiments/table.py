@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +83,20 @@ def render(records: Mapping[str, Record], texts: Mapping[str, Document]) -> str:
 
 
 def _row(name: str, record: Record, text: Document) -> list[str]:
-    changes = _changes(record)
-    commands = "; ".join(f"`{command}`" for command in record["commands"])
-    unfinished = record.get("unfinished", [])
-    differs = "; ".join([*unfinished, *changes[:MOST_CHANGES], *_more(changes)])
+    changes, unfinished = _changes(record), record.get("unfinished", [])
+    rest = len(changes) - MOST_CHANGES
+    shown = [*changes[:MOST_CHANGES], f"and {rest} more"] if rest > 0 else changes
     reduced = any(field.startswith(REDUCES) for field in record["changed_fields"])
     status = "run, reduced" if reduced else "run, changed" if changes else "run as it stands"
-    status += ", not finished" if unfinished else ""
-    hardware = "; ".join(record["hardware"])
-    return [f"`{name}`", commands, _result(name, record), differs, hardware, text["Published"],
-            status]  # fmt: skip
+    return [
+        f"`{name}`",
+        "; ".join(f"`{command}`" for command in record["commands"]),
+        _result(name, record),
+        "; ".join([*unfinished, *shown]),
+        "; ".join(record["hardware"]),
+        text["Published"],
+        status + (", not finished" if unfinished else ""),
+    ]
 
 
 def _changes(record: Record) -> list[str]:
@@ -101,11 +105,6 @@ def _changes(record: Record) -> list[str]:
     parts = [record["note"]] if record["note"] else []
     parts += [f"without {', '.join(missing)}"] if missing else []
     return [*parts, *record["changed_fields"]]
-
-
-def _more(changes: Sequence[str]) -> list[str]:
-    rest = len(changes) - MOST_CHANGES
-    return [f"and {rest} more"] if rest > 0 else []
 
 
 def _variants(record: Record) -> dict[str, list[Record]]:
@@ -133,7 +132,7 @@ def _variant_table(record: Record) -> str:
     for variant, runs in _variants(record).items():
         errors = [plus_minus([100 * (1 - run[k]) for run in runs]) for k in ("top1", "train_top1")]
         loss = plus_minus([run["train_loss"] for run in runs], 4)
-        steps = " and ".join(f"{step:,}" for step in sorted({run["step"] for run in runs}))
+        steps = _and(f"{step:,}" for step in sorted({run["step"] for run in runs}))
         rows.append([f"`{variant}`" if variant else "", str(len(runs)), *errors, loss, steps])
     images = f"{record['runs'][0]['num_eval']:,} images of {record['data']}"
     return f"Top-1 error of {images}.\n\n{markdown_table(head, rows)}"
@@ -155,26 +154,23 @@ def _details(records: Mapping[str, Record]) -> str:
             "seconds a run"]  # fmt: skip
     rows = []
     for name, record in records.items():
+        runs = record.get("runs", [])
         commits = ", ".join(record["commits"])
         commits += " and uncommitted changes" if record["uncommitted_changes"] else ""
-        versions = [record["versions"].get(package, "") for package in ("jax", "flax")]
-        runs = record.get("runs", [])
-        images = " and ".join(sorted({_training_images(run) for run in runs}))
-        epochs = " and ".join(f"{e:g}" for e in sorted({round(run["epochs"], 2) for run in runs}))
+        images = {
+            f"{run['num_train']:,}" + (f" ({run['train_split']})" if "train_split" in run else "")
+            for run in runs
+        }
+        epochs = sorted({round(run["epochs"], 2) for run in runs})
+        together = sorted({run["together"] for run in runs if run.get("together", 1) > 1})
         seconds = plus_minus([run["seconds"] for run in runs], 1) if runs else ""
-        seconds += _together(runs)
-        rows.append([f"`{name}`", record["date"], commits, *versions, record["data"], images,
-                     epochs, seconds])  # fmt: skip
+        if together:
+            seconds += f" ({_and(together)} networks in one program)"
+        versions = [record["versions"].get(package, "") for package in ("jax", "flax")]
+        rows.append([f"`{name}`", record["date"], commits, *versions, record["data"],
+                     _and(sorted(images)), _and(f"{e:g}" for e in epochs), seconds])  # fmt: skip
     return markdown_table(head, rows)
 
 
-def _training_images(run: Record) -> str:
-    """How many, and of a part of a split which."""
-    part = f" ({run['train_split']})" if "train_split" in run else ""
-    return f"{run['num_train']:,}{part}"
-
-
-def _together(runs: Sequence[Record]) -> str:
-    """Says that seconds are of a program that trained several networks."""
-    counts = sorted({run["together"] for run in runs if run.get("together", 1) > 1})
-    return f" ({' and '.join(map(str, counts))} networks in one program)" if counts else ""
+def _and(values: Iterable[Any]) -> str:
+    return " and ".join(map(str, values))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,43 +16,79 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from flax_resnet import distributed, programs, views
+from flax_resnet import distributed, views
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.setup import check_batch, prepare
 from flax_resnet.summary import FLOPS_A_MAC, count_layers
 
 UNKNOWN = "not known"
+COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+MEMORY = {
+    "arguments": "argument_size_in_bytes",
+    "outputs": "output_size_in_bytes",
+    "outputs in donated arguments' place": "alias_size_in_bytes",
+    "temporaries": "temp_size_in_bytes",
+    "code": "generated_code_size_in_bytes",
+}
+"""Row of the table: field of jax's ``memory_analysis``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """One step on one device.
+    """One compiled step, as one device runs it.
 
     Attributes:
       name: "train" or "eval".
-      images: of the batch, on this device.
-      counted: operations of convolutions and dense layers, from the network's multiply-adds:
-        two each, and in training two more for the inputs' and two for the weights' gradients.
-      cost: as XLA counts it; None where the backend does not say.
-      memory: likewise.
-      collectives: {kind: (how many, their bytes)}, one in a loop once.
-      seconds: that compiling took, tracing included.
+      images: images of the batch on this device.
+      counted: FLOP of convolutions and dense layers, from the network's multiply-adds: two each,
+        and in training two more for the inputs' and two for the weights' gradients.
+      compiled: the program; ``memory_analysis()`` and ``cost_analysis()`` are jax's.
+      seconds: time of tracing and compiling.
     """
 
     name: str
     images: int
     counted: float
-    cost: programs.Cost | None
-    memory: programs.Memory | None
-    collectives: dict[str, tuple[int, int]]
+    compiled: jax.stages.Compiled
     seconds: float
+
+    def cells(self) -> dict[str, str]:
+        """The rows of a table: {what: its value}."""
+        cost: Any = self.compiled.cost_analysis() or {}
+        memory = self.compiled.memory_analysis()
+        flops, moved = cost.get("flops"), cost.get("bytes accessed")
+        kinds = collectives(self.compiled).items()
+        return {
+            "images": f"{self.images:,}",
+            "GFLOP, by XLA": _scaled(flops, 1e9),
+            "GFLOP, by the network's multiply-adds": _scaled(self.counted, 1e9),
+            "MB accessed": _scaled(moved, 1e6),
+            "arithmetic intensity, FLOP a byte": _scaled(flops, moved),
+            **{
+                f"MB of {what}": _scaled(getattr(memory, field, None), 1e6)
+                for what, field in MEMORY.items()
+            },
+            "collectives": ", ".join(f"{count} {kind}" for kind, count in kinds) or "none",
+            "seconds to compile": f"{self.seconds:.1f}",
+        }
+
+
+def _scaled(value: float | None, unit: float | None) -> str:
+    return UNKNOWN if value is None or not unit else f"{value / unit:,.4g}"
+
+
+def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """{kind: number of operations between devices in a program's text}; a loop's body once."""
+    return dict(collections.Counter(COLLECTIVE.findall(compiled.as_text() or "")))
 
 
 def analyze(config: TrainConfig, mesh: Mesh | None = None) -> list[Analysis]:
     """Compiles a run's training and evaluation step, and reads what they cost.
 
-    The data is opened, since its shapes are those of the programs. No workdir is looked at.
+    The data is opened, since the programs have its shapes. The working directory is not touched.
 
     Args:
       config: the run.
@@ -68,78 +106,27 @@ def analyze(config: TrainConfig, mesh: Mesh | None = None) -> list[Analysis]:
     check_batch(config, mesh)
     with tempfile.TemporaryDirectory(prefix="flax_resnet_") as nowhere:
         run = prepare(config, Path(nowhere), mesh)
-    data = run.data
-    macs = [_macs(config, shape) for shape in (data.batch_shape, data.eval_shape)]
-    images = [size // mesh.size for size in (config.batch_size, config.eval_batch_size)]
+
+    def compiled(
+        name: str, batch: int, shape: tuple[int, ...], per_image: int, make: Callable[[], Any]
+    ) -> Analysis:
+        rows, _ = count_layers(config.model, (shape[0], shape[1], shape[2]))
+        images = batch // mesh.size
+        counted = float(FLOPS_A_MAC[name] * per_image * sum(row.macs for row in rows) * images)
+        began = time.perf_counter()
+        return Analysis(name, images, counted, make(), time.perf_counter() - began)
+
+    data, eval_views = run.data, views.NUMBER[config.tta]
     return [
-        _analysis("train", images[0], macs[0], run.compile_step),
-        _analysis("eval", images[1], views.NUMBER[config.tta] * macs[1], run.compile_evaluation),
-    ]
-
-
-def _macs(config: TrainConfig, shape: tuple[int, ...]) -> int:
-    rows, _ = count_layers(config.model, (shape[0], shape[1], shape[2]))
-    return sum(row.macs for row in rows)
-
-
-def _analysis(name: str, images: int, macs: int, compiling: Callable[[], Any]) -> Analysis:
-    began = time.perf_counter()
-    compiled: jax.stages.Compiled = compiling()
-    seconds = time.perf_counter() - began
-    return Analysis(
-        name=name,
-        images=images,
-        counted=float(FLOPS_A_MAC[name] * macs * images),
-        cost=programs.cost(compiled),
-        memory=programs.memory(compiled),
-        collectives=programs.totals(programs.collectives(compiled)),
-        seconds=seconds,
-    )
-
-
-def table(analyses: list[Analysis]) -> list[tuple[str, ...]]:
-    """(what, a cell for each step) in lines."""
-    lines: list[tuple[str, Callable[[Analysis], str]]] = [
-        ("images", lambda a: f"{a.images:,}"),
-        ("GFLOP, by XLA", lambda a: UNKNOWN if a.cost is None else f"{a.cost.flops / 1e9:,.4g}"),
-        ("GFLOP, by the network's multiply-adds", lambda a: f"{a.counted / 1e9:,.4g}"),
-        ("MB accessed", lambda a: UNKNOWN if a.cost is None else _megabytes(a.cost.bytes)),
-        ("arithmetic intensity, FLOP a byte", _intensity),
-        *(
-            (f"MB of {label}", lambda a, field=field: _held(a, field))
-            for label, field in (
-                ("arguments", "arguments"),
-                ("outputs", "outputs"),
-                ("outputs in donated arguments' place", "aliased"),
-                ("temporaries", "temporaries"),
-                ("code", "code"),
-            )
+        compiled("train", config.batch_size, data.batch_shape, 1, run.compile_step),
+        compiled(
+            "eval", config.eval_batch_size, data.eval_shape, eval_views, run.compile_evaluation
         ),
-        ("collectives", _sent),
-        ("seconds to compile", lambda a: f"{a.seconds:.1f}"),
     ]
-    return [(what, *(cell(a) for a in analyses)) for what, cell in lines]
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:,.4g}"
-
-
-def _intensity(one: Analysis) -> str:
-    return UNKNOWN if one.cost is None else f"{one.cost.flops / max(one.cost.bytes, 1):.3g}"
-
-
-def _held(one: Analysis, field: str) -> str:
-    return UNKNOWN if one.memory is None else _megabytes(getattr(one.memory, field))
-
-
-def _sent(one: Analysis) -> str:
-    kinds = one.collectives.items()
-    return ", ".join(f"{n} {kind}, {_megabytes(size)} MB" for kind, (n, size) in kinds) or "none"
 
 
 def show(config: TrainConfig) -> None:
-    """Prints ``analyze`` as a table, in the lead alone."""
+    """Prints ``analyze`` as a table, in process 0 alone."""
     mesh = distributed.data_mesh()
     analyses = analyze(config, mesh)
     if not distributed.is_lead():
@@ -150,8 +137,9 @@ def show(config: TrainConfig) -> None:
     drawn.add_column("")
     for one in analyses:
         drawn.add_column(one.name, justify="right")
-    for line in table(analyses):
-        drawn.add_row(*line)
+    columns = [one.cells() for one in analyses]
+    for what in columns[0]:
+        drawn.add_row(what, *(cells[what] for cells in columns))
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=120)

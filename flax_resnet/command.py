@@ -205,7 +205,7 @@ def _make(command: str, argv: Sequence[str]) -> None:
     config = recipe(data, given)
     name = Path(data).expanduser().resolve().name if config.data.folder else data.replace("/", "-")
     chosen = flags.parse(config, _workdir(name, command), rest, about, prog)
-    start(chosen, own_process=[command, *argv] == sys.argv[1:])
+    start(chosen)
 
 
 def _workdir(name: str, command: str) -> str:

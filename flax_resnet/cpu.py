@@ -1,20 +1,16 @@
 """Forms of a network's operations that XLA's CPU backend runs fast, and how to compile for it.
 
 Each computes what the plain form does, in another order of summation at most; on other backends the
-plain form is what runs. What they are worth: `python -m experiments.benchmarks.cpu_forms`.
+plain form is what runs. What they are worth is in docs/performance.md.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
-import platform
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,21 +21,6 @@ YNN = "xla_cpu_experimental_ynn_fusion_type"
 # By default XLA gives convolutions to YNNPACK, which has no fast gradient of a kernel, and sums
 # over the batch to its own loops; the other way round both are faster.
 FUSION_TYPES = "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
-
-TUNABLES = "GLIBC_TUNABLES"
-HUGE_PAGES_ON = "glibc.malloc.hugetlb=1"
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-WORTH_BYTES = 2**27
-
-# Of a convolution's input, when the gradient of its kernel is computed in parts.
-PART_BYTES = 2**21
-LEAST_IMAGES = 8
-
-Convolution = Callable[[jax.Array, jax.Array], jax.Array]
-"""Of input and kernel."""
-Gradient = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""Of input, kernel and the output's cotangent."""
-
 
 _for_others: ContextVar[bool] = ContextVar("for_others", default=False)
 
@@ -72,48 +53,11 @@ def usable_cores() -> int:
 def compiler_options() -> dict[str, Any] | None:
     """What to give ``jax.jit(..., compiler_options=...)``: options for a CPU, None elsewhere.
 
-    A choice in $XLA_FLAGS stands, and a jax that does not know an option goes without.
+    A choice in $XLA_FLAGS stands.
     """
     if not is_backend() or YNN in os.environ.get("XLA_FLAGS", ""):
         return None
-    return _known_options()
-
-
-@functools.cache
-def _known_options() -> dict[str, Any] | None:
-    options = {YNN: FUSION_TYPES}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
-
-
-def lacks_huge_pages() -> bool:
-    """True where programs are compiled for a Linux CPU whose glibc could take huge pages.
-
-    XLA takes the memory of a step's activations from the system and gives it back in every step,
-    and the kernel clears it page by page of 4 KiB. glibc asks for pages of 2 MiB where it is told
-    to, before the process starts.
-    """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or not is_backend():
-        return False
-    if "hugetlb" in os.environ.get(TUNABLES, ""):
-        return False
-    with contextlib.suppress(OSError):
-        return "[madvise]" in HUGE_PAGES.read_text()
-    return False
-
-
-def memory_advice(temporaries: int) -> str | None:
-    """A line for whoever trains without huge pages and could with them; else None.
-
-    Args:
-      temporaries: bytes that a step takes besides its arguments and results.
-    """
-    if temporaries < WORTH_BYTES or not lacks_huge_pages():
-        return None
-    return f"steps are faster with huge pages: {TUNABLES}={HUGE_PAGES_ON} before the command"
+    return {YNN: FUSION_TYPES}
 
 
 def max_pool(
@@ -159,42 +103,40 @@ def convolve(
 ) -> jax.Array:
     """``lax.conv_general_dilated`` of (N, H, W, C) by (h, w, C, K).
 
-    Like XLA's, but for four cases (jax 0.10.2). On a map that is smaller than the kernel its
-    convolution is 10 to 70 times slower than one matrix product over the taps (3x3 kernels on maps
-    of 1x1 to 3x2: the last stages of an ImageNet network on 32x32 images). The gradient of a kernel
-    it computes as a convolution over the batch, and turns both operands round first: on a large map
-    that is done in parts of the batch that stay in a core's cache, and for a 1x1 kernel a matrix
-    product does without. The gradient by the input of a stride it computes as a convolution of a
-    map that is mostly zeros, at four times the multiply-adds for a stride of 2, and where the
-    output is smaller than the kernel 60 times slower than need be: there and on a large map every
-    phase of the input is a convolution by its own taps, and a 1x1 kernel is given the rows and
-    columns that it reads. In these cases there is no forward-mode derivative (``jax.jvp``) but
-    that of a gradient.
+    XLA's own, but for two cases of small maps. On a map that is smaller than the kernel XLA's is 10
+    to 70 times slower than one matrix product over the taps (3x3 kernels on maps of 1x1 to 3x2: the
+    last stages of an ImageNet network on 32x32 images). Where the output of a stride is smaller
+    than the kernel (3x3 at stride 2 from 4x4 to 2x2), the gradient by the input is a convolution
+    for each phase of the input and not of a map that is mostly zeros; that case has no forward-mode
+    derivative (``jax.jvp``) but that of a gradient.
     """
-    height, width = kernel.shape[:2]
-    dense = options["feature_group_count"] == 1
-    dense = dense and {*options["lhs_dilation"], *options["rhs_dilation"]} == {1}
-    if dense and _exceeds(kernel, x.shape[1:3]):
-        return _over_taps(x, kernel, strides, padding, options.get("precision"))
-    pointwise = dense and (height, width) == (1, 1) and not any(map(any, padding))
-    if pointwise:
-        x, strides = x[:, :: strides[0], :: strides[1]], (1, 1)
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
-    strided = dense and max(strides) > 1
+    dilations = {*options["lhs_dilation"], *options["rhs_dilation"]}
+    if options["feature_group_count"] != 1 or dilations != {1}:
+        return plain(x, kernel)
+    if _exceeds(kernel, x.shape[1:3]):
+        return _over_taps(x, kernel, strides, padding, options.get("precision"))
     sizes = [
         (n + sum(p) - k) // stride + 1
-        for n, k, p, stride in zip(x.shape[1:3], (height, width), padding, strides, strict=True)
+        for n, k, p, stride in zip(x.shape[1:3], kernel.shape, padding, strides, strict=False)
     ]
-    if not (is_large(x.shape, x.dtype.itemsize) or (strided and _exceeds(kernel, sizes))):
+    if not (_exceeds(kernel, sizes) and 1 < max(strides) <= min(kernel.shape[:2])):
         return plain(x, kernel)
-    by_kernel = _kernel_gradient_1x1 if pointwise else _in_parts(plain)
-    by_input = _input_gradient(plain)
-    if strided:
-        by_input = _input_gradient_by_phase(strides, padding, options)
-    return _with_gradients(plain, by_input, by_kernel)(x, kernel)
+
+    def forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
+        return plain(x, kernel), (x, kernel)
+
+    def backward(operands: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x, kernel = operands
+        by_kernel = jax.vjp(lambda kernel: plain(x, kernel), kernel)[1](dy)[0]
+        return _input_gradient_by_phase(x, kernel, dy, strides, padding, options), by_kernel
+
+    convolution = jax.custom_vjp(plain)
+    convolution.defvjp(forward, backward)
+    return convolution(x, kernel)
 
 
 def _exceeds(kernel: jax.Array, sizes: Sequence[int]) -> bool:
@@ -202,100 +144,38 @@ def _exceeds(kernel: jax.Array, sizes: Sequence[int]) -> bool:
     return any(k > n for k, n in zip(kernel.shape[:2], sizes, strict=True))
 
 
-def is_large(shape: Sequence[int], itemsize: int) -> bool:
-    """Whether a map (N, H, W, C) does not stay in a core's cache."""
-    return math.prod(shape) * itemsize > PART_BYTES
-
-
-def gradient_parts(shape: Sequence[int], itemsize: int) -> int:
-    """Parts that a batch of images (N, H, W, C) is cut into for the gradient of a kernel.
-
-    A power of two; each has the same number of images, LEAST_IMAGES or more.
-    """
-    parts, (images, *rest) = 1, shape
-    while is_large((images // parts, *rest), itemsize) and images % (2 * parts * LEAST_IMAGES) == 0:
-        parts *= 2
-    return parts
-
-
-def _with_gradients(plain: Convolution, by_input: Gradient, by_kernel: Gradient) -> Convolution:
-    """A convolution with these gradients."""
-
-    def forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
-        return plain(x, kernel), (x, kernel)
-
-    def backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x, kernel = kept
-        return by_input(x, kernel, dy), by_kernel(x, kernel, dy)
-
-    convolution = jax.custom_vjp(plain)
-    convolution.defvjp(forward, backward)
-    return convolution
-
-
-def _input_gradient(plain: Convolution) -> Gradient:
-    return lambda x, kernel, dy: jax.vjp(lambda x: plain(x, kernel), x)[1](dy)[0]
-
-
 def _input_gradient_by_phase(
-    strides: Sequence[int], padding: Sequence[tuple[int, int]], options: Mapping[str, Any]
-) -> Gradient:
-    """Of a strided convolution.
+    x: jax.Array,
+    kernel: jax.Array,
+    dy: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    options: Mapping[str, Any],
+) -> jax.Array:
+    """The gradient of a strided convolution by its input.
 
-    Every ``stride``-th row (column) of the input from one on has products with the same taps of the
-    kernel, and with no other.
+    A phase is every ``stride``-th row and column of the input: it has products with the same taps
+    of the kernel, and with no others.
     """
+    sizes = [-(-n // stride) for n, stride in zip(x.shape[1:3], strides, strict=True)]
 
-    def gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> jax.Array:
-        sizes = [-(-n // stride) for n, stride in zip(x.shape[1:3], strides, strict=True)]
+    def phase(*first: int) -> jax.Array:
+        taps, around = kernel, []
+        for axis in range(2):
+            ahead, start = divmod(first[axis] + padding[axis][0], strides[axis])
+            taps = lax.slice_in_dim(taps, start, None, strides[axis], axis)
+            before = taps.shape[axis] - 1 - ahead
+            around.append((before, sizes[axis] + ahead - dy.shape[1 + axis]))
+        turned = taps[::-1, ::-1].swapaxes(2, 3)
+        return lax.conv_general_dilated(dy, turned, (1, 1), around, **options)
 
-        def phase(*at: int) -> jax.Array:
-            taps, around = kernel, []
-            for axis, (first, stride, (low, _)) in enumerate(
-                zip(at, strides, padding, strict=True)
-            ):
-                ahead, start = divmod(first + low, stride)
-                taps = lax.slice_in_dim(taps, min(start, taps.shape[axis]), None, stride, axis)
-                before = taps.shape[axis] - 1 - ahead
-                around.append((before, sizes[axis] + ahead - dy.shape[1 + axis]))
-            if 0 in taps.shape:
-                return jnp.zeros((len(x), *sizes, x.shape[-1]), dy.dtype)
-            turned = taps[::-1, ::-1].swapaxes(2, 3)
-            if _exceeds(turned, dy.shape[1:3]):
-                return _over_taps(dy, turned, (1, 1), around, options.get("precision"))
-            return lax.conv_general_dilated(dy, turned, (1, 1), around, **options)
-
-        rows = [
-            jnp.stack([phase(row, column) for column in range(strides[1])], axis=3)
-            for row in range(strides[0])
-        ]
-        whole = jnp.stack(rows, axis=2)  # (N, rows, phases, columns, phases, C)
-        whole = whole.reshape(len(x), sizes[0] * strides[0], sizes[1] * strides[1], x.shape[-1])
-        return whole[:, : x.shape[1], : x.shape[2]]
-
-    return gradient
-
-
-def _kernel_gradient_1x1(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> jax.Array:
-    # In two dimensions: over three contracted ones XLA turns them round all the same.
-    flat, by = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return jnp.matmul(flat.T, by).reshape(kernel.shape)
-
-
-def _in_parts(plain: Convolution) -> Gradient:
-    """The gradient by the kernel, summed over parts of the batch."""
-
-    def gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> jax.Array:
-        parts = gradient_parts(x.shape, x.dtype.itemsize)
-        # Every parts-th row, so that a batch split over devices is cut without moving a row.
-        xs, dys = (a.reshape(-1, parts, *a.shape[1:]) for a in (x, dy))
-        sums = [
-            jax.vjp(lambda k, i=i: plain(xs[:, i], k), kernel)[1](dys[:, i])[0]
-            for i in range(parts)
-        ]
-        return functools.reduce(jnp.add, sums)
-
-    return gradient
+    rows = [
+        jnp.stack([phase(row, column) for column in range(strides[1])], axis=3)
+        for row in range(strides[0])
+    ]
+    whole = jnp.stack(rows, axis=2)  # (N, rows, phases, columns, phases, C)
+    whole = whole.reshape(len(x), sizes[0] * strides[0], sizes[1] * strides[1], x.shape[-1])
+    return whole[:, : x.shape[1], : x.shape[2]]
 
 
 def _over_taps(

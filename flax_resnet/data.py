@@ -360,16 +360,6 @@ class Data:
         return stream.batches(reader, start, stop, self._config.num_workers)
 
 
-def training_set(config: DataConfig) -> tuple[int, tuple[int, int, int]]:
-    """(examples, (H, W, C) of an image) of the training split, from what is stored beside it.
-
-    Raises:
-      UserError: it is missing, or has images of several sizes and no ``image_size``.
-    """
-    source = _open(config)[0]
-    return len(source), _image_shape(config, source)
-
-
 def _image_shape(config: DataConfig, source: sources.Source) -> tuple[int, int, int]:
     height, width, channels = source.image_shape
     if config.image_size is not None:

@@ -8,7 +8,6 @@ singly. So a run that is resumed, with the same n or another, takes the same ste
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -59,14 +58,14 @@ def lengths(first: int, end: int, size: int, pauses: Sequence[int]) -> Iterator[
         first += taken
 
 
-def different(taken: Iterable[int]) -> set[int]:
-    """The different ones of ``lengths``, of which there are two at most."""
-    found: set[int] = set()
+def distinct_lengths(taken: Iterable[int]) -> set[int]:
+    """The distinct numbers of steps in ``lengths``, of which there are two at most."""
+    counts: set[int] = set()
     for count in taken:
-        found.add(count)
-        if len(found) == 2:
+        counts.add(count)
+        if len(counts) == 2:
             break
-    return found
+    return counts
 
 
 def feed(
@@ -130,37 +129,6 @@ def grouped(
         return jax.lax.scan(one, state, batch, unroll=unroll)
 
     return train_steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A program of several steps, and the training split where it is resident."""
-
-    program: jax.stages.Compiled
-    held: Any
-
-    def __call__(self, state: Any, group: Group) -> Any:
-        """(state, sums with an axis of steps) after them."""
-        return self.program(state, self.held, group.batch)
-
-
-class Programs:
-    """The train step for a batch and for a Group of them, each compiled when it is first used."""
-
-    def __init__(self, single: Callable[[], Any], group: Callable[[], Any]):
-        """Args: what compiles them."""
-        self._make = {False: single, True: group}
-        self._made: dict[bool, Callable[..., Any]] = {}
-
-    def of(self, group: bool) -> Callable[..., Any]:
-        """One of the two."""
-        if group not in self._made:
-            self._made[group] = self._make[group]()
-        return self._made[group]
-
-    def __call__(self, state: Any, batch: Any) -> Any:
-        """(state, sums) after the step, or the steps."""
-        return self.of(isinstance(batch, Group))(state, batch)
 
 
 def by_step(sums: Iterable[Mapping[str, Any]], axes: int) -> list[dict[str, Any]]:

@@ -164,9 +164,6 @@ def _memory() -> Iterator[Finding]:
         "ok" if free > LEAST_FREE else "wrong",
         None if free > LEAST_FREE else "free some, or run elsewhere",
     )
-    if cpu.lacks_huge_pages():
-        on = f"{cpu.TUNABLES}={cpu.HUGE_PAGES_ON}"
-        yield Finding("huge pages", f"off; long runs on this CPU start again with {on}", "absent")
 
 
 def _caches() -> Iterator[Finding]:

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from flax_resnet import analysis, distributed, flags, hosts, preemption, restart, tables
+from flax_resnet import analysis, distributed, flags, hosts, preemption, tables
 from flax_resnet.compilation import use_cache
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
@@ -42,15 +40,14 @@ def main(
       What the result.json of each seed holds; of --analyze nothing.
     """
     with one_line_errors():
-        return start(chosen_by(get_config, workdir, argv), own_process=argv is None)
+        return start(chosen_by(get_config, workdir, argv))
 
 
-def start(chosen: flags.Invocation, *, own_process: bool) -> list[dict[str, Any]]:
+def start(chosen: flags.Invocation) -> list[dict[str, Any]]:
     """Does what a command line asks of an experiment.
 
     Args:
       chosen: what it asks.
-      own_process: True where it is this process's command line, which may then be started again.
 
     Returns:
       As ``main``.
@@ -59,8 +56,6 @@ def start(chosen: flags.Invocation, *, own_process: bool) -> list[dict[str, Any]
         if chosen.analyze:  # without the cache: it says how long compiling takes
             analysis.show(chosen.config)
             return []
-        if own_process and jax.process_count() == 1:
-            restart.with_huge_pages(chosen.config, chosen.num_seeds)
         use_cache()
         if chosen.num_seeds == 1:
             again = (Path(chosen.workdir) / "result.json").exists()
@@ -95,8 +90,6 @@ def ablate(
         chosen = chosen_by(get_config, workdir, argv, flags.SweepInvocation, get_grid)
         with hosts.joined(chosen.hosts), preemption.restartable():
             configs = get_grid(chosen.config, chosen.seeds)
-            if argv is None and jax.process_count() == 1:
-                restart.with_huge_pages(chosen.config, len(configs))
             use_cache()
             rows = sweep(configs, chosen.workdir, baseline=baseline)
             if not distributed.is_lead():

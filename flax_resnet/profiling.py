@@ -1,4 +1,8 @@
-"""A trace of a few training steps, for TensorBoard and Perfetto."""
+"""A trace of a few training steps, for TensorBoard and Perfetto.
+
+``jax.profiler`` traces from one call to another. This module counts the steps of a run, leaves the
+first ones out, and ends the trace when the run ends early.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,9 @@ from typing import Any
 import jax
 
 FIRST_STEPS = 5
-"""Steps of a start that are not traced: buffers are allocated, input and queues fill."""
+"""Steps at the start that are not traced: buffers are allocated, input and queues fill."""
 ANNOTATION = "train"
-"""Marks each step for the tools, with its number among those traced."""
+"""Name of the event that marks each step, with its number among the traced steps."""
 
 Step = Callable[..., Any]
 
@@ -25,101 +29,69 @@ def traced(
     say: Callable[[str], None],
     steps_of: Callable[..., int] = lambda *arguments: 1,
 ) -> Iterator[Step]:
-    """The step to take instead of ``step``: it computes the same, and some calls are traced.
+    """A step that computes what ``step`` does and traces some of its calls.
 
-    The trace is of the calls after the first FIRST_STEPS steps that take the next ``steps``, from
-    the moment that the computation before them is done until theirs is, and of whatever the loop
-    does between them. A call of several steps is traced whole. It ends with the context, if not
-    before. One that cannot be made is said, and no more.
-
-    Of several processes each traces into ``directory/processI``: the slow one, for which the
-    others wait in a collective, is seldom the lead, and only traces side by side tell which it is.
+    The trace begins after the first FIRST_STEPS steps, when the computation before is done, and
+    covers whole calls until ``steps`` steps are done or the context ends. Each of several processes
+    traces into ``directory/processI``: the slow process, for which the others wait in a collective,
+    is seldom process 0. A trace that cannot be made is one line, and training goes on.
 
     Args:
       step: takes and returns anything.
-      steps: how many; with 0 ``step`` itself is yielded.
-      directory: of the traces.
-      say: told where the trace is, or why there is none.
-      steps_of: of a call's arguments: how many steps it takes.
+      steps: how many steps to trace; 0 yields ``step`` itself.
+      directory: where the trace is written.
+      say: receives one line: where the trace is, or why there is none.
+      steps_of: number of steps of a call, from its arguments.
     """
     if not steps:
         yield step
         return
     if jax.process_count() > 1:
         directory = directory / f"process{jax.process_index()}"
-    trace = _Trace(step, steps, directory, say, steps_of)
-    try:
-        yield trace
-    finally:
-        trace.end()
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # each Python call would be an event, and a slow one
+    done, first, tracing = 0, None, False
 
+    def works(call: Callable[..., None], *arguments: Any, **named: Any) -> bool:
+        try:
+            call(*arguments, **named)
+        except (RuntimeError, OSError) as error:  # another trace is under way, or a full disk
+            say(f"no profile: {error}")
+            return False
+        return True
 
-class _Trace:
-    """A step that counts steps and traces some of its calls."""
+    def end() -> None:
+        nonlocal tracing
+        tracing = False
+        if works(jax.profiler.stop_trace):
+            say(
+                f"profile of {done - (first or 0)} steps in {directory}: tensorboard --logdir "
+                f"{directory} (pip install tensorboard xprof), or open its "
+                "plugins/profile/*/*.trace.json.gz in ui.perfetto.dev"
+            )
 
-    def __init__(
-        self,
-        step: Step,
-        steps: int,
-        directory: Path,
-        say: Callable[[str], None],
-        steps_of: Callable[..., int],
-    ):
-        self._step, self._steps, self._directory, self._say = step, steps, directory, say
-        self._steps_of = steps_of
-        self._done = 0
-        self._first: int | None = None
-        """Steps before the trace."""
-        self._tracing = self._over = False
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self._first is None and self._done >= FIRST_STEPS:
-            self._first = self._done
-            self._begin(arguments)
-        number = self._done - (self._first or FIRST_STEPS) + 1
-        self._done += self._steps_of(*arguments)
+    def traced_step(*arguments: Any) -> Any:
+        nonlocal done, first, tracing
+        if first is None and done >= FIRST_STEPS:
+            first = done
+            jax.block_until_ready(arguments)
+            tracing = works(jax.profiler.start_trace, directory, profiler_options=options)
+        number = done - (first or FIRST_STEPS) + 1
+        done += steps_of(*arguments)
         with jax.profiler.StepTraceAnnotation(ANNOTATION, step_num=number):
-            result = self._step(*arguments)
-        if self._tracing and self._traced >= self._steps:
+            result = step(*arguments)
+        if tracing and done - (first or 0) >= steps:
             jax.block_until_ready(result)
-            self.end()
+            end()
         return result
 
-    @property
-    def _traced(self) -> int:
-        return 0 if self._first is None else self._done - self._first
-
-    def _begin(self, arguments: Any) -> None:
-        jax.block_until_ready(arguments)
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # each Python call is an event, and a slow one
-        try:
-            jax.profiler.start_trace(self._directory, profiler_options=options)
-        except (RuntimeError, OSError) as error:  # another trace of this process is under way
-            self._over = True
-            self._say(f"no profile: {error}")
-        else:
-            self._tracing = True
-
-    def end(self) -> None:
-        """Ends the trace and says where it is; after the first time nothing."""
-        if self._over:
-            return
-        self._over = True
-        if not self._tracing:
-            self._say(
-                f"no profile: this start ended at its step {self._done}, and the first "
-                f"{FIRST_STEPS} are not traced"
+    try:
+        yield traced_step
+    finally:
+        if tracing:
+            end()
+        elif first is None:
+            say(
+                f"no profile: this start ended at its step {done}, and the first {FIRST_STEPS} "
+                "are not traced"
             )
-            return
-        self._tracing = False
-        try:
-            jax.profiler.stop_trace()
-        except (RuntimeError, OSError) as error:
-            self._say(f"no profile: {error}")
-            return
-        self._say(
-            f"profile of {self._traced} steps in {self._directory}: tensorboard "
-            f"--logdir {self._directory} (pip install tensorboard xprof), or open its "
-            "plugins/profile/*/*.trace.json.gz in ui.perfetto.dev"
-        )

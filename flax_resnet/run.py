@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from flax_resnet import cpu, dispatch, distributed, guards, metrics, programs, transfer
+from flax_resnet import cpu, dispatch, distributed, guards, metrics, transfer
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.datasets.rows import take
@@ -48,7 +48,6 @@ class Run:
       train_seconds: of these, in which it did not "compile", "evaluate" or "save".
       spent: seconds in which it did these.
       start_seconds: before, to start the network from training images, where it does.
-      advice: what would make its steps faster, in a line.
       shared_by: networks that trained in the program whose ``seconds`` these are.
     """
 
@@ -78,7 +77,6 @@ class Run:
     first_loss: float | None = None
     resumed_on: dict[str, Any] | None = None
     shared_by: int = 1
-    advice: str | None = None
 
     @property
     def epoch(self) -> float:
@@ -223,10 +221,18 @@ class Run:
     def _compile_training(self) -> Callable[..., Any]:
         if self.group == 1:
             return self.compile_step()
-        programs = dispatch.Programs(self.compile_step, self.compile_group)
-        for count in dispatch.different(self.taken):
-            programs.of(count > 1)
-        return programs
+        # After it has gone back to a checkpoint a run may need the other program too.
+        single, several = functools.cache(self.compile_step), functools.cache(self.compile_group)
+        for count in dispatch.distinct_lengths(self.taken):
+            (several if count > 1 else single)()
+
+        def step(state: Any, batch: Any) -> Any:
+            if isinstance(batch, dispatch.Group):
+                program, resident = several()
+                return program(state, resident, batch.batch)
+            return single()(state, batch)
+
+        return step
 
     def compile_step(self) -> Callable[..., Any]:
         """The train step, compiled for the mesh, its state donated."""
@@ -238,13 +244,14 @@ class Run:
         )
         images = (*self.lead, self.config.batch_size)
         with self.step_memory():
-            compiled = step.lower(self.state, self._training_batch(images)).compile()
-        memory = programs.memory(compiled)
-        self.advice = cpu.memory_advice(memory.temporaries if memory else 0)
-        return compiled
+            return step.lower(self.state, self._training_batch(images)).compile()
 
-    def compile_group(self) -> dispatch.Compiled:
-        """``group`` train steps in one program, as dispatch.Programs has them."""
+    def compile_group(self) -> tuple[jax.stages.Compiled, Any]:
+        """(program of ``group`` train steps, the training split where it is resident).
+
+        The program takes the state, the split, and what ``dispatch.Group.batch`` is; it gives the
+        state and the sums of every step, stacked.
+        """
         resident, split = self.data.resident, distributed.group_sharding(self.mesh)
         place = functools.partial(jax.lax.with_sharding_constraint, shardings=self.held)
         split_batch = functools.partial(
@@ -268,8 +275,7 @@ class Run:
             like = {"row": like["label"]} | {n: x for n, x in like.items() if n == "epoch"}
         held = self.data.train_arrays if resident else None
         with self.step_memory():
-            compiled = steps.lower(self.state, held, like).compile()
-        return dispatch.Compiled(compiled, held)
+            return steps.lower(self.state, held, like).compile(), held
 
     def compile_evaluation(self) -> Callable[..., Any]:
         """The eval step, compiled for the mesh."""

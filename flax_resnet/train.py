@@ -164,14 +164,12 @@ def go(
         log.message(opening_line(run))
         if changed := changes(run):
             log.message(changed)
-        if run.group > 1 and dispatch.different(run.taken) == {1}:
+        if run.group > 1 and dispatch.distinct_lengths(run.taken) == {1}:
             log.message(
                 f"steps_per_dispatch={run.group} and never so many steps with nothing logged, "
                 "evaluated or saved between them: each is a dispatch of its own"
             )
         log.message(f"compiled in {run.compile_seconds:.1f} s")
-        if advice := run.advice:
-            log.message(advice)
         began = time.perf_counter() - run.seconds - run.compile_seconds
         while True:
             loop = _Loop(run, step_fn, eval_fn, checkpoints, log, signals, watch, began)

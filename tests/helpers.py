@@ -1,5 +1,7 @@
 """What several tests share."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,3 +95,9 @@ def line_of_bad_input(main, argv, capfd):
     error = capfd.readouterr().err
     assert error.count("\n") == 1
     return error
+
+
+def device_bytes(tree):
+    """Bytes of a tree's arrays on one device: of what is split, a part."""
+    shards = ((x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_trees_equal, max_difference, tiny_resnet
+from helpers import assert_trees_equal, device_bytes, max_difference, tiny_resnet
 from test_train import saved, timeless
 
-from flax_resnet import dispatch, metrics, programs, run, setup, together
+from flax_resnet import dispatch, metrics, run, setup, together
+from flax_resnet.analysis import collectives
 from flax_resnet.augment import Augment
 from flax_resnet.checkpoint import CheckpointConfig
 from flax_resnet.config import TrainConfig
@@ -58,14 +59,19 @@ def config(plain):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Steps of each call of the compiled train step, where there are groups."""
-    taken, call = [], dispatch.Programs.__call__
+    """Steps of each call of the compiled train step."""
+    taken, compiled = [], run.Run.compile
 
-    def counting(self, state, batch):
-        taken.append(dispatch.num_steps(batch))
-        return call(self, state, batch)
+    def compile_counting(self):
+        step, evaluate = compiled(self)
 
-    monkeypatch.setattr(dispatch.Programs, "__call__", counting)
+        def counting(state, batch):
+            taken.append(dispatch.num_steps(batch))
+            return step(state, batch)
+
+        return counting, evaluate
+
+    monkeypatch.setattr(run.Run, "compile", compile_counting)
     return taken
 
 
@@ -107,7 +113,7 @@ def after_all(ready):
 )
 def test_groups_are_aligned_and_cross_nothing(first, end, size, pauses, want):
     assert list(dispatch.lengths(first, end, size, pauses)) == want
-    assert dispatch.different(want) == set(want)
+    assert dispatch.distinct_lengths(want) == set(want)
 
 
 def test_what_is_left_does_not_depend_on_where_a_run_was_stopped():
@@ -216,15 +222,12 @@ def test_eight_devices_take_the_steps_of_one_to_1e_10_in_x64(plain, tmp_path, me
         rows = group.batch["row"]
         assert rows.shape == (3, BATCH)
         assert {x.data.shape for x in rows.addressable_shards} == {(3, BATCH // 8)}
-        compiled = ready.compile_group()
-        memory = programs.memory(compiled.program)
-        assert memory.aliased == programs.device_bytes(ready.state)
-        sent = programs.collectives(compiled.program)
-        # The parameters are gathered anew in every step, and never images or rows of them.
-        gathers = [each for each in sent if each.kind == "all-gather"]
-        assert {each.looped for each in gathers} == {True}
-        assert {x.dtype for each in gathers for x in each.operands} == {"f64"}
-        held, (ready.state, sums) = ready.state, compiled(ready.state, group)
+        program, resident = ready.compile_group()
+        assert program.memory_analysis().alias_size_in_bytes == device_bytes(ready.state)
+        # Each split parameter is gathered in the loop, and no image or row.
+        split = [x for x in jax.tree.leaves(ready.state.params) if x.ndim > 1]
+        assert collectives(program)["all-gather"] == len(split)
+        held, (ready.state, sums) = ready.state, program(ready.state, resident, group.batch)
         assert jax.tree.leaves(held.params)[0].is_deleted()
         assert max_difference(ready.state.arrays(), state.arrays()) < 1e-10
         np.testing.assert_allclose(sums["loss"], losses, rtol=1e-10)

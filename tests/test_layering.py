@@ -6,7 +6,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_resnet"
 LEVELS = [
     {"errors", "exporting.loader"},
-    {"cpu", "files", "seals", "preemption", "profiling", "programs", "datasets.resample"},
+    {"cpu", "files", "seals", "preemption", "profiling", "datasets.resample"},
     {"clusters", "provenance", "storage", "watch"},
     {"meeting"},
     {"lifeline"},
@@ -59,7 +59,7 @@ LEVELS = [
     {"run", "flags", "grids", "recipes"},
     {"resume", "completion"},
     {"setup"},
-    {"analysis", "restart"},
+    {"analysis"},
     {"train"},
     {"together"},
     {"sweeps"},
@@ -142,7 +142,6 @@ def test_only_the_top_sees_the_whole_config():
         "resume",
         "setup",
         "analysis",
-        "restart",
         "train",
         "together",
         "grids",

@@ -13,7 +13,7 @@ from helpers import drawn, shapes_of
 from parity_helpers import assert_close, channels_first, keras, torch, torch_layout
 from peer_helpers import SIDE, SMALL, small_task
 
-from experiments.benchmarks import peak, peer_worker, peers
+from experiments.benchmarks import peer_worker, peers
 from experiments.benchmarks.peer_nets import keras_nets, specs, torch_nets
 from flax_resnet import models
 
@@ -113,13 +113,6 @@ def test_a_peer_trains_a_network_of_our_size(peer, monkeypatch):
     _, ours = SMALL["basic"]
     assert built.about["parameters"] == sum(sizes(shapes_of(ours, (SIDE, SIDE, 3))["params"]))
     assert built.turn(2) > 0
-
-
-def test_torch_multiplies_and_moves():
-    task = {"size": 8, "dtype": "float32", "device": "cpu", "cores": 1}
-    multiply, move = peak.torch_calls(task)
-    assert peak.least_seconds(multiply, 2) > 0
-    assert peak.least_seconds(move, 2) > 0
 
 
 @pytest.mark.slow

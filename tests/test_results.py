@@ -91,6 +91,11 @@ def test_a_record_has_the_figures_and_where_they_come_from(seeds):
     assert record["runs"][0]["train_loss"] == 0.25
     assert (record["changed_fields"], record["missing_variants"]) == ([], [])
     assert record["note"] == "a note"
+    text = table.render({"digits": {**record, "note": ""}}, {"digits": TEXT})
+    # Deviations from 93 are -3, -1 and 4: 26 / 2 is 13.
+    assert f"93.00 ± {math.sqrt(13):.2f} % top-1 of 355 images, Digits (8x8); n = 3" in text
+    assert "run as it stands" in text
+    assert "not run here" not in text
 
 
 def test_a_record_says_what_every_start_ran_on(seeds):
@@ -123,9 +128,6 @@ def test_seeds_that_are_not_finished_are_said(seeds):
     text = table.render({"digits": record}, {"digits": TEXT})
     assert "n = 2 | seed 2 not finished | 2-core CPU | 8.75 %. | run as it stands, not finished |" \
         in text  # fmt: skip
-    shutil.rmtree(seeds / "seed1")
-    (seeds / "seed2").rename(seeds / "seed1")  # its config says 2
-    assert results.collect([seeds])[1]["unfinished"] == ["seed 1 not begun", "seed 2 not finished"]
 
 
 def test_runs_of_a_sweep_that_failed_are_said(ablation):
@@ -147,84 +149,51 @@ def test_runs_of_a_sweep_that_failed_are_said(ablation):
     assert "| run, reduced, not finished |" in text
 
 
-def test_a_part_of_the_training_split_is_said(tmp_path):
-    data = dataclasses.replace(digits.get_config().data, train_split="train[:20%]")
-    leave_run(tmp_path / "w", dataclasses.replace(digits.get_config(), data=data), [DIGITS], 0.5)
+def test_what_sets_a_run_apart_is_found_and_said(tmp_path):
+    base = digits.get_config()
+    data = dataclasses.replace(base.data, train_split="train[:20%]")
+    config = dataclasses.replace(base, data=data, num_epochs=2.0, eval_every_epochs=1.0)
+    leave_run(tmp_path / "w", config, [DIGITS], 0.5, devices=["NVIDIA H200"] * 2, platform="gpu",
+              cpu_cores=16, git={"commit": "f" * 40, "changed": True}, together=2)  # fmt: skip
     name, record = results.collect([tmp_path / "w"])
-    assert record["changed_fields"] == ["data.train_split train[:20%], not train"]
-    assert record["runs"][0]["train_split"] == "train[:20%]"
-    text = table.render({name: record}, {"digits": TEXT})
-    assert "| sklearn_digits | 1,442 (train[:20%]) | 30 | 12.0 |" in text
-
-
-def test_networks_that_trained_in_one_program_are_said(tmp_path):
-    argv = [DIGITS, "--num-seeds", "2"]
-    for seed in (0, 1):
-        leave_run(tmp_path / f"seed{seed}", digits.get_config(), argv, 0.5, seed, together=2)
-    name, record = results.collect([tmp_path])
-    assert [run["together"] for run in record["runs"]] == [2, 2]
-    text = table.render({name: record}, {"digits": TEXT})
-    assert "| 12.0 ± 0.0 (2 networks in one program) |" in text
-
-
-def test_the_table_has_mean_deviation_and_count(seeds):
-    _, record = results.collect([seeds])
-    text = table.render({"digits": record}, {"digits": TEXT})
-    # Deviations from 93 are -3, -1 and 4: 26 / 2 is 13.
-    assert f"93.00 ± {math.sqrt(13):.2f} % top-1 of 355 images, sklearn_digits; n = 3" in text
-    assert "run as it stands" in text
-    assert "not run here" not in text
-
-
-def test_runs_given_one_by_one_are_seeds_of_one(tmp_path):
-    for seed in (0, 1):
-        argv = [DIGITS, "--seed", str(seed), "--workdir", f"/home/someone/{seed}"]
-        leave_run(tmp_path / str(seed), digits.get_config(), argv, 0.5, seed)
-    _, record = results.collect([tmp_path / "0", tmp_path / "1"])
-    assert record["commands"] == ["python -m experiments.digits --seed S"]
-    assert [(run["variant"], run["seed"]) for run in record["runs"]] == [("", 0), ("", 1)]
-
-
-def test_what_was_changed_is_found_and_named(tmp_path):
-    config = dataclasses.replace(digits.get_config(), num_epochs=2.0, eval_every_epochs=1.0)
-    leave_run(tmp_path / "w", config, [DIGITS], 0.5, seed=3)
-    name, record = results.collect([tmp_path / "w"])
-    assert record["changed_fields"] == ["num_epochs 2.0, not 30"]
+    assert record["changed_fields"] == [
+        "data.train_split train[:20%], not train", "num_epochs 2.0, not 30",
+    ]  # fmt: skip
+    assert record["hardware"] == ["2 x NVIDIA H200, 16-core CPU"]
     text = table.render({name: record}, {"digits": TEXT})
     assert "| run, reduced |" in text
+    assert (
+        "| sklearn_digits | 1,442 (train[:20%]) | 30 | 12.0 (2 networks in one program) |" in text
+    )
+    assert "ffffffffffff and uncommitted changes" in text
     assert (
         "| `digits` | `run \\| it` |  |  | not run here; one GPU. | 8.75 %. | not run here |"
         in text
     )
 
 
+def test_runs_given_one_by_one_are_seeds_of_one_and_places_are_hidden(tmp_path):
+    data = dataclasses.replace(digits.get_config().data, folder="/home/someone/photos")
+    config = dataclasses.replace(digits.get_config(), data=data, weights="~/nets/a.npz")
+    for seed in (0, 1):
+        argv = [DIGITS, "--seed", str(seed), "--workdir", f"/home/someone/{seed}",
+                "--data.folder", "/home/someone/photos", "--weights", "~/nets/a.npz"]  # fmt: skip
+        leave_run(tmp_path / str(seed), config, argv, 0.5, seed)
+    _, record = results.collect([tmp_path / "0", tmp_path / "1"])
+    assert record["commands"] == [
+        "python -m experiments.digits --seed S --data.folder DIR --weights PATH"
+    ]
+    assert [(run["variant"], run["seed"]) for run in record["runs"]] == [("", 0), ("", 1)]
+    assert "someone" not in json.dumps(record)
+    assert "nets" not in json.dumps(record)
+
+
 def test_parameters_are_part_of_the_name_and_of_what_is_compared_with(tmp_path):
-    argv = ["/x/experiments/cifar10_resnet.py", "--depth", "56", "--data.data-dir=/home/someone/d"]
+    argv = ["/x/experiments/cifar10_resnet.py", "--depth", "56"]
     leave_run(tmp_path / "w", cifar10_resnet.get_config(56), argv, 0.9)
     name, record = results.collect([tmp_path / "w"])
     assert name == "cifar10_resnet-depth56"
     assert record["changed_fields"] == []
-    command = "python -m experiments.cifar10_resnet --depth 56 --data.data-dir DIR"
-    assert record["commands"] == [command]
-
-
-def test_nothing_of_the_machine_is_in_a_record(tmp_path):
-    data = dataclasses.replace(digits.get_config().data, folder="/home/someone/photos")
-    config = dataclasses.replace(digits.get_config(), data=data, weights="~/nets/a.npz")
-    argv = [DIGITS, "--data.folder", "/home/someone/photos", "--weights", "~/nets/a.npz"]
-    leave_run(tmp_path / "w", config, argv, 0.5)
-    _, record = results.collect([tmp_path / "w"])
-    assert "someone" not in json.dumps(record)
-    assert "nets" not in json.dumps(record)
-    assert record["commands"] == ["python -m experiments.digits --data.folder DIR --weights PATH"]
-
-
-def test_several_devices_and_changed_checkouts_are_said(tmp_path):
-    leave_run(tmp_path / "w", digits.get_config(), [DIGITS], 0.5, devices=["NVIDIA H200"] * 2,
-              platform="gpu", cpu_cores=16, git={"commit": "f" * 40, "changed": True})  # fmt: skip
-    name, record = results.collect([tmp_path / "w"])
-    assert record["hardware"] == ["2 x NVIDIA H200, 16-core CPU"]
-    assert "ffffffffffff and uncommitted changes" in table.render({name: record}, {"digits": TEXT})
 
 
 def test_an_ablation_has_a_row_for_each_variant(ablation):
@@ -256,12 +225,13 @@ def test_gradients_are_collected_from_their_own_result(tmp_path):
 
 
 def test_bad_directories_are_refused_in_one_line(tmp_path, seeds, ablation):
-    with pytest.raises(UserError, match="no finished run is in it"):
-        results.collect([tmp_path / "absent"])
-    with pytest.raises(UserError, match=r"ablations.shortcuts and digits: collect one"):
-        results.collect([seeds, ablation])
-    with pytest.raises(UserError, match="digits, seed 0: 2 runs of it"):
-        results.collect([seeds, seeds])
+    for directories, message in {
+        (tmp_path / "absent",): "no finished run is in it",
+        (seeds, ablation): r"ablations.shortcuts and digits: collect one",
+        (seeds, seeds): "digits, seed 0: 2 runs of it",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            results.collect(directories)
     leave_run(tmp_path / "own", digits.get_config(), ["/x/mine.py"], 0.5)
     with pytest.raises(UserError, match=r"run by mine: expected one of python -m"):
         results.collect([tmp_path / "own"])
@@ -287,14 +257,9 @@ def test_a_docstrings_fields_end_where_they_should():
     assert found == {"Claim": "a: b c.", "Command": "x --y --z", "Hardware": "h", "Published": "p"}
 
 
-def test_the_readme_is_what_the_records_and_docstrings_give():
-    records = results.load_records(EXPERIMENTS / "results")
-    wanted = table.render(records, table.documents(EXPERIMENTS))
-    assert (EXPERIMENTS / "README.md").read_text() == wanted
-
-
-def test_the_committed_records_hold_nothing_private_and_are_of_experiments():
-    texts = table.documents(EXPERIMENTS)
+def test_the_readme_is_what_the_records_and_docstrings_give_and_holds_nothing_private():
+    records, texts = results.load_records(EXPERIMENTS / "results"), table.documents(EXPERIMENTS)
+    assert (EXPERIMENTS / "README.md").read_text() == table.render(records, texts)
     for path in (EXPERIMENTS / "results").glob("*.json"):
         text = path.read_text()
         assert not re.search(r'"(/|~)|/(home|tmp|work|root)/', text), path

@@ -9,12 +9,11 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 Result = TypeVar("Result")
 
@@ -69,19 +68,6 @@ def timed(function: Callable[..., Result], *args: Any) -> tuple[Result, float]:
     start = time.perf_counter()
     result = jax.block_until_ready(function(*args))
     return result, time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def no_compilation_cache() -> Iterator[None]:
-    """Within it every compilation is done, whatever persistent cache the process has."""
-    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # jax asks whether there is a cache once, and remembers
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()
 
 
 def print_json(record: Mapping[str, Any]) -> None:

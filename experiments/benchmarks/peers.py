@@ -5,9 +5,7 @@ step, and is then told to do some steps, in turn with the others (A B C A B C ..
 computes at a time and whatever slows the machine slows all. All have the same cores, batch, dtype,
 optimizer and loss (cross-entropy), and as many parameters: another number is an error.
 
-ours            the step that a run compiles, its state donated; it normalises uint8 images. On a
-                Linux CPU with huge pages, as a long run starts itself (flax_resnet.restart); with
-                GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment all have them
+ours            the step that a run compiles, its state donated; it normalises uint8 images
 flax            nn.Conv, nn.BatchNorm, TrainState, optax and jax.jit, with nothing of this library
 keras           Keras 3 on jax: the compiled function that `fit` calls, its state left on the device
 torch           PyTorch eager, channels last, fused optimizer
@@ -15,13 +13,15 @@ torch_compiled  the same through torch.compile
 
 A turn begins with a step that is not timed: as in a run, the timed ones follow others.
 
+With GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment all have huge pages.
+
 All but ours are handed float32 images that are normalised already. bfloat16 is by the layers' dtype
 (ours, flax), by policy (keras) and by autocast (torch). DropBlock is the paper's algorithm; ours
 solves for the rate exactly. No data pipeline.
 
 The ratio is a peer's seconds over ours in the same round: above 1, ours is faster. A peer that
 cannot run has a row that says why. The machine's peak is the best of jax and torch in the same run
-(the peak module); operations are counted as in train_step. A process's peak memory is of its whole
+(the steps module); operations are counted as in train_step. A process's peak memory is of its whole
 life, compilation included. CPU seconds are of all threads: on a busy machine compare those.
 
 Standard output has one line of JSON for each network and peer, standard error the table.
@@ -47,9 +47,9 @@ from typing import Any, Literal
 
 import jax
 
-from experiments.benchmarks import common, peak, peer_worker, steps, workers
+from experiments.benchmarks import common, peer_worker, steps, workers
 from experiments.benchmarks.peer_nets.specs import NETWORKS
-from flax_resnet import cpu, flags, models
+from flax_resnet import flags, models
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range, did_you_mean
 from flax_resnet.main import one_line_errors
 
@@ -184,7 +184,6 @@ def started(settings: Settings, network: str, stack: contextlib.ExitStack) -> li
                 settings.device,
                 settings.threads,
                 settings.limit,
-                own_environment(name, settings.device),
             )
         except workers.WorkerError as error:
             peer.error = str(error)
@@ -192,12 +191,6 @@ def started(settings: Settings, network: str, stack: contextlib.ExitStack) -> li
         stack.callback(peer.worker.close)
     check_parameters({p.name: p.about["parameters"] for p in peers if p.worker})
     return peers
-
-
-def own_environment(name: str, device: workers.Device) -> dict[str, str]:
-    """What a peer's own commands start its process with: ours take huge pages on a CPU."""
-    huge = name == OURS and device == "cpu" and cpu.lacks_huge_pages()
-    return {cpu.TUNABLES: cpu.HUGE_PAGES_ON} if huge else {}
 
 
 def check_parameters(counts: Mapping[str, int]) -> None:
@@ -226,7 +219,9 @@ def take_turns(peers: Sequence[Peer], settings: Settings) -> None:
             peer.held = answer
 
 
-def rows(peers: Sequence[Peer], task: peer_worker.Task, gflop: float, best: peak.Peak) -> list[Row]:
+def rows(
+    peers: Sequence[Peer], task: peer_worker.Task, gflop: float, best: steps.Peak
+) -> list[Row]:
     """A row for each peer: its figures, or why it has none."""
     ours = next(peer for peer in peers if peer.name == OURS)
     found = []
@@ -261,7 +256,7 @@ def operations(settings: Settings, network: str) -> float:
     return steps.gflop(models.create(network), task.image_size, task.batch_size, "train")
 
 
-def measure(settings: Settings, network: str, gflop: float, best: peak.Peak) -> list[Row]:
+def measure(settings: Settings, network: str, gflop: float, best: steps.Peak) -> list[Row]:
     """Builds and times the peers of one network."""
     with contextlib.ExitStack() as stack:
         peers = started(settings, network, stack)

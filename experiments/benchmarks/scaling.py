@@ -11,8 +11,8 @@ is waited for. With zero and fsdp, t' has the optimizer's whole update in place 
 and the share is that much too low. Rounds of the two take turns. On one device the share ought to
 be zero: what is printed there is the error of the comparison.
 
-The number of collectives and their bytes a step are read from the compiled program: whole arrays,
-those in a loop (--accum-steps on an accelerator) once.
+The number of collectives of a step is read from the compiled program, those in a loop
+(--accum-steps on an accelerator) once.
 
 Virtual devices share one processor: there the figures are no claim of speed, and the table says
 so.
@@ -41,7 +41,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from experiments.benchmarks import common
 from experiments.benchmarks.steps import noise_run, round_seconds
-from flax_resnet import distributed, flags, models, programs, run
+from flax_resnet import distributed, flags, models, run
+from flax_resnet.analysis import collectives
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.layers import check_bn_group
@@ -57,7 +58,6 @@ HEADER = (
     "alone s",
     "in collectives %",
     "collectives",
-    "MB sent",
     "state MB a device",
 )
 SHARED_CORES = (
@@ -166,11 +166,13 @@ def measure(settings: Settings, number: int) -> Row:
     """Times both steps on the first ``number`` devices."""
     mesh = distributed.data_mesh(jax.local_devices()[:number])
     ready, batch = set_up(settings, mesh)
-    state_bytes = programs.device_bytes(ready.state)
+    leaves = jax.tree.leaves(ready.state)
+    shapes = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in leaves]
+    state_bytes = sum(math.prod(shape) * size for shape, size in shapes)
     compiled = cast(jax.stages.Compiled, ready.compile_step())
     state, alone = ready.state, compile_alone(ready, batch)
-    if sent := programs.collectives(alone):
-        raise AssertionError(f"the step of devices by themselves sends {programs.totals(sent)}")
+    if sent := collectives(alone):
+        raise AssertionError(f"the step of devices by themselves sends {sent}")
     own = distributed.put_replicated(mesh, jax.device_get(state))
     together_seconds, alone_seconds = [], []
     for _ in range(1 + settings.rounds):
@@ -179,7 +181,6 @@ def measure(settings: Settings, number: int) -> Row:
         own, seconds = round_seconds(alone, own, batch, settings.steps)
         alone_seconds.append(seconds)
     together, by_itself = (common.Timing.of(each[1:]) for each in (together_seconds, alone_seconds))
-    found = programs.totals(programs.collectives(compiled))
     return {
         "benchmark": "scaling",
         "number": number,
@@ -188,9 +189,7 @@ def measure(settings: Settings, number: int) -> Row:
         "alone_step_seconds": dataclasses.asdict(by_itself),
         "images_per_second": number * settings.images_per_device / together.median,
         "collectives_share": 1 - by_itself.median / together.median,
-        "collectives": {
-            kind: {"count": count, "bytes": size} for kind, (count, size) in found.items()
-        },
+        "collectives": collectives(compiled),
         "state_bytes_a_device": state_bytes,
         "virtual": mesh.devices.flat[0].platform == "cpu",
     }
@@ -206,7 +205,6 @@ def report(rows: Sequence[Row]) -> str:
     """The table for people, in Markdown, and what it does not say."""
     lines = []
     for row in with_efficiency(rows):
-        found = row["collectives"]
         lines.append(
             [
                 str(row["number"]),
@@ -215,8 +213,7 @@ def report(rows: Sequence[Row]) -> str:
                 str(common.Timing(**row["step_seconds"])),
                 str(common.Timing(**row["alone_step_seconds"])),
                 f"{100 * row['collectives_share']:.0f}",
-                ", ".join(f"{each['count']} {kind}" for kind, each in found.items()) or "none",
-                f"{math.fsum(each['bytes'] for each in found.values()) / 1e6:.3g}",
+                ", ".join(f"{n} {kind}" for kind, n in row["collectives"].items()) or "none",
                 f"{row['state_bytes_a_device'] / 1e6:.3g}",
             ]
         )

@@ -1,4 +1,8 @@
-"""A network's steps on noise, timed: what train_step and eval_step share."""
+"""A network's steps on noise, timed, and the machine's peak: what train_step and eval_step share.
+
+The peak is the best large matrix product of jax and of torch, where that is installed, one after
+the other, each in a process of its own. Benchmarks give shares of it.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from experiments.benchmarks import common, peak, workers
+from experiments.benchmarks import common, workers
 from experiments.benchmarks.peer_nets.specs import NETWORKS
-from flax_resnet import dispatch, distributed, flags, models, optim, programs, run
+from flax_resnet import distributed, flags, models, optim, run
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
@@ -33,6 +38,11 @@ Row = dict[str, Any]
 CHANNELS = 3
 BATCH_SIZE = 32
 """Of networks that have no own in NETWORKS."""
+PEAK_SIZES: Mapping[workers.Device, int] = {"cpu": 4096, "gpu": 16384}
+"""Rows of the matrices of the peak."""
+PEAK_TRIES = 7
+PEAK_LIMIT = 300.0
+"""Seconds that one framework may take for its peak."""
 HEADER = (
     "network",
     "image",
@@ -111,11 +121,7 @@ class Settings:
 def optimizer(name: OptimizerName, learning_rate: float) -> optim.Optimizer:
     """The optimizer of a name; SGD has a momentum of 0.9."""
     check_range("--learning-rate", learning_rate, POSITIVE)
-    kinds: dict[OptimizerName, type[optim.SGD | optim.Adam]] = {
-        "sgd": optim.SGD,
-        "adam": optim.Adam,
-    }
-    return kinds[name](learning_rate)
+    return optim.SGD(learning_rate) if name == "sgd" else optim.Adam(learning_rate)
 
 
 def one_device() -> Mesh:
@@ -165,15 +171,16 @@ def round_seconds(
 def training(ready: run.Run, batch: Batch) -> tuple[jax.stages.Compiled, Turn]:
     """(the program that a run compiles, what times it); the run's state is gone afterwards."""
     size, state, given = ready.config.steps_per_dispatch, ready.state, cast(Any, batch)
+    step: Callable[..., Any]
     if size == 1:
-        step: Callable[..., Any] = ready.compile_step()
-        compiled = cast(jax.stages.Compiled, step)
+        compiled = step = cast(Any, ready.compile_step())
     else:
-        step = group = ready.compile_group()
-        compiled = group.program
+        compiled, resident = ready.compile_group()
         rows = np.tile(np.arange(ready.config.batch_size, dtype=np.int32), (size, 1))
-        split = distributed.group_sharding(ready.mesh)
-        given = dispatch.Group(distributed.put_local(split, {"row": rows}))
+        given = distributed.put_local(distributed.group_sharding(ready.mesh), {"row": rows})
+
+        def step(state: Any, rows: Any) -> Any:
+            return compiled(state, resident, rows)
 
     def turn(steps: int) -> float:
         nonlocal state
@@ -208,17 +215,17 @@ def gflop(module: nn.Module, image_size: int, images: int, kind: Kind) -> float:
     return FLOPS_A_MAC[kind] * images * sum(row.macs for row in rows) / 1e9
 
 
-def speed(seconds: float, gflop_a_step: float, images: int, best: peak.Peak) -> Row:
+def speed(seconds: float, gflop_a_step: float, images: int, best: Peak) -> Row:
     """What follows from the seconds of a step."""
     return {
         "images_per_second": images / seconds,
         "gflop_a_step": gflop_a_step,
         "gflops": gflop_a_step / seconds,
-        "peak_share": best.share(gflop_a_step / seconds),
+        "peak_share": gflop_a_step / seconds / best.gflops,
     }
 
 
-def measure(kind: Kind, name: str, settings: Settings, best: peak.Peak) -> Row:
+def measure(kind: Kind, name: str, settings: Settings, best: Peak) -> Row:
     """Compiles and times the step of a network on this process's first device."""
     config = settings.config(name)
     image_size = settings.side(config)
@@ -227,7 +234,13 @@ def measure(kind: Kind, name: str, settings: Settings, best: peak.Peak) -> Row:
     compiled, turn = TURNS[kind](ready, batch)
     turn(1)
     timing = common.Timing.of([turn(settings.steps) for _ in range(settings.rounds)])
-    memory = programs.memory(compiled)
+    memory: Any = compiled.memory_analysis()
+    held = memory and (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
     return {
         "model": name,
         "image_size": image_size,
@@ -239,9 +252,7 @@ def measure(kind: Kind, name: str, settings: Settings, best: peak.Peak) -> Row:
         "parameters": parameters,
         "step_seconds": dataclasses.asdict(timing),
         **speed(timing.median, settings.gflop(name, kind), config.batch_size, best),
-        "program_bytes": memory
-        and memory.arguments + memory.outputs - memory.aliased + memory.temporaries,
-        "program_memory": memory and dataclasses.asdict(memory),
+        "program_bytes": held,
         "process_peak_rss_bytes": workers.peak_rss(),
         "device_peak_bytes": common.device_peak(),
     }
@@ -272,16 +283,13 @@ def report(rows: Sequence[Row]) -> str:
     return common.table(HEADER, lines)
 
 
-def show_peak(best: peak.Peak) -> str:
+def show_peak(best: Peak) -> str:
     """A line for people."""
     each = ", ".join(
-        f"{framework} {found.get('error') or format(found['gflops'], ',.0f')}"
-        for framework, found in best.by.items()
+        f"{framework} {value if isinstance(value, str) else format(value, ',.0f')}"
+        for framework, value in best.by.items()
     )
-    return (
-        f"peak: {best.gflops:,.0f} GFLOP/s, {best.dtype} products of {best.size} rows ({each}); "
-        f"memory read and written: {best.gb_per_second:.1f} GB/s"
-    )
+    return f"peak: {best.gflops:,.0f} GFLOP/s, {best.dtype} products of {best.size} rows ({each})"
 
 
 def main(kind: Kind, about: str, argv: Sequence[str] | None) -> None:
@@ -302,15 +310,76 @@ def main(kind: Kind, about: str, argv: Sequence[str] | None) -> None:
         print(f"{show_peak(best)}\nmedian (least-most)\n{report(rows)}", file=sys.stderr)
 
 
-def machine_peak(device: workers.Device, dtype: str, cores: int, size: int | None) -> peak.Peak:
-    """The machine's best.
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """The machine's best square matrix product.
+
+    Attributes:
+      gflops: 10^9 floating-point operations a second.
+      dtype: dtype of the matrices.
+      size: their rows.
+      by: {framework: its own figure, or why it has none}.
+    """
+
+    gflops: float
+    dtype: str
+    size: int
+    by: Mapping[str, float | str]
+
+
+def machine_peak(device: workers.Device, dtype: str, cores: int, size: int | None) -> Peak:
+    """Measures the machine's peak.
 
     Raises:
-      UserError: it cannot be measured.
+      UserError: neither framework can.
     """
-    try:
-        return peak.measured(device, dtype, cores, size)
-    except workers.WorkerError as error:
+    size = size or PEAK_SIZES[device]
+    by: dict[str, float | str] = {}
+    for framework in ("jax", "torch"):
+        task = {"framework": framework, "device": device, "dtype": dtype, "size": size}
+        try:
+            worker = workers.Worker(__name__, {**task, "cores": cores}, device, cores, PEAK_LIMIT)
+        except workers.WorkerError as error:
+            by[framework] = str(error)
+            continue
+        worker.close()
+        by[framework] = worker.about["gflops"]
+    best = [value for value in by.values() if not isinstance(value, str)]
+    if not best:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in by.items())
         raise UserError(
-            f"the machine's peak cannot be measured in {dtype} on the {device}: {error}"
-        ) from None
+            f"the machine's peak cannot be measured in {dtype} on the {device}: {reasons}"
+        )
+    return Peak(max(best), dtype, size, by)
+
+
+def build_peak(task: Mapping[str, Any]) -> workers.Built:
+    """In a worker: measures the matrix product of one framework."""
+    size = task["size"]
+    if task["framework"] == "jax":
+        matrix = jax.random.normal(jax.random.key(0), (size, size)).astype(task["dtype"])
+        product = jax.jit(jnp.matmul)
+
+        def multiply() -> None:
+            jax.block_until_ready(product(matrix, matrix))
+    else:
+        import torch
+
+        torch.set_num_threads(task["cores"])
+        device = "cuda" if task["device"] == "gpu" else "cpu"
+        if device == "cuda":
+            torch.set_float32_matmul_precision("high")  # as jax does by itself
+        rows = torch.randn(size, size, device=device).to(getattr(torch, task["dtype"]))
+        result = torch.empty_like(rows)
+
+        def multiply() -> None:
+            torch.matmul(rows, rows, out=result)
+            result[0, 0].item()  # waits for a GPU
+
+    multiply()
+    seconds = min(common.timed(multiply)[1] for _ in range(PEAK_TRIES))
+    return workers.Built({"gflops": 2 * size**3 / seconds / 1e9}, lambda steps: 0.0)
+
+
+if __name__ == "__main__":
+    workers.serve(build_peak)

@@ -4,8 +4,8 @@ What is timed is the step that a run compiles, its state donated, on a batch of 
 lies on the device: normalisation, forward and backward pass, update and the sums of metrics; no
 augmentation and no data pipeline. With --steps-per-dispatch N it is the program of N steps, each of
 which takes its rows from the noise on the device. Operations are those of the multiply-adds of
-convolutions and dense layers, three forward passes a step. The peak is measured in the same run
-(the peak module).
+convolutions and dense layers, three forward passes a step. The machine's peak, a large matrix
+product, is measured in the same run (the steps module).
 
 Program bytes are what XLA says that the compiled program holds at once (arguments, outputs that
 take no argument's place, temporaries). The process's peak is that of its main memory so far,

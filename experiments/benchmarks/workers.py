@@ -63,7 +63,6 @@ class Worker:
         device: Device,
         cores: int,
         limit: float,
-        extra: Mapping[str, str] | None = None,
     ):
         """Starts it, and waits until it is built.
 
@@ -73,7 +72,6 @@ class Worker:
           device: what it computes on.
           cores: of this machine, for all its threads.
           limit: seconds that it may take.
-          extra: of its environment.
 
         Raises:
           WorkerError: it failed, or took longer.
@@ -85,7 +83,7 @@ class Worker:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env={**environment(os.environ, device, cores), **(extra or {})},
+            env=environment(os.environ, device, cores),
         )
         self._said: collections.deque[str] = collections.deque(maxlen=20)
         self._listener = threading.Thread(

@@ -4,10 +4,10 @@ Parts, one after another, each the command that is printed: the device's numbers
 (benchmarks.numbers), ResNet-50 at 224 in bfloat16 beside torch.compile and plain Flax, and the
 smaller networks likewise (benchmarks.peers), the CIFAR-10 speed run to 94, 95 and 96 %
 (experiments.cifar10_speedrun) and as published (benchmarks.airbench), seeds at once
-(benchmarks.seeds), training and evaluation steps, compilation cold and warm. When the time is up
-the running part is ended and the exit status is 75: start the same command again, and what is
-ended is not run again, unless its command has changed. A part that fails, or takes more than the
-whole time, is told and the others go on; the status is 1 at the end, and --retry runs it again.
+(benchmarks.seeds), training and evaluation steps. When the time is up the running part is ended and
+the exit status is 75: start the same command again, and what is ended is not run again, unless its
+command has changed. A part that fails, or takes more than the whole time, is told and the others go
+on; the status is 1 at the end, and --retry runs it again.
 
 python -m experiments.launch.gpu_suite --data-dir DIR --minutes 9
 
@@ -114,11 +114,6 @@ PARTS: Mapping[str, Part] = {
         "benchmarks.eval_step",
         "--models resnet50 --dtype bfloat16 --batch-size 256",
         "--models resnet20 --image-size 8 --batch-size 4 --steps 1 --rounds 1 --peak-size 64",
-    ),
-    "compile": Part(
-        "benchmarks.compile_cache",
-        "--dtype bfloat16 --batch-size 64 --repeats 1",
-        "--models resnet20 --scanned resnet20 --batch-size 2 --repeats 1",
     ),
 }
 """In the order in which they are run."""
