@@ -42,7 +42,6 @@ def restore(run: Run, checkpoints: Checkpoints | None = None) -> bool:
     run.train_seconds = meta.get("train_seconds", 0.0)
     run.spent |= meta.get("spent", {})
     run.start_seconds = meta.get("start_seconds", 0.0)
-    run.skipped = [list(pair) for pair in meta["skipped"]]
     run.open_interval, run.owes_evaluation = meta["open_interval"], meta["owes_evaluation"]
     run.first_loss, run.resumed_on = meta["first_loss"], meta["ran_on"]
     return True

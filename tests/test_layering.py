@@ -6,8 +6,8 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_resnet"
 LEVELS = [
     {"errors", "exporting.loader"},
-    {"cpu", "files", "seals", "preemption", "profiling", "programs", "datasets.resample"},
-    {"clusters", "provenance", "storage", "watch"},
+    {"cpu", "files", "preemption", "profiling", "programs", "datasets.resample"},
+    {"clusters", "provenance", "seals", "watch"},
     {"meeting"},
     {"lifeline"},
     {"hosts"},
@@ -32,7 +32,7 @@ LEVELS = [
         "markdown",
         "datasets.decode",
     },
-    {"shelf", "tracking.base", "tracking.events"},
+    {"tracking.base", "tracking.events"},
     {"tracking.follower"},
     {"tracking.to_mlflow", "tracking.to_wandb"},
     {"tracking"},
