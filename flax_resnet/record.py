@@ -13,6 +13,14 @@ from flax import linen as nn
 
 from flax_resnet.errors import UserError, did_you_mean
 
+REMOVED_FIELDS: dict[str, dict[str, Any]] = {
+    "flax_resnet.guards:Guard": {"skips": 0},
+}
+"""{"module:Name" of a class: {field that the class no longer has: value that turned it off}}."""
+
+MOVED_CLASSES: dict[str, str] = {}
+"""{"module:Name" that older records give a class: its "module:Name" today}."""
+
 
 def module_fields(module: nn.Module) -> list[dataclasses.Field]:
     """The fields of a linen module that are configuration (all but flax's parent and name)."""
@@ -58,14 +66,31 @@ def from_record(record: Any) -> Any:
         return find_class(record["class_itself"])
     cls = find_class(record["class"])
     known = {f.name for f in dataclasses.fields(cls)}
-    values = {name: from_record(value) for name, value in record.items() if name != "class"}
+    values = {
+        name: from_record(value)
+        for name, value in record.items()
+        if name != "class" and not is_removed(record, name)
+    }
     for name in values:
+        if name not in known and name in REMOVED_FIELDS.get(record["class"], {}):
+            neutral = REMOVED_FIELDS[record["class"]][name]
+            raise UserError(
+                f"{record['class']}: {name}={values[name]!r} in the record, expected {neutral!r}, "
+                "for this version has no such field: use the version that wrote the record, or "
+                f"write {neutral!r} there to go on without it"
+            )
         if name not in known:
             raise UserError(
                 f"{record['class']} has no field {name!r}{did_you_mean(name, known)}: the record "
                 "is of another version, or mistyped"
             )
     return cls(**values)
+
+
+def is_removed(record: Mapping[str, Any], name: str) -> bool:
+    """Whether a record's field is one of REMOVED_FIELDS and has the value that turned it off."""
+    removed = REMOVED_FIELDS.get(record["class"], {})
+    return name in removed and record[name] == removed[name]
 
 
 def untracked(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,15 +107,21 @@ def find_class(name: str) -> type:
     """The dataclass or linen module class that ``module:Name`` names.
 
     A record may come from anyone, so a name does not import arbitrary modules: only those of
-    this library, and those that the program has imported itself.
+    this library, those that the program has imported itself, and those of MOVED_CLASSES.
     """
-    module_name, _, qualname = name.partition(":")
+    moved = MOVED_CLASSES.get(name)
+    module_name, _, qualname = (moved or name).partition(":")
     module = sys.modules.get(module_name)
-    if module is None and module_name.split(".")[0] == "flax_resnet":
+    if module is None and (moved or module_name.split(".")[0] == "flax_resnet"):
         try:
             module = importlib.import_module(module_name)
         except ImportError:
             module = None
+    if moved and module is None:
+        raise UserError(
+            f"class {name!r} is {moved!r} today, which cannot be imported here: start the command "
+            "in a checkout of the project, or put one on PYTHONPATH"
+        )
     cls = getattr(module, qualname, None)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise UserError(
@@ -101,11 +132,14 @@ def find_class(name: str) -> type:
 
 
 def flatten(record: Any, prefix: str = "") -> dict[str, Any]:
-    """A record as {dotted field: value}, with a class under its own field's name."""
+    """A record as {dotted field: value}, with a class under its own field's name.
+
+    Fields that ``is_removed`` holds for are left out.
+    """
     if isinstance(record, Mapping) and "class" in record:
         flat = {prefix: record["class"].partition(":")[2]} if prefix else {}
         for name, value in record.items():
-            if name != "class":
+            if name != "class" and not is_removed(record, name):
                 flat |= flatten(value, f"{prefix}.{name}" if prefix else name)
         return flat
     if isinstance(record, Mapping):

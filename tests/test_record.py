@@ -7,12 +7,19 @@ from helpers import tiny_resnet
 
 from flax_resnet.augment import Augment
 from flax_resnet.checkpoint import CheckpointConfig
-from flax_resnet.config import TrainConfig
+from flax_resnet.config import TrainConfig, differences
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models import MiniModel
 from flax_resnet.optim import LAMB, SGD, Cosine, Piecewise
-from flax_resnet.record import find_class, flatten, from_record, to_record
+from flax_resnet.record import (
+    MOVED_CLASSES,
+    REMOVED_FIELDS,
+    find_class,
+    flatten,
+    from_record,
+    to_record,
+)
 
 CONFIGS = [
     TrainConfig(),
@@ -72,3 +79,31 @@ def test_flatten_names_fields_by_dots():
     assert flat["optimizer.schedule"] == "Cosine"
     assert flat["optimizer.schedule.final"] == 0.5
     assert flat["model.stage_sizes"] == [3, 3, 3]
+
+
+def test_a_field_that_was_removed_is_ignored_where_it_was_off_and_else_named(monkeypatch):
+    monkeypatch.setitem(REMOVED_FIELDS, "flax_resnet.optim:SGD", {"gone": [1, 2]})
+    config = TrainConfig()
+    record = to_record(config)
+    record["optimizer"]["gone"] = [1, 2]
+    assert from_record(record) == config
+    assert "optimizer.gone" not in flatten(record)
+    assert differences(record, config) == []
+    record["optimizer"]["gone"] = [1, 3]
+    assert differences(record, config) == ["optimizer.gone: there [1, 3], here not a field"]
+    with pytest.raises(
+        UserError, match=r"optim:SGD: gone=\(1, 3\) in the record, expected \[1, 2\], for this v"
+    ):
+        from_record(record)
+
+
+def test_a_class_that_was_moved_is_found_by_its_old_name(monkeypatch):
+    monkeypatch.setitem(MOVED_CLASSES, "flax_resnet.old:Step", "flax_resnet.optim:SGD")
+    monkeypatch.setitem(MOVED_CLASSES, "flax_resnet.old:Net", "not_there.speedrun:Net")
+    record = to_record(TrainConfig())
+    record["optimizer"]["class"] = "flax_resnet.old:Step"
+    assert from_record(record) == TrainConfig()
+    with pytest.raises(
+        UserError, match=r"'not_there.speedrun:Net' today, which cannot be imported"
+    ):
+        find_class("flax_resnet.old:Net")
