@@ -15,13 +15,14 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
+import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import fsspec
 import jax
 from etils import epath
 
@@ -32,9 +33,6 @@ from flax_resnet.watch import print_report
 
 T = TypeVar("T")
 Which = int | Literal["latest", "best"]
-
-# In the name of a directory that orbax had not finished.
-UNFINISHED = ".orbax-checkpoint-tmp"
 
 # What process 0 tells the others where it chose no step.
 NO_STEP, ALL_DAMAGED = -1, -2
@@ -97,7 +95,7 @@ class Checkpoints:
         Raises:
           UserError: the directory cannot be written, or the bucket not reached.
         """
-        self.directory = _open_directory(directory)
+        self.directory = seals.open_directory(directory)
         self._config, self._say = config, say
         self._verified: set[int] = set()
         self._reported: set[int] = set()
@@ -105,7 +103,7 @@ class Checkpoints:
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         if config is not None and distributed.is_lead():
             with self._writing(resumed_from or 0):
-                self._tidy(math.inf if resumed_from is None else resumed_from)
+                seals.tidy(self.directory, math.inf if resumed_from is None else resumed_from)
 
     def save(self, step: int, state: Any, meta: dict[str, Any], scores: dict | None) -> None:
         """Copies ``state`` and writes it in the background.
@@ -167,20 +165,7 @@ class Checkpoints:
           UserError: there is no such checkpoint, it cannot be read, or its arrays differ from
             the template.
         """
-
-        def restored(path: epath.Path) -> tuple[Any, dict[str, Any]]:
-            # Orbax casts silently where dtypes differ; here that is an error.
-            stored, wanted = _signatures(self._stored(path)), _signatures(template)
-            for name in sorted(stored.keys() | wanted.keys()):
-                if stored.get(name) != wanted.get(name):
-                    raise UserError(
-                        f"checkpoint {path.name} in {self.directory} does not fit: {name} is "
-                        f"{stored.get(name, 'missing')} there and {wanted.get(name, 'absent')} "
-                        "in this run"
-                    )
-            return self._restored(path, template)
-
-        return self._read(which, restored)
+        return self._read(which, lambda path: self._restored(path, template))
 
     def read(self, which: Which = "latest") -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads a checkpoint as it was stored: (state as nested dicts of numpy arrays, meta).
@@ -188,16 +173,7 @@ class Checkpoints:
         Raises:
           UserError: there is no such checkpoint, or it cannot be read.
         """
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-        def on_host(path: epath.Path) -> tuple[Any, dict[str, Any]]:
-            template = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-                self._stored(path),
-            )
-            return jax.device_get(self._restored(path, template))
-
-        return self._read(which, on_host)
+        return jax.device_get(self._read(which, lambda path: self._restored(path, None)))
 
     def wait(self) -> None:
         """Blocks until every save is on disk and sealed.
@@ -237,41 +213,17 @@ class Checkpoints:
         finally:
             _ONE_SAVE.release()
         if distributed.is_lead():
+            assert self._config is not None
             seals.write(self._path(step), seals.take(self._path(step), scores))
             self._verified.add(step)
-            self._prune()
-
-    def _prune(self) -> None:
-        """Removes all steps but the newest and the best."""
-        assert self._config is not None
-        steps = self._steps()
-        newest = sorted(steps)[-self._config.keep_last :]
-        for step in steps.keys() - {*newest, *_by_top1(steps)[: self._config.keep_best]}:
-            seals.remove(self._path(step))
-
-    def _tidy(self, resumed_from: float) -> None:
-        """Makes the directory; clears what is unfinished, and what the run does not go on from."""
-        if not seals.is_remote(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-        steps = self._steps()
-        for path in self.directory.iterdir():
-            step = int(path.name) if path.name.isdecimal() else None
-            if step in steps and (step > resumed_from or steps[step] is seals.DAMAGED):
-                aside = path.with_name(f"{step}.damaged")  # for whoever wants to look at it
-                aside.rmtree(missing_ok=True)
-                path.rmtree() if seals.is_remote(path) else path.rename(aside)
-            elif step not in steps and (step is not None or UNFINISHED in path.name):
-                path.rmtree()
+            seals.prune(self.directory, self._config.keep_last, self._config.keep_best)
 
     def _path(self, step: int) -> epath.Path:
         return self.directory / str(step)
 
     def _steps(self) -> dict[int, seals.Seal]:
-        """Every step that was finished, with its seal."""
         with self._reading(self.directory):
-            steps = [int(path.name) for path in self.directory.glob("*") if path.name.isdecimal()]
-            found = {step: seals.read(self._path(step)) for step in steps}
-            return {step: seal for step, seal in found.items() if seal is not None}
+            return seals.steps(self.directory)
 
     def _find(self, which: Which) -> int | None:
         """The first whole step that ``which`` names, the same in every process."""
@@ -288,21 +240,24 @@ class Checkpoints:
     def _choose(self, which: Which) -> int:
         """Verifies the steps that ``which`` names until one is whole; reports those before it."""
         steps, outcome = self._steps(), NO_STEP
-        for step in _candidates(steps, which):
-            problem = None
-            if step not in self._verified:
-                with self._reading(self._path(step)):
-                    problem = seals.problem(self._path(step), steps[step])
+        best, latest = seals.by_top1(steps), sorted(steps, reverse=True)
+        order = {"latest": latest, "best": dict.fromkeys([*best, *latest])}
+        for step in order[which] if isinstance(which, str) else steps.keys() & {which}:
+            path = self._path(step)
+            with self._reading(path):
+                problem = None if step in self._verified else seals.problem(path, steps[step])
+                if problem is not None and seals.read(path) != steps[step]:
+                    return self._choose(which)  # another process has removed it, or sealed it anew
             if problem is None:
                 self._verified.add(step)
                 return step
-            if seals.read(self._path(step)) != steps[step]:
-                return self._choose(which)  # another process has removed it, or sealed it anew
             outcome = ALL_DAMAGED
             if step not in self._reported:
                 self._reported.add(step)
-                self._say(f"checkpoint {step} in {self.directory} is damaged ({problem}): it is "
-                          "passed over")  # fmt: skip
+                self._say(
+                    f"checkpoint {step} in {self.directory} is damaged ({problem}): it is passed "
+                    "over"
+                )
         return outcome
 
     def _read(self, which: Which, reading: Callable[[epath.Path], T]) -> T:
@@ -332,31 +287,35 @@ class Checkpoints:
         return False
 
     def _restored(self, path: epath.Path, template: Any) -> tuple[Any, dict[str, Any]]:
+        """(state, meta); without a template the state as it was stored, on one device."""
+        stored = self._checkpointer.metadata(path).item_metadata["state"].tree
+        if template is None:
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            template = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), stored
+            )
+        # Orbax casts silently where dtypes differ; here that is an error.
+        have, want = _signatures(stored), _signatures(template)
+        for name in sorted(have.keys() | want.keys()):
+            if have.get(name) != want.get(name):
+                raise UserError(
+                    f"checkpoint {path.name} in {self.directory} does not fit: {name} is "
+                    f"{have.get(name, 'missing')} there and {want.get(name, 'absent')} in this run"
+                )
         args = _orbax().args
         items = args.Composite(state=args.StandardRestore(template), meta=args.JsonRestore())
         restored = self._checkpointer.restore(path, args=items)
         return restored["state"], restored["meta"]
 
-    def _stored(self, path: epath.Path) -> Any:
-        stored = self._checkpointer.metadata(path).item_metadata["state"]
-        if stored is None:
-            raise FileNotFoundError("it holds no state")
-        return stored.tree
-
     def _writing(self, step: int) -> contextlib.AbstractContextManager[None]:
         """Turns whatever orbax, tensorstore and the file system raise into one line."""
-
-        def line(error: Exception) -> str:
-            others = sorted(set(self._steps()) - {step})
-            rest = (
-                f"the newest whole one is of step {others[-1]}" if others else "there is no other"
-            )
-            return (
+        return error_as_one_line(
+            lambda error: (
                 f"checkpoint {step} could not be written to {self.directory} ({reason(error)}); "
-                f"{rest}: make room or mend the place, and the same command goes on from there"
+                f"whole are steps {sorted(set(self._steps()) - {step})}: make room or mend the "
+                "place, and the same command goes on from there"
             )
-
-        return error_as_one_line(line)
+        )
 
     def _reading(self, path: epath.Path) -> contextlib.AbstractContextManager[None]:
         return error_as_one_line(
@@ -366,43 +325,10 @@ class Checkpoints:
         )
 
 
-def _open_directory(directory: epath.PathLike) -> epath.Path:
-    scheme, is_url, _ = str(directory).partition("://")
-    if not is_url:
-        return epath.Path(directory).resolve()
-    if scheme != "gs":
-        raise UserError(
-            f"{directory}: expected a path or gs://BUCKET/PATH, where orbax can write: mount "
-            "another bucket, and give the path of the mount"
-        )
-    # Other processes write there too, and tensorstore beside gcsfs in this one.
-    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
-    return epath.Path(directory)
-
-
-def _candidates(steps: Mapping[int, seals.Seal], which: Which) -> list[int]:
-    if isinstance(which, int):
-        return [which] if which in steps else []
-    return [*(_by_top1(steps) if which == "best" else ()), *sorted(steps, reverse=True)]
-
-
-def _by_top1(steps: Mapping[int, seals.Seal]) -> list[int]:
-    """The steps that were evaluated, the highest top-1 first; of equal ones the newest."""
-    rated = [(seal.scores["top1"], step) for step, seal in steps.items() if seal.scores]
-    return [step for _, step in sorted(rated, reverse=True)]
-
-
 def _signatures(tree: Any) -> dict[str, tuple[Any, str]]:
-    """(shape, dtype) of each array by its path, such as params/head/kernel.
-
-    Orbax's metadata has names where a tree has indices.
-    """
-
-    def part(key: Any) -> str:
-        return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-
+    """(shape, dtype) of each array by its path, such as params/head/kernel."""
     return {
-        "/".join(map(part, path)): (x.shape, str(x.dtype))
+        jax.tree_util.keystr(path, simple=True, separator="/"): (x.shape, str(x.dtype))
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
 
@@ -412,4 +338,19 @@ def _orbax() -> Any:
     # Importing it takes as long as much of the rest: at the first save, not before the first step.
     import orbax.checkpoint
 
+    # Its threads report the error of a failed save on stderr as well as to the caller.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_of_orbax)
+    sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
     return orbax.checkpoint
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    texts = (record.pathname, record.getMessage())
+    return record.levelno < logging.ERROR or not any("/orbax/" in text for text in texts)
+
+
+def _report_unraisable(report: Callable[[Any], None], unraisable: Any) -> None:
+    # Of tensorstore's writes that end after another has failed.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        report(unraisable)

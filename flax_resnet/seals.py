@@ -1,7 +1,8 @@
-"""The seal of a checkpoint directory: a file that lists every other file with its size and hash.
+"""Which checkpoints of a directory are whole: the seal of each, a file that lists its other files.
 
-The seal is written last, so a directory with a seal was written to the end. A directory whose
-files match its seal holds exactly the bytes that were written.
+Each checkpoint is a directory named by its step. Its seal has the size and the hash of every file
+and is written last. So a step with a seal was written to the end, and a step whose files match
+its seal holds exactly the bytes that were written.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
+from flax_resnet.errors import UserError
 from flax_resnet.files import replacing
 
 SEAL = "SEALED.json"
@@ -43,6 +45,27 @@ DAMAGED = Seal({})
 def is_remote(directory: epath.PathLike) -> bool:
     """Whether a directory is in a bucket."""
     return "://" in str(directory)
+
+
+def open_directory(directory: epath.PathLike) -> epath.Path:
+    """The absolute path of a directory, or the one of a bucket that orbax can write to.
+
+    Raises:
+      UserError: orbax cannot write there.
+    """
+    scheme, is_url, _ = str(directory).partition("://")
+    if not is_url:
+        return epath.Path(directory).resolve()
+    if scheme != "gs":
+        raise UserError(
+            f"{directory}: expected a path or gs://BUCKET/PATH, where orbax can write: mount "
+            "another bucket, and give the path of the mount"
+        )
+    import fsspec
+
+    # Other processes write there too, and so does orbax, not through gcsfs.
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    return epath.Path(directory)
 
 
 def take(directory: epath.Path, scores: dict[str, float] | None = None) -> Seal:
@@ -118,6 +141,47 @@ def remove(directory: epath.Path) -> None:
     """Removes a sealed directory, the seal first: what a kill leaves is no checkpoint."""
     (directory / SEAL).unlink(missing_ok=True)
     directory.rmtree(missing_ok=True)
+
+
+def steps(directory: epath.Path) -> dict[int, Seal]:
+    """The steps in a directory that were written to the end, with their seals."""
+    found = {int(p.name): read(p) for p in directory.glob("*") if p.name.isdecimal()}
+    return {step: seal for step, seal in found.items() if seal is not None}
+
+
+def by_top1(steps: Mapping[int, Seal]) -> list[int]:
+    """The steps that were evaluated, the highest top-1 first; of equal ones the newest."""
+    rated = [(seal.scores["top1"], step) for step, seal in steps.items() if seal.scores]
+    return [step for _, step in sorted(rated, reverse=True)]
+
+
+def prune(directory: epath.Path, keep_last: int, keep_best: int) -> None:
+    """Removes all steps of a directory but the newest and the best."""
+    sealed = steps(directory)
+    kept = {*sorted(sealed)[-keep_last:], *by_top1(sealed)[:keep_best]}
+    for step in sealed.keys() - kept:
+        remove(directory / str(step))
+
+
+def tidy(directory: epath.Path, newest: float) -> None:
+    """Makes a directory ready for a run that goes on from its step ``newest``.
+
+    Steps that were not finished are removed. What is newer, or has a damaged seal, was passed
+    over and is set aside as ``STEP.damaged``, for whoever wants to look at it; in a bucket, where
+    nothing can be renamed, it is removed.
+    """
+    if not is_remote(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    sealed = steps(directory)
+    for path in directory.glob("*"):
+        step = int(path.name) if path.name.isdecimal() else None
+        if step is not None and step in sealed:
+            if step > newest or sealed[step] is DAMAGED:
+                aside = path.with_name(f"{step}.damaged")
+                aside.rmtree(missing_ok=True)
+                path.rmtree() if is_remote(path) else path.rename(aside)
+        elif step is not None or ".orbax-checkpoint-tmp" in path.name:
+            path.rmtree()
 
 
 def _names(directory: epath.Path, prefix: str = "") -> Iterator[str]:

@@ -21,6 +21,7 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data, DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
+from flax_resnet.guards import Diverged
 from flax_resnet.optim import SGD
 from flax_resnet.train import train_and_evaluate
 

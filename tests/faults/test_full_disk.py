@@ -122,7 +122,7 @@ def test_a_full_disk_ends_with_one_line_and_the_earlier_checkpoints_whole(
     assert "No space left on device" in line
     if "checkpoint " in line:
         assert f"could not be written to {disk}/w/checkpoints (No space left on device); " in line
-        assert f"the newest whole one is of step {steps[-1]}: make room or mend the place" in line
+        assert f"; whole are steps {steps}: make room or mend the place" in line
     for step in steps:
         directory = Checkpoints(kept / "w/checkpoints").directory / str(step)
         assert seals.problem(directory, seals.read(directory)) is None
