@@ -221,9 +221,7 @@ def test_a_save_that_fails_is_one_line_and_leaves_the_others(two, read):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
-    with pytest.raises(
-        UserError, match=r"checkpoint 9 could .* \(File too large.* steps \[3, 7\]:"
-    ):
+    with pytest.raises(UserError, match=r"checkpoint 9 could .* \(File too large.* \[3, 7\]:"):
         save()
     assert read() == (7, [])
     opened.save(9, big, {}, None)  # there is room again
@@ -239,9 +237,7 @@ def test_a_seal_that_cannot_be_written_is_a_failed_save(two, read, monkeypatch):
 
     monkeypatch.setattr(seals, "write", full)
     opened.save(9, tree(9), {}, None)
-    with pytest.raises(
-        UserError, match=r"checkpoint 9 could .* \(No space left .* steps \[3, 7\]:"
-    ):
+    with pytest.raises(UserError, match=r"checkpoint 9 could .* \(No space left .* \[3, 7\]:"):
         opened.wait()
     with pytest.raises(UserError, match="checkpoint 7 could not be written"):
         opened.rate(7, {"top1": 1.0})
