@@ -1,7 +1,9 @@
 import concurrent.futures
 import functools
+import pathlib
 import resource
 import shutil
+import tarfile
 import threading
 import time
 
@@ -17,6 +19,8 @@ from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
 from flax_resnet.errors import UserError
 from flax_resnet.optim import Adam
 from flax_resnet.step import create_state, train_step
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 def tree(value):
@@ -43,7 +47,7 @@ def two(checkpoints, tmp_path):
 def read(two):
     """(which) -> (step that was read, lines about those passed over); checks every value."""
 
-    def read(which="latest", say=None):
+    def read(which="latest"):
         lines = []
         reader = Checkpoints(two, say=lines.append)
         try:
@@ -356,3 +360,22 @@ def test_a_bucket_that_orbax_cannot_write_to_is_one_line(scheme):
 def test_bad_fields(fields):
     with pytest.raises(UserError, match=f"checkpoint.{next(iter(fields))}="):
         CheckpointConfig(**fields)
+
+
+@pytest.mark.parametrize("version", ["0.11.36", "0.12.8"])
+def test_what_commit_c4826e5_wrote_with_either_orbax_is_read(tmp_path, version):
+    """The steps 1 and 2, in which every element of "a" is the step."""
+    with tarfile.open(GOLDEN / f"orbax-{version}.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    template = {"a": jnp.zeros((300, 400)), "b": {"step": jnp.int32(0)}, "none": None}
+    lines = []
+    opened = Checkpoints(tmp_path / f"orbax-{version}", CheckpointConfig(), 2, lines.append)
+    for which, step in (("latest", 2), ("best", 2), (1, 1)):
+        state, meta = opened.restore(template, which)
+        assert meta == {"step": step}
+        np.testing.assert_array_equal(state["a"], np.full((300, 400), step, np.float32))
+        assert state["b"]["step"] == step
+    opened.save(3, template, {"step": 3}, None)
+    opened.close()
+    assert sorted(path.name for path in opened.directory.iterdir()) == ["2", "3"]
+    assert lines == []
