@@ -1,36 +1,44 @@
-"""Checkpoints through orbax: the newest few and the best, saved while training goes on.
+"""Checkpoints of a run through orbax: the newest few and the best, saved while training goes on.
 
-Orbax writes a step into a temporary directory and renames it when whole, and checks nothing when
-it reads. So a step counts only once it is sealed: a list of its files with their hashes, written
-last and hashed itself. What does not match its seal is reported and passed over.
+Orbax's AsyncCheckpointer writes and reads the arrays. The list of steps is kept here and not by
+orbax's CheckpointManager, which has no integrity check (a flipped bit is restored silently),
+counts a step that was half removed by a kill as whole, opens no step at all when the metrics file
+of one is damaged, and cannot add an evaluation to a step that is saved already.
+
+A step counts only once it is sealed (``seals``): its files are listed with their hashes in a file
+that is written last. A step that does not match its seal is reported and passed over.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import logging
+import math
+import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 from etils import epath
 
-from flax_resnet import distributed, seals, storage
+from flax_resnet import distributed, seals
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.shelf import CHOICES, Shelf, Which
+from flax_resnet.files import error_as_one_line, reason
 from flax_resnet.watch import print_report
 
 T = TypeVar("T")
+Which = int | Literal["latest", "best"]
 
-# Seconds before each removal of what a save that failed has left.
-DISCARDING = (0, 0.1, 0.4)
+# What process 0 tells the others where it chose no step.
+NO_STEP, ALL_DAMAGED = -1, -2
 
-# Orbax tells its threads apart by the number of the process's newest save: of two saves at once,
-# as of runs on several devices, each could take the other's signals for its own.
+# Orbax identifies its threads by the number of the process's newest save. Two saves at once, as of
+# runs on several devices, could take each other's signals for their own.
 _ONE_SAVE = threading.Lock()
 
 
@@ -47,8 +55,8 @@ class CheckpointConfig:
     keep_best: int = 1
     """Checkpoints to keep by evaluation top-1, of those that were saved after one."""
     directory: str | None = None
-    """Keep them here instead of in WORKDIR/checkpoints: a path, gs://BUCKET/PATH (needs gcsfs) or
-    s3://BUCKET/PATH (needs s3fs). A sweep's runs each get a directory of their name in it."""
+    """Keep them here instead of in WORKDIR/checkpoints: a path, or gs://BUCKET/PATH (needs gcsfs).
+    A sweep's runs each get a directory of their name in it."""
 
     def __post_init__(self) -> None:
         bounds = {"every_steps": 1, "every_evals": 1, "keep_last": 1, "keep_best": 0}
@@ -64,8 +72,8 @@ class Checkpoints:
     """The checkpoints of one run, in ``directory/STEP``.
 
     Each holds ``state`` (a tree of arrays) and ``meta`` (JSON: the data position, the config
-    record), and is sealed. With several processes each calls every method: all write their part
-    of the arrays, and the lead seals, removes and chooses.
+    record), and is sealed. With several processes every process calls every method: all write
+    their part of the arrays, and process 0 seals, removes and chooses.
     """
 
     def __init__(
@@ -74,32 +82,31 @@ class Checkpoints:
         config: CheckpointConfig | None = None,
         resumed_from: int | None = None,
         say: Callable[[str], None] = print_report,
-        staging: epath.PathLike | None = None,
     ):
         """Opens the directory. Without a config it is only read, and nothing is created.
 
         Args:
-          directory: a local path, gs:// or s3://.
+          directory: a local path, or gs://BUCKET/PATH.
           config: what to keep, in order to save.
           resumed_from: with a config, the step that the run goes on from: newer checkpoints were
-            passed over for it, and are set aside as ``STEP.damaged``.
-          say: told of every checkpoint that is passed over.
-          staging: where a checkpoint is put together that goes to a bucket; by default among the
-            system's temporary files. Several processes have to share it.
+            passed over for it, and are set aside as ``STEP.damaged`` (in a bucket removed).
+          say: called with a line about every checkpoint that is passed over.
 
         Raises:
           UserError: the directory cannot be written, or the bucket not reached.
         """
-        self._config, self._shelf = config, Shelf(directory, say, staging)
-        self.directory = self._shelf.directory
-        self._thread: threading.Thread | None = None
-        self._failed: tuple[int, BaseException] | None = None
-        if config is not None:
+        self.directory = seals.open_directory(directory)
+        self._config, self._say = config, say
+        self._verified: set[int] = set()
+        self._reported: set[int] = set()
+        self._saver = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
+        if config is not None and distributed.is_lead():
             with self._writing(resumed_from or 0):
-                self._shelf.open(resumed_from)
+                seals.tidy(self.directory, math.inf if resumed_from is None else resumed_from)
 
     def save(self, step: int, state: Any, meta: dict[str, Any], scores: dict | None) -> None:
-        """Copies ``state`` (a tree of arrays) and writes it in the background.
+        """Copies ``state`` and writes it in the background.
 
         Args:
           step: names the checkpoint.
@@ -108,66 +115,34 @@ class Checkpoints:
           scores: the evaluation at this step, with "top1", or None.
 
         Raises:
-          UserError: this one, or the one before it, could not be written.
+          UserError: this checkpoint, or the one before it, could not be written.
         """
         self.wait()
         args = _orbax().args
         items = args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta))
-        storage.hush.begin()
         _ONE_SAVE.acquire()
         try:
             with self._writing(step):
-                self._checkpointer.save(self._shelf.made / str(step), args=items, force=True)
+                self._checkpointer.save(self._path(step), args=items, force=True)
+                self._saving = step, self._saver.submit(self._commit, step, scores)
         except BaseException:
             _ONE_SAVE.release()
-            self._discard(step)
             raise
-        commit = threading.Thread(
-            target=self._commit, args=(step, scores), name=f"checkpoint {step}", daemon=True
-        )
-        try:
-            commit.start()
-        except RuntimeError:  # the system has no thread to give: seal it here and now
-            self._commit(step, scores)
-        else:
-            self._thread = commit
 
     def rate(self, step: int, scores: dict) -> None:
         """Adds the evaluation to a step that was saved before it was evaluated."""
         self.wait()
-        if distributed.is_lead() and (seal := self._shelf.sealed().get(step)):
+        if distributed.is_lead() and (seal := self._steps().get(step)):
             with self._writing(step):
-                seals.write(self._shelf.path(step), dataclasses.replace(seal, scores=scores))
+                seals.write(self._path(step), dataclasses.replace(seal, scores=scores))
 
     def latest_step(self) -> int | None:
-        """The newest good checkpoint's step."""
-        return self._shelf.first("latest")
-
-    def best_step(self) -> int | None:
-        """The good step with the highest evaluation top-1; of equal ones the newest."""
-        return self._shelf.first("best")
-
-    def evaluated_step(self) -> int:
-        """The best step, or where none was kept by its evaluation the newest.
+        """The newest whole checkpoint's step, None where there is no checkpoint.
 
         Raises:
-          UserError: there is no checkpoint.
+          UserError: all of them are damaged.
         """
-        return self.step("evaluated")
-
-    def step(self, which: Which) -> int:
-        """The step number that ``which`` names.
-
-        Raises:
-          UserError: there is no such checkpoint, or it is damaged.
-        """
-        step = self._shelf.first(which)
-        if step is None:
-            raise UserError(
-                f"no checkpoint {which!r} in {self.directory}: it holds steps "
-                f"{sorted(self._shelf.sealed())}"
-            )
-        return step
+        return self._find("latest")
 
     def meta(self, which: Which = "latest") -> dict[str, Any]:
         """What a checkpoint says beside its arrays."""
@@ -180,8 +155,8 @@ class Checkpoints:
 
         Args:
           template: tree of jax.ShapeDtypeStruct (or arrays), with shardings.
-          which: a step, or "latest", "best" or "evaluated" (the best, else the latest): the first
-            of them that is whole.
+          which: a step, "latest", or "best": of the highest top-1, of equal ones the newest, and
+            where none was kept by its evaluation the latest. What is damaged is passed over.
 
         Returns:
           (state, meta).
@@ -190,12 +165,7 @@ class Checkpoints:
           UserError: there is no such checkpoint, it cannot be read, or its arrays differ from
             the template.
         """
-
-        def restored(path: epath.Path) -> tuple[Any, dict[str, Any]]:
-            self._check_shapes(path, template)
-            return self._restored(path, template)
-
-        return self._read(which, restored)
+        return self._read(which, lambda path: self._restored(path, template))
 
     def read(self, which: Which = "latest") -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads a checkpoint as it was stored: (state as nested dicts of numpy arrays, meta).
@@ -203,15 +173,7 @@ class Checkpoints:
         Raises:
           UserError: there is no such checkpoint, or it cannot be read.
         """
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-        def on_host(path: epath.Path) -> tuple[Any, dict[str, Any]]:
-            template = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), self._stored(path)
-            )
-            return jax.device_get(self._restored(path, template))
-
-        return self._read(which, on_host)
+        return jax.device_get(self._read(which, lambda path: self._restored(path, None)))
 
     def wait(self) -> None:
         """Blocks until every save is on disk and sealed.
@@ -219,22 +181,19 @@ class Checkpoints:
         Raises:
           UserError: one could not be written.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._failed is not None:
-            (step, error), self._failed = self._failed, None
+        if self._saving is not None:
+            (step, saved), self._saving = self._saving, None
             with self._writing(step):
-                raise error
+                saved.result()
 
     def close(self) -> None:
-        """Waits for saves under way and lets go of the directory."""
+        """Waits for saves under way and ends the threads."""
         try:
             self.wait()
         finally:
+            self._saver.shutdown()
             if "_checkpointer" in vars(self):  # it was needed
                 self._checkpointer.close()
-            self._shelf.close()
 
     @functools.cached_property
     def _checkpointer(self) -> Any:
@@ -247,105 +206,151 @@ class Checkpoints:
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
 
+    def _commit(self, step: int, scores: dict | None) -> None:
+        """Waits until a save is on disk, seals it, and only then removes what is not kept."""
+        try:
+            self._checkpointer.wait_until_finished()
+        finally:
+            _ONE_SAVE.release()
+        if distributed.is_lead():
+            assert self._config is not None
+            seals.write(self._path(step), seals.take(self._path(step), scores))
+            self._verified.add(step)
+            seals.prune(self.directory, self._config.keep_last, self._config.keep_best)
+
+    def _path(self, step: int) -> epath.Path:
+        return self.directory / str(step)
+
+    def _steps(self) -> dict[int, seals.Seal]:
+        with self._reading(self.directory):
+            return seals.steps(self.directory)
+
+    def _find(self, which: Which) -> int | None:
+        """The first whole step that ``which`` names, the same in every process."""
+        chosen = self._choose(which) if distributed.is_lead() else NO_STEP
+        chosen = distributed.same_everywhere(chosen)
+        if chosen == ALL_DAMAGED:
+            kind = f"checkpoint {which}" if isinstance(which, int) else "every checkpoint"
+            raise UserError(
+                f"{kind} in {self.directory} is damaged: put back a copy, or remove that directory "
+                "to begin again"
+            )
+        return None if chosen == NO_STEP else chosen
+
+    def _choose(self, which: Which) -> int:
+        """Verifies the steps that ``which`` names until one is whole; reports those before it."""
+        steps, outcome = self._steps(), NO_STEP
+        best, latest = seals.by_top1(steps), sorted(steps, reverse=True)
+        order = {"latest": latest, "best": dict.fromkeys([*best, *latest])}
+        for step in order[which] if isinstance(which, str) else steps.keys() & {which}:
+            path = self._path(step)
+            with self._reading(path):
+                problem = None if step in self._verified else seals.problem(path, steps[step])
+                if problem is not None and seals.read(path) != steps[step]:
+                    return self._choose(which)  # another process has removed it, or sealed it anew
+            if problem is None:
+                self._verified.add(step)
+                return step
+            outcome = ALL_DAMAGED
+            if step not in self._reported:
+                self._reported.add(step)
+                self._say(
+                    f"checkpoint {step} in {self.directory} is damaged ({problem}): it is passed "
+                    "over"
+                )
+        return outcome
+
     def _read(self, which: Which, reading: Callable[[epath.Path], T]) -> T:
-        """What ``reading`` makes of the directory of the step that ``which`` names."""
-        alone = jax.process_count() == 1
-        for _ in range(CHOICES if alone else 1):
-            step = self.step(which)
-            try:
-                with self._reading(step):
-                    found = reading(self._shelf.here(step))
-            except UserError:
-                if not alone or self._shelf.still_whole(step):
-                    raise
-            else:
-                if not alone or self._shelf.still_whole(step):
-                    return found
-        raise UserError(f"checkpoints in {self.directory} are removed faster than they are read")
+        """What ``reading`` returns for the directory of the step that ``which`` names."""
+        step = self._find(which)
+        if step is None:
+            raise UserError(
+                f"no checkpoint {which!r} in {self.directory}: it holds steps "
+                f"{sorted(self._steps())}"
+            )
+        try:
+            with self._reading(self._path(step)):
+                result = reading(self._path(step))
+        except UserError:
+            if self._is_there(step):
+                raise
+        else:
+            if self._is_there(step):
+                return result
+        return self._read(which, reading)
+
+    def _is_there(self, step: int) -> bool:
+        """Whether a step was not removed while it was read: its seal is what is removed first."""
+        if jax.process_count() > 1 or seals.read(self._path(step)) is not None:
+            return True  # several processes read only before they write
+        self._verified.discard(step)
+        return False
 
     def _restored(self, path: epath.Path, template: Any) -> tuple[Any, dict[str, Any]]:
-        args = _orbax().args
-        items = args.Composite(state=args.StandardRestore(template), meta=args.JsonRestore())
-        restored = self._checkpointer.restore(path, args=items)
-        return restored["state"], restored["meta"]
-
-    def _stored(self, path: epath.Path) -> Any:
-        stored = self._checkpointer.metadata(path).item_metadata["state"]
-        if stored is None:
-            raise FileNotFoundError("it holds no state")
-        return stored.tree
-
-    def _check_shapes(self, path: epath.Path, template: Any) -> None:
-        """Orbax casts silently where dtypes differ; here that is an error."""
-        have = {_name(p): (x.shape, str(x.dtype)) for p, x in _leaves(self._stored(path))}
-        want = {_name(p): (x.shape, str(x.dtype)) for p, x in _leaves(template)}
+        """(state, meta); without a template the state as it was stored, on one device."""
+        stored = self._checkpointer.metadata(path).item_metadata["state"].tree
+        if template is None:
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            template = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), stored
+            )
+        # Orbax casts silently where dtypes differ; here that is an error.
+        have, want = _signatures(stored), _signatures(template)
         for name in sorted(have.keys() | want.keys()):
             if have.get(name) != want.get(name):
                 raise UserError(
                     f"checkpoint {path.name} in {self.directory} does not fit: {name} is "
                     f"{have.get(name, 'missing')} there and {want.get(name, 'absent')} in this run"
                 )
-
-    def _commit(self, step: int, scores: dict | None) -> None:
-        """Waits until a save is on disk, seals it, and only then removes what is not kept."""
-        try:
-            try:
-                self._checkpointer.wait_until_finished()
-            finally:
-                _ONE_SAVE.release()
-            if distributed.is_lead():
-                assert self._config is not None
-                self._shelf.seal(step, scores)
-                self._shelf.prune(self._config.keep_last, self._config.keep_best)
-        except BaseException as error:
-            self._failed = (step, error)  # raised by wait()
-            self._discard(step)
-        else:
-            storage.hush.end()
-
-    def _discard(self, step: int) -> None:
-        # Orbax does not wait for its other threads where one has failed, and they may still write.
-        for pause in DISCARDING if distributed.is_lead() else ():
-            time.sleep(pause)
-            self._shelf.discard(step)
+        args = _orbax().args
+        items = args.Composite(state=args.StandardRestore(template), meta=args.JsonRestore())
+        restored = self._checkpointer.restore(path, args=items)
+        return restored["state"], restored["meta"]
 
     def _writing(self, step: int) -> contextlib.AbstractContextManager[None]:
         """Turns whatever orbax, tensorstore and the file system raise into one line."""
-
-        def line(error: Exception) -> str:
-            sealed = sorted(set(self._shelf.sealed()) - {step})
-            rest = (
-                f"the newest whole one is of step {sealed[-1]}" if sealed else "there is no other"
-            )
-            return (
-                f"checkpoint {step} could not be written to {self.directory} "
-                f"({storage.reason(error)}); {rest}: make room or mend the place, and the same "
-                "command goes on from there"
-            )
-
-        return storage.one_line(line)
-
-    def _reading(self, step: int) -> contextlib.AbstractContextManager[None]:
-        return storage.one_line(
+        return error_as_one_line(
             lambda error: (
-                f"checkpoint {self.directory}/{step} cannot be read ({storage.reason(error)}): "
-                "remove that directory to go on from the one before"
+                f"checkpoint {step} could not be written to {self.directory} ({reason(error)}); "
+                f"whole are steps {sorted(set(self._steps()) - {step})}: make room or mend the "
+                "place, and the same command goes on from there"
+            )
+        )
+
+    def _reading(self, path: epath.Path) -> contextlib.AbstractContextManager[None]:
+        return error_as_one_line(
+            lambda error: (
+                f"{path} cannot be read ({reason(error)}): mend it, or remove that directory"
             )
         )
 
 
+def _signatures(tree: Any) -> dict[str, tuple[Any, str]]:
+    """(shape, dtype) of each array by its path, such as params/head/kernel."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (x.shape, str(x.dtype))
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@functools.cache
 def _orbax() -> Any:
     # Importing it takes as long as much of the rest: at the first save, not before the first step.
     import orbax.checkpoint
 
+    # Its threads report the error of a failed save on stderr as well as to the caller.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_of_orbax)
+    sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
     return orbax.checkpoint
 
 
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    texts = (record.pathname, record.getMessage())
+    return record.levelno < logging.ERROR or not any("/orbax/" in text for text in texts)
 
 
-def _name(path: Any) -> str:
-    """A path such as params/head/kernel; orbax's metadata has names where a tree has indices."""
-    parts = (getattr(p, "key", getattr(p, "name", getattr(p, "idx", p))) for p in path)
-    return "/".join(str(part) for part in parts)
+def _report_unraisable(report: Callable[[Any], None], unraisable: Any) -> None:
+    # Of tensorstore's writes that end after another has failed.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        report(unraisable)

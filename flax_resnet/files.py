@@ -1,17 +1,21 @@
-"""Writing a file whole or not at all, and a hash of arrays."""
+"""Files written whole or not at all, errors of the file system as one line, a hash of arrays."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from flax_resnet.errors import UserError
+
+# Errors of a disk that is full, a quota that is used up, and a file larger than is allowed.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -28,19 +32,36 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def room(place: Path, advice: str) -> Iterator[None]:
-    """Turns a disk or a quota that is full into one line.
+def error_as_one_line(line: Callable[[Exception], str]) -> Iterator[None]:
+    """Turns whatever a library or the file system raises into a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(line(error)) from error
+
+
+@contextlib.contextmanager
+def full_disk_as_one_line(place: Path, advice: str) -> Iterator[None]:
+    """Turns a full disk or quota into a UserError of one line.
 
     Args:
-      place: where it is written.
+      place: the directory that is written to.
       advice: what to do, after the reason.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         raise UserError(f"{place} cannot be written ({error.strerror}): {advice}") from error
+
+
+def reason(error: BaseException) -> str:
+    """An error on one line, short; a full disk is named as the system names it."""
+    text = " ".join((str(error) or type(error).__name__).split())
+    return next((name for name in map(os.strerror, FULL) if name in text), text[:200])
 
 
 def digest(parts: Iterable[np.ndarray | bytes | str]) -> str:

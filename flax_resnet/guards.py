@@ -23,14 +23,11 @@ class Guard:
     """The run has diverged when the training loss is not a number, or, on average over a log
     interval, so many times that of the first one and of guessing (ln of the classes; of
     binary_cross_entropy ln 2)."""
-    skips: int = 0
-    """So many times go back to the newest checkpoint and skip the batches since; then stop."""
     report_after: float = 60.0
     """Seconds without a batch, a step or a save after which the terminal says so."""
 
     def __post_init__(self) -> None:
         check_range("guard.times_chance", self.times_chance, POSITIVE)
-        check_range("guard.skips", self.skips, 0)
         check_range("guard.report_after", self.report_after, POSITIVE)
 
     def limit(self, loss: str, num_classes: int, first: float | None) -> float:
@@ -49,15 +46,7 @@ class Guard:
 
 
 class Diverged(UserError):
-    """The training loss is not a number any more, or far above what guessing gives.
-
-    Attributes:
-      step: the first step whose loss shows it.
-    """
-
-    def __init__(self, step: int, message: str):
-        super().__init__(message)
-        self.step = step
+    """The training loss is not a number any more, or far above what guessing gives."""
 
 
 def check_loss(sums: Sequence[Mapping[str, Any]], step: int, limit: float) -> None:
@@ -79,7 +68,7 @@ def check_loss(sums: Sequence[Mapping[str, Any]], step: int, limit: float) -> No
     first = next((i for i, loss in enumerate(losses) if not _good(loss, limit)), len(sums) - 1)
     shown = np.nanmax(losses[first]) if np.isfinite(losses[first]).any() else losses[first].max()
     bad = step - len(sums) + 1 + first
-    raise Diverged(bad, f"the run diverged: the training loss is {shown:.4g} nats at step {bad}")
+    raise Diverged(f"the run diverged: the training loss is {shown:.4g} nats at step {bad}")
 
 
 def _good(loss: np.ndarray, limit: float) -> bool:

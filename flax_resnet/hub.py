@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flax_resnet import metrics, models, provenance, storage
+from flax_resnet import files, metrics, models, provenance
 from flax_resnet.card import Trained, model_card
 from flax_resnet.errors import UserError
 from flax_resnet.licenses import License
@@ -264,4 +264,4 @@ def _writing(directory: Path) -> Any:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{directory} cannot be written ({storage.reason(error)})") from error
+        raise UserError(f"{directory} cannot be written ({files.reason(error)})") from error

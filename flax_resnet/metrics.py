@@ -176,15 +176,6 @@ class RunLog:
         else:
             self._progress.console.print(line)
 
-    def rewind(self, step: int) -> None:
-        """Drops the lines after a step that the run has gone back to."""
-        if not self._lead:
-            return
-        self._close_files()
-        self._keep_to(step)
-        if self._follower is not None:
-            self._follower.rewind(step)
-
     def _keep_to(self, step: int) -> None:
         events = self._path.parent / "tensorboard"
         self._events = Events(events, step + 1) if self._writes_events else None
@@ -233,11 +224,6 @@ class RunLogs:
             for name, v in values.items()
         )
         self.message(f"step {step}/{self._num_steps} epoch {epoch:.2f} {split}: {text}")
-
-    def rewind(self, step: int) -> None:
-        """Drops the lines after a step in every log."""
-        for log in self._logs:
-            log.rewind(step)
 
     def message(self, text: str) -> None:
         """Prints a line."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,34 +16,28 @@ from flax_resnet.models import stack_blocks, unstack_blocks
 from flax_resnet.run import Run
 
 
-def restore(run: Run, checkpoints: Checkpoints | None = None) -> bool:
-    """Puts the run's newest good checkpoint into it; False where there is none.
+def restore(run: Run) -> bool:
+    """Puts the newest good checkpoint of the run's workdir into it; False where there is none.
 
     Args:
       run: its state has the arrays' shapes and shardings.
-      checkpoints: by default those of its workdir.
 
     Raises:
       UserError: all are damaged, or of another run.
     """
-    if checkpoints is None:
-        checkpoints = Checkpoints(run.config.checkpoint.place(run.workdir))
-        try:
-            return restore(run, checkpoints)
-        finally:
-            checkpoints.close()
-    step = checkpoints.latest_step()
-    if step is None:
-        return False
-    meta = checkpoints.meta(step)
-    _check_same(run, meta, f"checkpoint {step} in {checkpoints.directory}")
-    arrays, _ = _arrays(run, checkpoints, step, meta)
+    checkpoints = Checkpoints(run.config.checkpoint.place(run.workdir))
+    with contextlib.closing(checkpoints):
+        step = checkpoints.latest_step()
+        if step is None:
+            return False
+        meta = checkpoints.meta(step)
+        _check_same(run, meta, f"checkpoint {step} in {checkpoints.directory}")
+        arrays, _ = _arrays(run, checkpoints, step, meta)
     run.state = run.state.replace(**arrays)
     run.step, run.seconds = meta["step"], meta["seconds"]
     run.train_seconds = meta.get("train_seconds", 0.0)
     run.spent |= meta.get("spent", {})
     run.start_seconds = meta.get("start_seconds", 0.0)
-    run.skipped = [list(pair) for pair in meta["skipped"]]
     run.open_interval, run.owes_evaluation = meta["open_interval"], meta["owes_evaluation"]
     run.first_loss, run.resumed_on = meta["first_loss"], meta["ran_on"]
     return True
@@ -55,10 +50,8 @@ def check_current(run: Run) -> None:
       UserError: a run was under way there, and has moved.
     """
     reader = Checkpoints(run.config.checkpoint.place(run.workdir), say=lambda line: None)
-    try:
+    with contextlib.closing(reader):
         newest = reader.latest_step() or 0
-    finally:
-        reader.close()
     if newest != run.step or (run.workdir / "result.json").exists():
         raise UserError(
             f"{run.workdir} has gone on to step {newest} while this one was set up at step "

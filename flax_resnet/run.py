@@ -38,7 +38,6 @@ class Run:
 
     Attributes:
       whole: the whole state, where ``state`` is only the top of a frozen network.
-      skipped: [step, batches] of each time that it went back to a step and skipped batches.
       open_interval: sums of the log interval that the run was stopped in.
       owes_evaluation: it was stopped before the evaluation that is due at its step.
       first_loss: mean training loss of its first log interval, in nats; of several networks the
@@ -71,7 +70,6 @@ class Run:
     compile_seconds: float = 0.0
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     confusion: np.ndarray | None = None
-    skipped: list[list[int]] = dataclasses.field(default_factory=list)
     open_interval: dict[str, Any] | None = None
     owes_evaluation: bool = False
     first_loss: float | None = None
@@ -188,7 +186,6 @@ class Run:
             "spent": self.spent,
             "start_seconds": self.start_seconds,
             **self.data.describe(),
-            "skipped": self.skipped,
             "open_interval": self.open_interval,
             "owes_evaluation": self.owes_evaluation,
             "first_loss": self.first_loss,
@@ -324,17 +321,15 @@ class Run:
 
     def batches(self) -> Iterator[Batch]:
         """The training batches that are left."""
-        skipped = sum(batches for _, batches in self.skipped)
-        first, end = self.step + skipped, self.num_steps + skipped
-        return self.data.train_batches(self.seeds, self.config.batch_size, first, end)
+        size = self.config.batch_size
+        return self.data.train_batches(self.seeds, size, self.step, self.num_steps)
 
     def dispatches(self) -> Iterator[Any]:
         """The same as ``compile``'s train step takes them: batches, and Groups of them."""
         if self.group == 1:
             return self.batches()
-        first = self.step + sum(batches for _, batches in self.skipped)
         size = self.config.batch_size
-        return dispatch.feed(self.data, self.mesh, self.seeds, size, first, list(self.taken))
+        return dispatch.feed(self.data, self.mesh, self.seeds, size, self.step, list(self.taken))
 
     def evaluate(
         self, step: Callable[..., metrics.Sums], stop: Callable[[], bool] | None = None

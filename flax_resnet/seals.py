@@ -1,156 +1,195 @@
-"""A seal on a directory: its files with their sizes and hashes, in one file that is hashed too.
+"""Which checkpoints of a directory are whole: the seal of each, a file that lists its other files.
 
-It is written last. So a directory with a seal was finished, and one whose files match their seal
-is what was written.
+Each checkpoint is a directory named by its step. Its seal has the size and the hash of every file
+and is written last. So a step with a seal was written to the end, and a step whose files match
+its seal holds exactly the bytes that were written.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import json
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
+from flax_resnet.errors import UserError
+from flax_resnet.files import replacing
+
 SEAL = "SEALED.json"
-BLOCK_BYTES = 2**20
-THREADS = 8  # hashing lets go of the interpreter, and so does waiting for a bucket
+# Files hashed at a time: hashing releases the interpreter's lock, and so does waiting for storage.
+THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Seal:
-    """What a seal says.
+    """The content of a seal.
 
     Attributes:
-      files: relative name to (bytes, sha256).
-      scores: what the checkpoint was evaluated to, or None.
+      files: relative file name to [bytes, sha256].
+      scores: evaluation of the checkpoint, or None.
     """
 
-    files: dict[str, tuple[int, str]]
+    files: dict[str, list[Any]]
     scores: dict[str, float] | None = None
 
 
+# What ``read`` returns for a seal that is not as it was written.
+DAMAGED = Seal({})
+
+
 def is_remote(directory: epath.PathLike) -> bool:
-    """Whether it is a bucket's."""
+    """Whether a directory is in a bucket."""
     return "://" in str(directory)
 
 
+def open_directory(directory: epath.PathLike) -> epath.Path:
+    """The absolute path of a directory, or the one of a bucket that orbax can write to.
+
+    Raises:
+      UserError: orbax cannot write there.
+    """
+    scheme, is_url, _ = str(directory).partition("://")
+    if not is_url:
+        return epath.Path(directory).resolve()
+    if scheme != "gs":
+        raise UserError(
+            f"{directory}: expected a path or gs://BUCKET/PATH, where orbax can write: mount "
+            "another bucket, and give the path of the mount"
+        )
+    import fsspec
+
+    # Other processes write there too, and so does orbax, not through gcsfs.
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    return epath.Path(directory)
+
+
 def take(directory: epath.Path, scores: dict[str, float] | None = None) -> Seal:
-    """Hashes every file of a directory."""
-    return Seal(_hashes(directory, sorted(files(directory))), scores)
+    """Hashes every file of a directory.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
+    names = sorted(_names(directory))
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        hashes = pool.map(lambda name: _hash(directory / name), names)
+        return Seal(dict(zip(names, hashes, strict=True)), scores)
 
 
 def write(directory: epath.Path, seal: Seal) -> None:
-    """Puts a seal on a directory, in the place of one that is there, whole or not at all."""
-    text = _text(seal)
-    record = json.dumps({"sha256": _digest(text), "sealed": text})
-    path = directory / SEAL
+    """Writes a seal, whole or not at all; it replaces the one that is there."""
+    text = json.dumps(dataclasses.asdict(seal), sort_keys=True)
+    record = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "sealed": text})
     if is_remote(directory):
-        path.write_text(record)  # an object appears when it is whole
-        return
-    # Not files.replacing: that is for pathlib's paths.
-    partial = directory / f"{SEAL}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        partial.write_text(record)
-        partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+        (directory / SEAL).write_text(record)  # an object appears when it is whole
+    else:
+        with replacing(Path(directory / SEAL)) as partial:
+            partial.write_text(record)
 
 
 def read(directory: epath.Path) -> Seal | None:
-    """The seal of a directory; None where there is none, or it is damaged.
+    """The seal of a directory; None where there is none, ``DAMAGED`` where it is damaged.
 
     Raises:
       OSError: a bucket did not answer.
     """
     try:
-        text = (directory / SEAL).read_text()
-    except FileNotFoundError:
-        return None
-    except ValueError:  # no UTF-8
-        return None
-    except OSError:
-        if is_remote(directory):  # that says nothing of the seal
-            raise
-        return None
-    try:
-        record = json.loads(text)
-        if record["sha256"] != _digest(record["sealed"]):
-            return None
-        sealed = json.loads(record["sealed"])
-        files = {name: (int(size), str(sha)) for name, (size, sha) in sealed["files"].items()}
-        return Seal(files, sealed["scores"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def exists(directory: epath.Path) -> bool:
-    """Whether a directory has a seal, whole or not."""
-    try:  # not Path.exists: it is False too where a bucket does not answer
-        return any(path.name == SEAL for path in directory.iterdir())
+        record = json.loads((directory / SEAL).read_text())
+        text = record["sealed"]
+        if record["sha256"] != hashlib.sha256(text.encode()).hexdigest():
+            return DAMAGED
+        return Seal(**json.loads(text))
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return DAMAGED
+    except OSError:
+        if is_remote(directory):
+            raise
+        return DAMAGED
 
 
 def problem(directory: epath.Path, seal: Seal) -> str | None:
-    """The first thing in which a directory is not what was sealed, or None."""
+    """The first difference between a directory and its seal, or None.
+
+    Raises:
+      OSError: a bucket did not answer.
+    """
+    if seal is DAMAGED:
+        return f"{SEAL} is not as it was written"
     try:
-        found = set(files(directory))
-        for name in sorted(found ^ seal.files.keys()):
-            return f"{name} is " + ("missing" if name in seal.files else "not one of its files")
-        hashes = _hashes(directory, seal.files)
-    except OSError as error:  # it is being removed, or the disk is bad
+        files = take(directory).files
+    except OSError as error:
+        if is_remote(directory) and not isinstance(error, FileNotFoundError):
+            raise
         return f"it cannot be read: {error.strerror or error}"
-    for name, (size, sha) in seal.files.items():
-        have, hashed = hashes[name]
-        if have != size:
-            return f"{name} has {have} bytes of {size}"
-        if hashed != sha:
-            return f"{name} has other bytes than were written"
+    for name in sorted(files.keys() | seal.files.keys()):
+        if files.get(name) != seal.files.get(name):
+            return f"{name} is not as it was written"
     return None
 
 
-def files(directory: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Relative names of all files of a directory but the seal."""
-    for path in directory.iterdir():
-        if path.is_dir():
-            yield from files(path, f"{prefix}{path.name}/")
-        elif prefix or not path.name.startswith(SEAL):
-            yield prefix + path.name
-
-
 def remove(directory: epath.Path) -> None:
-    """Removes a sealed directory, the seal first."""
+    """Removes a sealed directory, the seal first: what a kill leaves is no checkpoint."""
     (directory / SEAL).unlink(missing_ok=True)
     directory.rmtree(missing_ok=True)
 
 
-def _hashes(directory: epath.Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        names = list(names)
-        hashed = pool.map(_hashed, [directory / name for name in names])
-        return dict(zip(names, hashed, strict=True))
+def steps(directory: epath.Path) -> dict[int, Seal]:
+    """The steps in a directory that were written to the end, with their seals."""
+    found = {int(p.name): read(p) for p in directory.glob("*") if p.name.isdecimal()}
+    return {step: seal for step, seal in found.items() if seal is not None}
 
 
-def _hashed(path: epath.Path) -> tuple[int, str]:
-    found, size = hashlib.sha256(), 0
+def by_top1(steps: Mapping[int, Seal]) -> list[int]:
+    """The steps that were evaluated, the highest top-1 first; of equal ones the newest."""
+    rated = [(seal.scores["top1"], step) for step, seal in steps.items() if seal.scores]
+    return [step for _, step in sorted(rated, reverse=True)]
+
+
+def prune(directory: epath.Path, keep_last: int, keep_best: int) -> None:
+    """Removes all steps of a directory but the newest and the best."""
+    sealed = steps(directory)
+    kept = {*sorted(sealed)[-keep_last:], *by_top1(sealed)[:keep_best]}
+    for step in sealed.keys() - kept:
+        remove(directory / str(step))
+
+
+def tidy(directory: epath.Path, newest: float) -> None:
+    """Makes a directory ready for a run that goes on from its step ``newest``.
+
+    Steps that were not finished are removed. What is newer, or has a damaged seal, was passed
+    over and is set aside as ``STEP.damaged``, for whoever wants to look at it; in a bucket, where
+    nothing can be renamed, it is removed.
+    """
+    if not is_remote(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    sealed = steps(directory)
+    for path in directory.glob("*"):
+        step = int(path.name) if path.name.isdecimal() else None
+        if step is not None and step in sealed:
+            if step > newest or sealed[step] is DAMAGED:
+                aside = path.with_name(f"{step}.damaged")
+                aside.rmtree(missing_ok=True)
+                path.rmtree() if is_remote(path) else path.rename(aside)
+        elif step is not None or ".orbax-checkpoint-tmp" in path.name:
+            path.rmtree()
+
+
+def _names(directory: epath.Path, prefix: str = "") -> Iterator[str]:
+    """Relative names of all files of a directory except the seal."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            yield from _names(path, f"{prefix}{path.name}/")
+        elif prefix or not path.name.startswith(SEAL):
+            yield prefix + path.name
+
+
+def _hash(path: epath.Path) -> list[Any]:
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            found.update(block)
-            size += len(block)
-    return size, found.hexdigest()
-
-
-def _text(seal: Seal) -> str:
-    return json.dumps(dataclasses.asdict(seal), sort_keys=True)
-
-
-def _digest(text: Any) -> str:
-    return hashlib.sha256(str(text).encode()).hexdigest()
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return [file.tell(), sha256]

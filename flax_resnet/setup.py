@@ -94,11 +94,6 @@ def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
             f"{type(config.optimizer).__name__} with model.scan_blocks: it treats each layer by "
             "itself, and scanned blocks share one array; use SGD, Adam or AdamW, or unrolled blocks"
         )
-    if config.cache_features and config.guard.skips:
-        raise UserError(
-            f"guard.skips={config.guard.skips} with cache_features: a head alone has nothing to go "
-            "back for; leave one out"
-        )
     with_rows = config.augment.alternating_flip
     data = Data(config.data, mesh, config.model.num_classes, with_rows=with_rows)
     steps_per_epoch = math.ceil(data.num_train / config.batch_size)

@@ -122,8 +122,6 @@ def why_not(configs: Sequence[TrainConfig]) -> str | None:
             return f"{name} is for one network at a time"
     if first.sharding != "replicated":
         return f"sharding={first.sharding} splits one network over the devices"
-    if first.guard.skips:
-        return "guard.skips goes back with one network at a time"
     if jax.process_count() > 1:
         return "there are several processes"
     return None
@@ -291,8 +289,7 @@ def _train_group(
 def _leave(run: Run) -> None:
     """Writes what a run of its own would have left."""
     config = run.config.checkpoint
-    staging = run.workdir / "staging"
-    checkpoints = Checkpoints(config.place(run.workdir), config, staging=staging)
+    checkpoints = Checkpoints(config.place(run.workdir), config)
     try:
         if checkpoints.latest_step() != run.step:  # not killed just here before
             checkpoints.save(run.step, run.arrays(), run.meta(), run.evaluation)

@@ -17,11 +17,11 @@ from jax.sharding import Mesh
 from flax_resnet import dispatch, distributed, figures, hosts, metrics, models, profiling, tracking
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
-from flax_resnet.files import room
+from flax_resnet.files import full_disk_as_one_line
 from flax_resnet.guards import Diverged, all_finite, check_loss
 from flax_resnet.preemption import Preempted, Signals
 from flax_resnet.record import to_record
-from flax_resnet.resume import changes, check_current, restore
+from flax_resnet.resume import changes, check_current
 from flax_resnet.run import Run
 from flax_resnet.setup import opening_line, set_up
 from flax_resnet.watch import (
@@ -100,7 +100,7 @@ def _train(
     watch.at(COMPILING, run.step)
     steps = run.compile()  # what can be wrong has been by now; only then is anything written
     advice = "make room, and the same command goes on from the last checkpoint"
-    with claimed(workdir, config), room(workdir, advice):
+    with claimed(workdir, config), full_disk_as_one_line(workdir, advice):
         watch.at(SETTING_UP, run.step)
         check_current(run)
         with tracking.following({workdir: config.tracking} if lead else {}) as followers:
@@ -152,8 +152,7 @@ def go(
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)
         directory = config.checkpoint.place(run.workdir)
-        staging = run.workdir / "staging"  # for a bucket's
-        checkpoints = Checkpoints(directory, config.checkpoint, run.step, staging=staging)
+        checkpoints = Checkpoints(directory, config.checkpoint, run.step)
         stack.callback(checkpoints.close)
         signals = stack.enter_context(Signals(stop))
         stack.enter_context(run.step_memory())
@@ -171,14 +170,11 @@ def go(
             )
         log.message(f"compiled in {run.compile_seconds:.1f} s")
         began = time.perf_counter() - run.seconds - run.compile_seconds
-        while True:
-            loop = _Loop(run, step_fn, eval_fn, checkpoints, log, signals, watch, began)
-            try:
-                loop.train()
-                break
-            except Diverged as error:
-                watch.at(SAVING, run.step)
-                _go_back(run, checkpoints, log, error)
+        try:
+            _Loop(run, step_fn, eval_fn, checkpoints, log, signals, watch, began).train()
+        except Diverged as error:
+            watch.at(SAVING, run.step)
+            raise _advised(error, checkpoints) from error
         watch.at(SAVING, run.step)
         checkpoints.wait()
 
@@ -187,31 +183,13 @@ def _steps_of_call(state: Any, batch: Any) -> int:
     return dispatch.num_steps(batch)
 
 
-def _go_back(
-    run: Run, checkpoints: Checkpoints, log: metrics.RunLog | metrics.RunLogs, error: Diverged
-) -> None:
-    """Puts a run that diverged back to its newest checkpoint, past the batches since.
-
-    Raises:
-      Diverged: it has been put back as often as it may be, or there is no checkpoint.
-    """
+def _advised(error: Diverged, checkpoints: Checkpoints) -> Diverged:
     checkpoints.wait()
-    last, used, may = checkpoints.latest_step(), len(run.skipped), run.config.guard.skips
-    if last is None or used >= may:
-        good = "no checkpoint was saved before" if last is None else f"the last good one is {last}"
-        raise Diverged(
-            error.step,
-            f"{error}; checkpoints: {good}, in {checkpoints.directory}. Lower "
-            "--optimizer.learning-rate, set --optimizer.max-grad-norm, or go back and skip what "
-            f"came since with --guard.skips {used + 1}",
-        ) from error
-    skipped, spent = [*run.skipped, [last, error.step - last]], dict(run.spent)
-    restore(run, checkpoints)
-    run.skipped, run.spent = skipped, spent
-    log.rewind(last)
-    log.message(
-        f"{error}: goes back to step {last} and skips {error.step - last} batches "
-        f"({used + 1} of {may} times)"
+    last = checkpoints.latest_step()
+    good = "no checkpoint was saved before" if last is None else f"the last good one is {last}"
+    return Diverged(
+        f"{error}; checkpoints: {good}, in {checkpoints.directory}. Lower "
+        "--optimizer.learning-rate or set --optimizer.max-grad-norm, in another --workdir"
     )
 
 
@@ -321,8 +299,7 @@ class _Loop:
         # Not the optimizer's state: the best loss of ReduceOnPlateau begins at infinity.
         if not run.lead and not all_finite((state.params, state.batch_stats, state.ema)):
             raise Diverged(
-                run.step,
-                f"the run diverged: the parameters are not finite any more at step {run.step}",
+                f"the run diverged: the parameters are not finite any more at step {run.step}"
             )
         run.seconds = now - self.began
         run.train_seconds = run.seconds - sum(run.spent.values())

@@ -127,21 +127,6 @@ def call(capsys):
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-    """s3://bucket, empty, in memory; a function that sets its attributes to True."""
-    from buckets import Objects
-
-    from flax_resnet import storage
-
-    files = Objects()
-    monkeypatch.setattr(Objects, "held", {})
-    monkeypatch.setattr(type(storage.backend.fsspec_backend), "fs", lambda self, path: files)
-    monkeypatch.setitem(storage.NEEDS, "s3", "fsspec")
-    monkeypatch.setenv("EPATH_USE_TF", "0")
-    return lambda name: monkeypatch.setattr(Objects, name, True)
-
-
-@pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A stand-in for the Hugging Face hub, with a cache and a login of the test's own."""
     client = pytest.importorskip("huggingface_hub", reason="needs [hub]")

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from flax_resnet import distributed, models, storage
+from flax_resnet import distributed, models, seals
 from flax_resnet.augment import normalize
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.data import Data
@@ -101,11 +101,11 @@ def open_run(workdir: str | Path, checkpoint: Which = "best") -> Inspected:
     workdir = Path(workdir).expanduser()
     config = read_record(workdir)[0]
     directory = config.checkpoint.place(workdir)
-    if not storage.is_remote(directory) and not directory.is_dir():
+    if not seals.is_remote(directory) and not directory.is_dir():
         raise UserError(f"{workdir} holds no checkpoints: expected {directory} of a run")
     reader = Checkpoints(directory)
     try:
-        state, meta = reader.read("evaluated" if checkpoint == "best" else checkpoint)
+        state, meta = reader.read(checkpoint)
     finally:
         reader.close()
     module = config.model

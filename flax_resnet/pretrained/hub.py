@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flax_resnet import storage
+from flax_resnet import files
 from flax_resnet.errors import UserError
 from flax_resnet.pretrained.download import Unavailable, check_online, endpoint
 
@@ -150,7 +150,7 @@ def explained(repo: Repo, what: str) -> Iterator[None]:
     if hide:
         bars.disable_progress_bars()
     try:
-        with storage.one_line(lambda error: f"{what}: {_why(error, repo)}"):
+        with files.error_as_one_line(lambda error: f"{what}: {_why(error, repo)}"):
             yield
     finally:
         if hide:
@@ -176,12 +176,12 @@ def _why(error: BaseException, repo: Repo) -> str:
         return f"there is no such file in it: {repo.url} shows what there is"
     if status in (401, 403):
         said = getattr(error, "server_message", None) or "access is refused"
-        return f"{storage.reason(ValueError(said))} (HTTP {status}): {_LOGIN}, with a token for it"
+        return f"{files.reason(ValueError(said))} (HTTP {status}): {_LOGIN}, with a token for it"
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"{error.strerror}: free space, or set HF_HUB_CACHE to another directory"
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # an upload in a thread
         return _why(error.__cause__, repo)
-    return f"{type(error).__name__}: {storage.reason(error)}"
+    return f"{type(error).__name__}: {files.reason(error)}"
 
 
 def _not_here(error: BaseException, repo: Repo) -> str:
@@ -193,7 +193,7 @@ def _not_here(error: BaseException, repo: Repo) -> str:
             "machine that has it"
         )
     cause = error.__cause__
-    detail = storage.reason(cause) if cause is not None else "no answer"
+    detail = files.reason(cause) if cause is not None else "no answer"
     return f"{endpoint()} is not reached ({detail}) and it is not in {cache}: try again later"
 
 
@@ -209,7 +209,7 @@ def _verify(repo: Repo, path: Path) -> None:
     try:
         found = _digests(blob, len(blob.name))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({storage.reason(error)})") from error
+        raise UserError(f"{path} cannot be read ({files.reason(error)})") from error
     if not found:
         LOG.warning("%s is used unverified: %s is no hash that is known", path, blob.name)
     elif blob.name not in found:

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from flax import linen as nn
 
-from flax_resnet import models, storage
+from flax_resnet import models, seals
 from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
 from flax_resnet.errors import UserError
 from flax_resnet.layers import Dtype
@@ -225,11 +225,11 @@ def open_run(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
       UserError: there is no run, or its checkpoint cannot be read.
     """
     directory = _checkpoints_of(workdir)
-    if not storage.is_remote(directory) and not directory.is_dir():
+    if not seals.is_remote(directory) and not directory.is_dir():
         raise UserError(f"{workdir} holds no run: expected its checkpoints/, or a weight file")
     reader = Checkpoints(directory)
     try:
-        state, meta = reader.read("evaluated")
+        state, meta = reader.read("best")
     finally:
         reader.close()
     config = from_record(untracked(meta["config"]))
