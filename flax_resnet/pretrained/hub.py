@@ -116,9 +116,9 @@ def fetch_folder(repo: Repo, names: Sequence[str] = (WEIGHTS, CONFIG)) -> Path:
                 local_files_only=variable is not None,
             )
         )
-    files = [folder / name for name in names if (folder / name).exists()]
-    for path in files:
-        _check_hash(repo, path)
+        files = [folder / name for name in names if (folder / name).exists()]
+        for path in files:
+            _check_hash(repo, path)
     if WEIGHTS in names and folder / WEIGHTS not in files:
         raise UserError(f"{repo} has no {WEIGHTS}{why}: name a repository that has one")
     return folder
