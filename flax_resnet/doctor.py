@@ -24,8 +24,7 @@ from flax_resnet import compilation, cpu, flags
 from flax_resnet.classify import flag
 from flax_resnet.datasets import sources
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained.download import check_online
-from flax_resnet.pretrained.fetch import cache_dir
+from flax_resnet.pretrained.fetch import cache_dir, offline
 from flax_resnet.provenance import git_state, versions
 
 PACKAGE = "flax_resnet"
@@ -175,10 +174,8 @@ def _caches() -> Iterator[Finding]:
         return
     yield _cache("compiled programs", programs)
     yield _cache("weights", cache_dir() / "weights", partial=".partial")
-    try:
-        check_online()
-    except Exception as error:  # whatever it is, it says why
-        yield Finding("network", f"{error}: nothing is downloaded", "absent")
+    if (variable := offline()) is not None:
+        yield Finding("network", f"{variable} is set: nothing is downloaded", "absent")
 
 
 def _cache(topic: str, directory: Path, partial: str = "-") -> Finding:

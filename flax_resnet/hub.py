@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
+import re
 import shutil
 import tempfile
-import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax_resnet import files, metrics, models, provenance
-from flax_resnet.card import Trained, model_card
+from flax_resnet import metrics, models, provenance
+from flax_resnet.card import License, Trained, model_card
 from flax_resnet.errors import UserError
-from flax_resnet.licenses import License
 from flax_resnet.pretrained import Pretrained, open_weights, stem_channels, write_weights
+from flax_resnet.pretrained.fetch import offline
 from flax_resnet.pretrained.hub import (
+    CONFIG,
     WEIGHTS,
     Repo,
-    commit_of,
-    endpoint,
-    explained,
-    fetch_file,
-    fetch_optional,
-    library,
-    offline,
+    client,
+    fetch_folder,
+    one_line,
     parse,
 )
 from flax_resnet.pretrained.load import open_run
 from flax_resnet.record import from_record, to_record
 
-CONFIG, CARD, RESULT = "config.json", "README.md", "result.json"
+CARD, RESULT = "README.md", "result.json"
 OURS = (WEIGHTS, CONFIG, CARD, RESULT)
 """The files of a repository that a push writes, and a pull reads."""
 MESSAGE = "Weights, config and card, by flax_resnet"
@@ -57,7 +53,7 @@ def push_to_hub(
     Args:
       source: a run's working directory, a weight file, "hf://OWNER/NAME", or opened weights.
       repo_id: OWNER/NAME.
-      license: of the weights, by the hub's word for it ("apache-2.0"), or a ``licenses.License``.
+      license: of the weights, by the hub's word for it ("apache-2.0"), or a ``card.License``.
       private: of a new repository: only its owner sees it.
       revision: the branch to add the commit to, made where it is not there; None: main.
       message: of the commit.
@@ -66,29 +62,31 @@ def push_to_hub(
       "hf://OWNER/NAME@COMMIT", which ``load`` takes as weights.
 
     Raises:
-      UserError: bad arguments, weights that cannot be read, no token that may write, no network.
+      UserError: bad arguments, weights that cannot be read, a licence that the hub does not know,
+        no token that may write, no network.
     """
-    repo = _named(repo_id)
-    license = License(license) if isinstance(license, str) else license
-    client = library()
-    if (why := offline()) is not None:
-        raise UserError(f"{repo} cannot be pushed to, {why}: unset it, or write a folder (dry run)")
+    repo, api = _named(repo_id), client()
+    if (variable := offline()) is not None:
+        raise UserError(
+            f"{repo} cannot be pushed to, {variable} is set: unset it, or write a folder (dry run)"
+        )
     if not message.strip():
         raise UserError("message='': expected what the commit is to be called")
-    api = client.HfApi(endpoint=endpoint(), library_name="flax_resnet")
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
     with tempfile.TemporaryDirectory(prefix="flax_resnet_push_") as folder:
         paths = write_repository(source, repo_id, folder, license=license)
-        with explained(repo, f"{repo} cannot be pushed to"):
+        with one_line(f"{repo} cannot be pushed to"):
             api.create_repo(repo.name, private=private, exist_ok=True)
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo.name, branch=revision, exist_ok=True)
-            there = set(api.list_repo_files(repo.name, revision=revision))
-            gone = (there & set(OURS)) - {path.name for path in paths}
-            commit = api.create_commit(
+            present = {*api.list_repo_files(repo.name, revision=revision)}
+            stale = present.intersection(OURS).difference(path.name for path in paths)
+            commit = api.create_commit(  # upload_folder neither checks a card nor makes one commit
                 repo.name,
                 [
-                    *(client.CommitOperationAdd(path.name, str(path)) for path in paths),
-                    *(client.CommitOperationDelete(name) for name in sorted(gone)),
+                    *(CommitOperationAdd(path.name, str(path)) for path in paths),
+                    *(CommitOperationDelete(name) for name in sorted(stale)),
                 ],
                 commit_message=message,
                 revision=revision,
@@ -103,11 +101,11 @@ def write_repository(
     *,
     license: str | License,
 ) -> list[Path]:
-    """Writes what ``push_to_hub`` would upload; needs neither a network nor huggingface_hub.
+    """Writes what ``push_to_hub`` would upload; needs huggingface_hub and no network.
 
     Args:
       source: as of ``push_to_hub``.
-      repo_id: likewise; the card names it.
+      repo_id: as of ``push_to_hub``; the card names it.
       directory: made where it is not there; files of these names are replaced.
       license: as of ``push_to_hub``.
 
@@ -129,8 +127,9 @@ def write_repository(
         texts[RESULT] = _json(trained.result)
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        if RESULT not in texts:
-            (directory / RESULT).unlink(missing_ok=True)
+        (directory / RESULT).unlink(missing_ok=True)
+        for name, text in texts.items():
+            (directory / name).write_text(text, encoding="utf-8")
     write_weights(
         directory / WEIGHTS,
         opened.module,
@@ -139,9 +138,6 @@ def write_repository(
         class_names=opened.class_names,
         input_shape=shape,
     )
-    with _writing(directory):
-        for name, text in texts.items():
-            (directory / name).write_text(text, encoding="utf-8")
     return [directory / name for name in (WEIGHTS, *texts)]
 
 
@@ -160,24 +156,23 @@ def pull_from_hub(repo_id: str, directory: str | Path) -> Path:
       README.md and LICENSE.
 
     Raises:
-      UserError: there is no such repository, revision or file, no network, or no room.
+      UserError: there is no such repository, revision or file, no network, or no disk space.
     """
     repo, directory = parse(repo_id), Path(directory).expanduser()
     with _writing(directory):
         if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
             raise UserError(f"{directory} is there already: name a directory that is not")
-    weights = fetch_file(repo)
-    pinned = dataclasses.replace(repo, revision=commit_of(weights) or repo.revision)
-    others = [fetch_optional(pinned, name) for name in (CONFIG, CARD, RESULT, "LICENSE")]
-    partial = directory.with_name(f"{directory.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with _writing(directory):
-            partial.mkdir(parents=True)
-            for path in filter(None, [weights, *others]):
-                shutil.copyfile(path, partial / path.name)
-            partial.replace(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    names = (*OURS, "LICENSE")
+    folder = fetch_folder(repo, names)
+    with _writing(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".pull_") as temporary:
+            complete = Path(temporary) / "complete"
+            complete.mkdir()
+            for name in names:
+                if (folder / name).exists():
+                    shutil.copyfile(folder / name, complete / name)
+            complete.replace(directory)
     return directory
 
 
@@ -192,7 +187,7 @@ def _named(repo_id: str) -> Repo:
 def _opened(
     source: str | Path | Pretrained,
 ) -> tuple[Pretrained, Trained | None, Mapping[str, Any] | None]:
-    """(the weights, the run they are of, what its config.json holds)."""
+    """(the weights, the run they are of, the content of its config.json)."""
     if isinstance(source, Pretrained):
         return source, None, None
     workdir = Path(source).expanduser()
@@ -202,20 +197,26 @@ def _opened(
     record, result = _read_json(workdir / CONFIG), _read_json(workdir / RESULT)
     if record is None:
         raise UserError(f"{workdir} holds no record of a run: expected its {CONFIG}")
-    config = from_record(checkpoint["config"])
+    config = from_record(json.loads(without_home(json.dumps(checkpoint["config"]))))
     evaluations = [line for line in metrics.read_metrics(workdir) if line["split"] == "eval"]
     trained = Trained(config, record.get("starts", ()), checkpoint, evaluations, result)
     return opened, trained, record
 
 
 def _read_json(path: Path) -> Any:
-    """What a file holds; None where there is none."""
+    """Content of a file, with ~ for the home directory; None where there is no such file."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(without_home(path.read_text()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): mend or remove it") from error
+
+
+def without_home(text: str) -> str:
+    """A text with ~ for the user's home directory, which is nobody else's business."""
+    home = str(Path.home())
+    return re.sub(re.escape(home) + r"(?![\w.-])", "~", text) if len(home) > 1 else text
 
 
 def _input_shape(opened: Pretrained, trained: Trained | None) -> tuple[int, int, int]:
@@ -230,7 +231,7 @@ def _input_shape(opened: Pretrained, trained: Trained | None) -> tuple[int, int,
 def _config(
     opened: Pretrained, shape: tuple[int, int, int], record: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """config.json: the network, what it takes and gives, and of a run its own config.json."""
+    """config.json: the network, its input and output, and of a run its own config.json."""
     prepared = opened.preprocessing
     return {
         "library_name": "flax_resnet",
@@ -241,17 +242,8 @@ def _config(
         "class_names": opened.class_names,
         "preprocessing": None if prepared is None else to_record(prepared),
         "model": to_record(opened.module),
-        "training": _at_home(record),
+        "training": record,
     }
-
-
-def _at_home(value: Any) -> Any:
-    """JSON values with ~ for the home directory in every text."""
-    if isinstance(value, Mapping):
-        return {name: _at_home(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_at_home(inner) for inner in value]
-    return provenance.without_home(value) if isinstance(value, str) else value
 
 
 def _json(value: Any) -> str:
@@ -259,9 +251,10 @@ def _json(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def _writing(directory: Path) -> Any:
+def _writing(directory: Path) -> Iterator[None]:
     """Turns what the file system raises into one line."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{directory} cannot be written ({files.reason(error)})") from error
+        raise UserError(f"{directory} cannot be written ({error}): free space there, or name "
+                        "another directory") from error  # fmt: skip

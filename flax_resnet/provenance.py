@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
-import shlex
 import subprocess
-from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from flax_resnet.files import digest
@@ -47,32 +45,3 @@ def source_hash() -> str:
     """A hash of this library's modules: a change in any might change what it computes."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return digest([file.read_bytes() for file in files])
-
-
-def command_of(argv: Sequence[str]) -> str | None:
-    """A process's ``sys.argv`` as what was typed; None where it was no command.
-
-    The home directory is written ~, and of a script only the name.
-    """
-    if not argv or argv[0] in ("", "-c", "-"):
-        return None
-    path = PurePath(argv[0])
-    words = ["python", path.name] if path.suffix == ".py" else [path.name]
-    for package in ("experiments", "flax_resnet"):
-        if path.suffix == ".py" and package in path.parts[:-1]:
-            last = len(path.parts) - 1 - path.parts[::-1].index(package)
-            inner = [*path.parts[last:-1], *([path.stem] if path.stem != "__main__" else [])]
-            words = ["python", "-m", ".".join(inner)]
-            break
-    return " ".join([*map(shlex.quote, words), *map(_word, argv[1:])])
-
-
-def _word(word: str) -> str:
-    word = without_home(word)
-    return "~/" + shlex.quote(word[2:]) if word.startswith("~/") and word[2:] else shlex.quote(word)
-
-
-def without_home(text: str) -> str:
-    """A text with ~ for the user's home directory, which is nobody else's business."""
-    home = str(Path.home())
-    return re.sub(rf"{re.escape(home)}(?=/|$)", "~", text) if len(home) > 1 else text

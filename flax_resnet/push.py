@@ -10,10 +10,10 @@ from typing import Annotated
 import tyro
 
 from flax_resnet import flags
+from flax_resnet.card import License
 from flax_resnet.classify import flag
 from flax_resnet.hub import CARD, MESSAGE, push_to_hub, write_repository
-from flax_resnet.licenses import License
-from flax_resnet.pretrained.hub import parse
+from flax_resnet.pretrained.hub import client, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,4 +67,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         revision=given.revision,
         message=given.message,
     )
-    print(f"pushed: {address}\npage: {parse(address).url}")
+    print(f"pushed: {address}\npage: {client().endpoint}/{parse(address).name}")

@@ -21,28 +21,6 @@ def test_the_commit_is_that_of_a_checkout(monkeypatch):
     assert provenance.git_state() is None
 
 
-def test_a_command_is_what_was_typed(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    told = {
-        ("/x/experiments/digits.py", "--seed", "1"): "python -m experiments.digits --seed 1",
-        ("/x/experiments/ablations/depth.py",): "python -m experiments.ablations.depth",
-        ("/x/flax_resnet/__main__.py", "evaluate"): "python -m flax_resnet evaluate",
-        ("/home/me/own.py", "/home/me/a b", "/home/meal"): "python own.py ~/'a b' /home/meal",
-        ("/usr/bin/flax_resnet", "train", "x;y"): "flax_resnet train 'x;y'",
-        ("-c", "x"): None,
-        ("",): None,
-        (): None,
-    }
-    assert {argv: provenance.command_of(argv) for argv in told} == told
-
-
-def test_the_home_directory_is_not_told(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert provenance.without_home("/home/me/x:/home/me:/home/meal") == "~/x:/home/me:/home/meal"
-    monkeypatch.setenv("HOME", "/")
-    assert provenance.without_home("/a/b") == "/a/b"
-
-
 def test_without_git_there_is_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert provenance.git_state() is None

@@ -121,14 +121,12 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
       UserError: an unknown tag, no such file, one that cannot be read, or a download that fails.
     """
     if hub.is_address(weights):
-        repo = hub.parse(str(weights))
-        opened = open_file(hub.fetch_file(repo))
-        return _known(published.find_repository(repo.name), opened)
+        return _open_repository(str(weights))
     path = Path(weights).expanduser()
     if is_path(weights):
         if path.is_dir():
             return open_run(path)[0]
-        return _known(published.find_file(path.name), open_file(path))
+        return _described(open_file(path), path, path.name)
     if network is None:
         kinds = "a weight file, a run's directory, or hf://OWNER/NAME"
         if "/" in str(weights) and not published.is_tag(str(weights)):
@@ -138,27 +136,43 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
             f"or give {kinds}"
         )
     entry = published.find(network, str(weights))
-    opened = open_file(fetch(entry))
-    module = models.create(entry.network, num_classes=len(imagenet_classes()))
-    return Pretrained(
-        module=module,
-        variables=opened.variables,
-        preprocessing=entry.preprocessing,
-        class_names=imagenet_classes(),
+    if hub.is_address(entry.url):
+        opened = _open_repository(entry.url)
+    else:
+        path = fetch(entry)
+        opened = _described(open_file(path), path, path.name)
+    classes = getattr(opened.module, "num_classes", len(imagenet_classes()))
+    return dataclasses.replace(
+        opened,
+        module=models.create(entry.network, num_classes=classes),
         network=entry.network,
         certain=True,
     )
 
 
-def _known(entry: published.Published | None, opened: Pretrained) -> Pretrained:
-    """What a weight file does not say itself: a published one is known by its name."""
-    if opened.class_names is None and entry is not None:
-        opened = dataclasses.replace(opened, preprocessing=entry.preprocessing)
+def _open_repository(address: str) -> Pretrained:
+    """The weights of hf://OWNER/NAME[@REVISION]."""
+    repo = hub.parse(address)
+    path = hub.fetch_folder(repo) / hub.WEIGHTS
+    return _described(open_file(path), path, f"{hub.PREFIX}{repo.name}")
+
+
+def _described(opened: Pretrained, path: Path, source: str) -> Pretrained:
+    """``opened`` with the preprocessing and class names that its file does not say.
+
+    Published weights are known by the name of their file or their repository, timm's by the
+    config.json beside them.
+    """
+    if opened.class_names is not None:
+        return opened
+    entry = published.find_source(source)
+    prepared = entry.preprocessing if entry is not None else None
+    prepared = prepared or published.timm_preprocessing(path.with_name(hub.CONFIG))
+    prepared = prepared or opened.preprocessing  # for want of better that of the file's kind
     classes, module = imagenet_classes(), opened.module
     imagenet = getattr(module, "include_top", True) and module.num_classes == len(classes)
-    if opened.class_names is None and opened.preprocessing is not None and imagenet:
-        opened = dataclasses.replace(opened, class_names=classes)
-    return opened
+    names = classes if imagenet and prepared is not None else None
+    return dataclasses.replace(opened, preprocessing=prepared, class_names=names)
 
 
 def is_path(weights: str | Path) -> bool:
@@ -173,7 +187,7 @@ def is_path(weights: str | Path) -> bool:
 
 
 def preprocessing(network: str, weights: str | Path = published.DEFAULT) -> Preprocessing:
-    """What weights want done to a photograph; of a tag, nothing is fetched for it.
+    """What weights want done to a photograph; of timm's tags only config.json is downloaded.
 
     Args:
       network: a name of ``names()``.
@@ -182,12 +196,18 @@ def preprocessing(network: str, weights: str | Path = published.DEFAULT) -> Prep
     Raises:
       UserError: an unknown tag, or a file that does not say.
     """
-    if not is_path(weights):
-        return published.find(network, str(weights)).preprocessing
-    found = open_weights(weights, network).preprocessing
-    if found is None:
+    prepared: Preprocessing | None
+    if is_path(weights):
+        prepared = open_weights(weights, network).preprocessing
+    else:
+        entry = published.find(network, str(weights))
+        prepared = entry.preprocessing
+        if prepared is None:
+            folder = hub.fetch_folder(hub.parse(entry.url), [hub.CONFIG])
+            prepared = published.timm_preprocessing(folder / hub.CONFIG)
+    if prepared is None:
         raise UserError(f"{weights} does not say how to prepare images for it: write it yourself")
-    return found
+    return prepared
 
 
 def check_same(opened: Pretrained, module: nn.Module, name: str) -> None:
