@@ -15,10 +15,12 @@ from flax_resnet.data import DataConfig
 
 LATE = {
     "array_record",
+    "gradio",
     "grain",
     "h5py",
     "keras",
     "matplotlib",
+    "mlflow",
     "orbax",
     "pandas",
     "requests",
@@ -30,6 +32,7 @@ LATE = {
     "tensorflow_datasets",
     "tensorstore",
     "torch",
+    "wandb",
 }
 """Packages that a command imports where it needs them, and not before."""
 
