@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "there is no password",
             file=sys.stderr,
         )
-    launch(page, settings.host, settings.port, inbrowser=settings.browser)
+    url = launch(page, settings.host, settings.port, inbrowser=settings.browser)
+    print(f"{opened.name}: {url} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
 
 
 def gradio() -> Any:
@@ -124,14 +126,14 @@ def build(of: Classifier, title: str) -> Any:
     )
 
 
-def launch(page: Any, host: str, port: int, **options: Any) -> str:
-    """Serves a page until Ctrl-C.
+def launch(page: Any, host: str, port: int, inbrowser: bool) -> str:
+    """Starts to serve a page, in a thread.
 
     Args:
       page: made by ``build``.
       host: address to listen on.
       port: port to listen on; 0: the first free one from 7860 on.
-      options: further ones of ``gradio.Blocks.launch``.
+      inbrowser: whether to open the page in the browser.
 
     Returns:
       Its address.
@@ -139,23 +141,26 @@ def launch(page: Any, host: str, port: int, **options: Any) -> str:
     Raises:
       UserError: the port cannot be used.
     """
-    gr = gradio()
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none to fetch
     try:
         _, url, _ = page.launch(
             server_name=host,
             server_port=port or None,
             share=False,
+            inbrowser=inbrowser,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,  # the one line of a UserError
             max_file_size=MAX_FILE_SIZE,
             footer_links=[],
             ssr_mode=False,
-            theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),  # none to fetch
-            **options,
+            theme=gradio().themes.Default(**fonts),
         )
     except OSError as error:
         raise UserError(
             f"port {port} of {host} cannot be used: try --port 0, or another --host"
         ) from error
-    return str(url)
+    return str(url).rstrip("/")
 
 
 def explain(

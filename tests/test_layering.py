@@ -68,7 +68,7 @@ LEVELS = [
     {"hub"},
     {"convert", "predict", "evaluate"},
     {"exporting.source"},
-    {"exporting.stablehlo", "exporting.to_onnx", "exporting.to_torch"},
+    {"exporting.stablehlo", "exporting.to_onnx"},
     {"exporting.write"},
     {"exporting", "exporting.command"},
     {"inspection.opened", "inspection.layers", "inspection.embed", "inspection.lr_finder"},

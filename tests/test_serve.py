@@ -113,12 +113,11 @@ def test_a_request_is_answered(opened, weights, photos, tmp_path, clean_environm
     words = ["serve", str(weights), "--port", str(port), "--no-browser"]
     command = [sys.executable, "-m", "flax_resnet", *words]
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        lines = iter(process.stdout.readline, "")
-        url = next(line.split()[-1] for line in lines if "http" in line)
-        assert url == f"http://127.0.0.1:{port}"
+        url, line = f"http://127.0.0.1:{port}", process.stdout.readline()
+        assert line == f"ResNet: {url} (Ctrl-C ends it)\n", process.communicate()
         (tmp_path / "bad.png").write_bytes(b"no picture")
         files = [str(photos / "a.jpg"), str(tmp_path / "bad.png")]
         done = subprocess.run(
