@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from flax_resnet.files import replacing
-from flax_resnet.tracking import Events, Follower
+from flax_resnet.tracking import Follower
 
 Sums = dict[str, jax.Array]
 
@@ -130,7 +130,7 @@ class RunLog:
           lead: False writes nothing.
           quiet: True writes nothing to the terminal.
           events: False leaves out tensorboard/.
-          follower: is told of new lines; it begins to send here, and whoever opened it closes it.
+          follower: sends the lines to a tracker; it starts here, and whoever made it ends it.
         """
         self._quiet = quiet
         self._writes_events, self._follower = events, follower
@@ -148,8 +148,7 @@ class RunLog:
             self._task = self._progress.add_task("", total=num_steps, completed=start_step)
             self._progress.start()
         if follower is not None:
-            follower.follow()
-            self.message(follower.opening_line)
+            follower.follow(read_metrics(workdir), self.message)
 
     def write(self, split: str, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Records ``values`` of a split ("train" or "eval") after ``step`` optimizer steps."""
@@ -163,7 +162,7 @@ class RunLog:
                 self._events.write(f"{split}/{name}", value, step)
             self._events.flush()  # or a killed run would lose its last two minutes for good
         if self._follower is not None:
-            self._follower.poke()
+            self._follower.write(record)
         if self._quiet:
             return
         text = " ".join(f"{k} {_short(k, v)}" for k, v in values.items())
@@ -177,8 +176,11 @@ class RunLog:
             self._progress.console.print(line)
 
     def _keep_to(self, step: int) -> None:
-        events = self._path.parent / "tensorboard"
-        self._events = Events(events, step + 1) if self._writes_events else None
+        self._events = None
+        if self._writes_events:
+            from flax_resnet.tracking.events import Events  # imports torch if it is installed
+
+            self._events = Events(self._path.parent / "tensorboard", step + 1)
         kept = [record for record in read_metrics(self._path.parent) if record["step"] <= step]
         with replacing(self._path) as partial:
             partial.write_text("".join(_line(record) for record in kept))

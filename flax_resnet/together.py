@@ -256,7 +256,7 @@ def _train_group(
         open_ones = [path for path in configs if finished(path) is None]
         trackings = {path: configs[path].tracking for path in open_ones}
         for chosen in set(trackings.values()):
-            tracking.check(chosen)
+            chosen.check()
         run = set_up(list(configs.values()), own, devices)
         watch.at(COMPILING, run.step)
         steps = run.compile()

@@ -95,7 +95,7 @@ def _train(
         return result
     lead = distributed.is_lead()
     if lead:
-        tracking.check(config.tracking)
+        config.tracking.check()
     run = set_up(config, workdir, distributed.data_mesh() if mesh is None else mesh)
     watch.at(COMPILING, run.step)
     steps = run.compile()  # what can be wrong has been by now; only then is anything written

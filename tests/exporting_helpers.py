@@ -1,7 +1,4 @@
-"""What the tests of exports share: tiny networks of every family, nowhere at the identity.
-
-Importing it skips a module where jax.export cannot write: without the [export] extra.
-"""
+"""What the tests of exports share: tiny networks of every family, nowhere at the identity."""
 
 import dataclasses
 import functools

@@ -1,9 +1,13 @@
 """Exports compute what their source does; what is not near enough, or cannot be, leaves nothing."""
 
-import dataclasses
+import hashlib
 import json
 import math
+import os
+import pickle
 import re
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from exporting_helpers import CIFAR, FAMILIES, PHOTO, named, opened, own_logits, relative
+from exporting_helpers import FAMILIES, PHOTO, named, opened, own_logits, relative
 from flax import linen as nn
 from helpers import assert_one_line_error, assert_trees_equal, tiny_resnet
 from prediction_helpers import NAMES, SQUARE, damaged, make_weights
@@ -20,11 +24,12 @@ from safetensors.numpy import load_file
 import flax_resnet
 from flax_resnet import cpu
 from flax_resnet.classify import open_network
-from flax_resnet.datasets.sources import open_tfds
+from flax_resnet.datasets.decode import Decoder
 from flax_resnet.errors import UserError
-from flax_resnet.exporting import loader, stablehlo, to_onnx, to_torch, write
-from flax_resnet.models import MiniModel
-from flax_resnet.preprocess import TORCH
+from flax_resnet.exporting import loader, to_onnx, write
+from flax_resnet.exporting.loader import ABOUT, ARTIFACT, WEIGHTS, ExportError
+from flax_resnet.exporting.source import how_to_prepare
+from flax_resnet.preprocess import KERAS_V1, TORCH, Preprocessing
 from flax_resnet.pretrained import open_weights
 
 QUICK_FAMILIES = ["imagenet stem", "MiniModel of digits"]
@@ -62,35 +67,28 @@ def check_onnx(name, path, rng):
 
 @pytest.fixture
 def converter():
-    pytest.importorskip("jax2onnx", reason="jax2onnx is not installed (the [export] extra)")
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the [export] extra)")
+    pytest.importorskip("jax2onnx", reason="jax2onnx is not installed (the [onnx] extra)")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the [onnx] extra)")
 
 
-@pytest.mark.parametrize("name", QUICK_FAMILIES)
+EVERY = [
+    name if name in QUICK_FAMILIES else pytest.param(name, marks=pytest.mark.slow)
+    for name in FAMILIES
+]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_stablehlo_computes_the_network(name, tmp_path, rng):
     check_stablehlo(name, tmp_path / "net", rng)
 
 
 @pytest.mark.usefixtures("converter")
-@pytest.mark.parametrize("name", QUICK_FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_onnx_computes_the_network(name, tmp_path, rng, capfd):
     before = nn.max_pool, nn.Conv.__call__, nn.BatchNorm.__call__
     check_onnx(name, tmp_path / "net.onnx", rng)
-    assert capfd.readouterr() == ("", "")  # the converter and the runtime talk of their own
+    assert capfd.readouterr() == ("", "")  # the converter and the runtime print
     assert (nn.max_pool, nn.Conv.__call__, nn.BatchNorm.__call__) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(QUICK_FAMILIES)))
-def test_stablehlo_of_every_family(name, tmp_path, rng):
-    check_stablehlo(name, tmp_path / "net", rng)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("converter")
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(QUICK_FAMILIES)))
-def test_onnx_of_every_family(name, tmp_path, rng):
-    check_onnx(name, tmp_path / "net.onnx", rng)
 
 
 def test_the_program_is_for_every_platform(tmp_path):
@@ -133,6 +131,7 @@ def test_a_directory_says_what_it_holds(tmp_path, call):
     assert about["class_names"] == list(NAMES)
     assert about["input"]["shape"] == ["b", 8, 8, 3]
     assert about["preprocessing"]["resize"] == SQUARE.resize
+    assert about["prepare"] == how_to_prepare(SQUARE)
     assert about["jax"] == jax.__version__
     check = about["check"]
     assert (check["images"], check["batch_sizes"]) == (10, [1, 10])
@@ -148,8 +147,6 @@ def test_images_of_ones_own_and_platforms(tmp_path, call, photos):
     assert "StableHLO for cpu, rocm, " in out
     assert "; 1 image, batches of 1 and 2)" in out
     net = loader.load(tmp_path / "net")
-    data = (photos / "b.png").read_bytes()
-    np.testing.assert_array_equal(net.prepare(data), SQUARE(data))
     (photos / "b.png").write_bytes(b"no image")
     again = call(*arguments, "--overwrite", "--images", photos / "b.png")
     assert_one_line_error(again, "unreadable image")
@@ -185,50 +182,23 @@ def test_safetensors_are_those_of_convert(tmp_path, call):
     code, out, err = call("export", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert (code, err) == (0, "")
     assert ": safetensors with torchvision's names, 0.0 MB; " in out
+    assert "(read back; 10 images, batches of 1 and 10)" in out
     files = [load_file(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
     assert_trees_equal(*files)
     kept = open_weights(tmp_path / "b.safetensors")
     assert (kept.preprocessing, kept.class_names) == (SQUARE, NAMES)
 
 
-@pytest.mark.parametrize(
-    ("module", "prepared", "reason"),
-    [
-        (tiny_resnet(), SQUARE, "torch is not installed"),
-        (tiny_resnet(se_reduction=2), SQUARE, "torchvision and CIFAR codes have no such network"),
-        (MiniModel(10, (1,), 8), CIFAR, "torchvision and CIFAR codes have no such network"),
-    ],
-)
-def test_without_torch_safetensors_are_read_back(monkeypatch, tmp_path, module, prepared, reason):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    exported = flax_resnet.export(opened(module, prepared), tmp_path / "a.safetensors")
-    assert exported.by == f"read back into jax, for {reason}"
-    assert exported.difference.largest < 1e-6
-    # What is read back is the file.
-    tensors = to_torch.open_weights
-
-    def other(path):
-        found = tensors(path)
-        return dataclasses.replace(
-            found, variables=jax.tree.map(lambda x: x + 0.1, found.variables)
-        )
-
-    monkeypatch.setattr(to_torch, "open_weights", other)
-    with pytest.raises(UserError, match="the export is not the network"):
-        flax_resnet.export(opened(module, prepared), tmp_path / "b.safetensors")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
-
-
 def test_what_is_not_near_enough_leaves_nothing(monkeypatch, tmp_path, call):
     source, dest = tmp_path / "a.safetensors", tmp_path / "net"
     make_weights(source)
-    factor = 1.01
+    factor, load = 1.01, loader.load
 
     def run(directory):
-        net = loader.load(directory)
+        net = load(directory)
         return lambda images: factor * net(images)
 
-    monkeypatch.setattr(stablehlo, "run", run)
+    monkeypatch.setattr(loader, "load", run)
     message = "its outputs differ by 1.0e-02 of the largest (its loader"
     assert_one_line_error(call("export", source, dest), message)
     factor = math.nan
@@ -301,8 +271,11 @@ def test_an_export_that_cannot_be_moved_leaves_the_old_one(monkeypatch, tmp_path
         (["{tmp}/none.safetensors", "{tmp}/x"], "none.safetensors"),
         (["imagenet", "{tmp}/x.onnx"], "a tag needs a network"),
         (["{tmp}", "{tmp}/x"], "holds no run"),
-        (["{source}", "{tmp}/x", "--platforms", "cpu", "gpu"], "--platforms gpu: expected some of"),
-        (["{source}", "{tmp}/x", "--platforms", "tpu"], "--platforms tpu: expected each once, and"),
+        (
+            ["{source}", "{tmp}/x", "--platforms", "cpu", "gpu"],
+            "--platforms cpu gpu: expected",
+        ),
+        (["{source}", "{tmp}/x", "--platforms", "tpu"], "--platforms tpu: expected some of"),
         (["{source}", "{tmp}/x", "--tolerance", "-1"], "--tolerance=-1"),
         (["{source}", "{tmp}/x", "--images", "{tmp}/no.png"], "no.png: no such file or folder"),
         (["{bare}", "{tmp}/x"], "do not say how images are prepared for them"),
@@ -328,28 +301,111 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, name):
     monkeypatch.setitem(sys.modules, name, None)
     if name == "onnxruntime":
         monkeypatch.setattr(to_onnx, "write", lambda source, path: path.write_bytes(b""))
-    with pytest.raises(UserError, match=rf"ONNX needs {name}, .*flax_resnet\[export\]"):
+    with pytest.raises(UserError, match=rf"ONNX needs {name}, .*flax_resnet\[onnx\]"):
         flax_resnet.export(opened(tiny_resnet()), tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("converter")
-def test_what_the_converter_cannot_is_one_line(monkeypatch, tmp_path):
-    def fails(source, images):
-        raise NotImplementedError("no plugin\nfor this")
+@pytest.mark.parametrize(
+    ("prepared", "text"),
+    [
+        (
+            TORCH,
+            "decode to RGB; resize the shorter side to 256, bilinear; crop the central 224x224",
+        ),
+        (KERAS_V1, "decode to RGB; resize to 224x224, nearest"),
+        (
+            Preprocessing(
+                size=16, mean=(0.5,), std=(0.2,) * 3, decoder=Decoder(3, 12, 0.875, pad=2)
+            ),
+            "decode to RGB; crop the central square of 0.875 of the shorter side; resize to 12x12, "
+            "bilinear; pad 2 zeros on every side",
+        ),
+    ],
+)
+def test_how_to_prepare_is_said(prepared, text):
+    assert how_to_prepare(prepared) == f"{text}; pass uint8 (N, H, W, C), not normalised"
 
-    monkeypatch.setattr(to_onnx, "_traced", fails)
-    with pytest.raises(UserError, match=r"cannot convert .*NotImplementedError: no plugin\)"):
-        flax_resnet.export(opened(tiny_resnet()), tmp_path / "net.onnx")
+
+# No part of the library, of flax or of optax can be imported; what is run comes after.
+ALONE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"flax_resnet", "flax", "optax", "orbax", "sklearn", "tyro"}:
+            raise ImportError(f"{name} is not here")
+
+sys.meta_path.insert(0, Refuse())
+import runpy, numpy
+net = runpy.run_path("net/load.py")["load"]("net")
+numpy.save("logits.npy", net(numpy.load("images.npy")))
+"""
 
 
-def test_a_machine_without_its_cpu_is_told(monkeypatch, tmp_path):
-    def none(**kwargs):
-        raise RuntimeError("Unknown backend: 'cpu' requested")
+@pytest.fixture
+def exported(tmp_path):
+    """(a network, its exported directory)."""
+    source = opened(tiny_resnet())
+    flax_resnet.export(source, tmp_path / "net")
+    return source, tmp_path / "net"
 
-    monkeypatch.setattr(write.jax, "local_devices", none)
-    with pytest.raises(UserError, match="JAX_PLATFORMS leaves it out: add cpu"):
-        flax_resnet.export(opened(tiny_resnet()), tmp_path / "net")
+
+def test_it_runs_where_only_jax_is(exported, tmp_path, rng, clean_environment):
+    images = batch(rng, exported[0], 5)
+    np.save(tmp_path / "images.npy", images)
+    command = [sys.executable, "-P", "-c", ALONE]
+    subprocess.run(command, cwd=tmp_path, env=clean_environment, check=True)
+    assert relative(np.load(tmp_path / "logits.npy"), own_logits(exported[0], images)) < 1e-5
+    for wrong in (images.astype(np.float32), images[:, :, :7], images[0], images[:0]):
+        with pytest.raises(ValueError, match=r"expected uint8 \(N, 8, 8, 3\)"):
+            loader.load(exported[1])(wrong)
+
+
+def changed(directory, data=None, **values):
+    """Changes about.json, and with ``data`` the program, described as it is."""
+    about = json.loads((directory / ABOUT).read_text()) | values
+    if data is not None:
+        (directory / ARTIFACT).write_bytes(data)
+        about["sha256"][ARTIFACT] = hashlib.sha256(data).hexdigest()
+    (directory / ABOUT).write_text(json.dumps(about))
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+class Trap:
+    def __reduce__(self):
+        return (os.mkdir, ("trapped",))
+
+
+DAMAGES = {
+    "no program": (lambda d: (d / ARTIFACT).unlink(), "is no exported network"),
+    "no JSON": (lambda d: (d / ABOUT).write_text("{"), "is no exported network"),
+    "a list": (lambda d: (d / ABOUT).write_text("[]"), "is no exported network"),
+    "of a later version": (lambda d: changed(d, format="flax_resnet export 2"), "load.py there"),
+    "one bit of a weight": (lambda d: flip(d / WEIGHTS), "weights.npz is not what about.json desc"),
+    "one bit": (lambda d: flip(d / ARTIFACT), "is not what about.json describes"),
+    "of another kind": (lambda d: changed(d, b"PK\x03\x04" * 99), "cannot be read by jax"),
+    "empty": (lambda d: changed(d, b""), "cannot be read by jax"),
+    "a pickle": (lambda d: changed(d, pickle.dumps(Trap())), "cannot be read by jax"),
+    "no input": (lambda d: changed(d, input=None), "cannot be read by jax"),
+}
+
+
+def test_a_damaged_export_is_one_line_and_nothing_is_unpickled(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, (damage, message) in enumerate(DAMAGES.values()):
+        directory = shutil.copytree(exported[1], tmp_path / str(number))
+        damage(directory)
+        with pytest.raises(ExportError, match=message) as error:
+            loader.load(directory)
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 600
+    assert not (tmp_path / "trapped").exists()
 
 
 ALL = ("net", "net.onnx", "net.safetensors")
@@ -391,26 +447,6 @@ def check_both(directory, images, want):
     ):
         assert relative(logits, want) < 1e-4
         assert np.mean(logits.argmax(-1) == want.argmax(-1)) > 0.999
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("converter")
-def test_on_real_cifar_images(tmp_path, shared_data):
-    (cifar,) = open_tfds("cifar10", shared_data, ["test"])
-    encoded, _ = cifar.read(range(256))
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for i, data in enumerate(encoded):
-        (photos / f"{i:03}.png").write_bytes(data)
-    prepared = dataclasses.replace(CIFAR, size=32)
-    source = opened(flax_resnet.create("resnet20"), prepared)
-    for name in ALL:
-        exported = flax_resnet.export(source, tmp_path / name, images=[photos])
-        print(exported)
-        assert exported.difference.largest < 1e-5
-        assert (exported.difference.images, exported.difference.batch_sizes) == (256, (1, 256))
-    images = np.stack([prepared(data) for data in encoded])
-    check_both(tmp_path, images, own_logits(source, images))
 
 
 @pytest.mark.slow

@@ -39,8 +39,8 @@ def test_a_directory_of_the_packages_name_does_not_hide_it(tmp_path):
 
 
 def test_extras_are_there():
-    extras = {"test", "parity", "prepare", "export", "remote", "hub", "mlflow", "wandb", "serve"}
-    extras |= {"docs", "browser"}
+    extras = {"test", "parity", "prepare", "onnx", "remote", "hub", "mlflow", "wandb", "serve"}
+    extras |= {"docs"}
     assert set(PROJECT["optional-dependencies"]) == extras
 
 

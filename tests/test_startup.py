@@ -5,10 +5,12 @@ import sys
 
 LATE = {
     "array_record",
+    "gradio",
     "grain",
     "h5py",
     "keras",
     "matplotlib",
+    "mlflow",
     "orbax",
     "pandas",
     "requests",
@@ -20,6 +22,7 @@ LATE = {
     "tensorflow_datasets",
     "tensorstore",
     "torch",
+    "wandb",
 }
 """Packages that a command imports where it needs them, and not before."""
 

@@ -15,7 +15,6 @@ def export(
     source: str | Path | Pretrained,
     dest: str | Path,
     *,
-    model: str | None = None,
     images: Sequence[str | Path] = (),
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     tolerance: float = 1e-4,
@@ -27,11 +26,9 @@ def export(
     them (safetensors has the weights alone, and the rest in its metadata).
 
     Args:
-      source: a run's working directory, a weight file or a tag, as ``load`` takes them; or what
-        ``classify.open_network`` gives, its preprocessing changed, for example.
-      dest: ends in ".onnx" (needs the [export] extra) or ".safetensors" (torchvision's names); else
-        a directory for StableHLO, with a ``load.py`` that needs jax and flatbuffers.
-      model: a name of ``names()``, which a tag needs.
+      source: a run's working directory, a weight file, or what ``classify.open_network`` gives.
+      dest: ends in ".onnx" (needs the [onnx] extra) or ".safetensors" (as ``convert`` writes it);
+        else a directory for StableHLO, with a ``load.py`` that needs jax and flatbuffers.
       images: photographs, or folders of them, to measure the difference on; by default
         scikit-learn's two, cut up.
       platforms: of StableHLO; "cpu" is one of them.
@@ -49,7 +46,7 @@ def export(
     from flax_resnet.exporting import write
 
     return write.export(
-        open_network(source, model) if isinstance(source, (str, Path)) else source,
+        open_network(source) if isinstance(source, (str, Path)) else source,
         Path(dest).expanduser(),
         images=images,
         platforms=platforms,

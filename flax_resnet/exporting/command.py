@@ -45,14 +45,13 @@ ABOUT = """Writes a trained network for use elsewhere, and prints how far its ou
 network's on real photographs; if that is too far, nothing is left.
 
 DEST says the format. A directory gets StableHLO: a program for any batch size with its weights,
-what images go through before, the classes' names, and load.py, which runs it where jax and
-flatbuffers (and Pillow, for photographs) are installed, without this library. DEST.onnx is one
-file for onnxruntime, with the same inside (needs pip install 'flax_resnet[export]').
-DEST.safetensors has the weights with torchvision's names. The first two take uint8 images
-(batch, height, width, channels), resized and cropped, and normalise them.
+the classes' names, how images are prepared, and load.py, which runs it where jax and flatbuffers
+are installed, without this library. DEST.onnx is one file for onnxruntime, with the same inside
+(needs pip install 'flax_resnet[onnx]'). Both take uint8 images (batch, height, width, channels),
+resized and cropped, and normalise them. DEST.safetensors is what `convert` writes.
 
 Examples:
-  flax-resnet export runs/digits digits_net && python digits_net/load.py PHOTO.png
+  flax-resnet export runs/digits digits_net
   flax-resnet export imagenet resnet50.onnx --model resnet50 --images PHOTOS
   flax-resnet export runs/digits digits.safetensors --overwrite"""
 

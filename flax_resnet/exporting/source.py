@@ -17,12 +17,13 @@ from PIL import Image
 from flax_resnet import cpu, models
 from flax_resnet.augment import normalize
 from flax_resnet.classify import Classifier
-from flax_resnet.datasets.decode import DECODE_ERRORS
+from flax_resnet.datasets.decode import DECODE_ERRORS, PIL_MODES
 from flax_resnet.datasets.sources import unreadable
 from flax_resnet.errors import UserError
 from flax_resnet.predict import find_images, shown
 from flax_resnet.preprocess import Preprocessing
 from flax_resnet.pretrained import Pretrained
+from flax_resnet.record import to_record
 
 Run = Callable[[np.ndarray], np.ndarray]
 """Of uint8 images (N, H, W, C), logits (N, classes)."""
@@ -95,6 +96,17 @@ class Source:
             logits: Any = self.classifier.module.apply(variables, normalize(images, stats))
         return logits
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """Description of the network, its classes and its preprocessing, as JSON values."""
+        names = self.classifier.class_names
+        return {
+            "network": self.name,
+            "class_names": None if names is None else list(names),
+            "preprocessing": to_record(self.classifier.preprocessing),
+            "prepare": how_to_prepare(self.classifier.preprocessing),
+        }
+
     def difference(self, run: Run) -> Difference:
         """Measures an export, with one image and with all of them at once."""
         images, logits, count = self.images, self.logits, len(self.images)
@@ -131,6 +143,23 @@ def in_float32(opened: Pretrained) -> Pretrained:
         kinds["remat"] = False
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), opened.variables)
     return dataclasses.replace(opened, module=opened.module.clone(**kinds), variables=variables)
+
+
+def how_to_prepare(prepared: Preprocessing) -> str:
+    """The way from a photograph to the network's input, in words; Pillow does all of it."""
+    mode, decoder = PIL_MODES[prepared.channels], prepared.decoder
+    if decoder is not None:
+        crop = f"crop the central square of {decoder.crop_ratio:g} of the shorter side"
+        steps = [crop, f"resize to {decoder.size}x{decoder.size}, bilinear"]
+        steps += [f"pad {decoder.pad} zeros on every side"] if decoder.pad else []
+    elif prepared.resize is None:
+        steps = [f"resize to {prepared.size}x{prepared.size}, {prepared.interpolation}"]
+    else:
+        steps = [
+            f"resize the shorter side to {prepared.resize}, {prepared.interpolation}",
+            f"crop the central {prepared.size}x{prepared.size}",
+        ]
+    return "; ".join([f"decode to {mode}", *steps, "pass uint8 (N, H, W, C), not normalised"])
 
 
 def _prepared(prepared: Preprocessing, photographs: Sequence[str | Path]) -> np.ndarray:

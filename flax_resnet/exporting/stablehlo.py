@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.exporting import loader
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, FORMAT, HASHED, WEIGHTS
-from flax_resnet.exporting.source import Difference, Run, Source
-from flax_resnet.record import to_record
+from flax_resnet.exporting.source import Difference, Source
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -47,19 +45,14 @@ def write(source: Source, directory: Path, platforms: Sequence[str] = PLATFORMS)
     directory.mkdir()
     (directory / ARTIFACT).write_bytes(exported.serialize())
     np.savez(directory / WEIGHTS, **weights)  # type: ignore[arg-type]
-    (directory / "load.py").write_text(_loader(), "utf-8")
+    (directory / "load.py").write_bytes(Path(loader.__file__).read_bytes())
     hashes = {n: hashlib.sha256((directory / n).read_bytes()).hexdigest() for n in HASHED}
     _write_about(directory, {**_about(source, exported), "sha256": hashes})
     return f"StableHLO for {', '.join(platforms)}"
 
 
-def run(directory: Path) -> Run:
-    """The exported network, by the loader, on the default device."""
-    return loader.load(directory)
-
-
 def finish(directory: Path, found: Difference) -> None:
-    """Writes down the difference that was measured."""
+    """Adds the measured difference to about.json."""
     about = json.loads((directory / ABOUT).read_text("utf-8"))
     check = {
         "largest_relative_difference": found.largest,
@@ -70,27 +63,17 @@ def finish(directory: Path, found: Difference) -> None:
 
 
 def _about(source: Source, exported: jax.export.Exported) -> dict[str, Any]:
-    names = source.classifier.class_names
+    inputs, outputs = exported.in_avals[-1], exported.out_avals[0]
     return {
         "format": FORMAT,
-        "network": source.name,
-        "input": {"shape": ["b", *source.images.shape[1:]], "dtype": "uint8",
-                  "what": "images as prepare gives them; they are normalised inside"},
-        "output": {"shape": ["b", source.classifier.num_classes], "dtype": "float32",
-                   "what": "logits"},
-        "class_names": None if names is None else list(names),
-        "preprocessing": to_record(source.classifier.preprocessing),
+        **source.about,
+        "input": {"shape": ["b", *inputs.shape[1:]], "dtype": str(inputs.dtype)},
+        "output": {"shape": ["b", *outputs.shape[1:]], "dtype": str(outputs.dtype)},
         "platforms": list(exported.platforms),
         "jax": jax.__version__,
         "numpy": np.__version__,
-        "calling_convention": exported.calling_convention_version,
-    }  # fmt: skip
+    }
 
 
 def _write_about(directory: Path, about: dict[str, Any]) -> None:
     (directory / ABOUT).write_text(json.dumps(about, indent=1) + "\n", "utf-8")
-
-
-def _loader() -> str:
-    package, _, name = loader.__name__.rpartition(".")
-    return resources.files(package).joinpath(f"{name}.py").read_text("utf-8")

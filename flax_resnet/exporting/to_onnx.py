@@ -20,10 +20,9 @@ from flax import linen as nn
 
 from flax_resnet.errors import UserError
 from flax_resnet.exporting.source import Run, Source
-from flax_resnet.record import to_record
 
 OPSET = 21
-"""What the oldest onnxruntime of the [export] extra, 1.20, knows whole; jax2onnx's default, 23,
+"""What the oldest onnxruntime of the [onnx] extra, 1.20, knows whole; jax2onnx's default, 23,
 needs 1.22."""
 INPUT, OUTPUT = "images", "logits"
 
@@ -53,8 +52,9 @@ def write(source: Source, path: Path) -> str:
             ) from error
     # The converter's notes on shapes within are wrong in places, and readers infer their own.
     del model.graph.value_info[:]
-    for key, value in _about(source).items():
-        model.metadata_props.add(key=key, value=value)
+    for key, value in source.about.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        model.metadata_props.add(key=key, value=text)
     path.write_bytes(model.SerializeToString())
     return f"ONNX of opset {OPSET}"
 
@@ -68,16 +68,6 @@ def run(path: Path) -> tuple[Run, str]:
     return (lambda images: session.run([OUTPUT], {INPUT: images})[0]), (
         f"onnxruntime {runtime.__version__}"
     )
-
-
-def _about(source: Source) -> dict[str, str]:
-    """The metadata: texts by name."""
-    names = source.classifier.class_names
-    return {
-        "network": source.name,
-        "class_names": json.dumps(None if names is None else list(names)),
-        "preprocessing": json.dumps(to_record(source.classifier.preprocessing)),
-    }
 
 
 def _traced(source: Source, images: jax.Array) -> jax.Array:
@@ -105,7 +95,7 @@ def _needed(name: str) -> Any:
         return __import__(name)
     except ImportError as error:
         raise UserError(
-            f"ONNX needs {name}, which is not installed: pip install 'flax_resnet[export]'"
+            f"ONNX needs {name}, which is not installed: pip install 'flax_resnet[onnx]'"
         ) from error
 
 

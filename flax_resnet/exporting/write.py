@@ -11,16 +11,16 @@ from pathlib import Path
 
 import jax
 
+from flax_resnet.classify import Classifier
+from flax_resnet.convert import convert
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.exporting import stablehlo, to_onnx, to_torch
+from flax_resnet.exporting import loader, stablehlo, to_onnx
 from flax_resnet.exporting.loader import ABOUT, HASHED
-from flax_resnet.exporting.source import Difference, Source
+from flax_resnet.exporting.source import Difference, Run, Source, in_float32, runner
 from flax_resnet.exporting.stablehlo import PLATFORMS
-from flax_resnet.pretrained import Pretrained
+from flax_resnet.pretrained import Pretrained, open_weights
 
 TOLERANCE = 1e-4
-# What people would expect other formats of.
-_OTHERS = (".h5", ".hdf5", ".keras", ".pth", ".pt", ".pb", ".tflite", ".mlir", ".npz", ".ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,30 +55,23 @@ class Exported:
 def check_platforms(platforms: Sequence[str]) -> None:
     """Raises UserError unless ``platforms`` are some of PLATFORMS or "rocm", "cpu" among them."""
     known = (*PLATFORMS, "rocm")
-    if unknown := [name for name in platforms if name not in known]:
-        raise UserError(f"--platforms {' '.join(unknown)}: expected some of {', '.join(known)}")
-    if "cpu" not in platforms or len(set(platforms)) != len(platforms):
+    if not {"cpu"} <= set(platforms) <= set(known) or len(set(platforms)) != len(platforms):
         raise UserError(
-            f"--platforms {' '.join(platforms)}: expected each once, and cpu among them, where the "
-            "export is checked"
+            f"--platforms {' '.join(platforms)}: expected some of {', '.join(known)}, each once, "
+            "and cpu among them, where the export is checked"
         )
 
 
 def check_dest(dest: Path, overwrite: bool) -> None:
     """Raises UserError where an export cannot, or must not, take that place."""
-    if dest.name.endswith(_OTHERS):
+    is_file = dest.suffix in (".onnx", ".safetensors")
+    if re.fullmatch(r"\.([A-Za-z]+|hd?f?5)", dest.suffix) and not is_file:
         raise UserError(
-            f"{dest}: expected a name that ends in .onnx or .safetensors, or a directory's; "
-            "`convert` writes .weights.h5"
-        )
-    if re.fullmatch(r"\.[A-Za-z]+", dest.suffix) and dest.suffix not in (".onnx", ".safetensors"):
-        raise UserError(
-            f"{dest}: {dest.suffix} is no format; expected a name that ends in .onnx or "
-            ".safetensors, or a directory's, for StableHLO"
+            f"{dest}: expected a name that ends in .onnx or .safetensors, or a directory's, for "
+            "StableHLO; `convert` writes .weights.h5"
         )
     if not dest.exists():
         return
-    is_file = dest.suffix in (".onnx", ".safetensors")
     if is_file and dest.is_dir():
         raise UserError(f"{dest} is a directory: name a file")
     if not overwrite:
@@ -118,15 +111,17 @@ def _written(
     source: Source, partial: Path, platforms: Sequence[str]
 ) -> tuple[str, str, Difference]:
     """(What it is, what it was measured by, the difference)."""
+    run: Run
     if partial.suffix == ".onnx":
         kind = to_onnx.write(source, partial)
         run, by = to_onnx.run(partial)
     elif partial.suffix == ".safetensors":
-        kind = to_torch.write(source, partial)
-        run, by = to_torch.run(source, partial)
+        convert(source.opened, partial)
+        kind, by = "safetensors with torchvision's names", "read back"
+        run = runner(Classifier.of(in_float32(open_weights(partial))))
     else:
         kind = stablehlo.write(source, partial, platforms)
-        run, by = stablehlo.run(partial), f"its loader, jax {jax.__version__}"
+        run, by = loader.load(partial), f"its loader, jax {jax.__version__}"
     found = source.difference(run)
     if partial.is_dir():
         stablehlo.finish(partial, found)

@@ -1,8 +1,7 @@
-"""The interface between a run and what shows its numbers: what either side is given.
+"""The interface between a run and a tracker, for which TensorBoard, MLflow and W&B are examples.
 
-A tracker's config is a frozen dataclass, a subclass of Tracking: it is a field of the run's config.
-What its ``open`` gives is a Tracker, which is called from one background thread: it may take its
-time, and what it raises is tried again. metrics.jsonl has everything whatever becomes of it.
+A subclass of Tracking is a frozen dataclass, which is a field of the run's config. Its ``open``
+returns a Tracker. Both are called from one background thread, so they may take their time.
 """
 
 from __future__ import annotations
@@ -11,18 +10,13 @@ import abc
 import dataclasses
 import importlib.util
 import re
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from flax_resnet.errors import UserError
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-Place = tuple[int, str]
-"""The step and the split of a line."""
-REACH_SECONDS = 5.0
 
 
 class Line(NamedTuple):
@@ -32,8 +26,8 @@ class Line(NamedTuple):
       split: "train" or "eval".
       step: optimizer steps done.
       epoch: epochs done.
-      values: by name.
-      time: seconds since 1970 when it was read, the same when it is written again.
+      values: metrics by name.
+      time: when the line was written, in seconds since 1970.
     """
 
     split: str
@@ -43,19 +37,9 @@ class Line(NamedTuple):
     time: float
 
     @property
-    def place(self) -> Place:
-        """Where it stands among the others."""
-        return self.step, self.split
-
-    @property
     def named(self) -> dict[str, float]:
         """The values and the epoch under "train/loss" and the like."""
         return {f"{self.split}/{n}": v for n, v in {**self.values, "epoch": self.epoch}.items()}
-
-
-def order(place: Place | None) -> tuple[int, bool]:
-    """Lines are in this order; None comes before all."""
-    return (-1, False) if place is None else (place[0], place[1] != "train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +47,12 @@ class About:
     """The run that a tracker opens for.
 
     Attributes:
-      workdir: the run's.
-      name: of the run, "digits" or "digits/seed0".
-      group: what the seeds of one config have in common, the directory of their workdirs; None of
-        a run by itself.
-      params: the config, by dotted names.
-      tags: git commit, packages, devices and the like, of this start.
-      run_id: what Tracker.run_id was at an earlier start of the run; None at the first.
+      workdir: the run's working directory.
+      name: name of the run, "digits" or "digits/seed0".
+      group: directory that holds the workdirs of all seeds of one config; None for a single run.
+      params: the config, by dotted field names.
+      tags: git commit, package versions, devices and the like of this start.
+      run_id: Tracker.run_id of an earlier start of the run; None at the first start.
     """
 
     workdir: Path
@@ -80,7 +63,7 @@ class About:
     run_id: str | None
 
     def named(self, name: str | None) -> str:
-        """A name that the config gives, of a seed with the seed, or else the run's own."""
+        """The name that the config gives, with the seed where there are several; else ``name``."""
         if name is None:
             return self.name
         return name if self.group is None else f"{name}/{self.workdir.name}"
@@ -91,10 +74,10 @@ class End:
     """How a run ended.
 
     Attributes:
-      status: "FINISHED"; "KILLED", it was stopped and the same command goes on; or "FAILED".
-      step: of its last line.
-      result: what result.json holds; empty of a run that is not finished.
-      files: config.json, and of a finished run result.json and the figures.
+      status: "FINISHED", "FAILED", or "KILLED" (stopped: the same command resumes the run).
+      step: step of the last line.
+      result: contents of result.json; empty unless the run is finished.
+      files: config.json, and of a finished run also result.json and the figures.
     """
 
     status: Status
@@ -104,32 +87,23 @@ class End:
 
 
 class Tracker(abc.ABC):
-    """One run, open. All calls come from one thread, one after another.
+    """An open run of a tracker. One thread makes all calls, one after another.
 
     Attributes:
       run_id: is kept in the workdir and given to ``open`` when the run is started again.
-      sent: the last line that it has, where it can say; None: as it was left in the workdir.
-      address: where a person sees the run; "" where there is no such place.
+      address: URL where a person sees the run; "" if there is none.
     """
 
     run_id: str = ""
-    sent: Place | None = None
     address: str = ""
 
     @abc.abstractmethod
     def write(self, lines: Sequence[Line]) -> None:
-        """Takes lines, in order, none twice; after an exception the same ones are given again."""
-
-    def rewind(self, step: int) -> None:
-        """The run went back to a step (``guard.skips``): the steps after it come again, other ones.
-
-        What the tracker has of them may stay.
-        """
-        return
+        """Takes new lines, in order; after an exception the same lines are given again."""
 
     @abc.abstractmethod
     def close(self, end: End) -> None:
-        """Nothing comes after it."""
+        """Ends the tracker's run; no call follows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +115,11 @@ class Tracking(abc.ABC):
 
     @property
     def where(self) -> str:
-        """What messages call it, and what tracking.json keeps its run by; without secrets."""
+        """Name of the tracker in messages and in tracking.json, without secrets."""
         return type(self).__name__
 
     def check(self) -> None:
-        """Is called before anything is written or compiled.
+        """Checks the configuration, before anything is compiled or written.
 
         Raises:
           UserError: it cannot be used.
@@ -154,31 +128,27 @@ class Tracking(abc.ABC):
 
     @abc.abstractmethod
     def open(self, about: About) -> Tracker | None:
-        """Begins the run, or goes on with ``about.run_id``; None where there is nothing to do."""
+        """Begins the run, or resumes ``about.run_id``; None if there is nothing to track."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorBoard(Tracking):
-    """Events in WORKDIR/tensorboard, which the other trackers leave as well."""
+    """Events in WORKDIR/tensorboard, which MLflow and W&B leave as well."""
 
     def open(self, about: About) -> None:
-        """Nothing besides the events."""
+        """Opens nothing: the run writes the events itself."""
         return
 
 
 @dataclasses.dataclass(frozen=True)
-class Off(Tracking):
+class Off(TensorBoard):
     """metrics.jsonl alone."""
 
     events: ClassVar[bool] = False
 
-    def open(self, about: About) -> None:
-        """Nothing."""
-        return
-
 
 def check_installed(package: str) -> None:
-    """Raises UserError where the package, named as its extra, is not installed."""
+    """Raises UserError if a package is missing; the extra that brings it has the same name."""
     if importlib.util.find_spec(package) is None:
         raise UserError(
             f"--tracking {package}: {package} is not installed: "
@@ -189,16 +159,3 @@ def check_installed(package: str) -> None:
 def masked(text: str) -> str:
     """A text with the user and password of every URL in it replaced."""
     return re.sub(r"://[^/\s]*@", "://***@", text)
-
-
-def reach(address: str | None) -> None:
-    """Raises OSError where nobody listens at the address of a server."""
-    parts = urlsplit(address or "")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return
-    from requests.utils import get_environ_proxies
-
-    if get_environ_proxies(address or ""):
-        return
-    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-    socket.create_connection((parts.hostname, port), REACH_SECONDS).close()

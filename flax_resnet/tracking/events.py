@@ -1,60 +1,41 @@
-"""Scalars in TensorBoard's format."""
+"""Scalars in TensorBoard's format.
+
+tensorboardX's SummaryWriter hands events to a thread: on a full disk that thread dies and whoever
+writes on waits forever, and a killed run loses what is in the queue. So this uses its EventsWriter.
+"""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
 
 class Events:
-    """Scalars in TensorBoard's format, written at once.
-
-    tensorboardX's SummaryWriter has a thread and an exit handler: on a full disk they print
-    tracebacks, and whoever writes on waits for ever.
-    """
+    """A file of TensorBoard events, written in the caller's thread."""
 
     def __init__(self, directory: Path, purge_step: int):
-        """Events of ``purge_step`` and later, in the files of earlier starts, are not shown."""
-        board = _tensorboardx()
-        self._event, self._scalar = board.proto.event_pb2.Event, board.summary.scalar
+        """Opens a new file; TensorBoard hides events of ``purge_step`` and later in older files."""
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = board.event_file_writer.EventsWriter(str(directory / "events"))
-        session = board.proto.event_pb2.SessionLog
-        self._add(purge_step, session_log=session(status=session.START))
+        self._file = EventsWriter(str(directory / "events"))
+        self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
         self.flush()
 
     def write(self, name: str, value: float, step: int) -> None:
         """Records a value after ``step`` optimizer steps."""
-        self._add(step, summary=self._scalar(name, value, display_name=""))
+        self._add(step, summary=scalar(name, value, display_name=""))
 
-    def _add(self, step: int, **what: Any) -> None:
-        self._file.write_event(self._event(step=step, wall_time=time.time(), **what))
+    def _add(self, step: int, **fields: Any) -> None:
+        self._file.write_event(Event(step=step, wall_time=time.time(), **fields))
 
     def flush(self) -> None:
-        """Writes what has been recorded."""
+        """Writes the recorded events to the file."""
         self._file.flush()
 
     def close(self) -> None:
-        """Writes what has been recorded, and closes the file."""
+        """Writes the recorded events, and closes the file."""
         self._file.close()
-
-
-def _tensorboardx() -> Any:
-    """tensorboardX, imported without torch.
-
-    It imports torch wherever that is installed, for tensors that it never sees here: seconds of
-    start-up, and a framework in the process that nobody asked for.
-    """
-    hides = "torch" not in sys.modules
-    if hides:
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        import tensorboardX.event_file_writer
-        import tensorboardX.proto.event_pb2
-        import tensorboardX.summary
-    finally:
-        if hides:
-            del sys.modules["torch"]
-    return tensorboardX

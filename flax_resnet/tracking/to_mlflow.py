@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import os
-import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from flax_resnet.errors import UserError
-from flax_resnet.tracking.base import (
-    About,
-    End,
-    Line,
-    Place,
-    Tracker,
-    Tracking,
-    check_installed,
-    masked,
-    reach,
-)
+from flax_resnet.tracking.base import About, End, Line, Tracker, Tracking, check_installed, masked
 
-SENT = "flax_resnet.sent"
-"""The tag that says which line came last: it is set in the request that brings the line."""
-LONGEST_PARAM, LONGEST_TAG = 6000, 5000
-MOST_AT_ONCE, MOST_PARAMS = 900, 100
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a Follower tries again, and warns once
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+"""MLflow's settings where the environment has none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +32,8 @@ class MLflow(Tracking):
     """What the run is called; None: as its workdir."""
 
     def __post_init__(self) -> None:
-        try:
-            parts = urlsplit(self.uri or "")
-            secret = parts.username is not None or parts.password is not None
-            _ = parts.port
-        except ValueError as error:
-            raise UserError(
-                f"tracking.uri={masked(self.uri or '')!r} is no address ({error}): expected one "
-                "such as http://127.0.0.1:5000"
-            ) from None
         shown = masked(self.uri or "")
-        if secret or shown != (self.uri or ""):
+        if shown != (self.uri or ""):
             raise UserError(
                 f"tracking.uri={shown}: user and password would be in config.json: "
                 "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment, or "
@@ -64,65 +43,52 @@ class MLflow(Tracking):
             raise UserError("tracking.experiment='': expected a name")
 
     @property
-    def _address(self) -> str | None:
+    def address(self) -> str | None:
+        """The server's address; None: MLflow's own default."""
         return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
 
     @property
     def where(self) -> str:
         """The server and the experiment."""
-        return f"MLflow {masked(self._address or 'here')}, experiment {self.experiment}"
+        return f"MLflow {masked(self.address or 'here')}, experiment {self.experiment}"
 
     def check(self) -> None:
-        """Asks the server for the experiment.
-
-        Raises:
-          UserError: MLflow is not installed, or the experiment was deleted.
-        """
+        """Raises UserError if MLflow is not installed."""
         check_installed("mlflow")
-        reach(self._address)
-        found = self._client().get_experiment_by_name(self.experiment)
-        if found is not None and found.lifecycle_stage == "deleted":
-            raise UserError(
-                f"tracking.experiment={self.experiment!r} was deleted there: restore it (mlflow "
-                f"experiments restore -x {found.experiment_id}), or give another"
-            )
-
-    def _client(self) -> Any:
-        from mlflow import MlflowClient
-
-        # Its lines with addresses go to stdout, whatever is run; the run's start says it.
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        logging.getLogger("urllib3.connectionpool").addFilter(_not_ours)
-        return MlflowClient(self._address)
 
     def open(self, about: About) -> Tracker:
-        """Makes the run, or goes on with it where it is still there."""
-        return _Run(self._client(), self, about, self._address)
+        """Makes the run, or resumes it if it is still there."""
+        return _Run(self, about)
 
 
 class _Run(Tracker):
-    def __init__(self, client: Any, config: MLflow, about: About, address: str | None):
-        self._client, self._server = client, address
-        run = self._earlier(about.run_id)
+    def __init__(self, config: MLflow, about: About):
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient
+        from mlflow.entities import Param, RunTag
+
+        self._client = MlflowClient(config.address)
+        run = self._earlier(about.run_id) or self._client.create_run(
+            self._experiment(config.experiment), run_name=about.named(config.run_name)
+        )
+        self.run_id = run.info.run_id
+        self._client.update_run(self.run_id, status="RUNNING")
+        known = run.data.params  # a param can be set once
+        params = [Param(n, str(v)) for n, v in about.params.items() if n not in known]
         tags = {**about.tags, **({"group": about.group} if about.group else {})}
         if commit := about.tags.get("git.commit"):
             tags["mlflow.source.git.commit"] = commit  # where its page looks for it
-        if run is None:
-            experiment = self._experiment(config.experiment)
-            name = about.named(config.run_name)
-            run = client.create_run(experiment, run_name=name)
-        self.run_id = run.info.run_id
-        client.update_run(self.run_id, status="RUNNING")
-        said = run.data.tags.get(SENT, "").split()
-        self.sent: Place | None = (int(said[0]), said[1]) if len(said) == 2 else None
-        self._log(params=_missing(about.params, run.data.params), tags=tags)
-        if address and address.startswith("http"):
-            self.address = (
-                f"{address.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{self.run_id}"
-            )
+        self._client.log_batch(
+            self.run_id, params=params, tags=[RunTag(n, v) for n, v in tags.items()]
+        )
+        server = config.address or ""
+        if server.startswith("http"):
+            experiment = f"{server.rstrip('/')}/#/experiments/{run.info.experiment_id}"
+            self.address = f"{experiment}/runs/{self.run_id}"
 
     def _earlier(self, run_id: str | None) -> Any:
-        """The run of an earlier start; None where it is not there any more."""
+        """The run of an earlier start; None if there was none or it has been deleted."""
         from mlflow.exceptions import MlflowException
 
         if run_id is None:
@@ -136,87 +102,29 @@ class _Run(Tracker):
         return run if run.info.lifecycle_stage == "active" else None
 
     def _experiment(self, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
         found = self._client.get_experiment_by_name(name)
-        if found is None:
-            with contextlib.suppress(MlflowException):  # another run has made it just now
-                return str(self._client.create_experiment(name))
-            found = self._client.get_experiment_by_name(name)
-        return str(found.experiment_id)
-
-    def _log(
-        self,
-        metrics: Iterable[Any] = (),
-        params: Mapping[str, str] | None = None,
-        tags: Mapping[str, Any] | None = None,
-    ) -> None:
-        from mlflow.entities import Param, RunTag
-
-        for some in _chunks([Param(*pair) for pair in (params or {}).items()], MOST_PARAMS):
-            self._client.log_batch(self.run_id, params=some)
-        found = list(_chunks(list(metrics), MOST_AT_ONCE))
-        for some in found[:-1]:
-            self._client.log_batch(self.run_id, metrics=some)
-        own = [RunTag(_key(k), str(v)[:LONGEST_TAG]) for k, v in (tags or {}).items()]
-        self._client.log_batch(self.run_id, metrics=found[-1] if found else (), tags=own)
+        return found.experiment_id if found else self._client.create_experiment(name)
 
     def write(self, lines: Sequence[Line]) -> None:
-        """In one request, as a rule."""
-        from mlflow.entities import Metric
-
-        reach(self._server)  # MLflow itself tries for minutes where nobody listens
-        found = [
-            Metric(_key(name), float(value), round(1000 * line.time), line.step)
-            for line in lines
-            for name, value in line.named.items()
-        ]
-        step, split = lines[-1].place
-        self._log(found, tags={SENT: f"{step} {split}"})
-
-    def rewind(self, step: int) -> None:
-        """What was there of later steps stays, and the new values stand beside it."""
-        reach(self._server)
-        self._log(tags={SENT: f"{step} eval", "flax_resnet.went_back_to": step})
+        """Sends lines; MLflow keeps one that it gets twice only once."""
+        self._log((n, v, line.step, line.time) for line in lines for n, v in line.named.items())
 
     def close(self, end: End) -> None:
-        """Result, files and status."""
-        from mlflow.entities import Metric
-
-        reach(self._server)
-        now = round(1000 * time.time())
-        numbers = {
-            f"result/{name}": float(value)
-            for name, value in end.result.items()
-            if isinstance(value, (int, float))
-        }
+        """Sends the result, the files and the status."""
+        now = time.time()
+        numbers = {n: v for n, v in end.result.items() if isinstance(v, (int, float))}
         try:
-            self._log([Metric(_key(n), v, now, end.step) for n, v in numbers.items()])
+            self._log((f"result/{n}", v, end.step, now) for n, v in numbers.items())
             for path in end.files:
                 self._client.log_artifact(self.run_id, str(path))
-        finally:  # the files' store may want credentials that nobody gave
+        finally:  # the store of files may want credentials that nobody gave
             self._client.set_terminated(self.run_id, end.status)
 
+    def _log(self, values: Iterable[tuple[str, float, int, float]]) -> None:
+        """Sends (name, value, step, time) of metrics."""
+        from mlflow.entities import Metric
 
-def _not_ours(record: logging.LogRecord) -> bool:
-    """Keeps from stderr each retry of a request of ours: one line warns of them all."""
-    return " MLflow " not in (record.threadName or "")
-
-
-def _missing(params: Mapping[str, Any], there: Mapping[str, str]) -> dict[str, str]:
-    """Those that the run does not have: MLflow takes a param once."""
-    found = {_key(name): str(value) for name, value in params.items()}
-    return {
-        name: value if len(value) <= LONGEST_PARAM else value[: LONGEST_PARAM - 3] + "..."
-        for name, value in found.items()
-        if name not in there
-    }
-
-
-def _key(name: str) -> str:
-    """A name of the letters that MLflow takes."""
-    return re.sub(r"[^\w\-. :/]", "_", name)[:250]
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
+        metrics = [
+            Metric(name, v, round(1000 * seconds), step) for name, v, step, seconds in values
+        ]
+        self._client.log_batch(self.run_id, metrics=metrics)

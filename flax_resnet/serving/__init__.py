@@ -1,1 +1,0 @@
-"""The demo page: what it computes (``answers``) and what it shows (``page``)."""
