@@ -14,7 +14,6 @@ LEVELS = [
     {
         "guards",
         "record",
-        "pretrained._h5_child",
         "pretrained.untrusted",
         "pretrained.classes",
         "datasets.jpeg",
@@ -46,7 +45,7 @@ LEVELS = [
     {"models.zoo", "datasets.stream"},
     {"models", "datasets.prepare", "datasets.sklearn_digits", "datasets"},
     {"data", "summary"},
-    {"pretrained.published", "pretrained.hdf5", "pretrained.stored_zip"},
+    {"pretrained.published", "pretrained.hdf5"},
     {"pretrained.download", "pretrained.torch_pickle"},
     {"pretrained.fetch", "pretrained.hub", "pretrained.torch_archive"},
     {"pretrained.tensors", "pretrained.torch_names", "pretrained.keras_names"},
