@@ -1,125 +1,107 @@
 """Weight files of every kind, whole, damaged and hostile: tensors or a UserError, never code."""
 
-import collections
+import contextlib
 import importlib.util
-import io
 import json
 import os
+import pathlib
 import pickle
 import struct
 import subprocess
 import sys
 import textwrap
-import time
 import tracemalloc
 import warnings
 import zipfile
 import zlib
 
+import h5py
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained import hdf5, stored_zip, torch_archive, torch_pickle
-from flax_resnet.pretrained.tensors import TensorFile, read_tensors
-
-h5py = pytest.importorskip("h5py")
-safetensors_numpy = pytest.importorskip("safetensors.numpy")
+from flax_resnet.pretrained import torch_archive, torch_pickle
+from flax_resnet.pretrained.tensors import MAX_HEADER, read_tensors
 
 BFLOAT16 = ml_dtypes.bfloat16
-MAGIC = 0x1950A86A20F9469CFC6C
+MAGIC = torch_archive.LEGACY_MAGIC
+ONES = np.ones(4, np.float32)
 
 
 # Pickles written by hand, an opcode at a time.
 
 
 def text(value):
-    data = value.encode()
-    return b"X" + struct.pack("<I", len(data)) + data
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
 
 
 def number(value):
-    if -(2**31) <= value < 2**31:
-        return b"J" + struct.pack("<i", value)
     data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
     return b"\x8a" + bytes([len(data)]) + data
 
 
-def named(module, name):
-    return f"c{module}\n{name}\n".encode()
+def named(dotted):
+    return "c{}\n{}\n".format(*dotted.rsplit(".", 1)).encode()
 
 
-def many(values):
+def many(*values):
     return b"(" + b"".join(values) + b"t"
 
 
-def storage(key, kind, count, extra=b""):
-    return (
-        b"(" + text("storage") + named("torch", kind) + text(key) + text("cpu") + number(count)
-    ) + (extra + b"tQ")
-
-
-def ordered(items=()):
-    pairs = b"".join(text(key) + value for key, value in items)
-    return named("collections", "OrderedDict") + b")R(" + pairs + b"u"
+def storage(key, kind, count, *extra):
+    place = (text("storage"), named(f"torch.{kind}"), text(key), text("cpu"), number(count))
+    return many(*place, *extra) + b"Q"
 
 
 def tensor(run, size, stride, offset=0):
-    rest = number(offset) + many(map(number, size)) + many(map(number, stride)) + b"\x89"
-    return named("torch._utils", "_rebuild_tensor_v2") + b"(" + run + rest + ordered() + b"tR"
+    view = (number(offset), many(*map(number, size)), many(*map(number, stride)))
+    flags = (b"\x89", named("collections.OrderedDict") + b")R")
+    return named("torch._utils._rebuild_tensor_v2") + many(run, *view, *flags) + b"R"
 
 
 def whole(key, array, kind="FloatStorage"):
-    stride = [s // array.itemsize for s in array.strides]
+    stride = [step // array.itemsize for step in array.strides]
     return tensor(storage(key, kind, array.size), array.shape, stride)
 
 
-def state(items, build=True):
-    versions = b"}" + text("_metadata") + ordered() + b"sb" if build else b""
-    return b"\x80\x02" + ordered(items.items()) + versions + b"."
+def state(**tensors):
+    items = b"".join(text(key) + value for key, value in tensors.items())
+    versions = b"}" + text("_metadata") + named("collections.OrderedDict") + b")Rsb"
+    return b"\x80\x02" + named("collections.OrderedDict") + b")R(" + items + b"u" + versions + b"."
 
 
-def write_zip(path, pickled, storages=(), prefix="net", **extra):
+def write_zip(path, pickled, storages=(), **extra):
     members = {"data.pkl": pickled, "byteorder": b"little", "version": b"3\n", **extra}
     members |= {f"data/{key}": bytes(data) for key, data in dict(storages).items()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(path, "w") as archive:
         for name, data in members.items():
-            archive.writestr(zipfile.ZipInfo(f"{prefix}/{name}"), data)
+            archive.writestr(zipfile.ZipInfo(f"net/{name}"), data)
     return path
 
 
-def write_legacy(path, pickled, storages=(), little=True, magic=MAGIC):
-    system = {"protocol_version": 1001, "little_endian": little, "type_sizes": {"int": 4}}
-    head = b"".join(pickle.dumps(x, protocol=2) for x in (magic, 1001, system))
+def write_legacy(path, pickled, storages=(), little=True):
+    head = [pickle.dumps(x, protocol=2) for x in (MAGIC, 1001, {"little_endian": little})]
     tail = pickle.dumps(sorted(dict(storages)), protocol=2)
     for _, array in sorted(dict(storages).items()):
         tail += struct.pack("<q", array.size) + array.tobytes()
-    path.write_bytes(head + pickled + tail)
+    path.write_bytes(b"".join(head) + pickled + tail)
     return path
 
 
-def two_tensors():
-    """({key: array}, their pickle)."""
-    w = np.arange(6, dtype=np.float32).reshape(2, 3)
-    b = np.array([1.5, -2], np.float16)
-    return {"0": w, "1": b}, state({"w": whole("0", w), "b": whole("1", b, "HalfStorage")})
+both = pytest.mark.parametrize("writer", [write_zip, write_legacy])
+TWO = {"0": np.arange(6, dtype=np.float32).reshape(2, 3), "1": np.array([1.5, -2], np.float16)}
+TWO_PICKLED = state(w=whole("0", TWO["0"]), b=whole("1", TWO["1"], "HalfStorage"))
 
 
-WRITERS = {
-    "zip": lambda path, pickled, storages=(): write_zip(path, pickled, storages),
-    "legacy": write_legacy,
-}
-both = pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
-
-
-def write_keras_h5(path, layers, root=None, pieces=1, variable=False):
+def write_keras_h5(path, layers, root="/", pieces=1):
     """The legacy layout; ``layers`` is {layer: {weight name: array}}."""
     with h5py.File(path, "w") as file:
-        group = file.create_group(root) if root else file
+        group = file.require_group(root)
 
         def put(where, name, values):
-            values = [str(v) if variable else v.encode() for v in values]
+            values = [v.encode() for v in values]
             if pieces == 1:
                 where.attrs[name] = values
             else:
@@ -157,25 +139,22 @@ def same(found, expected):
         np.testing.assert_array_equal(found[key], array)
 
 
-def refuse(path, *words, seconds=1.5, peak=16 * 2**20):
-    """One clear line about the file, soon, and without much memory."""
+def refuse(path, *words):
+    """One clear line about the file, and memory within the limit."""
     tracemalloc.start()
-    start = time.process_time()  # other work on the machine does not count
     try:
         with pytest.raises(UserError) as caught:
             read_tensors(path)
-        took, used = time.process_time() - start, tracemalloc.get_traced_memory()[1]
+        size = path.stat().st_size if path.is_file() else 0
+        assert tracemalloc.get_traced_memory()[1] < 2 * size + 200e6
     finally:
         tracemalloc.stop()
     message = str(caught.value)
     assert str(path) in message
-    assert "\n" not in message
+    assert message.isprintable()
+    assert len(message) < 2000
     for word in words:
         assert word in message
-    assert message.isprintable()
-    assert took < seconds
-    assert used < peak
-    return message
 
 
 # Whole files.
@@ -190,80 +169,61 @@ def test_safetensors(tmp_path):
     }
     path = tmp_path / "no_suffix"
     counter = {"bn.num_batches_tracked": np.array(5)}
-    safetensors_numpy.save_file(tensors | counter, path, metadata={"arch": "resnet18"})
+    safetensors.numpy.save_file(tensors | counter, path, metadata={"arch": "resnet18"})
     found = read_tensors(path)
-    assert found.format == "safetensors"
-    assert found.metadata == {"arch": "resnet18"}
+    assert (found.format, found.metadata) == ("safetensors", {"arch": "resnet18"})
     same(found.tensors, tensors)
 
 
 @both
-def test_torch_by_hand(tmp_path, writer):
-    storages, pickled = two_tensors()
-    found = read_tensors(writer(tmp_path / "net.pth", pickled, storages))
-    assert found.format == "torch"
-    assert found.metadata == {}
-    same(found.tensors, {"w": storages["0"], "b": storages["1"]})
-
-
-@both
 def test_torch_views_of_one_storage(tmp_path, writer):
-    data = np.arange(12, dtype=np.float32)
-    run = storage("7", "FloatStorage", 12)
+    data = np.arange(120, dtype=np.float32)
+    run = storage("7", "FloatStorage", 120)
     views = {
         "plain": tensor(run, (3, 4), (4, 1)),
         "transposed": tensor(run, (4, 3), (1, 4)),
         "part": tensor(run, (2, 2), (4, 2), offset=3),
         "scalar": tensor(run, (), (), offset=11),
         "odd": tensor(run, (1, 2), (2**62, 1)),
-        "bn.num_batches_tracked": tensor(storage("8", "LongStorage", 1), (), ()),
+        "num_batches_tracked": tensor(storage("8", "LongStorage", 1), (), ()),
     }
-    path = writer(tmp_path / "net.pt", state(views), {"7": data, "8": np.array([3])})
-    square = data.reshape(3, 4)
-    expected = {
-        "plain": square,
-        "transposed": square.T,
-        "part": np.array([[3, 5], [7, 9]], np.float32),
-        "scalar": np.array(11, np.float32),
-        "odd": data[None, :2],
-    }
-    same(read_tensors(path).tensors, expected)
+    found = read_tensors(writer(tmp_path / "n", state(**views), {"7": data, "8": np.array([3])}))
+    assert (found.format, found.metadata) == ("torch", {})
+    square = data[:12].reshape(3, 4)
+    part = np.array([[3, 5], [7, 9]], np.float32)
+    expected = {"plain": square, "transposed": square.T, "part": part}
+    same(found.tensors, {**expected, "scalar": data[11].reshape(()), "odd": data[None, :2]})
 
 
 @both
 def test_torch_checkpoint_around_a_state_dict(tmp_path, writer):
-    storages, pickled = two_tensors()
-    inner = pickled[2:-1]
-    moment = whole("0", storages["0"])
+    moment = whole("0", TWO["0"])
     optimizer = b"}" + text("state") + b"}" + number(0) + b"}" + text("m") + moment + b"sss"
     checkpoint = (
         (b"\x80\x02}(" + text("epoch") + number(3) + text("best") + b"G" + struct.pack(">d", 9.5))
-        + (text("model") + text("resnet18") + text("state_dict") + inner)
+        + (text("model") + text("resnet18") + text("state_dict") + TWO_PICKLED[2:-1])
         + (text("optimizer") + optimizer + text("rest") + b"](NK\x01\x88eu.")
     )
-    found = read_tensors(writer(tmp_path / "net.pth", checkpoint, storages))
-    same(found.tensors, {"w": storages["0"], "b": storages["1"]})
+    found = read_tensors(writer(tmp_path / "net.pth", checkpoint, TWO))
+    same(found.tensors, {"w": TWO["0"], "b": TWO["1"]})
 
 
-def test_torch_parameters_of_2016(tmp_path):
-    w = np.ones(2, np.float32)
-    old = named("torch._utils", "_rebuild_tensor") + b"(" + storage("0", "FloatStorage", 2)
-    old += b"K\0" + many([b"K\2"]) + many([b"K\1"]) + b"tR"
-    flags = b"(\x88\x89" + ordered() + b"tb"
-    pickled = state({"w": named("torch.nn.parameter", "Parameter") + old + b"\x85\x81" + flags})
-    same(read_tensors(write_legacy(tmp_path / "n", pickled, {"0": w})).tensors, {"w": w})
+def test_torch_parameters_of_2016_and_python_2(tmp_path):
+    run = storage("0", "FloatStorage", 4)
+    old = named("torch._utils._rebuild_tensor") + many(run, b"K\0", many(b"K\4"), many(b"K\1"))
+    flags = many(b"\x88", b"\x89", named("collections.OrderedDict") + b")R") + b"b"
+    pickled = state(w=named("torch.nn.parameter.Parameter") + old + b"R\x85\x81" + flags)
+    same(read_tensors(write_legacy(tmp_path / "n", pickled, {"0": ONES})).tensors, {"w": ONES})
+    parts = many(whole("0", ONES), b"\x88", named("collections.OrderedDict") + b")R")
+    pairs = b"](](U\x01w" + named("torch._utils._rebuild_parameter") + parts + b"Reee"
+    pickled = b"\x80\x02" + named("collections.OrderedDict") + pairs.replace(b"ee", b"e", 1)
+    pickled += b"\x85R."
+    same(read_tensors(write_zip(tmp_path / "n", pickled, {"0": ONES})).tensors, {"w": ONES})
 
 
-def test_torch_parameters_and_python_2_texts(tmp_path):
-    w = np.ones(2, np.float32)
-    parameter = named("torch._utils", "_rebuild_parameter") + b"(" + whole("0", w) + b"\x88"
-    pair = b"](U\x01w" + parameter + ordered() + b"tRe"
-    pickled = b"\x80\x02" + named("collections", "OrderedDict") + b"](" + pair + b"e\x85R."
-    same(read_tensors(write_zip(tmp_path / "n", pickled, {"0": w})).tensors, {"w": w})
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_torch_itself(tmp_path, zipped):
+@pytest.mark.parametrize("options", [{"pickle_protocol": 2}, {"pickle_protocol": 4},
+                                     {"_use_new_zipfile_serialization": False}])  # fmt: skip
+def test_torch_itself(tmp_path, options):
     torch = pytest.importorskip("torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -282,7 +242,7 @@ def test_torch_itself(tmp_path, zipped):
         net(torch.ones(2, 3, 5, 5)).sum().backward()
         optimizer.step()
         checkpoint = {"epoch": 1, "optimizer": optimizer.state_dict(), "state_dict": values}
-        torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
+        torch.save(checkpoint, path, **options)
     expected = {k: v.detach().float().numpy() for k, v in values.items() if "tracked" not in k}
     dtypes = {"half": np.float16, "brain": BFLOAT16, "double": np.float64}
     expected = {k: v.astype(dtypes.get(k, np.float32)) for k, v in expected.items()}
@@ -291,38 +251,43 @@ def test_torch_itself(tmp_path, zipped):
 
 LAYERS = {
     "input": {},
-    "conv1/conv": {"conv1/conv/kernel:0": np.ones((3, 3, 2, 4), np.float32)},
-    "bn": {f"bn/{n}:0": np.arange(4, dtype=np.float32) + i for i, n in enumerate("gbmv")},
-    "fc": {"w": np.ones((4, 2), np.float16), "b": np.ones((), np.float64)},
+    "conv1": {"conv1/kernel:0": np.ones((3, 3, 2, 4), np.float32)},
+    "bn": {
+        f"bn/{name}:0": np.arange(4, dtype=np.float32) + i
+        for i, name in enumerate(("gamma", "beta", "moving_mean", "moving_variance"))
+    },
+    "bn_old": {"bn_old_running_std_1:0": ONES},
+    "fc": {"fc_W": np.ones((4, 2), np.float16), "fc_b": np.ones((), np.float64)},
 }
 
 
-@pytest.mark.parametrize("root", [None, "model_weights"])
-@pytest.mark.parametrize(("pieces", "variable"), [(1, False), (1, True), (2, False)])
-def test_keras_legacy(tmp_path, root, pieces, variable):
-    path = write_keras_h5(tmp_path / "w", LAYERS, root, pieces, variable)
-    found = read_tensors(path)
+@pytest.mark.parametrize("root", ["/", "model_weights"])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_keras_legacy(tmp_path, root, pieces):
+    found = read_tensors(write_keras_h5(tmp_path / "w", LAYERS, root, pieces))
     assert found.format == "keras_h5"
     arrays = {layer: enumerate(weights.values()) for layer, weights in LAYERS.items()}
-    expected = {f"{layer}/{i}": array for layer, ws in arrays.items() for i, array in ws}
-    same(found.tensors, expected)
+    want = {f"{layer}/{i}": array for layer, ws in arrays.items() for i, array in ws}
+    want["bn_old/3"] = want.pop("bn_old/0")
+    same(found.tensors, want)
+
+
+KERAS_3 = {
+    "conv2d": [np.ones((3, 3, 1, 2), np.float32), np.zeros(2, np.float32)],
+    "conv2d_1": [np.arange(3).astype(BFLOAT16)],
+    "functional/layers/dense": [np.ones((2, 3), ">f4"), np.ones((), np.float16)],
+    "flatten": [],
+}
 
 
 def test_keras_3(tmp_path):
-    layers = {
-        "conv2d": [np.ones((3, 3, 1, 2), np.float32), np.zeros(2, np.float32)],
-        "conv2d_1": [np.arange(3).astype(BFLOAT16)],
-        "functional/layers/dense": [np.ones((2, 3), ">f4"), np.ones((), np.float16)],
-        "flatten": [],
-    }
-    path = write_keras3(tmp_path / "w.weights.h5", layers)
+    path = write_keras3(tmp_path / "w.weights.h5", KERAS_3)
     with h5py.File(path, "a") as file:
         file["layers/dropout/seed_generator/vars/0"] = np.zeros(2, np.uint32)
     found = read_tensors(path)
     assert found.format == "keras_weights"
-    expected = {f"{layer}/{i}": a for layer, arrays in layers.items() for i, a in enumerate(arrays)}
-    expected = {k: a.astype(a.dtype.newbyteorder("=")) for k, a in expected.items()}
-    same(found.tensors, expected)
+    expected = {f"{k}/{i}": a for k, arrays in KERAS_3.items() for i, a in enumerate(arrays)}
+    same(found.tensors, {k: a.astype(a.dtype.newbyteorder("=")) for k, a in expected.items()})
 
 
 @pytest.mark.slow
@@ -354,360 +319,316 @@ def test_keras_itself(tmp_path):
     refuse(tmp_path / "a.keras", "save_weights")
 
 
-def test_large_files_are_read_quickly(tmp_path):
-    big = np.arange(10_000_000, dtype=np.float32).reshape(2500, 4000)
-    path = write_keras3(tmp_path / "w", {"dense": [big]})
-    start = time.perf_counter()
-    found = read_tensors(path).tensors["dense/0"]
-    assert time.perf_counter() - start < 3
-    np.testing.assert_array_equal(found, big)
+# Files that are no weights: {name: (a function that writes one at a path, words of the message)}.
 
 
-# Files that are something else.
+def content(data):
+    return lambda path: path.write_bytes(data)
 
 
-def test_other_files(tmp_path):
-    path = tmp_path / "x"
-    refuse(path, "no such file")
-    refuse(tmp_path, "regular file")
-    path.touch()
-    refuse(path, "empty")
-    for content in (b"\x80", b"hello, world, this is text", b"\x93NUMPY\x01\0" * 9, b"PK\x05\x06"):
-        path.write_bytes(content)
-        refuse(path, ".safetensors", "torch.save", ".weights.h5")
-    if hasattr(os, "mkfifo"):
-        os.mkfifo(tmp_path / "pipe")
-        refuse(tmp_path / "pipe", "regular file")
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("readme.txt", "hello")
-    refuse(path, "data.pkl")
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("config.json", "{}")
-        archive.writestr("model.weights.h5", b"0" * 1000)
-    refuse(path, "load_model", ".save_weights(", ".weights.h5")
+def zipped(*members, **options):
+    def write(path):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members:
+                archive.writestr(name, data, **options)
+
+    return write
 
 
-def test_torchscript_is_refused(tmp_path):
-    storages, pickled = two_tensors()
-    refuse(write_zip(tmp_path / "x", pickled, storages, **{"constants.pkl": b""}), "TorchScript")
-    refuse(write_zip(tmp_path / "x", pickled, storages, **{"code/a.py": b""}), "TorchScript")
-    refuse(write_zip(tmp_path / "x", pickled, storages, byteorder=b"big"), "little-endian")
+def tensors_of(**tensors):
+    return lambda path: safetensors.numpy.save_file(tensors, path)
 
 
-def test_wrong_tensors(tmp_path):
-    path = tmp_path / "x"
-    for array in (np.arange(3), np.ones(3, bool), np.ones(3, np.uint8)):
-        safetensors_numpy.save_file({"a": array}, path)
-        refuse(path, str(array.dtype), "'a'")
-    safetensors_numpy.save_file({"a\x1b[2J": np.ones(1)}, path)
-    refuse(path, r"'a\x1b[2J'")
-    safetensors_numpy.save_file({"num_batches_tracked": np.array(1)}, path)
-    refuse(path, "no weights")
-    safetensors_numpy.save_file({"a": np.ones((2, 0), np.float32)}, path)
-    refuse(path, "no elements")
-    ints = state({"a": whole("0", np.arange(3), "LongStorage")})
-    refuse(write_zip(path, ints, {"0": np.arange(3)}), "int64", "'a'")
+KINDS = [".safetensors", "torch.save", ".weights.h5"]
+OTHERS = {
+    "missing": (lambda path: None, ["no such file"]),
+    "directory": (lambda path: path.mkdir(), ["regular file"]),
+    "pipe": (os.mkfifo, ["regular file"]),
+    "empty": (content(b""), ["empty"]),
+    "short": (content(b"\x80"), KINDS),
+    "prose": (content(b"hello, world, this is text"), KINDS),
+    "numpy": (content(b"\x93NUMPY\x01\0" * 9), KINDS),
+    "no ZIP": (content(b"PK\x05\x06"), KINDS),
+    "another ZIP": (zipped(("readme.txt", "hello")), ["data.pkl"]),
+    "whole Keras model": (
+        zipped(("config.json", "{}"), ("model.weights.h5", "0" * 99), compress_type=8),
+        ["load_model", ".save_weights(", ".weights.h5"],
+    ),
+    "TorchScript": (
+        lambda path: write_zip(path, TWO_PICKLED, TWO, **{"constants.pkl": b""}),
+        ["TorchScript"],
+    ),
+    "big-endian": (lambda path: write_zip(path, b"", byteorder=b"big"), ["little-endian"]),
+    "old big-endian": (lambda path: write_legacy(path, b"", little=False), ["little-endian"]),
+    "integers": (tensors_of(a=np.arange(3)), ["int64", "'a'"]),
+    "booleans": (tensors_of(a=np.ones(3, bool)), ["bool", "'a'"]),
+    "torch integers": (
+        lambda path: write_zip(path, state(a=whole("0", ONES, "IntStorage")), {"0": ONES}),
+        ["int32", "'a'"],
+    ),
+    "terminal codes": (tensors_of(**{"a\x1b[2J": np.ones(1)}), [r"'a\x1b[2J'"]),
+    "counters alone": (tensors_of(num_batches_tracked=np.array(1)), ["no weights"]),
+    "no elements": (tensors_of(a=np.ones((2, 0), np.float32)), ["no elements"]),
+    "nine axes": (tensors_of(a=np.ones((1,) * 9, np.float32)), ["over 8 axes"]),
+}
 
 
-# Damaged and hostile safetensors.
-
-
-def write_safetensors(path, header, data=b"", length=None):
-    header = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
-    return path
+def header(entries, data=b"", length=None):
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return content(struct.pack("<Q", len(text) if length is None else length) + text + data)
 
 
 def entry(shape, begin, end, dtype="F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def test_damaged_safetensors(tmp_path):
-    path = tmp_path / "x.safetensors"
-    safetensors_numpy.save_file({"a": np.ones(100, np.float32)}, path)
-    good = path.read_bytes()
-    for cut in (9, 30, len(good) - 1):
-        path.write_bytes(good[:cut])
-        refuse(path, "damaged")
-    path.write_bytes(good + b"0")
-    refuse(path, "damaged")
-    cases = {
-        "longer": {"header": {"a": entry([1], 0, 4)}, "length": 2**63},
-        "claims": {"header": {"a": entry([2**40], 0, 2**42)}, "data": bytes(8)},
-        "overflows": {"header": {"a": entry([2**62, 2**62], 0, 8)}, "data": bytes(8)},
-        "negative": {"header": {"a": entry([-2], 0, 8)}, "data": bytes(8)},
-        "overlaps": {"header": {"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, "data": bytes(12)},
-        "nests": {"header": b'{"a":' + b"[" * 100_000},
-        "no_json": {"header": b"{" + b"\xff" * 50},
-    }
-    for case in cases.values():
-        refuse(write_safetensors(path, **case), "damaged")
-    twice = b'{"a":%b,"a":%b}' % ((json.dumps(entry([2], 0, 8)).encode(),) * 2)
-    refuse(write_safetensors(path, twice, bytes(8)), "twice")
-    refuse(write_safetensors(path, {"a": entry([8], 0, 8, "F8_E4M3")}, bytes(8)), "F8_E4M3")
+def sparse_header(path):
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", 17 * 2**20) + b"{")
+        file.write(struct.pack("<Q", MAX_HEADER + 1) + b"{")
         file.truncate(2**30)
-    refuse(path, "header")
 
 
-# Hostile pickles.
+SAFETENSORS = {
+    "longer": (header({"a": entry([1], 0, 4)}, length=2**63), ["damaged"]),
+    "cut": (header({"a": entry([4], 0, 16)}, bytes(15)), ["damaged"]),
+    "more": (header({"a": entry([4], 0, 16)}, bytes(17)), ["damaged"]),
+    "claims": (header({"a": entry([2**40], 0, 2**42)}, bytes(8)), ["damaged"]),
+    "overflows": (header({"a": entry([2**62, 2**62], 0, 8)}, bytes(8)), ["damaged"]),
+    "negative": (header({"a": entry([-2], 0, 8)}, bytes(8)), ["damaged"]),
+    "overlaps": (
+        header({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)),
+        ["damaged"],
+    ),
+    "nests": (header(b'{"a":' + b"[" * 100_000), ["damaged"]),
+    "no JSON": (header(b"{" + b"\xff" * 50), ["damaged"]),
+    "rank": (header({"a": entry([1] * 70, 0, 4)}, bytes(4)), ["damaged"]),
+    "8 bits": (header({"a": entry([8], 0, 8, "F8_E4M3")}, bytes(8)), ["F8_E4M3"]),
+    "huge header": (sparse_header, ["header"]),
+}
 
 
-def attacks(marker):
-    """{name: pickle that would create the marker, were it run}."""
-    command = f"echo > {marker}"
-    system = named("os", "system") + b"(" + text(command) + b"tR"
-    call = {
-        "reduce": system,
-        "posix": system.replace(b"cos\n", b"cposix\n"),
-        "eval": named("builtins", "eval") + b"(" + text(f"open({str(marker)!r}, 'w')") + b"tR",
-        "getattr": named("builtins", "getattr") + b"(" + text("x") + text("join") + b"tR",
-        "stack global": b"\x8c\x02os\x8c\x06system\x93(" + text(command) + b"tR",
-        "inst": b"(" + text(command) + b"ios\nsystem\n",
-        "obj": b"(" + named("os", "system") + text(command) + b"o",
-        "newobj": named("subprocess", "Popen") + b"(" + text(command) + b"t\x81",
-        "newobj known": named("collections", "OrderedDict") + b")\x81",
-        "newobj parameter": named("torch.nn.parameter", "Parameter") + b")\x81",
-        "call parameter": named("torch.nn.parameter", "Parameter") + b")R",
-        "newobj ex": named("subprocess", "Popen") + b"(" + text(command) + b"t}\x92",
-        "build": b")" + b"}" + text("__setstate__") + named("os", "system") + b"sb",
-        "build tensor": tensor(storage("0", "FloatStorage", 2), (2,), (1,)) + b"}b",
-        "build slots": ordered() + b"N}" + text("update") + number(1) + b"s\x86b",
-        "load": named("torch.storage", "_load_from_bytes") + b"(" + text(command) + b"tR",
-        "dtype call": named("torch", "float32") + b"(" + text(command) + b"tR",
-        "storage call": named("torch", "FloatStorage") + b"(" + number(2**40) + b"tR",
-        "ext1": b"\x82\x01",
-        "ext4": b"\x84\x01\0\0\0",
-        "persid": b"Pos.system\n",
-        "binpersid": text(command) + b"Q",
-        "persistent call": b"(" + text("storage") + system + text("0") + text("cpu") + b"K\x02tQ",
-        "persistent type": b"("
-        + text("storage")
-        + named("collections", "OrderedDict")
-        + (text("0") + text("cpu") + b"K\x02tQ"),
-        "module view": storage("0", "FloatStorage", 2, extra=many([text("1"), b"K\0", b"K\1"])),
-        "buffer": b"\x97",
-        "dup key": b"}" + many([many([])]) + b"K\x01s",
-    }
-    return {name: b"\x80\x02}" + text("w") + body + b"s." for name, body in call.items()}
+# Pickles: {name: (opcodes, words)}; each is put in a ZIP and in a legacy file.
+
+ORDERED, PARAMETER = named("collections.OrderedDict"), named("torch.nn.parameter.Parameter")
+SYSTEM, COMMAND = named("os.system"), text("echo > marker")
+PLACE = (text("0"), text("cpu"), b"K\x02")
+# Each would make a file marker in the working directory, were it run, or is like those that would.
+ATTACKS = {
+    "reduce": SYSTEM + many(COMMAND) + b"R",
+    "posix": named("posix.system") + many(COMMAND) + b"R",
+    "eval": named("builtins.eval") + many(text("open('marker', 'w')")) + b"R",
+    "getattr": named("builtins.getattr") + many(text("x"), text("join")) + b"R",
+    "stack global": b"\x8c\x02os\x8c\x06system\x93" + many(COMMAND) + b"R",
+    "inst": b"(" + COMMAND + b"ios\nsystem\n",
+    "obj": b"(" + SYSTEM + COMMAND + b"o",
+    "newobj": named("subprocess.Popen") + many(COMMAND) + b"\x81",
+    "newobj ex": named("subprocess.Popen") + many(COMMAND) + b"}\x92",
+    "build": b")}" + text("__setstate__") + SYSTEM + b"sb",
+    "build a function": ORDERED + b"}" + text("__defaults__") + b"Nsb",
+    "build a list": b"]}b",
+    "load": named("torch.storage._load_from_bytes") + many(COMMAND) + b"R",
+    "dtype call": named("torch.float32") + many(COMMAND) + b"R",
+    "storage call": named("torch.FloatStorage") + many(number(2**40)) + b"R",
+    "call a text": COMMAND + b")R",
+    "ext1": b"\x82\x01",
+    "ext4": b"\x84\x01\0\0\0",
+    "persid": b"Pos.system\n",
+    "binpersid": COMMAND + b"Q",
+    "persistent call": many(text("storage"), SYSTEM + many(COMMAND) + b"R", *PLACE) + b"Q",
+    "persistent type": many(text("storage"), ORDERED, *PLACE) + b"Q",
+    "module view": storage("0", "FloatStorage", 2, many(text("1"), b"K\0", b"K\1")),
+    "buffer": b"\x97",
+}
+HARMLESS = {
+    "newobj known": ORDERED + b")\x81",
+    "newobj parameter": PARAMETER + b")\x81",
+    "build tensor": tensor(storage("0", "FloatStorage", 2), (2,), (1,)) + b"}b",
+    "build slots": ORDERED + b")RN}" + text("update") + number(1) + b"s\x86b",
+}
 
 
-@pytest.mark.parametrize("name", attacks("x"))
-@both
-def test_no_pickle_runs(tmp_path, writer, name):
-    marker = tmp_path / "marker"
-    path = writer(tmp_path / "a b.pth", attacks(marker)[name], {})
-    message = refuse(path, "weights_only=True", "python -c", "save_file")
-    if name in ("reduce", "stack global"):
-        assert "os.system" in message
-    assert not marker.exists()
+def in_state_dict(body):
+    return b"\x80\x02}" + text("w") + body + b"s."
 
 
-@pytest.mark.parametrize("part", range(3))
-def test_no_pickle_of_a_legacy_head_runs(tmp_path, part):
-    marker = tmp_path / "marker"
-    bad = attacks(marker)["reduce"]
-    parts = [pickle.dumps(x, protocol=2) for x in (MAGIC, 1001, {"little_endian": True}, {}, [])]
-    path = tmp_path / "x"
-    if part == 0:
-        path.write_bytes(bad)
-        refuse(path, "expected")
-        return
-    parts[part if part == 1 else 4] = bad
-    path.write_bytes(b"".join(parts))
-    refuse(path, "os.system")
-    assert not marker.exists()
+def shared(count):
+    """That many tensors that are one storage of 40,000 bytes."""
+    turned = tensor(storage("big", "FloatStorage", 10**4), (100, 100), (1, 100))
+    return state(**{f"t{i}": turned for i in range(count)})
 
 
-@both
-def test_pickles_that_ask_for_too_much(tmp_path, writer):
-    path, limit, depth = tmp_path / "x", torch_pickle.MAX_OPCODES, 30_000
-    pairs, copy = b"K\x01K\x02\x86" * 1000, named("collections", "OrderedDict") + b"h\x00\x85Ra"
-    bodies = {
-        "memo": b"]r\xff\xff\xff\xffj\xff\xff\xff\xffa.",
-        "memo far": b"]r\xff\xff\xff\xff.",
-        "deep lists": b"]" * depth + b"a" * (depth - 1) + b".",
-        "deep tuples": b")" + b"\x85" * depth + b".",
-        "deep key": b"})" + b"\x85" * depth + b"K\x01s.",
-        "itself": b"]q\x00h\x00a.",
-        "dict in itself": b"}q\x00" + text("state_dict") + b"h\x00s.",
-        "marks": b"(" * depth + b".",
-        "opcodes": b"N" * (limit + 5) + b".",
-        "long text": b"X\xff\xff\xff\x7fabc.",
-        "longer text": b"\x8d" + b"\xff" * 7 + b"\x7fabc.",
-        "long bytes": b"\x8e" + b"\xff" * 7 + b"\x0fabc.",
-        "long number": b"\x8b\xff\xff\xff\x7fabc.",
-        "digits": b"I" + b"9" * 100_000 + b"\n.",
-        "wide key": b"}\x8a\x20" + b"\x7f" * 32 + b"Ns.",
-        "copies": b"]](" + pairs + b"eq\x00a" + copy * 1000 + b".",
-        "no stop": b"}",
-        "unknown opcode": b"\xff.",
-        "underflow": b"\x87.",
-        "no mark": b"t.",
-        "no memo": b"h\x05.",
-        "two left": b"NN.",
-        "odd items": b"}(" + text("a") + b"u.",
-        "append to a dict": b"}Na.",
-        "empty": b"",
-    }
-    for body in bodies.values():
-        refuse(writer(path, b"\x80\x02" + body, {}), seconds=3, peak=160 * 2**20)
+LIMIT, DEPTH, RUN = torch_pickle.MAX_OPCODES, 30_000, storage("0", "FloatStorage", 4)
+FOUR = whole("0", ONES)
+PICKLES = {
+    **{name: (in_state_dict(a), ["weights_only=True", "save_file"]) for name, a in ATTACKS.items()},
+    **{name: (in_state_dict(body), []) for name, body in HARMLESS.items()},
+    **{
+        name: (b"\x80\x02" + body, words)
+        for name, (body, words) in {
+            "memo": (b"]r\xff\xff\xff\xffj\xff\xff\xff\xffa.", ["a list"]),
+            "deep lists": (b"]" * DEPTH + b"a" * (DEPTH - 1) + b".", ["a list"]),
+            "deep tuples": (b")" + b"\x85" * DEPTH + b".", ["a tuple"]),
+            "deep key": (b"})" + b"\x85" * DEPTH + b"K\x01s.", ["as a key"]),
+            "itself": (b"]q\x00h\x00a.", ["a list"]),
+            "dict in itself": (b"}q\x00" + text("state_dict") + b"h\x00s.", ["no tensors"]),
+            "opcodes": (b"N" * (LIMIT + 5) + b".", ["opcodes"]),
+            "lists": (b"]" * (LIMIT + 5) + b".", ["opcodes"]),
+            "dicts": (b"}\x94" * LIMIT + b".", ["opcodes"]),
+            "marks": (b"(" * (LIMIT + 5) + b".", ["opcodes"]),
+            "long text": (b"X\xff\xff\xff\x7fabc.", ["damaged"]),
+            "longer text": (b"\x8d" + b"\xff" * 7 + b"\x7fabc.", ["damaged"]),
+            "long bytes": (b"\x8e" + b"\xff" * 7 + b"\x0fabc.", ["damaged"]),
+            "long number": (b"\x8b\xff\xff\xff\x7fabc.", ["damaged"]),
+            "digits": (b"I" + b"9" * 100_000 + b"\n.", ["opcode"]),
+            "wide key": (b"}\x8a\x20" + b"\x7f" * 32 + b"Ns.", ["as a key"]),
+            "copies": (
+                b"]]("
+                + b"K\x01K\x02\x86" * 1000
+                + b"eq\0a"
+                + (ORDERED + b"h\0\x85Ra") * 600
+                + b".",
+                ["opcodes"],
+            ),
+            "no stop": (b"}", ["damaged"]),
+            "unknown opcode": (b"\xff.", ["opcode"]),
+            "underflow": (b"\x87.", ["damaged"]),
+            "no mark": (b"t.", ["damaged"]),
+            "no memo": (b"h\x05.", ["damaged"]),
+            "odd items": (b"}(" + text("a") + b"u.", ["damaged"]),
+            "append to a dict": (b"}Na.", ["damaged"]),
+            "empty": (b"", ["damaged"]),
+            "one tensor": (FOUR + b".", ["one tensor"]),
+            "no names": (b"}" + text("epoch") + b"K\x03s.", ["'epoch'", "state_dict"]),
+            "name no text": (b"}K\x03" + FOUR + b"s.", ["named 3"]),
+        }.items()
+    },
+    **{
+        f"view: {name}": (state(w=view), words)
+        for name, (view, words) in {
+            "long": (tensor(RUN, (5,), (1,)), ["element 4 of a storage of 4"]),
+            "offset": (tensor(RUN, (2,), (1,), offset=3), ["element 4"]),
+            "stride": (tensor(RUN, (2, 2), (3, 1)), ["element 4"]),
+            "negative stride": (tensor(RUN, (2,), (-1,), offset=2), ["no count"]),
+            "negative offset": (tensor(RUN, (2,), (1,), offset=-1), ["no count"]),
+            "negative size": (tensor(RUN, (-2,), (1,)), ["no count"]),
+            "expanded": (tensor(RUN, (2**40,), (0,)), ["larger than the file"]),
+            "expanded a little": (tensor(RUN, (5,), (0,)), ["of a storage of 4"]),
+            "expanded twice": (tensor(RUN, (2**31,) * 3, (0,) * 3), ["larger than the file"]),
+            "wrapping": (tensor(RUN, (2**32, 2), (2**62, 1)), ["larger than the file"]),
+            "beyond 64 bits": (tensor(RUN, (2**70,), (0,)), ["no count"]),
+            "rank": (tensor(RUN, (1,) * 30, (1,) * 30), ["30 dimensions"]),
+            "unequal": (tensor(RUN, (1, 1), (1,)), ["1 strides"]),
+            "empty": (tensor(RUN, (0, 2**62), (1, 1)), ["no elements"]),
+            "storage": (tensor(storage("0", "FloatStorage", 2**50), (4,), (1,)), ["not as long"]),
+            "negative": (tensor(storage("0", "FloatStorage", -4), (4,), (1,)), ["damaged"]),
+            "missing": (tensor(storage("1", "FloatStorage", 4), (4,), (1,)), ["damaged"]),
+            "up": (tensor(storage("../byteorder", "FloatStorage", 4), (4,), (1,)), ["damaged"]),
+        }.items()
+    },
+    "two types": (state(a=FOUR, b=whole("0", ONES, "IntStorage")), ["two types"]),
+    "shared": (shared(200), ["share storages"]),
+}
 
 
-@both
-def test_views_outside_their_storage(tmp_path, writer):
-    path, data = tmp_path / "x", np.arange(4, dtype=np.float32)
-    run = storage("0", "FloatStorage", 4)
-    outside = {
-        "long": tensor(run, (5,), (1,)),
-        "offset": tensor(run, (2,), (1,), offset=3),
-        "stride": tensor(run, (2, 2), (3, 1)),
-        "negative stride": tensor(run, (2,), (-1,), offset=2),
-        "negative offset": tensor(run, (2,), (1,), offset=-1),
-        "negative size": tensor(run, (-2,), (1,)),
-        "expanded": tensor(run, (2**40,), (0,)),
-        "expanded twice": tensor(run, (2**31, 2**31, 2**31), (0, 0, 0)),
-        "wrapping": tensor(run, (2**32, 2), (2**62, 1)),
-        "beyond 64 bits": tensor(run, (2**70,), (0,)),
-        "rank": tensor(run, (1,) * 30, (1,) * 30),
-        "unequal": tensor(run, (1, 1), (1,)),
-        "empty": tensor(run, (0, 2**62), (1, 1)),
-        "long storage": tensor(storage("0", "FloatStorage", 2**50), (4,), (1,)),
-        "negative storage": tensor(storage("0", "FloatStorage", -4), (4,), (1,)),
-        "other storage": tensor(storage("1", "FloatStorage", 4), (4,), (1,)),
-        "up": tensor(storage("../byteorder", "FloatStorage", 4), (4,), (1,)),
-    }
-    for pickled in outside.values():
-        refuse(writer(path, state({"w": pickled}), {"0": data}))
-    twice = {"a": whole("0", data), "b": tensor(storage("0", "IntStorage", 4), (4,), (1,))}
-    refuse(writer(path, state(twice), {"0": data}), "two types")
-    turned = tensor(storage("0", "FloatStorage", 10**4), (100, 100), (1, 100))
-    tied = {str(i): turned for i in range(200)}
-    refuse(writer(path, state(tied), {"0": np.ones(10**4, np.float32)}), "share storages")
+def pickles(writer):
+    """The table of ``PICKLES`` in files that ``writer`` writes."""
+
+    def write(pickled):
+        storages = {"0": ONES, "big": np.ones(10**4, np.float32)}
+        held = {key: array for key, array in storages.items() if text(key) in pickled}
+        return lambda path: writer(path, pickled, held)
+
+    kind = writer.__name__.removeprefix("write_")
+    short = {name: case for name, case in PICKLES.items() if kind == "zip" or len(case[0]) < 10**5}
+    return {f"{kind}: {name}": (write(body), words) for name, (body, words) in short.items()}
 
 
-@both
-def test_pickles_without_a_state_dict(tmp_path, writer):
-    path = tmp_path / "x"
-    run = whole("0", np.ones(2, np.float32))
-    refuse(writer(path, b"\x80\x02" + run + b".", {"0": np.ones(2, np.float32)}), "one tensor")
-    refuse(writer(path, b"\x80\x02].", {}), "a list")
-    refuse(writer(path, b"\x80\x02}" + text("epoch") + b"K\x03s.", {}), "'epoch'", "state_dict")
-    refuse(writer(path, b"\x80\x02}K\x03" + run + b"s.", {"0": np.ones(2, np.float32)}), "named 3")
+# Damaged files of torch's, and ZIP directories that lie.
 
 
-def test_damaged_legacy_files(tmp_path):
-    path = tmp_path / "x"
-    storages, pickled = two_tensors()
-    good = write_legacy(path, pickled, storages).read_bytes()
-    for cut in (20, 60, 200, len(good) - 30, len(good) - 1):
-        path.write_bytes(good[:cut])
-        refuse(path, "damaged")
-    refuse(write_legacy(path, pickled, storages, little=False), "little-endian")
-    refuse(write_legacy(path, pickled, storages | {"9": np.ones(2)}), "'9'")
-    path.write_bytes(good.replace(struct.pack("<q", 6), struct.pack("<q", 2**60)))
-    refuse(path, "'0'")
+def damaged(writer, change):
+    def write(path):
+        path.write_bytes(change(writer(path, TWO_PICKLED, TWO).read_bytes()))
+
+    return write
 
 
-# Hostile ZIP archives.
-
-
-def central(name, size, offset, method=0, crc=0, flags=0, stored=None):
-    stored = size if stored is None else stored
-    head = struct.pack("<4s6H3L", b"PK\x01\x02", 20, 20, flags, method, 0, 0, crc, stored, size)
+def central(name, size, offset, crc=0, flags=0):
+    head = struct.pack("<4s6H3L", b"PK\x01\x02", 20, 20, flags, 0, 0, 0, crc, size, size)
     return head + struct.pack("<5H2L", len(name), 0, 0, 0, 0, 0, offset) + name
 
 
-def local(name, data, method=0):
-    head = struct.pack("<4s5H", b"PK\x03\x04", 20, 0, method, 0, 0)
-    return head + struct.pack("<3L2H", zlib.crc32(data), len(data), len(data), len(name), 0) + name
+def local(name, data):
+    head = struct.pack("<4s5H3L", b"PK\x03\x04", 20, 0, 0, 0, 0, zlib.crc32(data), *[len(data)] * 2)
+    return head + struct.pack("<2H", len(name), 0) + name + data
 
 
-def ended(body, directory, count):
-    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, len(directory), len(body), 0)
-    return body + directory + end
+def directory(*members, body=local(b"n/data.pkl", TWO_PICKLED)):
+    """A ZIP with this directory behind one pickle."""
+    listed, count = b"".join(members), len(members)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, len(listed), len(body), 0)
+    return content(body + listed + end)
 
 
-def test_zip_bombs(tmp_path):
-    path = tmp_path / "x.pth"
-    pickled = two_tensors()[1]
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("net/data.pkl", pickled)
-        archive.writestr("net/data/0", bytes(50_000_000))
-    refuse(path, "compressed")
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("net/data.pkl", pickled)
-        archive.writestr("net/data/0", bytes(50_000_000), zipfile.ZIP_DEFLATED)
-    refuse(path)
-    data = bytes(100_000)
-    body = local(b"net/data.pkl", data) + data
-    members = [central(b"net/data.pkl", len(data), 0, crc=zlib.crc32(data))]
-    members += [central(b"net/data/%d" % i, len(data), 0) for i in range(50)]
-    path.write_bytes(ended(body, b"".join(members), len(members)))
-    refuse(path, "overlaps")
-    path.write_bytes(ended(body, members[0] + central(b"net/data/0", 2**31, 0), 2))
-    refuse(path, "overlaps")
-
-
-def test_zip_directories_that_lie(tmp_path):
-    path, limit = tmp_path / "x.pth", stored_zip.MAX_MEMBERS
-    storages, pickled = two_tensors()
-    good = write_zip(path, pickled, storages).read_bytes()
-    for cut in (10, 100, len(good) - 1):
-        path.write_bytes(good[:cut])
-        refuse(path, "damaged")
-    path.write_bytes(good + b"0")
-    refuse(path, "damaged")
-    path.write_bytes(good.replace(storages["0"].tobytes(), storages["0"][::-1].tobytes()))
-    refuse(path, "checksum")
-    body = local(b"n/data.pkl", b"") + b"0" * 50
+def huge_directory(path):
+    """A ZIP64 whose directory is a million members."""
     one = central(b"n/data.pkl", 0, 0)
-    for directory, count in (
-        (one * 2, 2),
-        (one, 2),
-        (one * 5, 1),
-        (one[:-3], 1),
-        (b"0" * 100, 1),
-        (central(b"n/data.pkl", 0, 2**31), 1),
-        (central(b"n/data.pkl", 9, 0, flags=1), 1),
-        (central(b"n/data.pkl", 9, 0, stored=8), 1),
-        (central(b"n/data.pkl", 0xFFFFFFFF, 0), 1),
-        (central(b"\xff/data.pkl", 0, 0), 1),
-    ):
-        path.write_bytes(ended(body, directory, count))
-        refuse(path)
-    huge = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 2**60, 2**60, 2**62, 2**62)
-    for end, directory in ((len(body), b""), (len(body) + len(one) * (limit + 1), one)):
-        record = huge
-        if directory:
-            counts = (limit + 1, limit + 1, len(one) * (limit + 1), len(body))
-            record = huge[:24] + struct.pack("<4Q", *counts)
-        locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1)
-        path.write_bytes(body + directory * (limit + 1) + record + locator + ended(b"", b"", 0))
-        refuse(path)
+    size = 10**6 * len(one)
+    counts = (10**6, 10**6, size, 4)
+    record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, *counts)
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, 4 + size, 1)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 2**32 - 1, 2**32 - 1, 0)
+    path.write_bytes(b"PK\x03\x04" + one * 10**6 + record + locator + end)
 
 
-# Hostile HDF5.
+PICKLE = (b"n/data.pkl", len(TWO_PICKLED), 0, zlib.crc32(TWO_PICKLED))
+SWAPPED = (TWO["0"].tobytes(), TWO["0"][::-1].tobytes())
+TORCH = {
+    **{f"ZIP cut at {n}": (damaged(write_zip, lambda d, n=n: d[:n]), []) for n in (10, 100, -1)},
+    **{
+        f"old file cut at {n}": (damaged(write_legacy, lambda d, n=n: d[:n]), [])
+        for n in (20, 60, 200, -30, -1)
+    },
+    "checksum": (damaged(write_zip, lambda d: d.replace(*SWAPPED)), ["damaged", "CRC"]),
+    "length": (
+        damaged(write_legacy, lambda d: d.replace(*(struct.pack("<q", n) for n in (6, 2**60)))),
+        ["'0'"],
+    ),
+    "storage of no tensor": (lambda p: write_legacy(p, TWO_PICKLED, TWO | {"9": ONES}), ["'9'"]),
+    "compressed": (
+        zipped(("net/data.pkl", TWO_PICKLED), ("net/data/0", bytes(10**7)), compress_type=8),
+        ["compressed"],
+    ),
+    "pickle too large": (zipped(("net/data.pkl", bytes(torch_archive.MAX_PICKLE + 1))), ["pickle"]),
+    "overlap": (
+        directory(central(*PICKLE), *(central(b"n/data/%d" % i, 10**4, 0) for i in range(50))),
+        ["overlap"],
+    ),
+    "larger than the file": (directory(central(*PICKLE), central(b"n/0", 2**31, 0)), ["larger"]),
+    "encrypted": (directory(central(*PICKLE, flags=1)), ["damaged"]),
+    "huge directory": (huge_directory, ["a part of"]),
+}
+for _part, _bad in enumerate((b"reduce", b"1001", b"system", b"root", b"keys")):
+    _head = [pickle.dumps(x, protocol=2) for x in (MAGIC, 1001, {"little_endian": True}, {}, [])]
+    _head[_part] = in_state_dict(ATTACKS["reduce"])
+    _words = ["os.system"] if _part else KINDS
+    TORCH[f"attack for {_bad.decode()}"] = (content(b"".join(_head)), _words)
 
 
-def hostile_h5(path, make):
-    write_keras3(path, {"conv": [np.ones(4, np.float32)]})
-    with h5py.File(path, "a") as file:
-        make(file, file["layers/conv/vars"])
-    return path
+# HDF5: functions that change a good file of Keras 3 with one layer, given it and its variables.
 
 
-def huge_shape(file, group):
-    group.create_dataset("1", (2**20, 2**20), np.float32)
+def hostile_h5(make):
+    def write(path):
+        write_keras3(path, {"conv": [ONES]})
+        with h5py.File(path, "a") as file:
+            make(file, file["layers/conv/vars"])
+
+    return write
 
 
-def compressed(file, group):
-    group.create_dataset("1", data=np.zeros(10**7, np.float32), compression="gzip")
-
-
-def external_storage(file, group):
-    group.create_dataset("1", (2,), np.float32, external=[("/etc/passwd", 0, 8)])
+def put(name, value):
+    return lambda file, group: group.__setitem__(name, value(file) if callable(value) else value)
 
 
 def virtual(file, group):
@@ -716,140 +637,93 @@ def virtual(file, group):
     group.create_virtual_dataset("1", layout)
 
 
-def put(name, value):
-    def make(file, group):
-        group[name] = value(file) if callable(value) else value
-
-    return make
-
-
-def odd_float(file, group):
-    kind = h5py.h5t.IEEE_F32LE.copy()
-    kind.set_fields(31, 23, 8, 0, 20)
-    h5py.h5d.create(group.id, b"1", kind, h5py.h5s.create_simple((2,)))
-
-
 def deep(file, group):
     for _ in range(100):
         group = group.create_group("a")
 
 
-HOSTILE = {
-    "huge": (huge_shape, "bytes"),
-    "compressed": (compressed, "compressed"),
-    "chunks": (lambda f, g: g.create_dataset("1", (8,), "f4", chunks=(4,)), "chunks"),
-    "external storage": (external_storage, "another file"),
-    "virtual": (virtual, "another file"),
-    "soft link": (put("1", h5py.SoftLink("/layers/conv/vars/0")), "link"),
-    "external link": (put("1", h5py.ExternalLink("/etc/passwd", "/")), "link"),
-    "cycle": (put("a", lambda file: file["layers"]), "itself"),
-    "deep": (deep, "itself"),
-    "integers": (put("1", np.arange(3)), "integers"),
-    "text": (put("1", "hello"), "texts"),
-    "fixed text": (put("1", np.bytes_(b"hello")), "texts"),
-    "reference": (put("1", lambda file: np.array([file.ref], h5py.ref_dtype)), "numbers"),
-    "pairs": (put("1", np.zeros(2, [("a", "f4"), ("b", "f4")])), "numbers"),
-    "complex": (put("1", np.zeros(2, np.complex64)), "numbers"),
-    "opaque": (put("1", np.zeros(2, "V2")), "numbers"),
-    "odd floats": (odd_float, "floats"),
-    "null": (put("1", h5py.Empty("f4")), "no elements"),
-    "no elements": (put("1", np.zeros((0, 3), np.float32)), "no elements"),
-    "rank": (put("1", np.zeros((1,) * 12, np.float32)), "dimensions"),
-    "datatype": (put("1", np.dtype("f4")), "neither"),
-    "name": (put("kernel", np.zeros(2, np.float32)), "kernel"),
-    "own weights": (lambda f, g: f["vars"].create_dataset("0", data=1.0), "outside its layers"),
-    "linked twice": (
-        lambda f, g: [put(str(i), np.zeros(9999) if i == 1 else g["1"])(f, g) for i in (1, 2)],
-        "bytes",
-    ),
-    "layers gone": (lambda f, g: f.move("layers", "other"), "layer_names"),
-    "layers a link": (
-        lambda f, g: (f.move("layers", "x"), put("layers", h5py.SoftLink("/x"))(f, f)),
-        "link",
-    ),
-    "names no texts": (lambda f, g: f.attrs.update(layer_names=[1, 2]), "names"),
-    "names no list": (lambda f, g: f.attrs.update(layer_names="a"), "names"),
-    "layer missing": (lambda f, g: f.attrs.update(layer_names=[b"gone"]), "gone"),
-    "layer above": (lambda f, g: f.attrs.update(layer_names=[b"../x"]), "missing"),
-    "layer a dataset": (lambda f, g: f.attrs.update(layer_names=[b"optimizer/vars/0"]), "dataset"),
-    "no weights": (lambda f, g: f.attrs.update(layer_names=[b"optimizer"]), "no layer"),
-    "weight a group": (
-        lambda f, g: (
-            f.attrs.update(layer_names=[b"layers"]),
-            f["layers"].attrs.update(weight_names=[b"conv"]),
+def before_keras_3(path, value):
+    def make(file, group):
+        file.attrs["layer_names"] = [b"conv"]
+        del file["layers"], file["optimizer"]
+        for place in path.split():
+            file[place] = value
+
+    return make
+
+
+def linked(file, group):
+    group["1"] = np.zeros(9999)
+    group["2"] = group["1"]
+
+
+def one(**options):
+    return lambda file, group: group.create_dataset("1", **options)
+
+
+HDF5 = {
+    name: (hostile_h5(make), words)
+    for name, (make, *words) in {
+        "huge": (one(shape=(2**20, 2**20), dtype="f4"), "bytes"),
+        "compressed": (one(data=np.zeros(10**7), compression="gzip"), "compressed"),
+        "chunks": (one(shape=(8,), dtype="f4", chunks=(4,)), "chunks"),
+        "external storage": (
+            one(shape=(2,), dtype="f4", external=[("/etc/passwd", 0, 8)]),
+            "another file",
         ),
-        "group",
-    ),
-    "layer twice": (
-        lambda f, g: (
-            f.attrs.update(layer_names=[b"layers", b"layers"]),
-            f["layers"].attrs.update(weight_names=[b"conv/vars/0"]),
+        "virtual": (virtual, "another file"),
+        "soft link": (put("1", h5py.SoftLink("/layers/conv/vars/0")), "link"),
+        "external link": (put("1", h5py.ExternalLink("/etc/passwd", "/")), "link"),
+        "cycle": (put("a", lambda file: file["layers"]), "itself"),
+        "deep": (deep, "itself"),
+        "integers": (put("1", np.arange(3)), "int64"),
+        "text": (put("1", "hello"), "expected floats"),
+        "fixed text": (put("1", np.bytes_(b"hello")), "expected floats"),
+        "reference": (put("1", lambda file: np.array([file.ref], h5py.ref_dtype)), "expected"),
+        "pairs": (put("1", np.zeros(2, [("a", "f4"), ("b", "f4")])), "expected floats"),
+        "complex": (put("1", np.zeros(2, np.complex64)), "complex64"),
+        "opaque": (put("1", np.zeros(2, "V2")), "expected floats"),
+        "null": (put("1", h5py.Empty("f4")), "no elements"),
+        "no elements": (put("1", np.zeros((0, 3), np.float32)), "no elements"),
+        "rank": (put("1", np.zeros((1,) * 12, np.float32)), "dimensions"),
+        "datatype": (put("1", np.dtype("f4")), "neither"),
+        "name": (put("kernel", np.zeros(2, np.float32)), "kernel"),
+        "own weights": (lambda f, g: f["vars"].create_dataset("0", data=1.0), "outside its layers"),
+        "linked twice": (linked, "bytes"),
+        "layers gone": (lambda f, g: f.move("layers", "other"), "layer_names"),
+        "layers a link": (
+            lambda f, g: (f.move("layers", "x"), put("layers", h5py.SoftLink("/x"))(f, f)),
+            "link",
         ),
-        "twice",
-    ),
+        "no weights": (before_keras_3("", ONES), "no layer"),
+        "unknown weight": (before_keras_3("conv/alpha:0", ONES), "no weight of a"),
+        "weight twice": (before_keras_3("conv/kernel:0 conv/W", ONES), "twice"),
+        "weight a link": (before_keras_3("conv/W", h5py.ExternalLink("/etc/passwd", "/")), "link"),
+        "layer a dataset": (before_keras_3("kernel", ONES), "no weight of a"),
+    }.items()
+}
+
+BAD = {
+    **OTHERS,
+    **{f"safetensors: {name}": case for name, case in SAFETENSORS.items()},
+    **pickles(write_zip),
+    **pickles(write_legacy),
+    **{f"torch: {name}": case for name, case in TORCH.items()},
+    **{f"HDF5: {name}": case for name, case in HDF5.items()},
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_h5(tmp_path, name):
-    make, word = HOSTILE[name]
-    refuse(hostile_h5(tmp_path / "x.h5", make), word)
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused_and_nothing_in_them_runs(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write, words = BAD[name]
+    path = tmp_path / "a b.pth"
+    write(path)
+    refuse(path, *words)
+    assert not (tmp_path / "marker").exists()
 
 
-def test_h5_child_that_misbehaves(tmp_path, monkeypatch):
-    path = write_keras3(tmp_path / "x", {"conv": [np.ones(4, np.float32)]})
-
-    def answer(value, data=b""):
-        encoded = value if isinstance(value, bytes) else json.dumps(value).encode()
-        return struct.pack("<Q", len(encoded)) + encoded + data
-
-    def tensors(*items):
-        return {"layout": "keras_h5", "tensors": items}
-
-    answers = [
-        b"",
-        b"\xff" * 100,
-        answer(b"[" * 100_000),
-        answer(3),
-        answer({}),
-        answer({"layout": "pickle", "tensors": []}),
-        answer(tensors(["a", "float32", [2**40]])),
-        answer(tensors(["a", "object", [1]])),
-        answer(tensors(["a", "float32", [-1]])),
-        answer(tensors(["a", "float32", [2]]), b"1234"),
-        answer(tensors(["a", "float32"])),
-    ]
-    for data in answers:
-        with pytest.raises((UserError, EOFError)) as caught:
-            hdf5._receive(path, path.stat().st_size, io.BytesIO(data))
-        assert caught.type is EOFError
-    with pytest.raises(UserError, match=r"x is not read: bad"):
-        hdf5._receive(path, 9, io.BytesIO(answer({"problem": "bad"})))
-    with pytest.raises(UserError, match="reinstall h5py"):
-        hdf5._receive(path, 9, io.BytesIO(answer({"unusable": "no library"})))
-    script = tmp_path / "child.py"
-    monkeypatch.setattr(hdf5, "_CHILD", script)
-    monkeypatch.setattr(hdf5, "_GRACE_SECONDS", 0.5)
-    for body in ("import os; os.abort()", "while True: pass", "raise OSError"):
-        script.write_text(body)
-        refuse(path, "gave up")
-    monkeypatch.setattr(hdf5.importlib.util, "find_spec", lambda _: None)
-    refuse(path, "pip install h5py")
-
-
-def test_h5_child_is_limited(tmp_path, monkeypatch):
-    pytest.importorskip("resource")
-    path = write_keras3(tmp_path / "x", {"conv": [np.ones(4, np.float32)]})
-    child = hdf5._CHILD
-    script = tmp_path / "child.py"
-    monkeypatch.setattr(hdf5, "_CHILD", script)
-    head = f"import sys; sys.path.insert(0, {str(child.parent)!r}); import _h5_child as c;"
-    for body in ("c._limit(1000); x = b'1' * 2**30", "c._limit(1000)\nwhile True: pass"):
-        script.write_text(f"{head} {body}\nsys.stdout.buffer.write(b'9' * 100)")
-        refuse(path, "gave up")
-
-
-# Thousands of damaged files.
+# A thousand random mutations of a file of each kind.
 
 INFLATED = [b"\xff" * 4, b"\xff" * 8, b"\xff\xff\xff\x7f", b"\0\0\0\x40", b"\0" * 4, b"\1\0\0\0"]
 
@@ -878,142 +752,78 @@ def mutate(data, rng):
     return bytes(data)
 
 
-def fuzz(path, cases, write):
-    """Counts what becomes of the files that ``write(rng)`` makes; bounds time and memory."""
-    counts = collections.Counter()
-    slowest, longest = 0.0, ""
-    tracemalloc.start()
-    try:
-        for seed in range(cases):
-            path.write_bytes(write(np.random.default_rng(seed)))
-            start = time.process_time()
-            try:
-                assert isinstance(read_tensors(path), TensorFile)
-                counts["read"] += 1
-            except UserError as error:
-                counts["refused"] += 1
-                longest = max(longest, str(error), key=len)
-            slowest = max(slowest, time.process_time() - start)
-        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
-    finally:
-        tracemalloc.stop()
-    assert slowest < 1
-    assert len(longest) < 2000
-    assert counts["refused"] > cases / 10
-    return counts
-
-
-def fuzz_in_process(tmp_path, cases):
-    path = tmp_path / "x"
-    storages, pickled = two_tensors()
-    tensors = {"w": storages["0"], "b": storages["1"].astype(BFLOAT16), "c": np.ones(3)}
-    safetensors_numpy.save_file(tensors, path, metadata={"a": "b"})
-    good = path.read_bytes()
-    zipped = write_zip(path, pickled, storages).read_bytes()
-    old = write_legacy(path, pickled, storages).read_bytes()
-
-    def rezipped(rng):
-        return write_zip(tmp_path / "y", mutate(pickled, rng), storages).read_bytes()
-
-    counts = [
-        fuzz(path, cases, lambda rng: mutate(good, rng)),
-        fuzz(path, cases, lambda rng: mutate(zipped, rng)),
-        fuzz(path, cases, rezipped),
-        fuzz(path, cases, lambda rng: mutate(old, rng)),
+def mutated(directory):
+    """{kind: functions of an rng that give a mutated file, taken in turn}."""
+    path = directory / "good"
+    zipped, old = (w(path, TWO_PICKLED, TWO).read_bytes() for w in (write_zip, write_legacy))
+    attack = in_state_dict(ATTACKS["reduce"] + b"s" + text("v") + FOUR)
+    arrays = {"w": TWO["0"], "b": TWO["1"].astype(BFLOAT16), "c": np.ones(3)}
+    inside = [
+        lambda rng, pickled=pickled: write_zip(path, mutate(pickled, rng), TWO).read_bytes()
+        for pickled in (TWO_PICKLED, attack)
     ]
-    assert all(count["read"] for count in counts)
+    keras = write_keras_h5(path, LAYERS, "model_weights").read_bytes()
+    keras3 = write_keras3(path, KERAS_3).read_bytes()
+    outside = lambda data: lambda rng: mutate(data, rng)  # noqa: E731
+    return {
+        "safetensors": [outside(safetensors.numpy.save(arrays, {"a": "b"}))],
+        "torch": [outside(zipped), outside(old), *inside],
+        "Keras": [outside(keras), outside(keras3)],
+    }
 
 
-H5_DRIVER = """
-import collections, json, os, resource, runpy, signal, sys
-import h5py
-child, seeds, first, last = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-functions = runpy.run_path(child)
-names = sorted(os.listdir(seeds))
-counts = collections.Counter()
-at = first
-while at < last:
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.close(reader)
-        resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        for i in range(at, last):
-            path = os.path.join(seeds, names[i])
-            signal.setitimer(signal.ITIMER_PROF, 0.3)
+def read_them_all(directory, cases):
+    """Reads so many mutated files of each kind and all of ``BAD``; prints counts and memory."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # noqa: E731
+    os.chdir(directory)
+    path, counts, start = pathlib.Path("x"), {}, peak()
+    for kind, writers in mutated(directory).items():
+        counts[kind] = {"read": 0, "refused": 0}
+        for seed in range(cases):
+            path.write_bytes(writers[seed % len(writers)](np.random.default_rng(seed)))
             try:
-                size = os.path.getsize(path)
-                with h5py.File(path, "r", locking=False) as file:
-                    for _, dtype, shape, dataset in functions["survey"](file.id, size)[1]:
-                        assert functions["read"](dataset, dtype, shape).nbytes <= size
-                outcome = "read"
-            except Exception as error:
-                outcome = type(error).__name__
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            os.write(writer, (outcome + "\\n").encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as lines:
-        for outcome in lines:
-            counts[outcome.strip()] += 1
-            at += 1
-    _, status = os.waitpid(pid, 0)
-    if status:
-        counts[f"signal {status & 127}"] += 1
-        at += 1
-print(json.dumps(counts))
-"""
+                tensors = read_tensors(path).tensors
+            except UserError as error:
+                counts[kind]["refused"] += str(error).isprintable() and len(str(error)) < 2000
+            else:
+                size = sum(array.nbytes for array in tensors.values())
+                counts[kind]["read"] += 0 < size <= path.stat().st_size
+    allowed = 200e6
+    for number, (write, _) in enumerate(BAD.values()):
+        path = pathlib.Path(str(number))
+        write(path)
+        with contextlib.suppress(UserError):
+            read_tensors(path)
+        allowed = max(allowed, 200e6 + 2 * path.stat().st_size if number > 2 else 0)
+    print(json.dumps([counts, peak() - start, allowed]))
 
 
-def fuzz_h5(tmp_path, cases):
-    """What the child's own functions make of damaged files, crashes of the library included."""
+@pytest.mark.parametrize("cases", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_mutated_files_are_read_or_refused_in_bounded_memory(tmp_path, cases):
     pytest.importorskip("resource")
-    old = write_keras_h5(tmp_path / "a", LAYERS, "model_weights", variable=True).read_bytes()
-    new = write_keras3(tmp_path / "b", {"conv": [np.ones((2, 3), "f4")], "d": [np.ones(3)]})
-    seeds = tmp_path / "seeds"
-    seeds.mkdir()
-    for i in range(cases):
-        data = mutate((old, new.read_bytes())[i % 2], np.random.default_rng(i))
-        (seeds / f"{i:05}").write_bytes(data)
-    command = [sys.executable, "-c", H5_DRIVER, hdf5._CHILD, seeds, "0", str(cases)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    counts = json.loads(done.stdout)
-    print(counts)
-    assert sum(counts.values()) == cases
-    expected = {"read", "Problem", "OSError", "RuntimeError", "KeyError", "ValueError"}
-    expected |= {"UnicodeDecodeError", "UnicodeEncodeError", "TypeError", "MemoryError"}
-    assert {name for name in counts if not name.startswith("signal")} <= expected
-    assert counts["read"] > cases / 20
-    assert counts["Problem"] > 0
-    return seeds
+    call = f"test_pretrained_readers.read_them_all(pathlib.Path({str(tmp_path)!r}), {cases})"
+    command = [sys.executable, "-c", f"import pathlib, test_pretrained_readers; {call}"]
+    here = pathlib.Path(__file__).parent
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts, grown, allowed = json.loads(done.stdout)
+    assert grown < allowed
+    for outcomes in counts.values():
+        assert outcomes["read"] > cases / 200
+        assert outcomes["refused"] > cases / 10
+        assert sum(outcomes.values()) == cases
+    assert not (tmp_path / "marker").exists()
 
 
-def test_fuzz(tmp_path):
-    fuzz_in_process(tmp_path, 250)
-
-
-def test_fuzz_h5(tmp_path):
-    seeds = fuzz_h5(tmp_path, 200)
-    for path in sorted(seeds.iterdir())[:25]:
-        try:
-            assert isinstance(read_tensors(path), TensorFile)
-        except UserError as error:
-            assert str(path) in str(error)  # noqa: PT017
-
-
-@pytest.mark.slow
-def test_fuzz_at_length(tmp_path):
-    fuzz_in_process(tmp_path, 3000)
-
-
-@pytest.mark.slow
-def test_fuzz_h5_at_length(tmp_path):
-    fuzz_h5(tmp_path, 6000)
-
-
-def test_the_limits_leave_room_for_real_networks():
-    """A ResNet-1202 with a momentum beside each weight, about 35 opcodes a tensor."""
-    assert torch_pickle.MAX_OPCODES > 35 * 1202 * 6
-    assert stored_zip.MAX_MEMBERS > 1202 * 6
-    assert torch_archive.MAX_COPIES >= 2
+def test_the_limits_leave_room_for_real_networks(tmp_path):
+    """A ResNet-1202 with a momentum beside each weight."""
+    names = [f"layer1.{i}.conv1.weight" for i in range(2 * 1202 * 6)]
+    pickled = state(**dict.fromkeys(names, whole("0", ONES[:1])))
+    assert len(pickled) < torch_archive.MAX_PICKLE
+    path = write_zip(tmp_path / "x", pickled, {"0": ONES[:1]})
+    assert len(read_tensors(path).tensors) == len(names)
+    safetensors.numpy.save_file(dict.fromkeys(names, ONES), path)
+    assert len(read_tensors(path).tensors) == len(names)

@@ -188,6 +188,12 @@ def test_half_precision_is_read_as_float32(tmp_path):
 # --- Keras ------------------------------------------------------------------------------------
 
 
+KERAS_WEIGHTS = {
+    "conv": ("kernel", "bias"),
+    "bn": ("gamma", "beta", "moving_mean", "moving_variance"),
+}
+
+
 def keras_h5(path, module, variables, rename=lambda layer: layer, below="/"):
     """The layout of the published files: layer_names, weight_names."""
     layers = {}
@@ -202,7 +208,8 @@ def keras_h5(path, module, variables, rename=lambda layer: layer, below="/"):
         root.create_group(rename("input_1")).attrs["weight_names"] = np.array([], "S1")
         for layer in order:
             group = root.create_group(rename(layer))
-            names = [f"{rename(layer)}/weight_{i}:0" for i in sorted(layers[layer])]
+            kinds = KERAS_WEIGHTS["bn" if layer.endswith("bn") else "conv"]
+            names = [f"{rename(layer)}/{kinds[i]}:0" for i in sorted(layers[layer])]
             group.attrs["weight_names"] = [name.encode() for name in names]
             for i, name in enumerate(names):
                 group.create_dataset(name, data=layers[layer][i])

@@ -1,17 +1,21 @@
-"""Keras weights in HDF5, read in a process of their own that may crash, hang or run dry."""
+"""Keras weights in HDF5.
+
+A file in this format can name other files and places: links, external storage and virtual datasets
+are refused before anything behind them is opened. No attribute is read, for damaged texts in them
+make the library take gigabytes, and a damaged heap of names, which it would follow for ever, is
+looked for first.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import math
-import os
-import subprocess
-import sys
-import threading
+import mmap
+import re
+import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
+import h5py
 import ml_dtypes
 import numpy as np
 
@@ -20,13 +24,17 @@ from flax_resnet.pretrained.untrusted import MAX_RANK, damaged, shown
 
 Layout = Literal["keras_h5", "keras_weights"]
 
-_CHILD = Path(__file__).with_name("_h5_child.py")
-_DTYPES = {
-    **{name: np.dtype(name) for name in ("float16", "float32", "float64")},
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+MAX_OBJECTS = 100_000
+MAX_DEPTH = 32
+_FLOATS = {np.dtype(name) for name in ("float16", "float32", "float64")}
+# Groups of Keras 3 that hold no weights: a dropout's random state lies beside its layer.
+_NO_WEIGHTS = {"seed_generator"}
+# Place of a weight among those of its layer, by the end of its name in Keras 1, 2 and 3.
+_POSITIONS = {
+    **{"kernel": 0, "W": 0, "gamma": 0, "bias": 1, "b": 1, "beta": 1},
+    **{"moving_mean": 2, "running_mean": 2, "moving_variance": 3, "running_std": 3},
 }
-_MAX_ANSWER = 64 * 2**20
-_GRACE_SECONDS = 30
+_WEIGHT = re.compile(rf"(?:.*[/_])?({'|'.join(_POSITIONS)})(?:_\d+)?(?::0)?")
 
 
 def read_h5(path: Path) -> tuple[Layout, dict[str, np.ndarray]]:
@@ -40,94 +48,129 @@ def read_h5(path: Path) -> tuple[Layout, dict[str, np.ndarray]]:
       ("keras_weights", tensors by "{path of the layer}/{index}") of the last.
 
     Raises:
-      UserError: h5py is missing, or the file is damaged, or not what Keras writes.
+      UserError: the file is damaged, or not what Keras writes.
     """
-    size = path.stat().st_size
-    command = [sys.executable, "-I", "-S", str(_CHILD), str(path), str(size), *_libraries(path)]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=_environment(),
-    ) as child:
-        seconds = _GRACE_SECONDS + size / 10e6
-        timer = threading.Timer(seconds, child.kill)
-        timer.start()
-        try:
-            assert child.stdout is not None
-            layout, tensors = _receive(path, size, child.stdout)  # type: ignore[arg-type]
-        except EOFError as error:
-            raise damaged(path, "the HDF5 library gave up on it") from error
-        finally:
-            timer.cancel()
-            child.kill()
-    return layout, tensors
-
-
-def _libraries(path: Path) -> list[str]:
-    """Where h5py and numpy lie; the child looks nowhere else, so that it starts at once."""
-    found = importlib.util.find_spec("h5py")
-    if found is None or found.origin is None:
-        raise UserError(f"{path} is an HDF5 file, which needs h5py: pip install h5py")
-    return [str(Path(origin).parents[1]) for origin in (found.origin, np.__file__)]
-
-
-def _environment() -> dict[str, str]:
-    """This process's own without what steers HDF5: its drivers, connectors and plugins."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HDF5_")}
-    # "::" keeps HDF5 from loading any; each OpenBLAS thread would reserve address space.
-    return {**kept, "HDF5_PLUGIN_PRELOAD": "::", "OPENBLAS_NUM_THREADS": "1"}
-
-
-def _receive(path: Path, size: int, pipe: BinaryIO) -> tuple[Layout, dict[str, np.ndarray]]:
-    """Takes the child's answer, trusting it no more than the file."""
-    length = int.from_bytes(_take(pipe, 8), "little")
-    if length > _MAX_ANSWER:
-        raise EOFError
     try:
-        answer = json.loads(bytes(_take(pipe, length)))
-        if "unusable" in answer:
-            why = shown(str(answer["unusable"]), 200)
-            raise UserError(f"{path} needs h5py, which does not work ({why}): reinstall h5py")
-        if "problem" in answer:
-            raise UserError(
-                f"{path} is not read: {str(answer['problem'])[:400]}; expected weights saved by "
-                "Keras: save them again by model.save_weights"
-            )
-        layout = answer["layout"]
-        if layout not in ("keras_h5", "keras_weights"):
-            raise ValueError(layout)
-        wanted = [_wanted(*item) for item in answer["tensors"]]
-        if sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in wanted) > size:
-            raise ValueError("more bytes than the file")
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise EOFError from error
-    tensors = {
-        key: _take(pipe, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
-        for key, dtype, shape in wanted
-    }
-    return layout, tensors
+        _check_heaps(path)
+        with h5py.File(path, "r", locking=False) as file:
+            return _read(file, path.stat().st_size)
+    except _Problem as problem:
+        raise UserError(
+            f"{path} is not read: {problem}; expected weights saved by Keras: save them again by "
+            "model.save_weights"
+        ) from problem
+    except Exception as error:  # h5py raises half a dozen kinds on damaged bytes
+        raise damaged(path, f"h5py cannot read it ({shown(str(error), 200)})") from error
 
 
-def _wanted(key: Any, dtype: Any, shape: Any) -> tuple[str, np.dtype, tuple[int, ...]]:
-    """One line of the child's list, checked."""
-    if type(key) is not str or type(shape) is not list or len(shape) > MAX_RANK:
-        raise ValueError(shown(key))
-    if any(type(n) is not int or n < 1 for n in shape):
-        raise ValueError(shown(key))
-    return key, _DTYPES[dtype], tuple(shape)
+def _check_heaps(path: Path) -> None:
+    """Raises ValueError where free blocks of a local heap follow one another in a circle."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for found in re.finditer(rb"HEAP\0.{3}(.{24})", data, re.DOTALL):
+            size, free, segment = struct.unpack("<3Q", found[1])
+            left = size
+            while free != 1 and free + 16 <= size and segment + free + 16 <= len(data):
+                free, length = struct.unpack_from("<2Q", data, segment + free)
+                left -= max(length, 16)
+                if left < 0:
+                    raise ValueError(f"the heap at byte {found.start()} has no end")
 
 
-def _take(pipe: BinaryIO, count: int) -> np.ndarray:
-    """Exactly so many bytes."""
-    data = np.empty(count, np.uint8)
-    rest = data.data
-    while rest:
-        got = pipe.readinto(rest)  # type: ignore[attr-defined]
-        if not got:
-            raise EOFError
-        rest = rest[got:]
-    return data
+class _Problem(Exception):
+    """What a file holds that Keras does not write, as a part of a sentence."""
+
+
+def _read(root: h5py.Group, left: int) -> tuple[Layout, dict[str, np.ndarray]]:
+    """The tensors of a file of ``left`` bytes."""
+    if root.get("model_weights", getlink=True) is not None:
+        root = _child(root, "model_weights", "model_weights")
+    legacy = "layer_names" in root.attrs or "layer_names0" in root.attrs
+    tensors: dict[str, np.ndarray] = {}
+    for key, dataset in _legacy(root) if legacy else _keras3(root):
+        if key in tensors or len(tensors) >= MAX_OBJECTS:
+            raise _Problem(f"tensor {shown(key)} is there twice, or one of too many")
+        tensors[key] = _tensor(f"tensor {shown(key)}", dataset, left)
+        left -= tensors[key].nbytes
+    if not tensors:
+        raise _Problem("no layer in it has weights")
+    return "keras_h5" if legacy else "keras_weights", tensors
+
+
+def _legacy(root: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
+    """{layer}/{position}, of LAYER/.../NAME below ``root``."""
+    for path, dataset in _datasets(root):
+        layer, _, name = path.partition("/")
+        found = _WEIGHT.fullmatch(name)
+        if found is None:
+            raise _Problem(f"{shown(path)} is no weight of a convolution, a norm or a dense layer")
+        yield f"{layer}/{_POSITIONS[found[1]]}", dataset
+
+
+def _keras3(root: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
+    """{path of the layer}/{index}, of PATH/vars/INDEX below ``root``'s layers."""
+    if root.get("layers", getlink=True) is None:
+        raise _Problem(
+            "it has neither an attribute layer_names nor a group layers, as Keras files do"
+        )
+    if root.get("vars", getlink=True) is not None and len(_child(root, "vars", "vars")):
+        raise _Problem("the model has weights of its own, outside its layers")
+    for path, dataset in _datasets(_child(root, "layers", "layers")):
+        layer, _, index = path.rpartition("/")
+        if not layer.endswith("/vars") or not index.isdecimal():
+            raise _Problem(f"{shown(path)} is no variable of a layer (LAYER/vars/NUMBER)")
+        yield f"{layer.removesuffix('/vars')}/{index}", dataset
+
+
+def _datasets(root: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
+    """Every dataset below a group with its path, a group's own before those of its groups."""
+    waiting = [("", root)]
+    groups = 0
+    while waiting:
+        path, group = waiting.pop()
+        groups += 1
+        if path.count("/") > MAX_DEPTH or groups > MAX_OBJECTS:
+            raise _Problem(f"group {shown(path)} contains itself, or one of too many lies in it")
+        below = []
+        for name in group:
+            where = f"{path}/{name}".lstrip("/")
+            if name not in _NO_WEIGHTS:
+                item = _child(group, name, where)
+                if isinstance(item, h5py.Group):
+                    below.append((where, item))
+                else:
+                    yield where, item
+        waiting += reversed(below)
+
+
+def _child(group: h5py.Group, name: str, where: str) -> Any:
+    """A member of a group: a group or a dataset that lies in this file, never a mere link."""
+    if type(group.get(name, getlink=True)) is not h5py.HardLink:
+        raise _Problem(f"{shown(where)} is a link to another place, which Keras never writes")
+    item = group[name]
+    if not isinstance(item, (h5py.Group, h5py.Dataset)):
+        raise _Problem(f"{shown(where)} is neither a group nor a dataset")
+    return item
+
+
+def _tensor(what: str, dataset: h5py.Dataset, left: int) -> np.ndarray:
+    """The values of a dataset that lies as plain floats in the ``left`` bytes of the file."""
+    if dataset.is_virtual or dataset.external:
+        raise _Problem(f"{what} is stored in another file, which Keras never does")
+    if dataset.chunks is not None:
+        raise _Problem(f"{what} is stored in chunks or compressed, which Keras never does")
+    dtype, shape = dataset.dtype, dataset.shape
+    bfloat16 = dtype == np.dtype("V2") and "dtype" in dataset.attrs  # opaque pairs of bytes
+    if not bfloat16 and dtype.newbyteorder("=") not in _FLOATS:
+        raise _Problem(f"{what} holds {shown(str(dtype))}, expected floats of 16, 32 or 64 bits")
+    if shape is None or 0 in shape:
+        raise _Problem(f"{what} has no elements")
+    if len(shape) > MAX_RANK:
+        raise _Problem(f"{what} has {len(shape)} dimensions, at most {MAX_RANK} are expected")
+    size, stored = dataset.nbytes, dataset.id.get_storage_size()
+    if size != stored or size > left:
+        raise _Problem(
+            f"{what} of shape {shape} needs {size} bytes, the file holds {min(stored, left)}"
+        )
+    array = np.empty(shape, np.dtype("V2") if bfloat16 else dtype.newbyteorder("="))
+    dataset.read_direct(array)
+    return array.view(ml_dtypes.bfloat16) if bfloat16 else array

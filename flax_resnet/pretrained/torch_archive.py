@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,8 +15,6 @@ import ml_dtypes
 import numpy as np
 
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained import torch_pickle
-from flax_resnet.pretrained.stored_zip import StoredZip
 from flax_resnet.pretrained.torch_pickle import Storage, Tensor, unpickle
 from flax_resnet.pretrained.untrusted import damaged, shown, too_much
 
@@ -22,9 +22,9 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")
 # Where a checkpoint keeps its network's tensors when they are not at the top.
 NESTED = ("state_dict", "model_state_dict", "model", "net", "params")
-# Tensors may share a storage, as tied weights do; all together are at most so many files.
-MAX_COPIES = 4
-_COUNT = struct.Struct("<q")
+# Bytes of a ZIP's directory and of a pickle; objects made of them take up to 15 times as many.
+MAX_DIRECTORY = 8 * 2**20
+MAX_PICKLE = 16 * 2**20
 
 _Load = Callable[[Storage], bytes]
 
@@ -41,114 +41,99 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
     Raises:
       UserError: the file is damaged, or holds anything but tensors and plain values.
     """
-    with path.open("rb") as file:
-        start = file.read(4)
-        root, load = (_open_zip if start[:2] == b"PK" else _open_legacy)(path, file)
-        return _materialise(path, _select(path, root), load)
+    try:
+        with _File(io.FileIO(path)) as file:
+            root, load = (_open_zip if file.peek(2)[:2] == b"PK" else _open_legacy)(path, file)
+            return _materialise(path, _select(path, root), load)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # zipfile and pickle raise a dozen kinds on damaged bytes
+        reason = shown(str(error), 200) if str(error) else type(error).__name__
+        raise damaged(path, reason) from error
 
 
-def _open_zip(path: Path, file: BinaryIO) -> tuple[Any, _Load]:
-    archive = StoredZip(path, file)
-    tops = [name for name in archive.names if name.count("/") == 1 and name.endswith("/data.pkl")]
+class _File(io.BufferedReader):
+    """A file that is read in pieces of ``most`` bytes at the most."""
+
+    most: float = math.inf
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > self.most:
+            raise too_much(Path(self.name), f"a part of {size} bytes, over {self.most}")
+        return super().read(size)
+
+
+def _open_zip(path: Path, file: _File) -> tuple[Any, _Load]:
+    file.most = MAX_DIRECTORY  # zipfile reads the directory in one piece
+    archive = zipfile.ZipFile(file)
+    file.most = math.inf
+    names = archive.namelist()
+    tops = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if "model.weights.h5" in names and "config.json" in names:
+        out = f"{path.stem}.weights.h5"
+        raise UserError(
+            f"{path} is a whole Keras model: save its weights alone where Keras is installed: "
+            f"python -c 'import keras; keras.saving.load_model({json.dumps(str(path))})"
+            f".save_weights({json.dumps(out)})'"
+        )
     if len(tops) != 1:
         raise UserError(
-            f"{path} is a ZIP archive with {len(tops)} members NAME/data.pkl where torch.save "
-            "writes one: expected a state dict saved by torch.save"
+            f"{path} is a ZIP with {len(tops)} members .../data.pkl where torch.save writes one: "
+            "expected a state dict saved by torch.save"
         )
     prefix = tops[0].removesuffix("data.pkl")
-    script = (f"{prefix}code/", f"{prefix}constants.pkl")
-    if any(name.startswith(script) for name in archive.names):
+    if any(name.startswith((f"{prefix}code/", f"{prefix}constants.pkl")) for name in names):
         raise UserError(
             f"{path} is a TorchScript program, not a state dict: load it by torch.jit.load and "
             "torch.save its state_dict()"
         )
-    order = f"{prefix}byteorder"
-    if order in archive and (archive.size(order) > 16 or archive.read(order) != b"little"):
-        raise UserError(
-            f"{path} was not saved on a little-endian machine: load it there and save it again by "
-            "safetensors.torch.save_file"
-        )
-    if archive.size(tops[0]) > torch_pickle.MAX_BYTES:
-        raise too_much(path, f"its pickle is larger than {torch_pickle.MAX_BYTES} bytes")
-    root = unpickle(io.BytesIO(archive.read(tops[0])), path)
-
-    def load(storage: Storage) -> bytes:
-        name, size = f"{prefix}data/{storage.key}", storage.count * _dtype(storage.dtype).itemsize
-        if name not in archive or archive.size(name) != size:
-            have = f"{archive.size(name)} bytes" if name in archive else "missing"
-            raise damaged(path, f"storage {shown(storage.key)} of {shown(size)} bytes is {have}")
-        return archive.read(name)
-
-    return root, load
+    members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise too_much(path, "some of it is compressed, which torch never does")
+    # So all that is read is no larger than the file, also where members overlap.
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise too_much(path, "its members overlap, or are larger than the file")
+    if f"{prefix}byteorder" in names and archive.read(f"{prefix}byteorder") != b"little":
+        raise _not_little(path)
+    if archive.getinfo(tops[0]).file_size > MAX_PICKLE:
+        raise too_much(path, f"its pickle is larger than {MAX_PICKLE} bytes")
+    root, _ = unpickle(io.BytesIO(archive.read(tops[0])), path)
+    return root, lambda storage: archive.read(f"{prefix}data/{storage.key}")
 
 
 def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, _Load]:
     total = path.stat().st_size
-    file.seek(0)
-    stream = io.BytesIO(file.read(min(total, torch_pickle.MAX_BYTES)))
-    magic, protocol, system = (unpickle(stream, path, 1000) for _ in range(3))
-    if magic != LEGACY_MAGIC or type(protocol) is not int or protocol != 1001:
+    stream = io.BytesIO(file.read(min(total, MAX_PICKLE)))
+    magic, protocol, system = (unpickle(stream, path)[0] for _ in range(3))
+    if magic != LEGACY_MAGIC or protocol != 1001 or not isinstance(system, dict):
         raise damaged(path, "it does not start as torch.save starts a file")
-    if type(system) is not dict or system.get("little_endian") is not True:
-        raise UserError(
-            f"{path} was not saved on a little-endian machine: load it there and save it again by "
-            "safetensors.torch.save_file"
-        )
-    root = unpickle(stream, path)
-    keys = unpickle(stream, path)
-    if type(keys) is not list or any(type(key) is not str for key in keys):
-        raise damaged(path, "the list of its storages is no list of names")
-    start = stream.tell()
-    ends: dict[str, tuple[int, int]] = {}
+    if system.get("little_endian") is not True:
+        raise _not_little(path)
+    root, storages = unpickle(stream, path)
+    keys, _ = unpickle(stream, path)
+    at = stream.tell()
+    starts: dict[str, int] = {}
+    for key in keys:  # the storages follow one another, each behind its length
+        storage = storages[key]
+        file.seek(at)
+        count = struct.unpack("<q", file.read(8))[0]
+        starts[key] = at + 8
+        at = starts[key] + count * _dtype(storage).itemsize
+        if count != storage.count or not starts[key] <= at <= total:
+            raise damaged(path, f"storage {shown(key)} is not as long as its tensors say")
 
     def load(storage: Storage) -> bytes:
-        if not ends:
-            ends.update(_locate(path, file, total, keys, start, _storages(root)))
-        if storage.key not in ends:
-            raise damaged(path, f"storage {shown(storage.key)} is missing")
-        begin, end = ends[storage.key]
-        file.seek(begin)
-        return file.read(end - begin)
+        file.seek(starts[storage.key])
+        return file.read(storage.count * _dtype(storage).itemsize)
 
     return root, load
 
 
-def _storages(root: Any) -> dict[str, Storage]:
-    """Every storage that tensors anywhere in ``root`` refer to, by key."""
-    found: dict[str, Storage] = {}
-    seen: set[int] = set()
-    waiting = [root]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Tensor):
-            found.setdefault(value.storage.key, value.storage)
-        elif isinstance(value, Storage):
-            found.setdefault(value.key, value)
-        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            waiting.extend(value.values() if isinstance(value, dict) else value)
-    return found
-
-
-def _locate(
-    path: Path, file: BinaryIO, total: int, keys: list[str], at: int, storages: dict[str, Storage]
-) -> dict[str, tuple[int, int]]:
-    """{key: (begin, end)} of the storages, which follow one another, each behind its length."""
-    found: dict[str, tuple[int, int]] = {}
-    for key in keys:
-        if key not in storages or key in found:
-            raise damaged(path, f"storage {shown(key)} is in its list and not in its tensors")
-        file.seek(at)
-        head = file.read(_COUNT.size)
-        storage = storages[key]
-        if len(head) < _COUNT.size or _COUNT.unpack(head)[0] != storage.count:
-            raise damaged(path, f"storage {shown(key)} is not as long as its tensors say")
-        begin = at + _COUNT.size
-        at = begin + storage.count * _dtype(storage.dtype).itemsize
-        if at < begin or at > total:
-            raise damaged(path, f"storage {shown(key)} goes beyond the end of the file")
-        found[key] = begin, at
-    return found
+def _not_little(path: Path) -> UserError:
+    return UserError(
+        f"{path} was not saved on a little-endian machine: load it there and save it again by "
+        "safetensors.torch.save_file"
+    )
 
 
 def _select(path: Path, root: Any) -> dict[str, Tensor]:
@@ -171,46 +156,35 @@ def _select(path: Path, root: Any) -> dict[str, Tensor]:
 
 
 def _materialise(path: Path, tensors: dict[str, Tensor], load: _Load) -> dict[str, np.ndarray]:
-    budget = MAX_COPIES * path.stat().st_size
-    storages: dict[str, tuple[Storage, bytes]] = {}
+    """Arrays of the tensors, which may share storages and are no larger than the file together."""
+    left = path.stat().st_size
+    storages: dict[str, bytes] = {}
     arrays = {}
     for name, tensor in tensors.items():
-        storage = tensor.storage
-        _check_view(path, name, tensor)
-        budget -= math.prod(tensor.size) * _dtype(storage.dtype).itemsize
-        if budget < 0:
-            raise too_much(path, f"its tensors share storages to more than {MAX_COPIES} files")
+        storage, count = tensor.storage, math.prod(tensor.size)
+        left -= count * _dtype(storage).itemsize
+        if left < 0:
+            raise too_much(path, "its tensors share storages and are larger than the file")
+        if count == 0:
+            raise UserError(f"{path}: tensor {shown(name)} has no elements: expected weights")
+        steps = zip(tensor.size, tensor.stride, strict=True)
+        last = tensor.offset + sum((size - 1) * stride for size, stride in steps)
+        if last >= storage.count or count > storage.count:
+            raise damaged(
+                path,
+                f"tensor {shown(name)} reaches element {shown(last)} of a storage of "
+                f"{shown(storage.count)}",
+            )
         if storage.key not in storages:
-            storages[storage.key] = storage, load(storage)
-        first, data = storages[storage.key]
-        if (first.dtype, first.count) != (storage.dtype, storage.count):
-            raise damaged(path, f"storage {shown(storage.key)} has two types or lengths")
-        arrays[name] = _view(tensor, data)
+            storages[storage.key] = load(storage)
+        if len(storages[storage.key]) != storage.count * _dtype(storage).itemsize:
+            raise damaged(path, f"storage {shown(storage.key)} is not as long as its tensors say")
+        arrays[name] = _view(tensor, storages[storage.key])
     return arrays
 
 
-def _check_view(path: Path, name: str, tensor: Tensor) -> None:
-    """Raises UserError unless every element lies in the storage, and none is there twice."""
-    storage, count = tensor.storage, math.prod(tensor.size)
-    if count == 0:
-        raise UserError(f"{path}: tensor {shown(name)} has no elements: expected weights")
-    last = tensor.offset + sum(
-        (size - 1) * stride for size, stride in zip(tensor.size, tensor.stride, strict=True)
-    )
-    if last >= storage.count:
-        raise damaged(
-            path,
-            f"tensor {shown(name)} reaches element {shown(last)} of a storage of "
-            f"{shown(storage.count)}",
-        )
-    if count > storage.count:
-        raise too_much(
-            path, f"tensor {shown(name)} has {shown(count)} elements, its storage {storage.count}"
-        )
-
-
 def _view(tensor: Tensor, data: bytes) -> np.ndarray:
-    flat = np.frombuffer(data, _dtype(tensor.storage.dtype))[tensor.offset :]
+    flat = np.frombuffer(data, _dtype(tensor.storage))[tensor.offset :]
     # The stride of a dimension of 1 means nothing, and may be out of numpy's range.
     pairs = zip(tensor.size, tensor.stride, strict=True)
     strides = [0 if size == 1 else stride * flat.itemsize for size, stride in pairs]
@@ -218,5 +192,5 @@ def _view(tensor: Tensor, data: bytes) -> np.ndarray:
     return np.asarray(view, order="C")
 
 
-def _dtype(name: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+def _dtype(storage: Storage) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if storage.dtype == "bfloat16" else storage.dtype)

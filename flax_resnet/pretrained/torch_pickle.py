@@ -1,18 +1,17 @@
-"""What a pickle of a state dict says, worked out without running any of it.
+"""Pickles of state dicts, read by Python's unpickler with all that could run code taken out.
 
-``pickletools.genops`` splits the bytes into opcodes; the machine here knows the few that plain
-containers, numbers, strings and tensors need. Tensors and storages become inert records. The
-names in a pickle are compared with a list and never imported.
+``pickle._Unpickler`` is the unpickler that is written in Python. Its handler of each opcode can be
+left out or replaced, and its memo is a dict; the one in C allocates the memo that a file asks for.
+Names in a pickle are looked up in a table here and never imported. Tensors and storages become
+inert records.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import pickletools
+import pickle
 import shlex
-import struct
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,48 +19,22 @@ from typing import Any, BinaryIO
 from flax_resnet.errors import UserError
 from flax_resnet.pretrained.untrusted import MAX_RANK, damaged, shown, too_much
 
-MAX_BYTES = 64 * 2**20
-# A state dict takes about 35 for a tensor; each may cost about a hundred bytes and 2 us.
+# A state dict takes about 35 opcodes for a tensor; an opcode makes up to 100 bytes of objects.
 MAX_OPCODES = 500_000
 
-STORAGES = {
-    "torch DoubleStorage": "float64",
-    "torch FloatStorage": "float32",
-    "torch HalfStorage": "float16",
-    "torch BFloat16Storage": "bfloat16",
-    "torch LongStorage": "int64",
-    "torch IntStorage": "int32",
-    "torch ShortStorage": "int16",
-    "torch CharStorage": "int8",
-    "torch ByteStorage": "uint8",
-    "torch BoolStorage": "bool",
-    "torch ComplexFloatStorage": "complex64",
-    "torch ComplexDoubleStorage": "complex128",
-}
-_ORDERED_DICT = "collections OrderedDict"
-_PARAMETER = "torch.nn.parameter Parameter"
-# How many arguments each function takes that makes a tensor.
-_REBUILD = {
-    "torch._utils _rebuild_tensor": (4,),
-    "torch._utils _rebuild_tensor_v2": (6, 7),
-    "torch._utils _rebuild_parameter": (3,),
-}
-_DTYPES = {f"torch {name}" for name in [*STORAGES.values(), "half", "float", "double", "long"]}
-_GLOBALS = {_ORDERED_DICT, _PARAMETER, *_REBUILD, *STORAGES, *_DTYPES}
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of numbers kept elsewhere in the file."""
+    """Numbers that lie elsewhere in the file: their key, dtype and count."""
 
     key: str
     dtype: str
     count: int
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
-    """A view of a storage, in elements; nothing here is checked against the storage yet."""
+    """A view of a storage, in elements; it may reach beyond the storage."""
 
     storage: Storage
     offset: int
@@ -69,12 +42,18 @@ class Tensor:
     stride: tuple[int, ...]
 
 
-class _Global(str):
-    """A name that the pickle refers to."""
+class _Dict(dict):
+    """A dict or an OrderedDict of a pickle, with texts and small integers as keys.
 
+    Hashing a deeply nested tuple overflows the C stack, and long integers can be made to collide.
+    """
 
-class _Ordered(dict):
-    """What was an OrderedDict; torch hangs the versions of its modules on one."""
+    __slots__ = ()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(key) is not str and not (type(key) is int and key.bit_length() < 64):
+            raise TypeError(f"{shown(key)} as a key of a dict")
+        super().__setitem__(key, value)
 
 
 def refused(path: Path, what: str) -> UserError:
@@ -93,208 +72,109 @@ def refused(path: Path, what: str) -> UserError:
     )
 
 
-def unpickle(stream: BinaryIO, path: Path, opcodes: int = MAX_OPCODES) -> Any:
+def unpickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, Storage]]:
     """Reads one pickle from where ``stream`` stands, and leaves it behind the last opcode.
 
     Args:
-      stream: holds no more than ``MAX_BYTES``.
+      stream: the pickle.
       path: the file to name in an error.
-      opcodes: how many it may have.
 
     Returns:
-      Dicts, lists, tuples, numbers, strings, ``Storage`` and ``Tensor``. Containers may contain
-      themselves.
+      (dicts, lists, tuples, numbers, texts and tensors, which may contain themselves; every
+      storage that they mention, by key).
 
     Raises:
-      UserError: the pickle is damaged, or holds anything else.
+      UserError: the pickle holds anything else.
+      Exception: of any kind, where the pickle is damaged.
     """
-    machine = _Machine(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes in texts
-            for position, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-                if position >= opcodes:
-                    raise too_much(path, f"its pickle has more than {opcodes} opcodes")
-                machine.step(opcode.name, argument)
-        return machine.result()
-    except UserError:
-        raise
-    except (ValueError, LookupError, TypeError, OverflowError, struct.error) as error:
-        reason = shown(str(error)) if str(error) else type(error).__name__
-        raise damaged(path, f"its pickle breaks off or makes no sense ({reason})") from error
+    unpickler = _Unpickler(stream, path)
+    return unpickler.load(), unpickler.storages
 
 
-class _Machine:
-    """The stack, the marks on it and the memo of a pickle."""
+# Untyped, for the interpreter's stubs leave out what is replaced here.
+_Python: Any = pickle._Unpickler
+
+
+class _Unpickler(_Python):
+    """The unpickler of one pickle."""
+
+    def __init__(self, stream: BinaryIO, path: Path):
+        super().__init__(stream, encoding="utf-8")
+        self.storages: dict[str, Storage] = {}
+        self.path = path
+        self.dispatch = _Handlers(path)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        if f"{module}.{name}" == "collections.OrderedDict":
+            return self.ordered_dict
+        if f"{module}.{name}" not in _FUNCTIONS:
+            dotted = shown(f"{module}.{name}")
+            raise refused(self.path, f"its pickle refers to {dotted}, which could run code")
+        return _FUNCTIONS[f"{module}.{name}"]
+
+    def persistent_load(self, identity: Any) -> Storage:
+        if type(identity) is not tuple or len(identity) not in (5, 6) or identity[0] != "storage":
+            raise refused(self.path, "its pickle refers to an object that is no storage")
+        _, dtype, key, _, count, *view = identity
+        if type(dtype) is not str or dtype not in _DTYPES.values():
+            raise refused(self.path, f"its pickle has a storage of type {shown(dtype)}")
+        if view not in ([], [None]):
+            raise refused(self.path, "its pickle has a storage inside another, of torch < 0.4")
+        if type(key) is not str or type(count) is not int:
+            raise TypeError("a storage without a key or a length")
+        storage = self.storages.setdefault(key, Storage(key, dtype, count))
+        if (storage.dtype, storage.count) != (dtype, count):
+            raise damaged(self.path, f"storage {shown(key)} has two types or lengths")
+        return storage
+
+    def ordered_dict(self, pairs: Any = ()) -> _Dict:
+        """An OrderedDict, of a list of pairs where Python 2 wrote it."""
+        self.dispatch.count(len(pairs))  # one list may be copied by many opcodes
+        filled = _Dict()
+        for key, value in pairs:
+            filled[key] = value
+        return filled
+
+    def load_call(self) -> None:
+        """REDUCE and NEWOBJ, of the functions that ``find_class`` gives."""
+        function, arguments = self.stack[-2:]
+        if not callable(function) or type(arguments) is not tuple:
+            raise refused(self.path, f"its pickle calls {shown(function)}")
+        self.stack[-2:] = [function(*arguments)]
+
+    def load_build(self) -> None:
+        """BUILD: the versions of torch's modules and the flags of a parameter are passed over."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], (_Dict, Tensor)):
+            what = shown(self.stack[-1])
+            raise refused(self.path, f"its pickle sets the inner state of {what}")
+
+
+class _Handlers(dict[int, Callable[[Any], None]]):
+    """The unpickler's methods by opcode; no more than ``MAX_OPCODES`` of them may be taken."""
 
     def __init__(self, path: Path):
-        self._path = path
-        self._stack: list[Any] = []
-        self._below: list[list[Any]] = []  # the stacks under each mark
-        self._memo: dict[int, Any] = {}
-        self._copied = 0
-        self._handlers: dict[str, Callable[[Any], None]] = {
-            **dict.fromkeys(_PUSHED, self._push),
-            **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), self._put),
-            **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), self._get),
-            **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda _: None),
-            "NONE": lambda _: self._push(None),
-            "NEWTRUE": lambda _: self._push(True),
-            "NEWFALSE": lambda _: self._push(False),
-            "EMPTY_LIST": lambda _: self._push([]),
-            "EMPTY_DICT": lambda _: self._push({}),
-            "EMPTY_TUPLE": lambda _: self._push(()),
-            "MEMOIZE": lambda _: self._put(len(self._memo)),
-            "MARK": self._mark,
-            "TUPLE1": lambda _: self._push(tuple(self._pop(1))),
-            "TUPLE2": lambda _: self._push(tuple(self._pop(2))),
-            "TUPLE3": lambda _: self._push(tuple(self._pop(3))),
-            "TUPLE": lambda _: self._push(tuple(self._pop_mark())),
-            "LIST": lambda _: self._push(self._pop_mark()),
-            "DICT": lambda _: self._push(self._fill({}, self._pop_mark())),
-            "APPEND": lambda _: self._append(self._pop(1)),
-            "APPENDS": lambda _: self._append(self._pop_mark()),
-            "SETITEM": lambda _: self._set(self._pop(2)),
-            "SETITEMS": lambda _: self._set(self._pop_mark()),
-            "GLOBAL": self._global,
-            "STACK_GLOBAL": lambda _: self._stack_global(),
-            "BINPERSID": lambda _: self._storage(),
-            "REDUCE": lambda _: self._reduce(),
-            "NEWOBJ": lambda _: self._parameter(),
-            "BUILD": lambda _: self._build(),
-        }
+        super().__init__(_HANDLERS)
+        self._path, self._left = path, MAX_OPCODES
 
-    def step(self, name: str, argument: Any) -> None:
-        """Carries out one opcode."""
-        handler = self._handlers.get(name)
-        if handler is None:
-            raise refused(self._path, f"its pickle uses {name}, which a state dict does not need")
-        handler(argument)
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self.count(1)
+        return super().__getitem__(code)
 
-    def result(self) -> Any:
-        """What is left when the pickle is through."""
-        if self._below or len(self._stack) != 1:
-            raise ValueError(f"{len(self._stack)} values left at the end")
-        return self._stack[0]
+    def __missing__(self, code: int) -> Any:
+        what = f"its pickle uses the opcode {bytes([code])!r}, which a state dict does not need"
+        raise refused(self._path, what)
 
-    def _push(self, value: Any) -> None:
-        self._stack.append(value)
-
-    def _pop(self, count: int) -> list[Any]:
-        if len(self._stack) < count:
-            raise IndexError("a value is missing")
-        values = self._stack[-count:]
-        del self._stack[-count:]
-        return values
-
-    def _mark(self, _: Any) -> None:
-        self._below.append(self._stack)
-        self._stack = []
-
-    def _pop_mark(self) -> list[Any]:
-        values = self._stack
-        self._stack = self._below.pop()
-        return values
-
-    def _put(self, index: int) -> None:
-        self._memo[index] = self._stack[-1]
-
-    def _get(self, index: int) -> None:
-        self._stack.append(self._memo[index])
-
-    def _append(self, values: list[Any]) -> None:
-        if type(self._stack[-1]) is not list:
-            raise TypeError(f"append to {shown(self._stack[-1])}")
-        self._stack[-1].extend(values)
-
-    def _set(self, values: list[Any]) -> None:
-        if type(self._stack[-1]) not in (dict, _Ordered):
-            raise TypeError(f"set an item of {shown(self._stack[-1])}")
-        self._fill(self._stack[-1], values)
-
-    def _fill(self, target: dict, values: list[Any]) -> dict:
-        if len(values) % 2:
-            raise ValueError("a key without a value")
-        for key, value in zip(values[::2], values[1::2], strict=True):
-            # Hashing a deep tuple overflows the C stack, and long numbers can be made to collide.
-            if not (type(key) is str or (type(key) is int and key.bit_length() < 64)):
-                raise refused(self._path, f"its pickle has {shown(key)} as a key in a dict")
-            target[key] = value
-        return target
-
-    def _global(self, name: str) -> None:
-        if name not in _GLOBALS:
-            dotted = shown(name.replace(" ", ".", 1))
-            raise refused(self._path, f"its pickle refers to {dotted}, which could run code")
-        self._push(_Global(name))
-
-    def _stack_global(self) -> None:
-        module, name = self._pop(2)
-        if type(module) is not str or type(name) is not str:
-            raise TypeError("a global's name is no text")
-        self._global(f"{module} {name}")
-
-    def _storage(self) -> None:
-        (identity,) = self._pop(1)
-        if type(identity) is not tuple or len(identity) not in (5, 6) or identity[0] != "storage":
-            raise refused(self._path, "its pickle refers to an object that is no storage")
-        _, kind, key, location, count, *view = identity
-        if type(kind) is not _Global or kind not in STORAGES:
-            raise refused(self._path, f"its pickle has a storage of type {shown(kind)}")
-        if view not in ([], [None]):
-            raise refused(self._path, "its pickle has a storage inside another, of torch < 0.4")
-        if type(key) is not str or type(location) is not str or type(count) is not int:
-            raise TypeError("a storage without a key, a place or a length")
-        self._push(Storage(key, STORAGES[kind], count))
-
-    def _reduce(self) -> None:
-        function, arguments = self._pop(2)
-        if type(function) is not _Global or type(arguments) is not tuple:
-            raise refused(self._path, f"its pickle calls {shown(function)}")
-        if function == _ORDERED_DICT:
-            self._push(self._ordered_dict(arguments))
-        elif len(arguments) not in _REBUILD.get(function, ()):
-            raise refused(self._path, f"its pickle calls {shown(function)} in an unknown way")
-        elif len(arguments) == 3:
-            if type(arguments[0]) is not Tensor:
-                raise TypeError("a parameter without a tensor")
-            self._push(arguments[0])
-        else:
-            self._push(_tensor(*arguments[:4]))
-
-    def _ordered_dict(self, arguments: tuple) -> _Ordered:
-        if not arguments:
-            return _Ordered()
-        (pairs,) = arguments
-        if type(pairs) is not list or any(type(p) not in (list, tuple) for p in pairs):
-            raise TypeError("an OrderedDict of something else than pairs")
-        # One list in the memo could be copied by each of the opcodes that follow.
-        self._copied += len(pairs)
-        if self._copied > MAX_OPCODES:
-            raise too_much(self._path, f"its pickle copies more than {MAX_OPCODES} values")
-        if any(len(pair) != 2 for pair in pairs):
-            raise ValueError("an OrderedDict of something else than pairs")
-        return _Ordered(self._fill({}, [value for pair in pairs for value in pair]))
-
-    def _parameter(self) -> None:
-        """What torch < 0.4 made of a parameter: an object, then its flags as a state."""
-        kind, arguments = self._pop(2)
-        known = type(kind) is _Global and kind == _PARAMETER and type(arguments) is tuple
-        if not known or len(arguments) not in (1, 2) or type(arguments[0]) is not Tensor:
-            raise refused(self._path, f"its pickle makes an object of {shown(kind)}")
-        self._push(arguments[0])
-
-    def _build(self) -> None:
-        (state,) = self._pop(1)
-        target = self._stack[-1]
-        versions = type(target) is _Ordered and type(state) in (dict, _Ordered)
-        flags = type(target) is Tensor and type(state) is tuple and len(state) <= 4
-        plain = flags and all(type(value) in (bool, type(None), _Ordered) for value in state)
-        if not versions and not plain:
-            raise refused(self._path, f"its pickle sets the inner state of {shown(target)}")
+    def count(self, opcodes: int) -> None:
+        """Raises UserError where so many are too many."""
+        self._left -= opcodes
+        if self._left < 0:
+            raise too_much(self._path, f"its pickle has more than {MAX_OPCODES} opcodes")
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> Tensor:
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *flags: Any) -> Tensor:
     if type(storage) is not Storage or type(size) is not tuple or type(stride) is not tuple:
         raise TypeError("a tensor without a storage, a size or a stride")
     if len(size) != len(stride) or len(size) > MAX_RANK:
@@ -304,9 +184,41 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> Tensor:
     return Tensor(storage, offset, size, stride)
 
 
-_PUSHED = (
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING"),
-    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+def _parameter(tensor: Any, *flags: Any) -> Any:
+    return tensor
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.nn.parameter.Parameter": _parameter,
+}
+_STORAGES = {
+    "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16",
+    "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8",
+    "Bool": "bool", "ComplexFloat": "complex64", "ComplexDouble": "complex128",
+}  # fmt: skip
+# torch's classes of storages, and its dtypes, of which a checkpoint may mention one.
+_DTYPES = {
+    **{f"{kind}Storage": dtype for kind, dtype in _STORAGES.items()},
+    **{dtype: dtype for dtype in _STORAGES.values()},
+    **{"half": "float16", "float": "float32", "double": "float64", "long": "int64"},
+}
+_OPCODES = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
+    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.LONG4, pickle.BINFLOAT),
+    *(pickle.BINSTRING, pickle.SHORT_BINSTRING, pickle.BINUNICODE, pickle.SHORT_BINUNICODE),
+    *(pickle.BINUNICODE8, pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8),
+    *(pickle.MARK, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_TUPLE),
+    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS),
+    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
+    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
 )
+_HANDLERS = {
+    **{opcode[0]: _Python.dispatch[opcode[0]] for opcode in _OPCODES},
+    pickle.EMPTY_DICT[0]: lambda unpickler: unpickler.append(_Dict()),
+    pickle.REDUCE[0]: _Unpickler.load_call,
+    pickle.NEWOBJ[0]: _Unpickler.load_call,
+    pickle.BUILD[0]: _Unpickler.load_build,
+}
