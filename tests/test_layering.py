@@ -8,8 +8,6 @@ LEVELS = [
     {"errors", "exporting.loader"},
     {"cpu", "files", "seals", "preemption", "profiling", "programs", "datasets.resample"},
     {"clusters", "provenance", "storage", "watch"},
-    {"meeting"},
-    {"lifeline"},
     {"hosts"},
     {
         "guards",
