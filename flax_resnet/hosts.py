@@ -1,8 +1,9 @@
-"""Several processes as one run: how they find each other, agree, and end together.
+"""Several processes as one run: how they start together, agree, and end together.
 
-``joined`` is around everything that a command does. In a run of one process it does nothing. In one
-of several it starts JAX's runtime; whatever ends one process early then ends all of them, each
-with one line on stderr.
+``jax.distributed`` brings the processes together, and aborts them when one of them dies or falls
+silent. This module adds what it does not do: one line in place of a C++ stack trace when the
+processes cannot come together, the name of what differs between them, and an end of all of them
+when one of them fails.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import platform
+import socket
 import sys
 import threading
 import time
@@ -23,25 +25,25 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from flax_resnet.clusters import LOOPBACK, Cluster, address, detect
-from flax_resnet.errors import POSITIVE, UserError, check_range
-from flax_resnet.lifeline import Lifeline
-from flax_resnet.meeting import meet
+from flax_resnet.clusters import Cluster, detect
+from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_range
 from flax_resnet.preemption import EXIT_PREEMPTED
-from flax_resnet.provenance import git_state, source_hash, versions
-from flax_resnet.watch import Watch, end_now
+from flax_resnet.provenance import source_hash, versions
+from flax_resnet.watch import Watch
 
-EXIT_INTERRUPTED = 130
 COMMON_ENDS = (None, 0, EXIT_PREEMPTED)
-"""Exit statuses that all processes end with together."""
-SHUTDOWN_SECONDS = 60
-"""For JAX's runtime to end, once all processes have come to their end."""
-CAUSE_SECONDS = 1.0
-"""An error is often another process's death, seen by a collective first: wait for its cause."""
+"""Exit statuses with which all processes end together."""
+EXIT_INTERRUPTED = 130
+LAST_SECONDS = 2
+"""Seconds for the others to say why they end: when process 0 is gone, JAX aborts them."""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+MOST_BYTES = 2**16
+"""Length of a config as JSON."""
 MOST_DIFFERENCES = 3
 COMPUTING = ("jax", "jaxlib", "flax", "optax", "numpy")
-"""Packages that have to be the same in all processes."""
+"""Packages that must have the same version in all processes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,102 +74,106 @@ class Hosts:
         check_range("hosts.step_timeout", self.step_timeout, POSITIVE)
 
 
-@dataclasses.dataclass
-class _Joined:
-    """This process as one of several."""
-
-    hosts: Hosts
-    cluster: Cluster
-    lifeline: Lifeline | None = None
-    ending: Any = dataclasses.field(default_factory=threading.Lock)
-
-    def who(self) -> str:
-        """What this process is called."""
-        if self.cluster.num_processes is None:
-            return f"process {jax.process_index()} of {jax.process_count()}"
-        return f"process {self.cluster.process_id} of {self.cluster.num_processes}"
-
-    def end(self, line: str, status: int, told: bool = False) -> NoReturn:
-        """Prints a line and ends this process, and the others by it; the first call counts."""
-        self.ending.acquire()
-        if self.lifeline is not None and not told:
-            self.lifeline.last_words(line.removeprefix(f"{self.who()}: "), status)
-        end_now(line, status)
-        raise AssertionError
-
-
-# As JAX's runtime itself: a process joins one run, and can do so once.
-_joined: _Joined | None = None
+# As JAX's own runtime: a process joins one run, and can do so once.
+_joined: tuple[Hosts, Cluster] | None = None
 
 
 def find(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> Cluster | None:
-    """The processes of this run; None where there is this one alone.
+    """This process among those of its run; None for a run of one process.
 
     Args:
-      hosts: what is said explicitly goes before the environment.
+      hosts: its coordinator, num_processes and process_id win over the environment.
       environ: environment variables.
 
     Raises:
-      UserError: only some of the explicit three are given, or the environment is unclear.
+      UserError: only some of the three are given, or the environment is unclear.
     """
-    names = ("coordinator", "num_processes", "process_id")
-    missing = [name for name in names if getattr(hosts, name) is None]
-    if not missing:
-        alone = hosts.num_processes == 1
-        said = (hosts.coordinator, hosts.num_processes, hosts.process_id)
-        cluster = Cluster("--hosts", *said)
-        return None if alone else cluster
-    if len(missing) < 3:
-        flags = [f"--hosts.{name.replace('_', '-')}" for name in missing]
+    explicit = (hosts.coordinator, hosts.num_processes, hosts.process_id)
+    if explicit == (None, None, None):
+        cluster = detect(environ)
+    elif None in explicit:
         raise UserError(
-            f"{' and '.join(flags)} missing: give all of --hosts.coordinator, "
-            "--hosts.num-processes and --hosts.process-id, or none"
+            "hosts.coordinator, hosts.num_processes and hosts.process_id: give all three, or none"
         )
-    return detect(environ)
+    else:
+        cluster = Cluster(*explicit) if hosts.num_processes != 1 else None
+    if cluster is not None and cluster.coordinator is not None:
+        _address(cluster.coordinator)
+        check_range("process_id", cluster.process_id, 0, cluster.num_processes or math.inf)
+    return cluster
+
+
+def _address(coordinator: str) -> tuple[str, int]:
+    """(host, port) of "HOST:PORT"."""
+    host, _, port = coordinator.rpartition(":")
+    if not host.strip("[]") or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"coordinator {coordinator!r}: expected HOST:PORT, of process 0")
+    return host.strip("[]"), int(port)
+
+
+def _who() -> str:
+    """What this process is called in messages."""
+    assert _joined is not None
+    _, number, this, _ = _joined[1]
+    return f"process on {platform.node()}" if this is None else f"process {this} of {number}"
 
 
 def start(hosts: Hosts) -> bool:
-    """Brings the processes of a run together; False where there is one, and nothing to do.
+    """Brings the processes of a run together; False for a run of one process.
 
-    It comes before anything that touches devices. A process can do it once.
+    Call it once, before anything that touches devices. Where the processes do not come together
+    within ``hosts.start_timeout``, each prints one line and ends with status 1.
 
     Raises:
-      UserError: what is said of the processes is wrong, or they disagree.
-      TryAgain: the coordinator is missing or its port taken, or processes have not come.
+      UserError: the description of the processes is wrong.
+      TryAgain: the coordinator's port is taken.
     """
     global _joined
     cluster = find(hosts)
     if cluster is None:
         return False
-    began = time.monotonic()
-    joined = _Joined(hosts, cluster)
-    silence, longest = hosts.heartbeat_timeout, hosts.step_timeout
-    count, this = cluster.num_processes, cluster.process_id
-    if cluster.coordinator is not None and count is not None and this is not None:
-        peers = meet(cluster.coordinator, count, this, hosts.start_timeout)
-        joined.lifeline = Lifeline(peers, this, silence, lambda *said: _other_failed(joined, *said))
-        silence = 1.5 * silence + 5  # JAX's own, which aborts, is for what is left
-    _joined = joined
-    inside = cluster.coordinator is not None and address(cluster.coordinator)[0] in LOOPBACK
-    left = hosts.start_timeout - (time.monotonic() - began)
-    jax.distributed.initialize(
-        cluster.coordinator,
-        count,
-        this,
-        list(cluster.local_device_ids) if cluster.local_device_ids else None,
-        # Else JAX asks Slurm or Open MPI for the devices too, and takes one.
-        cluster_detection_method="deactivate" if joined.lifeline is not None else None,
-        initialization_timeout=math.ceil(max(30.0, left)),
-        heartbeat_timeout_seconds=math.ceil(silence),
-        # JAX's barrier aborts those that wait in it, and whom they wait for too.
-        shutdown_timeout_seconds=SHUTDOWN_SECONDS if joined.lifeline else math.ceil(longest),
-        coordinator_bind_address=cluster.coordinator if inside else None,
+    coordinator, local = cluster.coordinator, list(cluster.local_device_ids)
+    if coordinator is not None and cluster.process_id == 0:
+        _check_port(coordinator)
+    _joined = hosts, cluster
+    late = TryAgain(
+        f"not all processes have come to {coordinator or 'process 0'} in {hosts.start_timeout:g} "
+        "s: see that all run, with the same coordinator and num_processes, and that the port is "
+        "open; hosts.start_timeout gives them longer"
     )
+    timer = threading.Timer(hosts.start_timeout, _end, [late])  # JAX's own timeout aborts
+    timer.daemon = True
+    timer.start()
+    inside = coordinator is not None and _address(coordinator)[0] in LOOPBACK
+    jax.distributed.initialize(
+        coordinator,
+        cluster.num_processes,
+        cluster.process_id,
+        # [] keeps JAX from taking one GPU of a task that has several.
+        local or ([] if coordinator is None else None),
+        cluster_detection_method=None if coordinator is None else "deactivate",
+        initialization_timeout=math.ceil(hosts.start_timeout) + 60,
+        heartbeat_timeout_seconds=math.ceil(hosts.heartbeat_timeout),
+        shutdown_timeout_seconds=math.ceil(hosts.step_timeout),
+        coordinator_bind_address=coordinator if inside else None,
+    )
+    timer.cancel()
     return True
 
 
-def _other_failed(joined: _Joined, what: str, status: int) -> None:
-    joined.end(f"{joined.who()}: ends, since {what}", status, told=True)
+def _check_port(coordinator: str) -> None:
+    """Raises TryAgain where process 0 cannot listen; JAX would end with a segmentation fault."""
+    port = _address(coordinator)[1]
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise TryAgain(
+            f"process 0 cannot listen on {coordinator} ({why}): another run may have the port; "
+            "give all processes another one"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -182,62 +188,49 @@ def joined(hosts: Hosts) -> Iterator[None]:
     Raises:
       UserError: as of ``start``.
     """
+    global _joined
     if not start(hosts):
         yield
         return
-    assert _joined is not None
-    status: Any = None
+    end: SystemExit | None = None
     try:
-        yield
-    except SystemExit as stop:
-        if stop.code not in COMMON_ENDS:
-            code = stop.code if isinstance(stop.code, int) else 1
-            said = "" if isinstance(stop.code, int) else f": {stop.code}"
-            _joined.end(f"{_joined.who()}: ends with status {code}{said}", code)
-        status = stop.code
-    except UserError as error:
-        _joined.end(f"{_joined.who()}: error: {error}", error.status)
-    except KeyboardInterrupt:
-        _joined.end(f"{_joined.who()}: interrupted", EXIT_INTERRUPTED)
+        try:
+            yield
+        except SystemExit as error:
+            if error.code not in COMMON_ENDS:
+                raise
+            end = error
+        jax.distributed.shutdown()  # waits for the others, for step_timeout at most
     except BaseException as error:
-        _unexpected(_joined, error)
-    _leave(_joined)
-    if status is not None:
-        sys.exit(status)
-
-
-def _unexpected(joined: _Joined, error: BaseException) -> NoReturn:
-    """Ends the process for an error; where another's end was the cause, that says so."""
-    if joined.lifeline is not None and joined.lifeline.failing.wait(CAUSE_SECONDS):
-        while True:  # its thread ends the process
-            time.sleep(1)
-    first = (str(error).splitlines() or [""])[0]
-    traceback.print_exc()
-    sys.stderr.flush()
-    hint = "" if joined.lifeline is not None else _hint(error)
-    joined.end(f"{joined.who()}: {type(error).__name__}: {first}{hint}", 1)
-
-
-def _hint(error: BaseException) -> str:
-    far = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-    return " (another process has probably died)" if far else ""
-
-
-def _leave(joined: _Joined) -> None:
-    """Waits for the others to end as they should, for step_timeout at most."""
-    global _joined
-    longest = joined.hosts.step_timeout
-    if joined.lifeline is not None and (waits := joined.lifeline.leave(longest)):
-        others = ", ".join(map(str, waits))
-        joined.end(f"{joined.who()}: has finished; for {longest:g} s process {others} has not", 1)
-    leaving = threading.Thread(target=jax.distributed.shutdown, name="shutdown", daemon=True)
-    leaving.start()
-    leaving.join(SHUTDOWN_SECONDS + 10 if joined.lifeline is not None else longest + 10)
-    if leaving.is_alive():
-        joined.end(f"{joined.who()}: has finished; JAX's runtime does not end", 1)
-    if joined.lifeline is not None:
-        joined.lifeline.close()
+        _end(error)
     _joined = None
+    if end is not None:
+        raise end
+
+
+def _end(error: BaseException) -> NoReturn:
+    """Prints one line and ends this process; the others end with it.
+
+    Python's own end would wait for the others, who wait for this process.
+    """
+    name, status = type(error).__name__, 1
+    has_lost_another = "Gloo" in str(error)  # the collectives of CPUs
+    if isinstance(error, UserError):
+        name, status = "error", error.status
+    elif isinstance(error, KeyboardInterrupt):
+        status = EXIT_INTERRUPTED
+    elif isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else 1
+    elif not has_lost_another:
+        traceback.print_exception(error)
+    line = f"{_who()}: {name}: {error}".splitlines()[0]
+    line += " (another process has probably died)" if has_lost_another else ""
+    with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+        print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    if _joined is None or _joined[1].process_id in (0, None):
+        time.sleep(LAST_SECONDS)
+    os._exit(status)
 
 
 def watching(report_after: float = 60) -> Watch:
@@ -247,83 +240,63 @@ def watching(report_after: float = 60) -> Watch:
       report_after: seconds without progress after which stderr says so, in each process.
     """
     if _joined is None:
-        return Watch(None, report_after=report_after)
-    joined = _joined
-    limit = joined.hosts.step_timeout
-    return Watch(limit, report_after=report_after, who=joined.who(), end=joined.end)
+        return Watch(None, report_after)
+    return Watch(_joined[0].step_timeout, report_after, _who())
 
 
 def check_alike(facts: Mapping[str, Any]) -> None:
     """Checks that all processes run the same: devices, versions, code, and some facts.
 
-    All processes have to call it. With one process there is nothing to do.
+    Collective: every process must call it. With one process there is nothing to do.
 
     Args:
       facts: nested mappings of what JSON holds, {"config": the config's record}.
 
     Raises:
-      UserError: processes differ; in all of them, and the same.
+      UserError: processes differ; the same error in all of them.
     """
     if jax.process_count() == 1:
         return
-    devices: dict[int, Counter[str]] = {i: Counter() for i in range(jax.process_count())}
+    devices = [Counter[str]() for _ in range(jax.process_count())]
     for device in jax.devices():
         devices[device.process_index][device.device_kind] += 1
-    # First, and from what JAX knows: collectives need as many devices in each.
-    _check_equal([{"devices": _counts(devices[i])} for i in sorted(devices)])
+    _check_equal([{"devices": dict(kinds)} for kinds in devices])  # or collectives would hang
     own = {
         **facts,
         "versions": {"python": platform.python_version(), **versions(COMPUTING)},
         "code": source_hash(),
-        "commit": (git_state() or {}).get("commit"),
     }
-    _check_equal([_flat(one) for one in _gathered(own)])
+    _check_equal(_gather(own))
 
 
-def _counts(found: Counter[str]) -> str:
-    return ", ".join(f"{count} x {kind}" for kind, count in sorted(found.items())) or "none"
+def _gather(value: Any) -> list[Any]:
+    """The values of all processes, which pass as JSON; collective."""
+    text = json.dumps(value, sort_keys=True, default=repr).encode()
+    padded = np.frombuffer(text.ljust(MOST_BYTES, b" "), np.uint8)
+    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
 
 
-def _gathered(own: Any) -> list[Any]:
-    """Every process's value, through JSON."""
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(own, sort_keys=True, default=repr).encode(), np.uint8)
-    lengths = np.ravel(multihost_utils.process_allgather(np.int32(len(text))))
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: len(text)] = text
-    rows = np.reshape(multihost_utils.process_allgather(padded), (len(lengths), -1))
-    return [json.loads(bytes(row[:n])) for row, n in zip(rows, lengths, strict=True)]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as {dotted name: value}."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {
-        name: inner
-        for key, below in value.items()
-        for name, inner in _flat(below, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
-
-
-def _check_equal(everyones: list[dict[str, Any]]) -> None:
-    """Raises UserError where a process differs from process 0."""
-    first = everyones[0]
-    found = [
-        f"{name} is {_short(first, name)} in process 0 and {_short(other, name)} in process {i}"
-        for i, other in enumerate(everyones)
+def _check_equal(values: list[dict[str, Any]]) -> None:
+    """Raises UserError where the nested mapping of a process differs from that of process 0."""
+    flat = []
+    for value in values:
+        leaves = jax.tree_util.tree_leaves_with_path(value, is_leaf=lambda x: x is None)
+        flat.append({jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in leaves})
+    first = flat[0]
+    differences = [
+        f"{name} is {_shown(first, name)} in process 0 and {_shown(other, name)} in process {i}"
+        for i, other in enumerate(flat)
         for name in dict.fromkeys((*first, *other))
-        if first.get(name, "absent") != other.get(name, "absent")
+        if _shown(first, name) != _shown(other, name)
     ]
-    if found:
-        more = len(found) - MOST_DIFFERENCES
+    if differences:
+        more = len(differences) - MOST_DIFFERENCES
         raise UserError(
-            f"the processes differ: {'; '.join(found[:MOST_DIFFERENCES])}"
+            f"the processes differ: {'; '.join(differences[:MOST_DIFFERENCES])}"
             + (f"; and {more} more" if more > 0 else "")
             + ": start all with the same command, code and devices"
         )
 
 
-def _short(facts: Mapping[str, Any], name: str) -> str:
-    return f"{facts[name]!r:.60}" if name in facts else "absent"
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    return f"{values[name]!r:.60}" if name in values else "absent"

@@ -27,154 +27,76 @@ def test_every_command_is_one_that_its_module_takes(name, trial):
         chosen = flags.parse(module.get_config(**given), "runs/x", rest)
         assert given == {"target": int(name[-2:])}
         assert (chosen.workdir, chosen.in_turn) == (f"W/{name}", True)
-        assert (chosen.config.steps_per_dispatch == 1) == trial
         return
     settings = getattr(module, "Settings", steps.Settings)
     chosen = flags.cli(settings, words[3:], module.__doc__, "x")
     if not trial and hasattr(chosen, "device"):
         assert chosen.device == "gpu"
-    if "--data-dir" in words:
-        assert chosen.data_dir == "D"
 
 
-@pytest.fixture
-def ran(monkeypatch):
-    """Stands in for running; what was run. ``ran.result`` says how each ends."""
-
-    class Ran(list):
-        def result(self, name):
-            return True
-
-    ran = Ran()
+def test_what_is_finished_is_not_run_again(tmp_path, capfd, monkeypatch):
+    """The second part runs out of time, then fails, and --retry runs it alone."""
+    names = ["numbers", "small", "resnet50"]
+    ran, ends = [], {"numbers": True, "small": False, "resnet50": True}
 
     def run(words, log, end, environment, output):
-        assert environment["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
         ran.append(log.stem)
         output.write_text('{"x": 1}\nnot of it\n{"x": 2}\n')
-        found = ran.result(log.stem)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(ends[log.stem], Exception):
+            raise ends[log.stem]
+        return ends[log.stem]
+
+    def status_of(*words):
+        ran.clear()
+        with pytest.raises(SystemExit) as stop:
+            gpu_suite.main(
+                ["--data-dir", "D", "--workdir", str(tmp_path), "--only", *names, *words]
+            )
+        return stop.value.code, list(ran), json.loads((tmp_path / "record.json").read_text())
 
     monkeypatch.setattr(pieces, "run", run)
     monkeypatch.setattr(gpu_suite, "goals", lambda found: [])
-    return ran
+    status, parts, record = status_of()
+    assert (status, parts, record["missing"]) == (75, names[:2], names[1:])
+    assert record["parts"]["numbers"]["rows"] == [{"x": 1}, {"x": 2}]
+    ends["small"] = UserError("no room")
+    status, parts, record = status_of()
+    assert (status, parts, record["failed"]) == (1, names[1:], {"small": "no room"})
+    assert status_of()[:2] == (1, [])
+    ends["small"] = True
+    assert status_of("--retry")[:2] == (0, ["small"])
 
 
-def status_of(words):
-    with pytest.raises(SystemExit) as stop:
-        gpu_suite.main(words)
-    return stop.value.code
-
-
-def test_what_is_finished_is_not_run_again(ran, tmp_path, capsys):
-    words = ["--data-dir", "D", "--workdir", str(tmp_path), "--only", "numbers", "small", "seeds"]
-    ran.result = lambda name: name == "numbers"
-    assert status_of(words) == 75
-    assert ran == ["numbers", "small"]
-    made = json.loads((tmp_path / "record.json").read_text())
-    assert made["parts"]["numbers"]["rows"] == [{"x": 1}, {"x": 2}]
-    assert made["parts"]["numbers"]["command"].startswith("python -m experiments.benchmarks.num")
-    assert len(made["parts"]["numbers"]["commit"].removesuffix("-dirty")) == 40
-    assert made["missing"] == ["small", "seeds"]
-    assert "the time is up" in capsys.readouterr().out
-    ran.clear()
-    ran.result = lambda name: UserError("no room") if name == "small" else True
-    assert status_of(words) == 1
-    assert ran == ["small", "seeds"]  # a part that fails leaves the others alone
-    made = json.loads((tmp_path / "record.json").read_text())
-    assert (made["failed"], made["missing"]) == ({"small": "no room"}, [])
-    ran.clear()
-    assert status_of(words) == 1
-    assert ran == []
-    ran.result = lambda name: True
-    assert status_of([*words, "--retry"]) == 0
-    assert ran == ["small"]
-
-
-def test_a_trials_figures_are_no_figures_of_a_gpu(ran, tmp_path):
-    words = ["--workdir", str(tmp_path), "--only", "seeds"]
-    assert status_of([*words, "--trial"]) == 0
-    ran.result = lambda name: False
-    assert status_of([*words, "--data-dir", "D"]) == 75
-    made = json.loads((tmp_path / "record.json").read_text())
-    assert made["parts"]["seeds"].keys() == {"command", "commit", "failed"}
-
-
-def test_a_part_that_needs_more_than_the_whole_time_does_not_stop_the_others(ran, tmp_path):
-    words = ["--data-dir", "D", "--workdir", str(tmp_path), "--only", "numbers", "seeds"]
-    ran.result = lambda name: name == "seeds"
-    assert status_of(words) == 75
-    assert status_of(words) == 1
-    assert ran == ["numbers", "seeds"]
-    made = json.loads((tmp_path / "record.json").read_text())
-    assert made["failed"] == {"numbers": "it takes more than --minutes 9"}
-
-
-FOUND = {
-    "numbers": [{"within": True}, {"within": True}],
-    "resnet50": [
-        {"peer": "ours", "error": None, "peak_share": 0.4},
-        {"peer": "torch_compiled", "error": None, "ratio_to_ours": {"median": 1.2}},
+@pytest.mark.parametrize(
+    ("rows", "goal", "measured", "met"),
+    [
+        ({"numbers": [{"within": True}, {"within": False}]}, "the GPU's numbers", False, False),
+        ({}, "the GPU's numbers", None, None),
+        (
+            {"resnet50": [{"peer": "torch_compiled", "ratio_to_ours": {"median": 1.2}}]},
+            "ResNet-50 at 224", 1.2, True,
+        ),
+        ({"resnet50": [{"peer": "ours", "peak_share": 0.4}]}, "ResNet-50: operations", 0.4, False),
+        ({"speedrun94": [{"top1": {"mean": 0.9402}}]}, "the speed run's mean top-1, at least 94",
+         0.9402, True),
+        (
+            {"seeds": [{"num_seeds": 4, "together_over_in_turn": 2.0},
+                       {"num_seeds": 16, "together_over_in_turn": 0.5}]},
+            "16 seeds at once", 0.5, True,
+        ),
     ],
-    "speedrun94": [
-        {
-            "top1": {"mean": 0.9402},
-            "start_seconds": {"mean": 0.3},
-            "train_seconds": {"mean": 1.5},
-            "eval_seconds": {"mean": 0.2},
-        }
-    ],
-    "airbench94": [{"seconds": {"mean": 1.9}}],
-    "seeds": [
-        {"num_seeds": 4, "together_over_in_turn": 2.0},
-        {"num_seeds": 16, "together_over_in_turn": 0.5},
-    ],
-}
-
-
-def judged(**changed):
-    found = dict.fromkeys(PARTS, ()) | FOUND | changed
-    return [(goal["measured"], goal["met"]) for goal in gpu_suite.goals(found)]
-
-
-def test_goals_are_judged_by_what_was_measured():
-    assert judged() == [
-        (True, True),
-        (1.2, True),
-        (0.4, False),
-        (0.9402, True),
-        (None, None),
-        (None, None),
-        (0.95, False),
-        (0.5, True),
-    ]
-    one_off = [{"within": True}, {"within": False}]
-    failed = [{"peer": "torch_compiled", "error": "no room", "ratio_to_ours": None}]
-    assert judged(numbers=one_off, resnet50=failed)[:3] == [
-        (False, False),
-        (None, None),
-        (None, None),
-    ]
-    assert judged(airbench94=[])[-2] == (None, None)
-    made = {"goals": gpu_suite.goals(dict.fromkeys(PARTS, ()) | FOUND)}
-    lines = gpu_suite.report(made).splitlines()
-    assert lines[2].startswith("MISSED: ResNet-50: operations")
-    assert lines[2].endswith("(0.4)")
-    assert lines[4] == "not measured: the speed run's mean top-1, at least 95 %"
-
-
-def test_the_record_says_what_is_missing(tmp_path):
-    made = gpu_suite.record(Settings(trial=True, workdir=str(tmp_path)))
-    assert set(made["missing"]) == {name for name, part in PARTS.items() if part.trial}
-    assert {goal["met"] for goal in made["goals"]} == {None}
+)  # fmt: skip
+def test_goals_are_judged_by_what_was_measured(rows, goal, measured, met):
+    goals = gpu_suite.goals(dict.fromkeys(PARTS, ()) | rows)
+    (found,) = [each for each in goals if each["goal"].startswith(goal)]
+    assert (found["measured"], found["met"]) == (measured, met)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ([], "--data-dir: name the directory that holds cifar10"),
-        (["--trial", "--only", "seed"], "--only 'seed': expected some of"),
+        (["--trial", "--only", "number"], "--only 'number': expected some of"),
         (["--trial", "--minutes", "0"], "--minutes=0"),
     ],
 )
@@ -183,9 +105,12 @@ def test_bad_input_is_one_line(words, said, capfd):
 
 
 @pytest.mark.slow
-def test_the_trial_runs_all_and_records_it(tmp_path):
-    assert status_of(["--trial", "--workdir", str(tmp_path), "--minutes", "30"]) == 0
+def test_the_trial_runs_all_and_records_it(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu_suite.main(["--trial", "--workdir", str(tmp_path), "--minutes", "30"])
+    assert stop.value.code == 0
     made = json.loads((tmp_path / "record.json").read_text())
     assert made["trial"]
     assert (made["missing"], made["failed"]) == ([], {})
     assert all(part["rows"] for part in made["parts"].values())
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("not measured: ")

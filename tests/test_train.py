@@ -347,7 +347,7 @@ def test_a_stalled_pipeline_is_reported(config, tmp_path, mesh, monkeypatch, cap
 
     monkeypatch.setattr(Data, "train_batches", slow)
     train_and_evaluate(stalls, tmp_path / "w", mesh=mesh)
-    line = r"no batch for [01] s: the input pipeline is stalled \(step 1\)"
+    line = r"waiting for data for [01] s \(step 1\): the input pipeline is stalled"
     assert len(re.findall(line, capsys.readouterr().err)) == 1
 
 

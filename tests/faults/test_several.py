@@ -29,7 +29,7 @@ def trained(environment):
 
     def train(workdir, *flags, processes=2, restart=0, act=None):
         command = [sys.executable, WORKER, "--workdir", str(workdir), "--num-steps", "60", *flags]
-        settings = local.Settings(processes=processes, devices=1, restart=restart)
+        settings = local.Settings(processes=processes, devices=1, restart=restart, grace=15)
         threads = []
 
         def started(children):
@@ -53,16 +53,15 @@ def unbroken(trained, tmp_path_factory):
 
 
 def sends(workdir, number, who, ended):
-    """What sends one process a signal when a checkpoint is there, and times the other's end."""
+    """What sends one process a signal when a checkpoint is there, and notes how both end."""
 
     def act(children):
         while newest(workdir) < 10:
             time.sleep(0.02)
         children[who].send_signal(number)
-        sent = time.monotonic()
         while any(child.returncode is None for child in children):
             time.sleep(0.02)
-        ended.append((time.monotonic() - sent, [child.returncode for child in children]))
+        ended.extend(child.returncode for child in children)
 
     return act
 
@@ -74,23 +73,15 @@ def sends(workdir, number, who, ended):
 def test_what_one_of_two_meets_costs_no_bit(trained, unbroken, tmp_path, capfd, number, who):
     workdir, ended = tmp_path / "w", []
     assert trained(workdir, restart=1, act=sends(workdir, number, who, ended)) == 0
-    said = capfd.readouterr()
-    ((seconds, statuses),) = ended
-    with capfd.disabled():
-        print(
-            f"\n{number.name} to process {who} of 2: both ended after {seconds:.2f} s, {statuses}"
-        )
-    assert seconds < 10
-    assert "resumes at step" in said.out
+    said = capfd.readouterr().out
+    assert "resumes at step" in said
+    assert "still run" not in said  # what the launcher says when it has to end one
     if number == signal.SIGKILL:
-        assert statuses[who] == -signal.SIGKILL
-        assert statuses[1 - who] == 1
-        other = [line for line in said.err.splitlines() if line.startswith(f"[{1 - who}] process")]
-        assert len(other) == 1
-        assert f"process {who} has died" in other[0]
+        assert ended[who] == -signal.SIGKILL
+        assert ended[1 - who] in (1, -signal.SIGABRT)  # the latter is JAX's own
     else:
-        assert statuses == [75, 75]
-        assert "of 60, which is saved" in said.out
+        assert ended == [75, 75]
+        assert "of 60, which is saved" in said
     assert_same_end(workdir, unbroken, 60)
 
 
