@@ -139,11 +139,11 @@ def test_what_is_in_names_does_nothing(run):
 @pytest.mark.parametrize(
     ("argv", "command"),
     [
-        (["/x/experiments/ablations/depth.py", "--seed", "1"],
+        (["/x/flax_resnet/experiments/ablations/depth.py", "--seed", "1"],
          "python -m experiments.ablations.depth --seed 1"),
-        (["/x/flax_resnet/__main__.py", "evaluate"], "python -m flax_resnet evaluate"),
+        (["/x/flax_resnet/flax_resnet/__main__.py", "evaluate"], "python -m flax_resnet evaluate"),
         (["/home/me/own.py", "~/a b", "x;y"], "python own.py ~/'a b' 'x;y'"),
-        (["/usr/bin/flax-resnet", "train"], "flax-resnet train"),
+        (["/home/flax_resnet/bin/flax-resnet", "train"], "flax-resnet train"),
         (["-c", "x"], None),
         ([], None),
     ],
