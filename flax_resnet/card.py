@@ -176,8 +176,9 @@ def _accuracy(repository: str, trained: Trained | None) -> Iterable[str]:
             f"| {images}{escaped(data.eval_split)} | {100 * scores['top1']:.2f} % | "
             f"{100 * scores['top5']:.2f} % | {scores['loss']:.4f} |"
         )
-    count = len(trained.evaluations)
-    best = f", the best of {count} evaluations on these images" if scores and count > 1 else ""
+    top1 = [row["top1"] for row in trained.evaluations]
+    chosen = scores is not None and len(top1) > 1 and scores["top1"] == max(top1)
+    best = f", the best of {len(top1)} evaluations on these images" if chosen else ""
     views = "" if config.tta == "none" else f", the mean of the views of tta={config.tta}"
     yield f"One run of seed {config.seed}, at step {step}{best}{views}."
     commands = dict.fromkeys(command_of(start.get("argv") or ()) for start in trained.starts)
