@@ -87,16 +87,13 @@ def model_card(
         f"{escaped(opened.name)}, a residual network of {parameters:,} parameters for image "
         f"classification in JAX and Flax, by flax_resnet{on}.",
         "## Accuracy",
-        *(_accuracy(repository, trained) if trained is not None else [UNKNOWN]),
+        *_accuracy(repository, trained),
         "## Use",
         *_use(opened, repository),
         "## Licence",
         *_license(license, trained),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-UNKNOWN = "Not known: these weights were published without the record of a run."
 
 
 def line(value: Any) -> str:
@@ -120,9 +117,8 @@ def command_of(argv: Sequence[str]) -> str | None:
         return None
     path = PurePath(argv[0])
     words = ["python", path.name] if path.suffix == ".py" else [path.name]
-    for package in {"experiments", "flax_resnet"}.intersection(path.parts[:-1]):
-        inner = path.with_suffix("").parts[path.parts.index(package) :]
-        words = ["python", "-m", ".".join(part for part in inner if part != "__main__")]
+    if module := re.search(r"(?:^|.*/)((?:experiments|flax_resnet)/.*)\.py$", path.as_posix()):
+        words = ["python", "-m", module[1].removesuffix("/__main__").replace("/", ".")]
     return shlex.join([*words, *argv[1:]]).replace("'~/", "~/'")
 
 
@@ -165,7 +161,10 @@ def _metadata(name: str, license: License, trained: Trained | None) -> str:
     ).to_yaml()
 
 
-def _accuracy(repository: str, trained: Trained) -> Iterable[str]:
+def _accuracy(repository: str, trained: Trained | None) -> Iterable[str]:
+    if trained is None:
+        yield "Not known: these weights were published without the record of a run."
+        return
     config, step, scores = trained.config, trained.checkpoint["step"], trained.scores
     data = config.data
     if scores is None:
@@ -177,8 +176,9 @@ def _accuracy(repository: str, trained: Trained) -> Iterable[str]:
             f"| {images}{escaped(data.eval_split)} | {100 * scores['top1']:.2f} % | "
             f"{100 * scores['top5']:.2f} % | {scores['loss']:.4f} |"
         )
-    count = len(trained.evaluations)
-    best = f", the best of {count} evaluations on these images" if scores and count > 1 else ""
+    top1 = [row["top1"] for row in trained.evaluations]
+    chosen = scores is not None and len(top1) > 1 and scores["top1"] == max(top1)
+    best = f", the best of {len(top1)} evaluations on these images" if chosen else ""
     views = "" if config.tta == "none" else f", the mean of the views of tta={config.tta}"
     yield f"One run of seed {config.seed}, at step {step}{best}{views}."
     commands = dict.fromkeys(command_of(start.get("argv") or ()) for start in trained.starts)

@@ -7,14 +7,14 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_resnet import metrics, models, provenance
+from flax_resnet import metrics, provenance
 from flax_resnet.card import License, Trained, model_card
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained import Pretrained, open_weights, stem_channels, write_weights
+from flax_resnet.pretrained import Pretrained, open_weights, write_weights
 from flax_resnet.pretrained.fetch import offline
 from flax_resnet.pretrained.hub import (
     CONFIG,
@@ -118,7 +118,9 @@ def write_repository(
     repo, directory = _named(repo_id), Path(directory).expanduser()
     license = License(license) if isinstance(license, str) else license
     opened, trained, record = _opened(source)
-    shape = _input_shape(opened, trained)
+    prepared = opened.preprocessing
+    shape = trained.checkpoint["image_shape"] if trained is not None else None
+    shape = prepared.shape if prepared is not None else shape
     texts = {
         CONFIG: _json(_config(opened, shape, record)),
         CARD: model_card(opened, repo.name, license, trained),
@@ -134,9 +136,9 @@ def write_repository(
         directory / WEIGHTS,
         opened.module,
         opened.variables,
-        preprocessing=opened.preprocessing,
+        preprocessing=prepared,
         class_names=opened.class_names,
-        input_shape=shape,
+        input_shape=shape and tuple(shape),
     )
     return [directory / name for name in (WEIGHTS, *texts)]
 
@@ -219,17 +221,8 @@ def without_home(text: str) -> str:
     return re.sub(re.escape(home) + r"(?![\w.-])", "~", text) if len(home) > 1 else text
 
 
-def _input_shape(opened: Pretrained, trained: Trained | None) -> tuple[int, int, int]:
-    if opened.preprocessing is not None:
-        return opened.preprocessing.shape
-    if trained is not None:
-        return models.check_shape(trained.checkpoint["image_shape"])
-    height, width, channels = models.default_shape(opened.module)
-    return height, width, stem_channels(opened.variables, channels)
-
-
 def _config(
-    opened: Pretrained, shape: tuple[int, int, int], record: Mapping[str, Any] | None
+    opened: Pretrained, shape: Sequence[int] | None, record: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """config.json: the network, its input and output, and of a run its own config.json."""
     prepared = opened.preprocessing

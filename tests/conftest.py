@@ -132,7 +132,6 @@ def hub(tmp_path, monkeypatch):
     client = pytest.importorskip("huggingface_hub", reason="needs [hub]")
     from hub_server import Hub
     from huggingface_hub import constants
-    from huggingface_hub.utils import _http
 
     for name in list(os.environ):
         if name.lower().endswith("_proxy") or name.startswith("HF_"):
@@ -142,7 +141,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # of its own, not HTTP
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
     with contextlib.closing(Hub()) as running:
         monkeypatch.setenv("HF_ENDPOINT", running.url)
         yield running

@@ -94,6 +94,9 @@ def test_the_figures_are_of_the_step_that_was_kept(run):
     metrics = front(card)["model-index"][0]["results"][0]["metrics"]
     assert [m["value"] for m in metrics] == [0.5, 0.75, 1.5]
     assert "| 50.00 % | 75.00 % | 1.5000 |" in card
+    assert "at step 23, the best of 2 evaluations" in card
+    newest = dataclasses.replace(trained, checkpoint={**kept, "step": 24})
+    assert "at step 24." in model_card(opened, "me/digits", MIT, newest)
     never = dataclasses.replace(trained, checkpoint={**kept, "step": 20})
     card = model_card(opened, "me/digits", MIT, never)
     assert "Not known: the checkpoint of step 20 was not evaluated." in card
@@ -139,11 +142,11 @@ def test_what_is_in_names_does_nothing(run):
 @pytest.mark.parametrize(
     ("argv", "command"),
     [
-        (["/x/experiments/ablations/depth.py", "--seed", "1"],
+        (["/x/flax_resnet/experiments/ablations/depth.py", "--seed", "1"],
          "python -m experiments.ablations.depth --seed 1"),
-        (["/x/flax_resnet/__main__.py", "evaluate"], "python -m flax_resnet evaluate"),
+        (["/x/flax_resnet/flax_resnet/__main__.py", "evaluate"], "python -m flax_resnet evaluate"),
         (["/home/me/own.py", "~/a b", "x;y"], "python own.py ~/'a b' 'x;y'"),
-        (["/usr/bin/flax-resnet", "train"], "flax-resnet train"),
+        (["/home/flax_resnet/bin/flax-resnet", "train"], "flax-resnet train"),
         (["-c", "x"], None),
         ([], None),
     ],

@@ -20,9 +20,8 @@ BLOCK = fetching.CHUNK
 
 @pytest.fixture
 def host(hub, tmp_path, monkeypatch):
-    """A file server, no pauses between attempts, and a cache of the test's own."""
+    """A file server, and a cache of the test's own."""
     pytest.importorskip("pooch", reason="needs [hub]")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setenv("FLAX_RESNET_CACHE", str(tmp_path / "cache"))
     hub.uploaded["a.pth"] = DATA
     return hub
