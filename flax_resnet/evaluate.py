@@ -12,7 +12,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from flax import linen as nn
 
-from flax_resnet import flags, metrics
+from flax_resnet import flags, metrics, tables
 from flax_resnet.augment import normalize
 from flax_resnet.classify import Classifier, WeightFlags, flag, writing
 from flax_resnet.data import DataConfig
@@ -384,16 +384,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             file.write("\n")
     split = "" if config.folder else f" {config.eval_split}"
     about = {"weights": settings.weights, "data": f"{config.title}{split}"}
-    metrics.closing_table(opened.name, {**about, **_rows(found)})
-
-
-def _rows(found: Mapping[str, float]) -> dict[str, str]:
-    rate = found["n"] / found["seconds"]
-    return {
-        "top-1": f"{100 * found['top1']:.2f} % of {found['n']} images",
-        "top-5": f"{100 * found['top5']:.2f} %",
-        "loss": f"{found['loss']:.4f} nats",
-        "calibration error": f"{100 * found['calibration_error']:.2f} % ({BINS} bins)",
-        "Brier score": f"{found['brier']:.4f}",
-        "time": f"{found['seconds']:.1f} s, {rate:.0f} images a second",
-    }
+    tables.show(opened.name, [*about.items(), *tables.result_rows(found).items()])

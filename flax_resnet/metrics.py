@@ -7,7 +7,6 @@ size, shard or padding add up to the exact mean.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,6 @@ import numpy as np
 import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from flax_resnet.files import replacing
 from flax_resnet.tracking import Events, Follower
@@ -305,12 +303,3 @@ class Timer:
             "images_per_second": self.images / seconds,
             "data_wait": min(self._waited / seconds, 1.0),
         }
-
-
-def closing_table(title: str, rows: Mapping[str, Any]) -> None:
-    """Prints the numbers of a finished run as a two-column table."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, str(value))
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "100"))
-    Console(highlight=False, width=width).print(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,3 +111,16 @@ def flatten(record: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(record, Mapping):
         record = record["class_itself"].partition(":")[2]
     return {prefix: record}
+
+
+def varying_fields(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the fields in which flat records differ, in the records' order.
+
+    A field that some of the records lack differs.
+    """
+    names = dict.fromkeys(name for record in records for name in record)
+    return [
+        name
+        for name in names
+        if any(name not in one or one[name] != records[0].get(name) for one in records)
+    ]

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from flax_resnet import figures, flags, metrics
+from flax_resnet import figures, flags, metrics, tables
 from flax_resnet.classify import flag, writing
 from flax_resnet.errors import UserError, check_choices
 from flax_resnet.inspection import PARTS, Session, open_run, read_record
@@ -166,17 +166,7 @@ def _shown(section: Section) -> str:
 def _result(workdir: Path) -> str:
     try:
         found = json.loads((workdir / "result.json").read_text())
-        rows = {
-            "evaluation top-1": f"{100 * found['top1']:.2f} % of {found['num_eval']} images",
-            "evaluation top-5": f"{100 * found['top5']:.2f} %",
-            "evaluation loss": f"{found['loss']:.4f} nats",
-            "best top-1": f"{100 * found['best_top1']:.2f} % at step {found['best_step']}",
-            "training top-1": f"{100 * found['train_top1']:.2f} % (last interval)",
-            "training loss": f"{found['train_loss']:.4f} nats",
-            "training images": found["num_train"],
-            "steps": f"{found['step']} ({found['epochs']:g} epochs)",
-            "time": f"{found['seconds']:.1f} s, compilation and evaluation included",
-        }
+        rows = tables.result_rows(found) | {"training images": found["num_train"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = "the run is not finished" if isinstance(error, OSError) else repr(error)
         return f'<p class="absent">No result: {html.escape(reason)}.</p>'

@@ -21,7 +21,7 @@ from flax_resnet.files import replacing
 from flax_resnet.grids import check_name, replaced
 from flax_resnet.guards import Diverged
 from flax_resnet.preemption import Preempted, Signals
-from flax_resnet.record import flatten, to_record
+from flax_resnet.record import flatten, to_record, varying_fields
 from flax_resnet.together import NotTogether, train_together, why_not
 from flax_resnet.train import finished, train_and_evaluate
 
@@ -232,12 +232,10 @@ def table_rows(
       failures: how runs failed, by name.
     """
     flat = {name: flatten(to_record(config)) for name, config in configs.items()}
-    fields = list(dict.fromkeys(field for one in flat.values() for field in one))
     varies = [
         field
-        for field in fields
+        for field in varying_fields(list(flat.values()))
         if field not in ("seed", "checkpoint.directory")
-        and len({repr(one.get(field)) for one in flat.values()}) > 1
     ]
     rows = []
     for name, own in flat.items():

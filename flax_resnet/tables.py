@@ -8,11 +8,15 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from flax_resnet.files import replacing
 
@@ -26,6 +30,52 @@ SHOWN: tuple[tuple[str, str, bool, int], ...] = (
     ("training error (%)", "train_top1", True, 2),
     ("evaluation loss (nats)", "loss", False, 3),
 )
+
+
+class Measure(NamedTuple):
+    """How a number of a run's result is written."""
+
+    label: str
+    unit: str
+    times: float = 1
+    digits: int = 4
+
+    def text(self, value: float) -> str:
+        """The number with its unit."""
+        return f"{self.times * value:.{self.digits}f} {self.unit}".rstrip()
+
+
+MEASURES: Mapping[str, Measure] = {
+    "top1": Measure("evaluation top-1", "%", 100, 2),
+    "top5": Measure("evaluation top-5", "%", 100, 2),
+    "loss": Measure("evaluation loss", "nats"),
+    "calibration_error": Measure("calibration error", "%", 100, 2),
+    "brier": Measure("Brier score", ""),
+    "best_top1": Measure("best top-1", "%", 100, 2),
+    "train_top1": Measure("training top-1", "%", 100, 2),
+    "train_loss": Measure("training loss", "nats"),
+    "step": Measure("steps", "", digits=0),
+    "seconds": Measure("time", "s", digits=1),
+}
+"""{field of a result.json or of what ``evaluate`` returns: how it is written}."""
+
+
+def result_rows(result: Mapping[str, Any]) -> dict[str, str]:
+    """{label: text} of the numbers that a result.json, or ``evaluate``, has."""
+    notes = {"train_top1": "(last interval)"}
+    if "n" in result:
+        notes["top1"] = f"of {result['n']} images"
+        notes["seconds"] = f"({result['n'] / result['seconds']:.0f} images a second)"
+    else:
+        notes["top1"] = f"of {result['num_eval']} images"
+        notes["best_top1"] = f"at step {result['best_step']}"
+        notes["step"] = f"({result['epochs']:g} epochs)"
+        notes["seconds"] = "with compilation and evaluation"
+    return {
+        measure.label: f"{measure.text(result[field])} {notes.get(field, '')}".rstrip()
+        for field, measure in MEASURES.items()
+        if field in result
+    }
 
 
 def by_variant(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -70,13 +120,12 @@ def paired_test(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, flo
 
     seeds = sorted(a.keys() & b.keys())
     d = np.array([a[seed] - b[seed] for seed in seeds])
-    n = len(d)
-    found = {"n": n, "difference": float(d.mean()) if n else math.nan}
-    if n < 2 or np.ptp(d) <= 1e-12 * max(1.0, float(np.abs(d).max())):
+    found = {"n": len(d), "difference": float(d.mean()) if len(d) else math.nan}
+    if len(d) < 2 or np.ptp(d) <= 1e-12 * max(1.0, float(np.abs(d).max())):
         return {**found, "half_width": math.nan, "p": math.nan}
-    error = d.std(ddof=1) / math.sqrt(n)
-    p = 2 * stats.t.sf(abs(d.mean()) / error, n - 1)
-    return {**found, "half_width": float(stats.t.ppf(0.975, n - 1) * error), "p": float(p)}
+    test = stats.ttest_1samp(d, 0)
+    low, high = test.confidence_interval(0.95)
+    return {**found, "half_width": float(high - low) / 2, "p": float(test.pvalue)}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -147,6 +196,27 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def show(
+    title: str, rows: Iterable[Sequence[Any]], header: Sequence[str] = (), numbers: int = 0
+) -> None:
+    """Prints a table to the terminal.
+
+    Args:
+      title: heads the table.
+      rows: their cells.
+      header: names of the columns; none where it is empty.
+      numbers: how many of the last columns are aligned to the right.
+    """
+    table = Table(title=title, title_justify="left", show_header=bool(header))
+    for i, name in enumerate(header):
+        justify: Any = "right" if i >= len(header) - numbers else "left"
+        table.add_column(name, justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*map(str, row))
+    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "120"))
+    Console(highlight=False, width=width).print(table)
 
 
 def plus_minus(values: Iterable[float], digits: int = 2) -> str:

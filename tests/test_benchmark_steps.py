@@ -76,7 +76,6 @@ def test_sizes_follow_the_network():
         (["--models", "mini", "--dtype", "int8"], "dtype 'int8': expected one such as float32"),
         (["--models", "resnet50", "--image-size", "8"], "input is 8x8, the least"),
         (["--steps", "0"], "--steps=0: expected 1 or more"),
-        (["--optimizer", "lamb"], "lamb"),
     ],
 )
 def test_bad_input_is_one_line(argv, line, capfd, monkeypatch):

@@ -100,7 +100,6 @@ def test_command_prints_a_line_of_json_a_row_and_then_the_table(monkeypatch, cap
         (["--depths", "12"], "--depths 12: expected 9n + 2; the nearest is 11"),
         (["--depths", "2"], "--depths 2: expected 9n + 2; the nearest is 11"),
         (["--steps", "0"], "--steps=0: expected 1 or more"),
-        (["--step", "3"], "did you mean --steps?"),
         (["--image-size", "3"], "input is 3x3"),
     ],
 )

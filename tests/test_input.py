@@ -178,7 +178,6 @@ def test_a_worker_times_batches_after_those_read_ahead(folder, monkeypatch):
     [
         (["--photographs", "1"], "--photographs=1: expected 2 or more"),
         (["--cores", "4096"], "--cores 4096: there are"),
-        (["--crop", "left"], "crop"),
         (["--batches", "0"], "--batches=0: expected 1 or more"),
     ],
 )

@@ -57,7 +57,7 @@ LEVELS = [
     {"dispatch", "transfer"},
     {"config"},
     {"run", "flags", "grids", "recipes"},
-    {"resume", "completion"},
+    {"resume"},
     {"setup"},
     {"analysis", "restart"},
     {"train"},

@@ -131,13 +131,3 @@ def test_timer_counts_the_wait_for_data(monkeypatch):
     assert timer.summary() == {"images_per_second": 2.0, "data_wait": 0.25}
     timer.reset()
     assert timer.summary()["images_per_second"] == 0.0
-
-
-def test_closing_table_has_every_row(capsys):
-    metrics.closing_table("a run", {"top-1": "99.00 %", "steps": 7})
-    out = capsys.readouterr().out
-    assert "a run" in out
-    assert [row.split("│")[1:3] for row in out.splitlines() if row.startswith("│")] == [
-        [" top-1 ", " 99.00 % "],
-        [" steps ", " 7       "],
-    ]

@@ -256,7 +256,6 @@ def test_the_command_prints_a_line_of_json_for_each_network_and_peer(measured, m
         (["--image-size", "12"], "--image-size 12: expected a multiple of 8"),
         (["--cores", "9999"], "--cores 9999: there are "),
         (["--image-size", "8", "--models", "resnet50"], "input is 8x8"),
-        (["--dtype", "float16"], "float16"),
     ],
 )
 def test_bad_input_is_one_line(argv, line, capfd):

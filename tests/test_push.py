@@ -37,7 +37,6 @@ def test_a_push_is_one_commit(hub, net, call):
         (["{net}", "me/net", "--license", "other"], "expected both with 'other'"),
         (["{net}", "me/net@v1", "--license", "mit"], "give it as the revision"),
         (["{net}", "net", "--license", "mit"], "'net': expected OWNER/NAME"),
-        (["{net}", "me/net"], "--license"),
         (["{net}", "me/net", "--license", "mit", "--message", " "], "what the commit is to be"),
         (["{tmp}/none.safetensors", "me/net", "--license", "mit"], "none.safetensors"),
         (["{tmp}", "me/net", "--license", "mit"], "holds no run"),

@@ -306,7 +306,6 @@ def test_the_committed_records_hold_nothing_private_and_are_of_experiments():
     [
         (["--note", "n"], "give DIR as well"),
         (["{seeds}", "--name", "a/b"], "--name 'a/b': expected letters"),
-        (["{seeds}", "--nam", "a"], "did you mean --name?"),
     ],
 )
 def test_bad_flags_end_the_command_in_one_line(arguments, message, seeds, tmp_path, capsys):
