@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,32 @@ def totals(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Adds up sums on the host, one after the other in float64: floats, or arrays (S,)."""
     total: dict[str, Any] = {}
     for one in jax.device_get(list(sums)):
-        for name, value in one.items():
-            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)[()]
+        _add(total, one)
+    return total
+
+
+def _add(total: dict[str, Any], one: Mapping[str, Any]) -> None:
+    for name, value in one.items():
+        total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)[()]
+
+
+def outputs(step: Callable[[Any], Any], batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """(batch, what ``step`` gives for it, on the host); the step after it runs meanwhile."""
+    running = None
+    for batch in batches:
+        started = batch, step(batch)
+        if running is not None:
+            yield running[0], jax.device_get(running[1])
+        running = started
+    if running is not None:
+        yield running[0], jax.device_get(running[1])
+
+
+def evaluated(step: Callable[[Any], Mapping[str, Any]], batches: Iterable[Any]) -> dict[str, Any]:
+    """Adds up, as ``totals`` does, the sums that a step gives for each of the batches."""
+    total: dict[str, Any] = {}
+    for _, sums in outputs(step, batches):
+        _add(total, sums)
     return total
 
 

@@ -33,7 +33,6 @@ class Row:
       shape: of its output, without the batch axis.
       parameters: trainable values.
       macs: multiply-adds of convolutions and dense layers, for one image.
-      activation: values in its output, for one image.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Row:
     shape: tuple[int, ...]
     parameters: int
     macs: int
-    activation: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +52,14 @@ class Summary:
       statistics: running means and variances.
       macs: multiply-adds of convolutions and dense layers, for one image, as papers and
         torchvision count "FLOPs"; norms, ReLUs, sums and pools are left out.
-      outputs: values in the outputs of the rows, for one image.
-      output_bytes: bytes of these values for the whole batch.
-      batch_size: images in the batch.
+      output_bytes: bytes of the outputs of the rows, for one batch.
     """
 
     rows: tuple[Row, ...]
     parameters: int
     statistics: int
     macs: int
-    outputs: int
     output_bytes: int
-    batch_size: int
 
 
 def summarize(module: nn.Module, input_shape: tuple[int, int, int], batch_size: int = 1) -> Summary:
@@ -77,16 +71,13 @@ def summarize(module: nn.Module, input_shape: tuple[int, int, int], batch_size: 
       batch_size: images in the batch whose ``output_bytes`` are counted.
     """
     rows, variables = count_layers(module, input_shape)
-    outputs = sum(row.activation for row in rows)
     itemsize = jnp.dtype(getattr(module, "dtype", None) or "float32").itemsize
     return Summary(
         rows=rows,
         parameters=_size(variables["params"]),
         statistics=_size(variables.get("batch_stats", {})),
         macs=sum(row.macs for row in rows),
-        outputs=outputs,
-        output_bytes=outputs * itemsize * batch_size,
-        batch_size=batch_size,
+        output_bytes=sum(math.prod(row.shape) for row in rows) * itemsize * batch_size,
     )
 
 
@@ -116,7 +107,7 @@ def _recorder(rows: list[Row]) -> Callable[..., Any]:
                 macs = math.prod(params["kernel"].shape) * math.prod(shape[:-1])
             kind = _conv_kind(layer) if isinstance(layer, nn.Conv) else type(layer).__name__
             name = ".".join(layer.path)
-            rows.append(Row(name, kind, shape, _size(params), macs, math.prod(shape)))
+            rows.append(Row(name, kind, shape, _size(params), macs))
         return out
 
     return record
@@ -149,7 +140,6 @@ def by_part(rows: tuple[Row, ...]) -> tuple[Row, ...]:
             group[-1].shape,
             sum(row.parameters for row in group),
             sum(row.macs for row in group),
-            sum(row.activation for row in group),
         )
         for name, group in parts.items()
     )
@@ -173,6 +163,5 @@ def show(title: str, summary: Summary, *, parts: bool = False) -> None:
         f"parameters {summary.parameters:,}; running statistics {summary.statistics:,}\n"
         f"multiply-adds {summary.macs:,} for one image ({summary.macs / 1e9:.3f} G; convolutions "
         "and dense layers)\n"
-        f"these layers' outputs {summary.output_bytes / 1e6:,.1f} MB for a batch of "
-        f"{summary.batch_size}"
+        f"outputs of these layers {summary.output_bytes / 1e6:,.1f} MB for the batch"
     )

@@ -12,7 +12,7 @@ from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models import MiniModel
 from flax_resnet.optim import LAMB, SGD, Cosine, Piecewise
-from flax_resnet.record import find_class, flatten, from_record, to_record
+from flax_resnet.record import find_class, flatten, from_record, to_record, varying_fields
 
 CONFIGS = [
     TrainConfig(),
@@ -72,3 +72,9 @@ def test_flatten_names_fields_by_dots():
     assert flat["optimizer.schedule"] == "Cosine"
     assert flat["optimizer.schedule.final"] == 0.5
     assert flat["model.stage_sizes"] == [3, 3, 3]
+
+
+def test_fields_that_vary_are_those_that_differ_or_are_not_everywhere():
+    records = [{"a": 1, "b": [1, 2], "c": None}, {"a": 1, "b": [1, 3], "d": 0}]
+    assert varying_fields(records) == ["b", "c", "d"]
+    assert varying_fields(records[:1]) == []
