@@ -1,7 +1,7 @@
-"""What this machine has: versions, devices, cache, data; and for what is missing the command.
+"""What this machine has: versions, devices, data; and for what is missing the command.
 
-``jax.print_environment_info`` and ``pip check`` report the versions. Only what they do not say is
-looked at here: a GPU that JAX cannot use, a wrong result, a full disk, data sets and extras.
+``jax.print_environment_info`` and ``pip check`` report the versions. A full disk, a cache that
+cannot be written and a device that does not compute are said by the command that meets them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,22 +17,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
 
-from flax_resnet import cpu, flags
+from flax_resnet import flags
 from flax_resnet.classify import flag
 from flax_resnet.datasets import sources
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained.fetch import cache_dir
 from flax_resnet.provenance import git_state, versions
 
 PACKAGE = "flax_resnet"
 State = Literal["ok", "absent", "wrong"]
 MARKS = {"ok": " ", "absent": "-", "wrong": "!"}
-MIN_FREE_BYTES = 2**31
-"""Free bytes of the working directory's disk, below which a long run may fill it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +64,6 @@ def findings(data_dir: str | None = None) -> Iterator[Finding]:
     if gpu and jax.default_backend() == "cpu":
         text = "there is an NVIDIA GPU, and jax has no CUDA"
         yield Finding("GPU", text, "wrong", 'pip install "jax[cuda13]"')
-    yield _computation()
-    yield Finding("cores", f"{cpu.usable_cores()} usable of {os.cpu_count()}")
-    free = shutil.disk_usage(Path.cwd()).free
-    enough: State = "ok" if free > MIN_FREE_BYTES else "wrong"
-    advice = None if enough == "ok" else "free some, or run elsewhere"
-    yield Finding("disk", f"{free / 2**30:.1f} GiB free in {Path.cwd()}", enough, advice)
-    yield _cache()
     root = Path(sources.data_root(data_dir))
     infos = [*root.glob("*/*/dataset_info.json"), *root.glob("*/*/*/dataset_info.json")]
     sets = sorted(str(info.parent.relative_to(root)) for info in infos)
@@ -97,33 +84,6 @@ def _requirements() -> Finding:
     ours = any(line.replace("-", "_").startswith(PACKAGE) for line in lines)
     advice = "pip install what it names" if done.stdout else "python -m ensurepip"
     return Finding("pip check", "; ".join(lines), "wrong" if ours else "absent", advice)
-
-
-def _computation() -> Finding:
-    """Compares a compiled convolution with NumPy's."""
-    rng = np.random.default_rng(0)
-    x, k = rng.normal(size=64).astype(np.float32), rng.normal(size=9).astype(np.float32)
-    want, advice = np.convolve(x, k), "check driver and jax versions"
-    try:
-        error = float(np.max(np.abs(jnp.convolve(x, k) - want)) / np.max(np.abs(want)))
-    except jax.errors.JaxRuntimeError as failed:
-        text = f"a convolution fails: {str(failed).splitlines()[0]:.200}"
-        return Finding("computation", text, "wrong", advice)
-    text = f"a convolution has a relative error of {error:.0e}"
-    if error > 1e-2:  # TF32 and bfloat16 products are less exact than float32's
-        return Finding("computation", text, "wrong", advice)
-    return Finding("computation", text)
-
-
-def _cache() -> Finding:
-    directory = cache_dir()
-    size = sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
-    text = f"{size / 2**20:.1f} MiB in {directory}"
-    above = next(p for p in (directory, *directory.parents) if p.exists())
-    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
-        return Finding("cache", text)
-    advice = "make it writable, or set FLAX_RESNET_CACHE"
-    return Finding("cache", f"{text}, which is not writable", "wrong", advice)
 
 
 def _extras(from_checkout: bool) -> Iterator[Finding]:
@@ -163,8 +123,8 @@ class Settings:
     """Print JSON, for a bug report."""
 
 
-ABOUT = """Says what this machine has: versions, devices, cache, data sets, extras; and for what is
-missing the command. A line that begins with ! is wrong, with - is absent and may not be needed.
+ABOUT = """Says what this machine has: versions, devices, data sets, extras; and for what is missing
+the command. A line that begins with ! is wrong, with - is absent and may not be needed.
 Ends with status 1 where something is wrong. Nothing is downloaded or written.
 
 Examples:
