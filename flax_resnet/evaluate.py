@@ -6,6 +6,7 @@ Runs on one device, the first.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -334,8 +335,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     opened = settings.open(settings.weights)
     config, how = settings.asked()
 
-    def measured() -> dict[str, float]:
-        return evaluate(
+    with contextlib.ExitStack() as stack:  # a file that cannot be written is said at once
+        file = settings.output and stack.enter_context(writing(settings.output))
+        found = evaluate(
             opened,
             config,
             batch_size=settings.batch_size,
@@ -343,19 +345,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             limit=settings.limit,
             **how,
         )
-
-    if settings.output is None:
-        found = measured()
-    else:
-        with writing(settings.output) as file:
-            found = measured()
-            said = {**dataclasses.asdict(settings), "tta": how["tta"]}
-            of_none = {"name": config.folder is not None, "holdout_every": not how["holdout"]}
-            said["data"] = {
-                name: None if of_none.get(name) else getattr(config, name) for name in said["data"]
+        if file:
+            asked = {**dataclasses.asdict(settings), "tta": how["tta"]}
+            unused = {"name": config.folder is not None, "holdout_every": not how["holdout"]}
+            asked["data"] = {
+                name: None if unused.get(name) else getattr(config, name) for name in asked["data"]
             }
-            json.dump({**said, **found}, file, indent=2)
-            file.write("\n")
+            print(json.dumps({**asked, **found}, indent=2), file=file)
     split = "" if config.folder else f" {config.eval_split}"
     about = {"weights": settings.weights, "data": f"{config.title}{split}"}
     tables.show(opened.name, [*about.items(), *tables.result_rows(found).items()])

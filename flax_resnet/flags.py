@@ -172,7 +172,7 @@ def cli(
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(settings, prog=prog, args=argv, description=about, **options)
+            parsed = tyro.cli(settings, prog=prog, args=argv, description=about, **options)
     except SystemExit as stop:
         # Tyro takes a ValueError of a dataclass for a mistake in a flag, and prints a box.
         cause = stop.__context__
@@ -182,6 +182,8 @@ def cli(
             raise cause from None
         sys.stderr.write(printed.getvalue())
         raise
+    sys.stderr.write(printed.getvalue())
+    return parsed
 
 
 def tyro_registry() -> ConstructorRegistry:

@@ -119,11 +119,12 @@ def paired_test(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, flo
     from scipy import stats
 
     seeds = sorted(a.keys() & b.keys())
-    d = np.array([a[seed] - b[seed] for seed in seeds])
-    found = {"n": len(d), "difference": float(d.mean()) if len(d) else math.nan}
-    if len(d) < 2 or np.ptp(d) <= 1e-12 * max(1.0, float(np.abs(d).max())):
+    n, first, second = len(seeds), [a[s] for s in seeds], [b[s] for s in seeds]
+    d = np.subtract(first, second)
+    found = {"n": n, "difference": float(d.mean()) if n else math.nan}
+    if n < 2 or np.ptp(d) <= 1e-12 * max(1.0, float(np.abs(d).max())):
         return {**found, "half_width": math.nan, "p": math.nan}
-    test = stats.ttest_1samp(d, 0)
+    test = stats.ttest_rel(first, second)
     low, high = test.confidence_interval(0.95)
     return {**found, "half_width": float(high - low) / 2, "p": float(test.pvalue)}
 
