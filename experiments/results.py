@@ -28,7 +28,7 @@ from flax_resnet.config import TrainConfig, free_fields, write_json
 from flax_resnet.errors import UserError
 from flax_resnet.files import replacing
 from flax_resnet.main import one_line_errors
-from flax_resnet.record import flatten, to_record
+from flax_resnet.record import flatten, to_record, varying_fields
 
 HERE = Path(__file__).parent
 KEPT = ("step", "epochs", "num_train", "num_eval", "top1", "loss", "train_top1", "train_loss",
@@ -279,8 +279,8 @@ def _differences(here: Mapping[str, Any], config: TrainConfig) -> list[str]:
     recipe, free = flatten(to_record(config)), free_fields(config) | {"seed"}
     return [
         f"{name} {_plain(here[name])}, not {_plain(recipe[name])}"
-        for name in sorted(here.keys() & recipe.keys() - free)
-        if here[name] != recipe[name]
+        for name in sorted(varying_fields([here, recipe]))
+        if name in here.keys() & recipe.keys() - free
     ]
 
 

@@ -82,11 +82,11 @@ class PreparedFlags:
     interpolation: Annotated[
         Literal["nearest", "bilinear", "bicubic"] | None, flag("{nearest,bilinear,bicubic}", OWN)
     ] = None
-    """Of the resizing."""
+    """Interpolation used when resizing."""
     mean: Annotated[tuple[float, ...] | None, flag("X [X ...]", OWN)] = None
-    """Subtracted on the 0..1 scale: one number, or one a channel as the network sees them."""
+    """Subtracted from pixels scaled to 0..1: one number, or one for each channel of the network."""
     std: Annotated[tuple[float, ...] | None, flag("X [X ...]", OWN)] = None
-    """Then divided by, likewise."""
+    """Divisor after that: one number, or one for each channel of the network."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -187,6 +187,17 @@ class Classifier:
         """What to call a class."""
         names = self.class_names or ()
         return names[index] if index < len(names) else f"class {index}"
+
+
+def not_finite(what: str = "the network's outputs") -> UserError:
+    """The error of outputs that are not finite.
+
+    Args:
+      what: the outputs, in the plural.
+    """
+    return UserError(
+        f"{what} are not finite: the weights are damaged, or --mean and --std are not theirs"
+    )
 
 
 @contextlib.contextmanager

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Union
 
 import tyro
 
 from flax_resnet import (
     compare,
-    completion,
     convert,
     doctor,
     evaluate,
@@ -72,7 +74,7 @@ class Summary:
     ] = None
     """Of one image."""
     batch_size: int = 1
-    """Images whose memory is counted."""
+    """Images whose outputs are counted in MB."""
     dtype: str = "float32"
     """Of the computation."""
     no_top: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
@@ -106,8 +108,8 @@ NAMES = """Lists the networks that have a name.
 
 Examples:
   flax-resnet names --weights | grep resnet50"""
-SUMMARY = """Prints a network's layers with output shapes, parameters, multiply-adds and the memory
-of a batch, and the totals. Nothing is computed.
+SUMMARY = """Prints a network's layers with output shapes, parameters and multiply-adds, and the
+totals. Nothing is computed.
 
 Examples:
   flax-resnet summary resnet50 --parts
@@ -117,7 +119,7 @@ prepares a set (which needs the [prepare] extra), as ArrayRecord.
 
 Examples:
   flax-resnet prepare cifar10 --data-dir ~/data"""
-COMPLETION = """Prints a script that completes commands, flags and their choices.
+COMPLETION = """Prints tyro's script that completes commands, flags and their choices.
 
 Examples:
   eval "$(flax-resnet completion bash)"
@@ -197,10 +199,8 @@ def _make(command: str, argv: Sequence[str]) -> None:
             f"name, or a folder; `{PROG} {command} --help` has examples"
         )
     data, rest = argv[0], argv[1:]
-    given = recipes.Given(
-        data_dir=_value_of("--data.data-dir", rest),
-        weights=_value_of("--weights", rest),
-        model=_value_of("--model", rest),
+    given, _ = tyro.cli(
+        recipes.Given, args=rest, return_unknown_args=True, add_help=False, description=""
     )
     config = recipe(data, given)
     name = Path(data).expanduser().resolve().name if config.data.folder else data.replace("/", "-")
@@ -213,23 +213,32 @@ def _workdir(name: str, command: str) -> str:
     return f"runs/{name}" + ("" if command == "train" else f"-{command}")
 
 
-def _value_of(name: str, argv: Sequence[str]) -> str | None:
-    """What a flag is given in a command line that is not parsed yet; of several the last."""
-    found = None
-    for word, after in zip(argv, [*argv[1:], None], strict=False):
-        given, equals, value = word.partition("=")
-        if given.replace("_", "-") == name:
-            found = value if equals else after
-    return found
-
-
 def _completion(argv: Sequence[str]) -> None:
     shell = flags.cli(Completion, argv, COMPLETION, f"{PROG} completion").shell
-    settings = {name: (tool.settings, tool.what) for name, tool in TOOLS.items()}
     default = flags.Invocation("runs", TrainConfig())
-    first = {"summary": models.names(), "completion": get_args(Shell)}
-    first |= dict.fromkeys(MAKES, ("digits",))
-    print(completion.script(settings, default, first, PROG, shell), end="")
+    commands: list[Any] = []
+    for name, tool in TOOLS.items():
+        known: Any = {"default": default} if tool.settings is flags.Invocation else {}
+        subcommand = tyro.conf.subcommand(name, description=tool.what, **known)
+        commands.append(Annotated[tool.settings, subcommand])
+    any_of: Any = Union[tuple(commands)]  # noqa: UP007
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        tyro.cli(
+            any_of,
+            prog=PROG,
+            args=["--tyro-print-completion", shell],
+            registry=flags.tyro_registry(),
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    # In bash each line of a help is taken for a flag, and no answer for an empty one, not files.
+    script = re.sub(
+        r"(?m)^COMPLETION_SPEC = .*$",
+        lambda line: re.sub(r"\\+n", " ", line.group()),
+        printed.getvalue(),
+    )
+    script = script.replace('COMPREPLY=("${matches[@]}")', "COMPREPLY=(${matches[@]})")
+    print(script.replace("complete -F", "complete -o default -F"), end="")
 
 
 TOOLS: dict[str, Tool] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,17 +14,9 @@ from flax_resnet import flags, metrics, tables
 from flax_resnet.classify import flag, writing
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import read_record, variants
-from flax_resnet.record import flatten
+from flax_resnet.record import flatten, varying_fields
 
-# (what a line shows, the field of result.json, times, digits)
-RESULTS: tuple[tuple[str, str, float, int], ...] = (
-    ("evaluation top-1 (%)", "top1", 100, 2),
-    ("evaluation loss (nats)", "loss", 1, 4),
-    ("training top-1 (%)", "train_top1", 100, 2),
-    ("training loss (nats)", "train_loss", 1, 4),
-    ("steps", "step", 1, 0),
-    ("seconds", "seconds", 1, 1),
-)
+RESULTS = ("top1", "loss", "train_top1", "train_loss", "step", "seconds")
 NOT_COMPARED = ("seed",)
 ABSENT = "-"
 
@@ -46,28 +38,16 @@ def compare(paths: Sequence[str | Path]) -> str:
             "directories, or a sweep's"
         )
     names = _names([workdirs[0] for _, workdirs in found], [name for name, _ in found])
-    records = [[read_record(w)[1] for w in workdirs] for _, workdirs in found]
-    flat = [flatten(own[0]["config"]) for own in records]
-    fields = [
-        name
-        for name in dict.fromkeys(name for one in flat for name in one)
-        if len({str(one.get(name, ABSENT)) for one in flat}) > 1 and name not in NOT_COMPARED
-    ]
-    rows = [[f"`{f}`", *(str(one.get(f, ABSENT)) for one in flat)] for f in fields]
-    rows = rows or [["no field", *("the same" for _ in flat)]]
-    results = [[_result(w) for w in workdirs] for _, workdirs in found]
-    shown = [["runs finished", *(_finished(own) for own in results)]]
-    for text, field, times, digits in RESULTS:
-        values = [[times * r[field] for r in own if r and r.get(field) is not None]
-                  for own in results]  # fmt: skip
-        if any(values):
-            shown.append([text, *(tables.plus_minus(v, digits) for v in values)])
-    far = [_latest(workdirs) for (_, workdirs), own in zip(found, results, strict=True)
-           if not all(own)]  # fmt: skip
+    configs = [flatten(read_record(workdirs[0])[1]["config"]) for _, workdirs in found]
+    fields = [field for field in varying_fields(configs) if field not in NOT_COMPARED]
+    rows = [[f"`{f}`", *(str(own.get(f, ABSENT)) for own in configs)] for f in fields]
+    rows = rows or [["no field", *("the same" for _ in configs)]]
+    results = [[_result(workdir) for workdir in workdirs] for _, workdirs in found]
+    far = [_latest(workdirs) for _, workdirs in found]
     return "\n".join([
         tables.markdown_table(["config", *names], rows),
-        tables.markdown_table(["result", *names], shown),
-        *far,
+        tables.markdown_table(["result", *names], [_finished(results), *_means(results)]),
+        *filter(None, far),
     ])  # fmt: skip
 
 
@@ -85,9 +65,21 @@ def _result(workdir: Path) -> Mapping[str, Any] | None:
         return None
 
 
-def _finished(results: Sequence[Any]) -> str:
-    done = sum(result is not None for result in results)
-    return str(done) if done == len(results) else f"{done} of {len(results)}"
+def _finished(results: Sequence[Sequence[Any]]) -> list[str]:
+    """The row that says how many runs of each variant are finished."""
+    counts = [(sum(result is not None for result in own), len(own)) for own in results]
+    return ["runs finished", *(str(n) if n == all_ else f"{n} of {all_}" for n, all_ in counts)]
+
+
+def _means(results: Sequence[Sequence[Mapping[str, Any] | None]]) -> Iterator[list[str]]:
+    """A row for each number that a variant has: its mean and deviation over the seeds."""
+    for field in RESULTS:
+        label, unit, times, digits = tables.MEASURES[field]
+        values = [[times * r[field] for r in own if r and r.get(field) is not None]
+                  for own in results]  # fmt: skip
+        if any(values):
+            heading = f"{label} ({unit})" if unit else label
+            yield [heading, *(tables.plus_minus(own, digits) for own in values)]
 
 
 def _latest(workdirs: Sequence[Path]) -> str:

@@ -30,7 +30,7 @@ from flax_resnet.guards import Guard
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD, Optimizer
 from flax_resnet.provenance import git_state, versions
-from flax_resnet.record import flatten, to_record
+from flax_resnet.record import flatten, to_record, varying_fields
 from flax_resnet.tracking import AnyTracking, TensorBoard, Tracking
 from flax_resnet.views import Views
 
@@ -188,8 +188,8 @@ def differences(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
     absent = "not a field"
     return [
         f"{name}: there {old.get(name, absent)}, here {new.get(name, absent)}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name, absent) != new.get(name, absent) and not _within(name, free)
+        for name in sorted(varying_fields([old, new]))
+        if not _within(name, free)
         # A field that came after the run was begun stands for what was done before.
         if name in old or not _is_default(config, name)
     ]

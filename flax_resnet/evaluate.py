@@ -6,13 +6,14 @@ Runs on one device, the first.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,14 +23,12 @@ import numpy as np
 import tyro
 from flax import linen as nn
 
-from flax_resnet import flags, metrics
+from flax_resnet import flags, metrics, tables
 from flax_resnet.augment import normalize
-from flax_resnet.classify import Classifier, WeightFlags, flag, writing
-from flax_resnet.data import DataConfig
-from flax_resnet.datasets import prepare, sources
+from flax_resnet.classify import Classifier, WeightFlags, flag, not_finite, writing
+from flax_resnet.data import DataConfig, open_sources
 from flax_resnet.datasets.rows import decode_chunks
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.preprocess import Preprocessing
 from flax_resnet.pretrained import Pretrained, is_path
 from flax_resnet.pretrained.classes import imagenet_classes, imagenet_ids
 from flax_resnet.record import from_record
@@ -37,8 +36,6 @@ from flax_resnet.views import Views, averaged_logits, check_views
 
 BINS = 15
 CROPS = 10
-# Evaluation steps that may be under way: without a bound the host would queue every batch.
-MOST_STEPS = 2
 
 
 def evaluate(
@@ -78,34 +75,47 @@ def evaluate(
     check_views(tta)
     began = time.perf_counter()
     of = Classifier.of(opened)
-    decode: Any = of.preprocessing
-    if ten_crop and tta != "none":
-        raise UserError(f"--ten-crop with --tta {tta}: the crops are mirrored; leave one out")
+    prepared = of.preprocessing
     if ten_crop:
-        _check_crops(of.preprocessing)
-        decode = of.preprocessing.ten_crops
-    source = _open(config, holdout)
+        if tta != "none":
+            raise UserError(f"--ten-crop with --tta {tta}: the crops are mirrored; leave one out")
+        prepared.check_ten_crops()
+    if config.folder is None:
+        (source,) = open_sources(config, (config.eval_split,))
+    else:  # images may differ in size, and one that is held out of each one is all of them
+        any_size = dataclasses.replace(config, image_size=1)
+        source = open_sources(any_size, every=None if holdout else 1)[1]
     if not len(source):
         raise UserError(f"split {config.eval_split!r} of {config.title} is empty: give another")
     classes = class_order(source.class_names, of.class_names, of.num_classes, config.title)
     count = len(source) if limit is None else min(limit, len(source))
     rows = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
     chunk = min(count, max(1, batch_size // CROPS) if ten_crop else batch_size)
-    sums: list[metrics.Sums] = []
-    for images, labels in decode_chunks(source, decode, rows, chunk):
-        pad = chunk - len(labels)
-        images = np.pad(images, [(0, pad), *[(0, 0)] * (images.ndim - 1)])
-        mask = np.arange(chunk) < len(labels)
-        labels = np.pad(classes[labels], (0, pad))
-        jax.block_until_ready(sums[-MOST_STEPS:][:1])
-        sums.append(_sums(of.module, of.variables, of.stats, images, labels, mask, tta))
-    found = _means(sums)
-    if not math.isfinite(found["loss"]):
-        raise UserError(
-            "the network's outputs are not finite: the weights are damaged, or --mean and --std "
-            "are not theirs"
-        )
-    return {**found, "n": count, "seconds": time.perf_counter() - began}
+
+    def decode(data: bytes, rng: None) -> np.ndarray:
+        return prepared.ten_crops(data) if ten_crop else prepared(data)
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        for images, labels in decode_chunks(source, decode, rows, chunk):  # type: ignore[arg-type]
+            pad = chunk - len(labels)
+            images = np.pad(images, [(0, pad), *[(0, 0)] * (images.ndim - 1)])
+            yield images, np.pad(classes[labels], (0, pad)), np.arange(chunk) < len(labels)
+
+    def step(batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> metrics.Sums:
+        return _sums(of.module, of.variables, of.stats, *batch, tta)
+
+    total = metrics.evaluated(step, batches())
+    confidence, correct = total.pop("confidence"), total.pop("correct")
+    means = metrics.means([total])
+    if not math.isfinite(means["loss"]):
+        raise not_finite()
+    return {
+        **{name: means[name] for name in ("top1", "top5", "loss")},
+        "calibration_error": calibration_error(confidence, correct, count),
+        "brier": means["brier"],
+        "n": count,
+        "seconds": time.perf_counter() - began,
+    }
 
 
 @functools.partial(jax.jit, static_argnames=("module", "tta"))
@@ -169,22 +179,6 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, count: float)
     return float(np.abs(confidence - correct).sum() / count)
 
 
-def _means(sums: Sequence[metrics.Sums]) -> dict[str, float]:
-    on_host = jax.device_get(list(sums))
-    confidence, correct = (
-        np.stack([one.pop(name) for one in on_host]).astype(np.float64).sum(0)
-        for name in ("confidence", "correct")
-    )
-    count = sum(float(one["count"]) for one in on_host)
-    found = metrics.means(on_host)
-    names = ("top1", "top5", "loss")
-    return {
-        **{name: found[name] for name in names},
-        "calibration_error": calibration_error(confidence, correct, count),
-        "brier": found["brier"],
-    }
-
-
 def class_order(
     data: Sequence[str], weights: Sequence[str] | None, num_classes: int, title: str
 ) -> np.ndarray:
@@ -231,25 +225,6 @@ def class_order(
 
 def _are_ids(names: Sequence[str]) -> bool:
     return all(re.fullmatch(r"n\d{8}", name) for name in names)
-
-
-def _check_crops(prepared: Preprocessing) -> None:
-    if prepared.decoder is not None or prepared.resize in (None, prepared.size):
-        raise UserError(
-            f"--ten-crop needs images larger than the crops of {prepared.size} pixels and the "
-            f"weights resize them to no more: give --resize above --size {prepared.size}"
-        )
-
-
-def _open(config: DataConfig, holdout: bool) -> sources.Source:
-    if config.folder is not None:
-        splits = (config.train_split, config.eval_split)
-        # Holding out each first image of one leaves nothing out. Sizes may differ.
-        every = config.holdout_every if holdout else 1
-        return sources.open_folder(config.folder, splits, 1, every)[1]
-    if config.name == sources.DIGITS:
-        prepare.prepare(config.name, config.data_dir)
-    return sources.open_tfds(config.name, config.data_dir, (config.eval_split,))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,8 +335,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     opened = settings.open(settings.weights)
     config, how = settings.asked()
 
-    def measured() -> dict[str, float]:
-        return evaluate(
+    with contextlib.ExitStack() as stack:  # a file that cannot be written is said at once
+        file = settings.output and stack.enter_context(writing(settings.output))
+        found = evaluate(
             opened,
             config,
             batch_size=settings.batch_size,
@@ -369,31 +345,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             limit=settings.limit,
             **how,
         )
-
-    if settings.output is None:
-        found = measured()
-    else:
-        with writing(settings.output) as file:
-            found = measured()
-            said = {**dataclasses.asdict(settings), "tta": how["tta"]}
-            of_none = {"name": config.folder is not None, "holdout_every": not how["holdout"]}
-            said["data"] = {
-                name: None if of_none.get(name) else getattr(config, name) for name in said["data"]
+        if file:
+            asked = {**dataclasses.asdict(settings), "tta": how["tta"]}
+            unused = {"name": config.folder is not None, "holdout_every": not how["holdout"]}
+            asked["data"] = {
+                name: None if unused.get(name) else getattr(config, name) for name in asked["data"]
             }
-            json.dump({**said, **found}, file, indent=2)
-            file.write("\n")
+            print(json.dumps({**asked, **found}, indent=2), file=file)
     split = "" if config.folder else f" {config.eval_split}"
     about = {"weights": settings.weights, "data": f"{config.title}{split}"}
-    metrics.closing_table(opened.name, {**about, **_rows(found)})
-
-
-def _rows(found: Mapping[str, float]) -> dict[str, str]:
-    rate = found["n"] / found["seconds"]
-    return {
-        "top-1": f"{100 * found['top1']:.2f} % of {found['n']} images",
-        "top-5": f"{100 * found['top5']:.2f} %",
-        "loss": f"{found['loss']:.4f} nats",
-        "calibration error": f"{100 * found['calibration_error']:.2f} % ({BINS} bins)",
-        "Brier score": f"{found['brier']:.4f}",
-        "time": f"{found['seconds']:.1f} s, {rate:.0f} images a second",
-    }
+    tables.show(opened.name, [*about.items(), *tables.result_rows(found).items()])

@@ -1,4 +1,8 @@
-"""A config's fields as command-line flags, through tyro; what is wrong comes as one line."""
+"""A config's fields as command-line flags, by tyro.
+
+Tyro prints what is wrong with a flag, the nearest flag, and ends the process with status 2. What a
+config's own checks refuse is a UserError of one line, as it is everywhere else.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,10 @@ import difflib
 import functools
 import inspect
 import io
-import re
+import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 import docstring_parser
@@ -76,47 +80,34 @@ def arguments(
     """Takes the flags that are parameters of ``get_config`` out of a command line.
 
     Args:
-      get_config: its parameters are ints or Literals and have defaults.
+      get_config: its parameters have defaults; a module of ``experiments`` has it.
       argv: flags.
 
     Returns:
-      ({parameter: value} of those given, the other flags).
-
-    Raises:
-      UserError: a value that does not fit.
+      ({parameter: value} of the flags that ``argv`` has, the other flags).
     """
-    given: dict[str, Any] = {}
-    rest = [_dashes(argument) for argument in argv]
-    for name, choices in _parameters(get_config).items():
-        flag = "--" + name.replace("_", "-")
-        while places := [i for i, a in enumerate(rest) if a == flag or a.startswith(flag + "=")]:
-            i = places[0]  # of several the last one counts
-            word = rest[i].partition("=")[2] or (rest[i + 1] if i + 1 < len(rest) else "")
-            if choices and word not in choices:
-                near = did_you_mean(word, choices)
-                raise UserError(f"{flag} {word!r}: expected one of {', '.join(choices)}{near}")
-            if not choices and not word.isdecimal():
-                raise UserError(f"{flag} {word!r}: expected a whole number")
-            given[name] = word if choices else int(word)
-            rest = rest[:i] + rest[i + (1 if "=" in rest[i] else 2) :]
-    return given, rest
+    if not inspect.signature(get_config).parameters:
+        return {}, list(argv)
 
+    @functools.wraps(get_config)
+    def parameters(**values: Any) -> dict[str, Any]:
+        return values
 
-def _parameters(get_config: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
-    """{parameter: its choices; of a number none}."""
-    hints = typing.get_type_hints(get_config)
-    return {name: typing.get_args(hint) for name, hint in hints.items() if name != "return"}
+    values, rest = tyro.cli(
+        parameters, args=list(argv), return_unknown_args=True, add_help=False, description=""
+    )
+    words = {word.partition("=")[0].replace("_", "-") for word in argv}
+    return {n: v for n, v in values.items() if "--" + n.replace("_", "-") in words}, rest
 
 
 def arguments_help(get_config: Callable[..., Any]) -> str:
     """What --help says of the flags that ``arguments`` takes out; "" where there are none."""
-    defaults = inspect.signature(get_config).parameters
-    parts = [
-        f"--{name.replace('_', '-')} {{{','.join(choices)}}} (default: {defaults[name].default})"
-        if choices
-        else f"--{name.replace('_', '-')} INT (default: {defaults[name].default})"
-        for name, choices in _parameters(get_config).items()
-    ]
+    hints = typing.get_type_hints(get_config)
+    parts = []
+    for name, parameter in inspect.signature(get_config).parameters.items():
+        choices = ",".join(typing.get_args(hints[name]))
+        values = f"{{{choices}}}" if choices else "INT"
+        parts.append(f"--{name.replace('_', '-')} {values} (default: {parameter.default})")
     return f"Flags of this experiment alone: {'; '.join(parts)}." if parts else ""
 
 
@@ -142,19 +133,20 @@ def parse(
       ask: Invocation or SweepInvocation.
 
     Raises:
-      UserError: an unknown flag, with the nearest, or a value that does not fit.
+      UserError: a value that the config refuses.
+      SystemExit: tyro has printed what is wrong with a flag.
     """
-    config, argv = _choose(config, [_dashes(argument) for argument in argv])
-    with _meant(config):
-        return cli(
-            ask,
-            argv,
-            _with_choices(about, config),
-            prog,
-            default=ask(workdir, config),
-            registry=tyro_registry(),
-            config=(tyro.conf.AvoidSubcommands,),
-        )
+    config, argv = _choose(config, list(argv))
+    text, mark, examples = about.partition("\n\nExamples:")
+    return cli(
+        ask,
+        argv,
+        f"{text}\n\n{_choices_help(config)}{mark}{examples}",
+        prog,
+        default=ask(workdir, config),
+        registry=tyro_registry(),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
 
 
 def cli(
@@ -174,16 +166,24 @@ def cli(
       **options: tyro.cli's others.
 
     Raises:
-      UserError: an unknown flag, or a value that does not fit.
+      UserError: a value that ``settings`` refuses.
+      SystemExit: tyro has printed what is wrong with a flag, or --help.
     """
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(settings, prog=prog, args=argv, description=about, **options)
+        with contextlib.redirect_stderr(printed):
+            parsed = tyro.cli(settings, prog=prog, args=argv, description=about, **options)
     except SystemExit as stop:
-        if not stop.code:
-            raise  # --help
-        raise UserError(_one_line(said.getvalue())) from None
+        # Tyro takes a ValueError of a dataclass for a mistake in a flag, and prints a box.
+        cause = stop.__context__
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(printed.getvalue())
+        raise
+    sys.stderr.write(printed.getvalue())
+    return parsed
 
 
 def tyro_registry() -> ConstructorRegistry:
@@ -192,31 +192,6 @@ def tyro_registry() -> ConstructorRegistry:
     registry.struct_rule(_module_rule)
     registry.primitive_rule(_module_class_rule)
     return registry
-
-
-def _dashes(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return flag.replace("_", "-") + equals + value
-
-
-def _one_line(box: str) -> str:
-    """What a tyro error box says, without its frame, its help text and its pointer to --help."""
-    sections: list[list[str]] = [[]]
-    rows = [row for row in box.splitlines() if row.startswith("│")]
-    rows = rows or box.splitlines()[2:]  # where the terminal is not UTF-8 the box has no frame
-    for line in (row.strip(" │") for row in rows):
-        if line and set(line) <= {"─", "-"}:
-            sections.append([])
-        elif line:
-            sections[-1].append(line)
-    text = re.sub(r"^Error parsing \w+: ", "", " ".join(sections[0]))
-    for section in sections[1:]:
-        if section and "Perhaps you meant" in section[0]:
-            near = re.search(r"--[\w.-]+", " ".join(section))
-            text += f" (did you mean {near.group()}?)" if near else ""
-    return f"{text.rstrip('.')}; --help lists every flag"
 
 
 def class_choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
@@ -240,47 +215,6 @@ def class_choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
 
     visit(config, "")
     return found
-
-
-# What other programs call a flag.
-ALIASES = {
-    "--epochs": "--num-epochs",
-    "--steps": "--num-steps",
-    "--lr": "--optimizer.learning-rate",
-    "--learning-rate": "--optimizer.learning-rate",
-    "--weight-decay": "--optimizer.weight-decay",
-    "--momentum": "--optimizer.momentum",
-    "--batch": "--batch-size",
-    "--num-classes": "--model.num-classes",
-    "--image-size": "--data.image-size",
-    "--data-dir": "--data.data-dir",
-    "--output-dir": "--workdir",
-}
-
-
-@contextlib.contextmanager
-def _meant(config: TrainConfig) -> Iterator[None]:
-    """Names what a flag of another program, or one that chooses a class, was meant to be."""
-    try:
-        yield
-    except UserError as error:
-        found = re.match(r"Unrecognized options: (--[\w.-]+)", str(error))
-        if found is None:
-            raise
-        choosing = [f"--{path}" for path in class_choices(config)]
-        near = difflib.get_close_matches(found[1], choosing, 1, 0.8)
-        meant = ALIASES.get(found[1], near[0] if near else None)
-        if meant is None:
-            raise
-        text = re.sub(r" \(did you mean [^)]*\)", "", str(error))
-        first, mark, rest = text.partition("; --help")
-        raise UserError(f"{first} (did you mean {meant}?){mark}{rest}") from None
-
-
-def _with_choices(about: str, config: TrainConfig) -> str:
-    """What --help says first, the choices of classes before its examples."""
-    text, mark, examples = about.partition("\n\nExamples:")
-    return f"{text}\n\n{_choices_help(config)}{mark}{examples}"
 
 
 def _choices_help(config: TrainConfig) -> str:
@@ -310,6 +244,11 @@ def _choose(config: TrainConfig, argv: list[str]) -> tuple[TrainConfig, list[str
             config = _replace(config, path.split("."), choices[name]())
             argv = argv[:i] + argv[i + (1 if equals else 2) :]
             break
+    choosing = [f"--{path}" for path in class_choices(config)]
+    for argument in argv:  # tyro does not know these flags, and names none of them as the nearest
+        near = difflib.get_close_matches(argument.partition("=")[0], choosing, 1, 0.85)
+        if near and near[0].count(".") == argument.count("."):
+            raise UserError(f"{argument}: there is no such flag (did you mean {near[0]}?)")
     return config, argv
 
 

@@ -7,10 +7,9 @@ size, shard or padding add up to the exact mean.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import numpy as np
 import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from flax_resnet.files import replacing
 from flax_resnet.tracking import Follower
@@ -84,8 +82,32 @@ def totals(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Adds up sums on the host, one after the other in float64: floats, or arrays (S,)."""
     total: dict[str, Any] = {}
     for one in jax.device_get(list(sums)):
-        for name, value in one.items():
-            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)[()]
+        _add(total, one)
+    return total
+
+
+def _add(total: dict[str, Any], one: Mapping[str, Any]) -> None:
+    for name, value in one.items():
+        total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)[()]
+
+
+def outputs(step: Callable[[Any], Any], batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """(batch, what ``step`` gives for it, on the host); the step after it runs meanwhile."""
+    running = None
+    for batch in batches:
+        started = batch, step(batch)
+        if running is not None:
+            yield running[0], jax.device_get(running[1])
+        running = started
+    if running is not None:
+        yield running[0], jax.device_get(running[1])
+
+
+def evaluated(step: Callable[[Any], Mapping[str, Any]], batches: Iterable[Any]) -> dict[str, Any]:
+    """Adds up, as ``totals`` does, the sums that a step gives for each of the batches."""
+    total: dict[str, Any] = {}
+    for _, sums in outputs(step, batches):
+        _add(total, sums)
     return total
 
 
@@ -293,12 +315,3 @@ class Timer:
             "images_per_second": self.images / seconds,
             "data_wait": min(self._waited / seconds, 1.0),
         }
-
-
-def closing_table(title: str, rows: Mapping[str, Any]) -> None:
-    """Prints the numbers of a finished run as a two-column table."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, str(value))
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "100"))
-    Console(highlight=False, width=width).print(table)

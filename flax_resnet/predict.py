@@ -5,15 +5,12 @@ Runs on one device, the first. The first images come out while later ones are st
 
 from __future__ import annotations
 
-import collections
 import csv
 import dataclasses
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
@@ -24,10 +21,11 @@ import tyro
 from flax import linen as nn
 from PIL import UnidentifiedImageError
 
-from flax_resnet import flags
+from flax_resnet import flags, metrics
 from flax_resnet.augment import normalize
-from flax_resnet.classify import Classifier, WeightFlags, flag, writing
+from flax_resnet.classify import Classifier, WeightFlags, flag, not_finite, writing
 from flax_resnet.datasets.decode import DECODE_ERRORS
+from flax_resnet.datasets.rows import ahead
 from flax_resnet.datasets.sources import IMAGE_SUFFIXES, unreadable
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.pretrained import Pretrained
@@ -112,25 +110,19 @@ def predict(
 def _predictions(
     of: Classifier, files: Sequence[Path], top: int, batch_size: int, on_error: OnError | None
 ) -> Iterator[Prediction]:
-    def found(paths: list[Path], best: Any) -> Iterator[Prediction]:
+    top = min(top, of.num_classes)
+
+    def step(batch: tuple[list[Path], np.ndarray]) -> Any:
+        return best_classes(of.module, of.variables, of.stats, batch[1], top)
+
+    batches = _batches(files, of.preprocessing, batch_size, on_error)
+    for (paths, _), best in metrics.outputs(step, batches):
         # The last batch is padded: zip leaves its padding out.
-        for path, classes, p in zip(paths, *map(np.asarray, best), strict=False):
+        for path, classes, p in zip(paths, *best, strict=False):
             if not np.isfinite(p).all():
-                raise UserError(
-                    f"the network's output for {shown(path)} is not finite: the weights are "
-                    "damaged, or --mean and --std are not theirs"
-                )
+                raise not_finite(f"the network's outputs for {shown(path)}")
             names = tuple(of.name(index) for index in classes)
             yield Prediction(path, tuple(classes.tolist()), names, tuple(p.tolist()))
-
-    top, pending = min(top, of.num_classes), None
-    for paths, images in _batches(files, of.preprocessing, batch_size, on_error):
-        begun = (paths, best_classes(of.module, of.variables, of.stats, images, top))
-        if pending is not None:
-            yield from found(*pending)
-        pending = begun
-    if pending is not None:
-        yield from found(*pending)
 
 
 @functools.partial(jax.jit, static_argnames=("module", "top"))
@@ -153,7 +145,7 @@ def _batches(
     """Batches of images that could be read, the last one padded with zeros."""
     paths: list[Path] = []
     images: list[np.ndarray] = []
-    for path, work in _ahead(files, lambda path: decode(path.read_bytes()), 2 * size):
+    for path, work in ahead(lambda path: decode(path.read_bytes()), files, 2 * size):
         try:
             images.append(work.result())
         except DECODE_ERRORS as error:
@@ -167,20 +159,6 @@ def _batches(
             paths, images = [], []
     if paths:
         yield paths, np.stack([*images, *[np.zeros_like(images[0])] * (size - len(images))])
-
-
-def _ahead(
-    files: Sequence[Path], work: Callable[[Path], np.ndarray], most: int
-) -> Iterator[tuple[Path, Future[np.ndarray]]]:
-    """Files in their order, with work on them that threads began up to ``most`` files before."""
-    begun: collections.deque[tuple[Path, Future[np.ndarray]]] = collections.deque()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path in files:
-            begun.append((path, pool.submit(work, path)))
-            if len(begun) > most:
-                yield begun.popleft()
-        while begun:
-            yield begun.popleft()
 
 
 def shown(path: str | Path) -> str:

@@ -32,7 +32,7 @@ class Preprocessing:
     resize: int | None = 256
     """Shorter side before the centre crop; None: squeeze the whole image to ``size``."""
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
-    """Of the resizing."""
+    """Interpolation used when resizing."""
     channels: int = 3
     """Input channels of the network."""
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -76,8 +76,8 @@ class Preprocessing:
         side = (self.decoder and self.decoder.side) or self.size
         return side, side, self.channels
 
-    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Decodes one image to uint8 (size, size, channels), RGB; ``rng`` is not used.
+    def __call__(self, data: bytes) -> np.ndarray:
+        """Decodes one image to uint8 (size, size, channels), RGB.
 
         What Pillow cannot read raises one of ``datasets.decode.DECODE_ERRORS``.
         """
@@ -88,20 +88,25 @@ class Preprocessing:
             return _pixels(image)
         return _pixels(_crop(image, self.size, *_centre(image.size, self.size)))
 
-    def ten_crops(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
+    def check_ten_crops(self) -> None:
+        """Raises UserError where ten crops would all be the same part of an image."""
+        if self.decoder is not None or self.resize in (None, self.size):
+            raise UserError(
+                f"ten crops of {self.size} pixels need a larger image, and the weights' "
+                f"preprocessing resizes to {self.resize or self.size}: set resize (--resize) above "
+                f"size (--size {self.size}), or evaluate one crop"
+            )
+
+    def ten_crops(self, data: bytes) -> np.ndarray:
         """Corners and centre, each also mirrored: uint8 (10, size, size, channels).
 
         Krizhevsky et al. 2012, section 4.1, in torchvision's order. What Pillow cannot read
         raises one of ``datasets.decode.DECODE_ERRORS``.
 
         Raises:
-          UserError: there is nothing to crop from.
+          UserError: as ``check_ten_crops``.
         """
-        if self.decoder is not None or self.resize in (None, self.size):
-            raise UserError(
-                f"ten crops of {self.size} pixels need a larger image, the weights' preprocessing "
-                f"resizes to {self.resize or self.size}: evaluate with one"
-            )
+        self.check_ten_crops()
         image = self._resized(data)
         width, height = image.size
         right, low = width - self.size, height - self.size

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
@@ -55,7 +57,7 @@ def digits() -> TrainConfig:
 class Given:
     """What a command line says that decides the rest."""
 
-    data_dir: str | None = None
+    data_dir: Annotated[str | None, tyro.conf.arg(name="data.data-dir")] = None
     """Directory that holds NAME/VERSION of a tfds set."""
     weights: str | None = None
     """Weights to train on from: a tag, a weight file, a run's directory."""

@@ -9,13 +9,13 @@ import html
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from flax_resnet import figures, flags, metrics
+from flax_resnet import figures, flags, metrics, tables
 from flax_resnet.classify import flag, writing
 from flax_resnet.errors import UserError, check_choices
 from flax_resnet.inspection import PARTS, Session, open_run, read_record
@@ -34,14 +34,8 @@ img { max-width: 100%; height: auto; } figure { margin: 1em 0; }
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """One picture of a report, or why there is none."""
-
-    name: str
-    heading: str
-    text: str
-    png: bytes | None
+Section = tuple[str, str, str]
+"""(anchor, heading, HTML) of one part of a page."""
 
 
 def report(
@@ -75,21 +69,25 @@ def report(
     workdir = Path(workdir).expanduser()
     config, record = read_record(workdir)
     name = f"{network_name(config.model)} on {config.data.title}, seed {config.seed}"
-    sections = [_curves(workdir, name)]
-    sections += _pictures(workdir, checkpoint, tuple(images), lr_finder, seed, say)
-    return _page(name, workdir, record, sections)
-
-
-def _curves(workdir: Path, name: str) -> Section:
     records = metrics.read_metrics(workdir)
 
-    def draw(path: Path) -> str:
+    def draw_curves(path: Path) -> str:
         if not records:
             raise UserError(f"{workdir} has no lines in metrics.jsonl yet")
         figures.curves(records, path, name)
         return "Training figures are of augmented batches, each the mean since the line before."
 
-    return _section("curves", "Curves", draw)
+    return _page(
+        name,
+        workdir,
+        [
+            ("result", "Result", _result(workdir)),
+            _picture("curves", "Curves", draw_curves),
+            *_pictures(workdir, checkpoint, tuple(images), lr_finder, seed, say),
+            ("config", "Config", _table(flatten(record["config"]).items())),
+            ("environment", "Environment", "\n".join(_starts(record.get("starts", [])))),
+        ],
+    )
 
 
 def _pictures(
@@ -99,99 +97,76 @@ def _pictures(
     lr_finder: bool,
     seed: int,
     say: Callable[[str], None],
-) -> list[Section]:
+) -> Iterator[Section]:
     wanted = {name: part for name, part in PARTS.items() if name != "lr" or lr_finder}
     try:
         session = Session(open_run(workdir, checkpoint), images, seed=seed, say=say)
     except UserError as error:
-        return [Section(n, p.heading, f"Not drawn: {error}", None) for n, p in wanted.items()]
-    sections = []
+        yield from ((name, part.heading, _absent(error)) for name, part in wanted.items())
+        return
     for name, part in wanted.items():
         say(part.heading)
-        sections.append(_section(name, part.heading, functools.partial(part.draw, session)))
-    return sections
+        yield _picture(name, part.heading, functools.partial(part.draw, session))
 
 
-def _section(name: str, heading: str, draw: Callable[[Path], str]) -> Section:
+def _picture(name: str, heading: str, draw: Callable[[Path], str]) -> Section:
+    """The section of a picture, or of the reason why there is none."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "figure.png"
         try:
-            text = draw(path)
+            caption = html.escape(draw(path))
         except UserError as error:
-            return Section(name, heading, f"Not drawn: {error}", None)
-        return Section(name, heading, text, path.read_bytes())
+            return name, heading, _absent(error)
+        data = base64.b64encode(path.read_bytes()).decode()
+    image = f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">'
+    figure = f"<figure>{image}\n<figcaption>{caption}</figcaption></figure>"
+    return name, heading, figure
 
 
-def _page(name: str, workdir: Path, record: Mapping[str, Any], sections: Sequence[Section]) -> str:
-    links = [("result", "Result"), *((s.name, s.heading) for s in sections)]
-    links += [("config", "Config"), ("environment", "Environment")]
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en">',
-        '<head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(name)}</title>",
-        f"<style>{CSS}</style></head>",
-        "<body>",
-        f"<h1>{html.escape(name)}</h1>",
-        f"<p>Working directory: {html.escape(str(workdir))}</p>",
-        "<nav>",
-        *(f'<a href="#{anchor}">{html.escape(text)}</a>' for anchor, text in links),
-        "</nav>",
-        '<h2 id="result">Result</h2>',
-        _result(workdir),
-        *map(_shown, sections),
-        '<h2 id="config">Config</h2>',
-        _table(flatten(record["config"]).items()),
-        '<h2 id="environment">Environment</h2>',
-        *(_start(i, start) for i, start in enumerate(record.get("starts", []), 1)),
-        "</body>",
-        "</html>",
-    ]
-    return "\n".join(parts) + "\n"
+def _absent(reason: object, what: str = "Not drawn") -> str:
+    return f'<p class="absent">{html.escape(f"{what}: {reason}")}</p>'
 
 
-def _shown(section: Section) -> str:
-    heading = html.escape(section.heading)
-    head, text = f'<h2 id="{section.name}">{heading}</h2>', html.escape(section.text)
-    if section.png is None:
-        return f'{head}\n<p class="absent">{text}</p>'
-    data = base64.b64encode(section.png).decode()
-    return (
-        f'{head}\n<figure><img alt="{heading}" src="data:image/png;base64,{data}">\n'
-        f"<figcaption>{text}</figcaption></figure>"
-    )
+def _page(name: str, workdir: Path, sections: Sequence[Section]) -> str:
+    links = "\n".join(f'<a href="#{a}">{html.escape(heading)}</a>' for a, heading, _ in sections)
+    parts = (f'<h2 id="{a}">{html.escape(heading)}</h2>\n{body}' for a, heading, body in sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(name)}</title>
+<style>{CSS}</style></head>
+<body>
+<h1>{html.escape(name)}</h1>
+<p>Working directory: {html.escape(str(workdir))}</p>
+<nav>
+{links}
+</nav>
+{chr(10).join(parts)}
+</body>
+</html>
+"""
 
 
 def _result(workdir: Path) -> str:
     try:
         found = json.loads((workdir / "result.json").read_text())
-        rows = {
-            "evaluation top-1": f"{100 * found['top1']:.2f} % of {found['num_eval']} images",
-            "evaluation top-5": f"{100 * found['top5']:.2f} %",
-            "evaluation loss": f"{found['loss']:.4f} nats",
-            "best top-1": f"{100 * found['best_top1']:.2f} % at step {found['best_step']}",
-            "training top-1": f"{100 * found['train_top1']:.2f} % (last interval)",
-            "training loss": f"{found['train_loss']:.4f} nats",
-            "training images": found["num_train"],
-            "steps": f"{found['step']} ({found['epochs']:g} epochs)",
-            "time": f"{found['seconds']:.1f} s, compilation and evaluation included",
-        }
+        rows = tables.result_rows(found) | {"training images": found["num_train"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = "the run is not finished" if isinstance(error, OSError) else repr(error)
-        return f'<p class="absent">No result: {html.escape(reason)}.</p>'
+        return _absent(f"{reason}.", "No result")
     return _table(rows.items())
 
 
-def _start(number: int, start: Mapping[str, Any]) -> str:
-    flat: dict[str, Any] = {}
-    for name, value in start.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}: {inner}": v for inner, v in value.items()}
-        else:
-            listed = isinstance(value, list)
-            flat[name] = " ".join(map(str, value)) if listed else value
-    return f"<h3>Start {number}</h3>\n{_table(flat.items())}"
+def _starts(starts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for number, start in enumerate(starts, 1):
+        rows: dict[str, Any] = {}
+        for name, value in start.items():
+            if isinstance(value, Mapping):
+                rows |= {f"{name}: {inner}": v for inner, v in value.items()}
+            else:
+                rows[name] = " ".join(map(str, value)) if isinstance(value, list) else value
+        yield f"<h3>Start {number}</h3>\n{_table(rows.items())}"
 
 
 def _table(rows: Iterable[tuple[str, Any]]) -> str:

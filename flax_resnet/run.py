@@ -372,11 +372,6 @@ def evaluate(
     Returns:
       (means of the metrics over all examples, int (K, K) confusion counts).
     """
-    sums: list[metrics.Sums] = []
-    confusion: Any = 0
-    for batch in batches:
-        one = step(state, batch)
-        confusion = confusion + one.pop("confusion")
-        jax.block_until_ready(sums[-1:])
-        sums.append(one)
-    return metrics.means(sums), np.asarray(confusion)
+    total = metrics.evaluated(functools.partial(step, state), batches)
+    confusion = total.pop("confusion").astype(np.int64)
+    return metrics.means([total]), confusion

@@ -1,4 +1,8 @@
-"""What a network is made of: a table of its layers, and what it costs."""
+"""What a network is made of: a table of its layers, and what they cost.
+
+``flax.linen.tabulate`` counts the FLOPs of every operation; papers count multiply-adds of
+convolutions and dense layers, which are counted here, without computing anything.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.extend.core import Var
-from rich.console import Console
-from rich.table import Table
 
+from flax_resnet import tables
 from flax_resnet.models import ResNet
 
 COUNTED = (nn.Conv, nn.Dense, nn.BatchNorm)
@@ -31,7 +33,6 @@ class Row:
       shape: of its output, without the batch axis.
       parameters: trainable values.
       macs: multiply-adds of convolutions and dense layers, for one image.
-      activation: values in its output, for one image.
     """
 
     name: str
@@ -39,7 +40,6 @@ class Row:
     shape: tuple[int, ...]
     parameters: int
     macs: int
-    activation: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,45 +52,32 @@ class Summary:
       statistics: running means and variances.
       macs: multiply-adds of convolutions and dense layers, for one image, as papers and
         torchvision count "FLOPs"; norms, ReLUs, sums and pools are left out.
-      outputs: values in the outputs of the rows, for one image.
-      output_bytes: bytes of one of these values.
-      kept_bytes: what reverse-mode differentiation keeps for the backward pass of one batch,
-        before XLA fuses or recomputes anything; parameters, copies of them, and the input are
-        not in it.
-      batch_size: images in that batch.
+      output_bytes: bytes of the outputs of the rows, for one batch.
     """
 
     rows: tuple[Row, ...]
     parameters: int
     statistics: int
     macs: int
-    outputs: int
     output_bytes: int
-    kept_bytes: int
-    batch_size: int
 
 
 def summarize(module: nn.Module, input_shape: tuple[int, int, int], batch_size: int = 1) -> Summary:
     """Counts a network without computing any of it.
 
     Args:
-      module: the network; scanned blocks are listed one by one, ``remat`` is honoured in
-        ``kept_bytes``.
+      module: the network; scanned blocks are listed one by one.
       input_shape: (H, W, C).
-      batch_size: images in the batch whose activation memory is counted.
+      batch_size: images in the batch whose ``output_bytes`` are counted.
     """
     rows, variables = count_layers(module, input_shape)
-    batch = jax.ShapeDtypeStruct((batch_size, *input_shape), jnp.float32)
-    dtype = getattr(module, "dtype", None) or "float32"
+    itemsize = jnp.dtype(getattr(module, "dtype", None) or "float32").itemsize
     return Summary(
         rows=rows,
         parameters=_size(variables["params"]),
         statistics=_size(variables.get("batch_stats", {})),
         macs=sum(row.macs for row in rows),
-        outputs=sum(row.activation for row in rows),
-        output_bytes=jnp.dtype(dtype).itemsize,
-        kept_bytes=_kept_bytes(_unrolled(module), variables, batch),
-        batch_size=batch_size,
+        output_bytes=sum(math.prod(row.shape) for row in rows) * itemsize * batch_size,
     )
 
 
@@ -98,16 +85,14 @@ def count_layers(
     module: nn.Module, input_shape: tuple[int, int, int]
 ) -> tuple[tuple[Row, ...], Any]:
     """(a row for each convolution, norm and dense layer as they are called, variables' shapes)."""
-    plain = _unrolled(module, remat=False)
+    plain = module
+    if isinstance(module, ResNet):
+        plain = module.clone(scan_blocks=False, remat=False)
     images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     rows: list[Row] = []
     with nn.intercept_methods(_recorder(rows)):
         variables = jax.eval_shape(lambda x: plain.init(jax.random.key(0), x, train=False), images)
     return tuple(rows), variables
-
-
-def _unrolled(module: nn.Module, **fields: Any) -> nn.Module:
-    return module.clone(scan_blocks=False, **fields) if isinstance(module, ResNet) else module
 
 
 def _recorder(rows: list[Row]) -> Callable[..., Any]:
@@ -122,7 +107,7 @@ def _recorder(rows: list[Row]) -> Callable[..., Any]:
                 macs = math.prod(params["kernel"].shape) * math.prod(shape[:-1])
             kind = _conv_kind(layer) if isinstance(layer, nn.Conv) else type(layer).__name__
             name = ".".join(layer.path)
-            rows.append(Row(name, kind, shape, _size(params), macs, math.prod(shape)))
+            rows.append(Row(name, kind, shape, _size(params), macs))
         return out
 
     return record
@@ -143,34 +128,6 @@ def _size(tree: Any) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
-def _kept_bytes(module: nn.Module, variables: Any, batch: jax.ShapeDtypeStruct) -> int:
-    """Bytes of the arrays that a vjp of the training forward pass closes over."""
-    rest = {name: tree for name, tree in variables.items() if name != "params"}
-
-    def kept(params: Any, rest: Any, x: jax.Array) -> Any:
-        def forward(params: Any) -> Any:
-            return module.apply(
-                {"params": params, **rest},
-                x,
-                train=True,
-                mutable=list(rest),
-                rngs={"dropout": jax.random.key(0)},
-            )
-
-        _, backward, _ = jax.vjp(forward, params, has_aux=True)
-        return jax.tree.leaves(backward)
-
-    program = jax.make_jaxpr(kept)(variables["params"], rest, batch).jaxpr
-    # What does not come from the images is parameters, or copies of them in another dtype.
-    batched = {program.invars[-1]}
-    for equation in program.eqns:
-        if any(isinstance(v, Var) and v in batched for v in equation.invars):
-            batched.update(equation.outvars)
-    kept_arrays = {v for v in program.outvars if isinstance(v, Var) and v in batched}
-    arrays: list[Any] = [v.aval for v in kept_arrays - set(program.invars)]
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
-
-
 def by_part(rows: tuple[Row, ...]) -> tuple[Row, ...]:
     """One row for each part of the network (a block, the head, ...) in place of its layers."""
     parts: dict[str, list[Row]] = {}
@@ -183,42 +140,28 @@ def by_part(rows: tuple[Row, ...]) -> tuple[Row, ...]:
             group[-1].shape,
             sum(row.parameters for row in group),
             sum(row.macs for row in group),
-            sum(row.activation for row in group),
         )
         for name, group in parts.items()
     )
 
 
-def show(
-    title: str, summary: Summary, *, parts: bool = False, console: Console | None = None
-) -> None:
+def show(title: str, summary: Summary, *, parts: bool = False) -> None:
     """Prints the table and the totals.
 
     Args:
       title: heads the table.
       summary: what ``summarize`` counted.
       parts: a line for each block rather than for each layer.
-      console: where to; by default the standard output.
     """
-    console = console or Console(width=None if Console().is_terminal else 120)
-    megabyte = summary.output_bytes * summary.batch_size / 1e6
-    table = Table(title=title, title_justify="left")
-    for name in ("layer", "kind", "output"):
-        table.add_column(name, no_wrap=True)
-    for name in ("parameters", "multiply-adds", f"MB, batch of {summary.batch_size}"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in by_part(summary.rows) if parts else summary.rows:
-        shape = "x".join(map(str, row.shape))
-        values = (f"{row.parameters:,}", f"{row.macs:,}", f"{row.activation * megabyte:.3f}")
-        table.add_row(row.name, row.kind, shape, *values)
-    console.print(table)
-    console.print(
+    header = ("layer", "kind", "output", "parameters", "multiply-adds")
+    rows = [
+        (row.name, row.kind, "x".join(map(str, row.shape)), f"{row.parameters:,}", f"{row.macs:,}")
+        for row in (by_part(summary.rows) if parts else summary.rows)
+    ]
+    tables.show(title, rows, header, numbers=2)
+    print(
         f"parameters {summary.parameters:,}; running statistics {summary.statistics:,}\n"
         f"multiply-adds {summary.macs:,} for one image ({summary.macs / 1e9:.3f} G; convolutions "
         "and dense layers)\n"
-        f"activation memory of a batch of {summary.batch_size}: these layers' outputs "
-        f"{summary.outputs * megabyte:,.1f} MB; kept for the backward pass "
-        f"{summary.kept_bytes / 1e6:,.1f} MB (before XLA's fusion)",
-        soft_wrap=True,
-        highlight=False,
+        f"outputs of these layers {summary.output_bytes / 1e6:,.1f} MB for the batch"
     )

@@ -14,7 +14,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import dispatch, distributed, figures, hosts, metrics, models, profiling, tracking
+from flax_resnet import (
+    dispatch,
+    distributed,
+    figures,
+    hosts,
+    metrics,
+    models,
+    profiling,
+    tables,
+    tracking,
+)
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.files import full_disk_as_one_line
@@ -350,18 +360,6 @@ def conclude(run: Run, *, quiet: bool = False) -> dict[str, Any]:
         **({"together": run.shared_by} if run.shared_by > 1 else {}),
     }
     if not quiet:
-        metrics.closing_table(
-            name,
-            {
-                "evaluation top-1": f"{100 * result['top1']:.2f} % of {result['num_eval']} images",
-                "evaluation top-5": f"{100 * result['top5']:.2f} %",
-                "evaluation loss": f"{result['loss']:.4f} nats",
-                "best top-1": f"{100 * best['top1']:.2f} % at step {best['step']}",
-                "training top-1": f"{100 * last['top1']:.2f} % (last interval)",
-                "steps": f"{run.step} ({run.epoch:g} epochs)",
-                "time": f"{run.seconds:.1f} s, compilation and evaluation included",
-                "record": str(workdir),
-            },
-        )
+        tables.show(name, [*tables.result_rows(result).items(), ("record", workdir)])
     write_json(workdir / "result.json", result)
     return result

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 
 import numpy as np
 import pytest
@@ -116,14 +117,9 @@ def test_fine_tuning_goes_on_from_weights(call, here, image_folder):
         (["train"], 'expected what to train on first: "digits", a tfds name, or a folder'),
         (["train", "--batch-size", "8"], "train --batch-size: expected what to train on first"),
         (["train", "./nowhere"], "./nowhere: no such folder; expected one with a sub-folder for"),
-        (["train", "digits", "--epochs", "2"], "--epochs, 2 (did you mean --num-epochs?)"),
-        (["train", "digits", "--optimzer", "adamw"], "adamw (did you mean --optimizer?)"),
+        (["train", "digits", "--optimzer", "adamw"], "(did you mean --optimizer?)"),
         (["train", "cifar1o"], "unknown dataset 'cifar1o' (did you mean 'cifar10'?)"),
-        (["train", "digits", "--batch-siz", "8"], "did you mean --batch-size?"),
         (["summary", "resnet5o"], "did you mean 'resnet56'?"),
-        (["summary"], "--help lists every flag"),
-        (["completion", "tcsh"], "--help lists every flag"),
-        (["names", "--weight"], "did you mean --weights?"),
     ],
 )
 def test_bad_input_is_one_line(call, here, arguments, message):
@@ -131,8 +127,64 @@ def test_bad_input_is_one_line(call, here, arguments, message):
     assert list(here.iterdir()) == []
 
 
-def test_the_data_directory_is_read_before_the_flags_are():
-    value = command._value_of
-    assert value("--data.data-dir", ["--data.data-dir", "a", "--x", "b"]) == "a"
-    assert value("--data.data-dir", ["--data.data_dir=a", "--data.data-dir=b"]) == "b"
-    assert value("--data.data-dir", ["--data.name", "--data.data-dir"]) is None
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "digits", "--batch-siz", "8"], ["--batch-siz, 8", "--batch-size INT"]),
+        (["train", "digits", "--data.data-dir"], ["Missing value", "--data.data-dir"]),
+        (["summary"], ["NAME"]),
+        (["completion", "tcsh"], ["tcsh", "bash"]),
+        (["names", "--weight"], ["--weights"]),
+    ],
+)
+def test_tyro_says_what_is_wrong_with_a_flag(call, here, arguments, words):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    for word in words:
+        assert word in err
+    assert list(here.iterdir()) == []
+
+
+def test_flags_that_decide_the_first_config_are_read_before_the_others(call, here, monkeypatch):
+    asked = []
+
+    def recipe(data, given):
+        asked.append(given)
+        return recipes.digits()
+
+    monkeypatch.setitem(command.MAKES, "train", ("", recipe))
+    monkeypatch.setattr(command, "start", lambda *chosen, **options: None)
+    words = ("--data.data_dir=a", "--num-steps", "2", "--weights", "w", "--model", "resnet20")
+    assert call("train", "digits", *words) == (0, "", "")
+    assert asked == [recipes.Given("a", "w", "resnet20")]
+
+
+def test_bash_completes_commands_flags_and_choices(call, tmp_path):
+    (tmp_path / "script").write_text(call("completion", "bash")[1])
+
+    def proposed(*words):
+        code = f"""source {tmp_path}/script
+COMP_WORDS=(flax-resnet {shlex.join(words)}); COMP_CWORD={len(words)}
+_tyro_flax_resnet
+printf '%s\\n' ${{#COMPREPLY[@]}} ${{COMPREPLY[@]}}"""
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        count, *found = done.stdout.splitlines()
+        assert int(count) == len(found)
+        return set(found)
+
+    assert proposed("") == {*command.TOOLS, "-h", "--help"}
+    assert proposed("pred") == {"predict"}
+    flags_of = proposed("train", "digits", "--optimizer.")
+    assert {"--optimizer.momentum", "--optimizer.stage-decay"} <= flags_of
+    assert all(flag.startswith("--optimizer.") and " " not in flag for flag in flags_of)
+    assert proposed("predict", "--format", "") == {"text", "json", "csv"}
+    assert proposed("train", "digits", "--sharding", "z") == {"zero"}
+    assert proposed("predict", "READ") == set()  # where bash looks for files
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_have_a_script(call, shell):
+    code, out, _ = call("completion", shell)
+    assert code == 0
+    assert "COMPLETION_SPEC" in out

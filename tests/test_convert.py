@@ -83,7 +83,6 @@ def test_what_is_there_is_kept_unless_told(call, tmp_path):
         (["imagenet", "{tmp}/x.safetensors"], "a tag needs a network"),
         (["{tmp}", "{tmp}/x.safetensors"], "holds no run"),
         (["{source}", "{tmp}/x.safetensors", "--model", "resnet50"], "are not of resnet50"),
-        (["{source}", "{tmp}/x.safetensors", "--overwite"], "did you mean --overwrite?"),
     ],
 )
 def test_bad_input_is_one_line(call, tmp_path, arguments, message):

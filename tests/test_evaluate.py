@@ -149,7 +149,7 @@ def test_ten_crops_against_brute_force(opened, folder):
     check(found, brute_force(p, labels))
     squeezed = dataclasses.replace(opened.preprocessing, resize=None)
     opened = dataclasses.replace(opened, preprocessing=squeezed)
-    with pytest.raises(UserError, match=r"give --resize above --size 8"):
+    with pytest.raises(UserError, match=r"ten crops of 8 pixels need a larger image"):
         evaluate(opened, DataConfig(folder=str(root)), ten_crop=True)
 
 
@@ -300,7 +300,7 @@ def test_a_directory_that_does_not_say_its_data_is_one_line(call, folder_run, tm
         (["--data.folder", "{root}", "--data.holdout-every", "9"], "at least 9 are needed"),
         (["--data.folder", "{root}", "--limit", "0"], "--limit=0: expected 1 or more"),
         (["--data.folder", "{root}", "--batch-size", "0"], "--batch-size=0: expected 1 or more"),
-        (["--data.folder", "{root}", "--ten-crop", "--resize", "0"], "give --resize above --size"),
+        (["--data.folder", "{root}", "--ten-crop", "--resize", "0"], "set resize (--resize) above"),
         (["--data.folder", "{root}", "--ten-crop", "--tta", "flip"], "leave one out"),
         (["--data.folder", "{root}", "--mean", "nan"], "expected finite numbers"),
         (["--data.folder", "{root}", "--weights", "{nan}"], "outputs are not finite"),

@@ -280,7 +280,6 @@ def test_an_export_that_cannot_be_moved_leaves_the_old_one(monkeypatch, tmp_path
         (["{source}", "{tmp}/x", "--images", "{tmp}/no.png"], "no.png: no such file or folder"),
         (["{bare}", "{tmp}/x"], "do not say how images are prepared for them"),
         (["{damaged}", "{tmp}/x"], "the network's outputs are not finite"),
-        (["{source}", "{tmp}/x", "--overwite"], "did you mean --overwrite?"),
     ],
 )
 def test_bad_input_is_one_line(call, tmp_path, arguments, message):

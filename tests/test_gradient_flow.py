@@ -154,7 +154,6 @@ def test_command_writes_figure_norms_and_summary(tmp_path, monkeypatch, capfd):
         (["--depths"], "--depths: expected one or more"),
         (["--seeds", "0"], "--seeds=0: expected 1 or more"),
         (["--image-size", "12"], "--image-size 12: expected a multiple of 8"),
-        (["--sedes", "1"], "did you mean --seeds?"),
         (["--workdir", "file"], "cannot be made: File exists"),
     ],
 )

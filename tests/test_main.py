@@ -66,8 +66,8 @@ def call(digits_dir, capsys):
 
 
 def test_bad_input_ends_a_process_with_status_2_and_one_line(environment, tmp_path):
-    result = run(environment, "--workdir", tmp_path / "w", "--batch-siz", 3)
-    assert_one_line_error(result, "did you mean --batch-size?")
+    result = run(environment, "--workdir", tmp_path / "w", "--batch-size", 0)
+    assert_one_line_error(result, "batch_size=0: expected 1 or more")
     assert not (tmp_path / "w").exists()
 
 

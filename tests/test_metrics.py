@@ -56,6 +56,21 @@ def test_means_weigh_by_count():
     assert metrics.means(sums) == {"loss": 2.0}
 
 
+def test_an_evaluation_adds_up_its_steps_and_runs_one_ahead():
+    begun, seen = [], []
+
+    def step(batch):
+        begun.append(batch)
+        return {"loss": jnp.full(2, batch), "count": jnp.int32(1)}
+
+    for batch, got in metrics.outputs(step, range(3)):
+        seen.append((batch, len(begun), float(got["loss"][0])))
+    assert seen == [(0, 2, 0.0), (1, 3, 1.0), (2, 3, 2.0)]
+    total = metrics.evaluated(step, range(3))
+    assert (total["loss"].tolist(), total["count"]) == ([3.0, 3.0], 3)
+    assert metrics.evaluated(step, []) == {}
+
+
 def test_losses_equal_their_formulas(rng):
     logits = rng.normal(size=(5, 3)).astype(np.float32)
     targets = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1]] * 0.9 + 0.1 / 3
@@ -131,13 +146,3 @@ def test_timer_counts_the_wait_for_data(monkeypatch):
     assert timer.summary() == {"images_per_second": 2.0, "data_wait": 0.25}
     timer.reset()
     assert timer.summary()["images_per_second"] == 0.0
-
-
-def test_closing_table_has_every_row(capsys):
-    metrics.closing_table("a run", {"top-1": "99.00 %", "steps": 7})
-    out = capsys.readouterr().out
-    assert "a run" in out
-    assert [row.split("│")[1:3] for row in out.splitlines() if row.startswith("│")] == [
-        [" top-1 ", " 99.00 % "],
-        [" steps ", " 7       "],
-    ]

@@ -161,7 +161,6 @@ def test_every_part_is_a_picture_that_can_be_asked_for():
     ("argv", "line"),
     [
         (["curves"], "curves: no directory is given"),
-        (["courves", "x"], "--help lists every flag"),
         (["depth", "x", "y"], "depth is of one directory, 2 are given"),
         (["gradcam", "nowhere"], "nowhere: no such directory"),
         (["curves", "x", "--images", "y"], "--images is for maps, gradcam, not for curves"),

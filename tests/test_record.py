@@ -20,6 +20,7 @@ from flax_resnet.record import (
     flatten,
     from_record,
     to_record,
+    varying_fields,
 )
 
 CONFIGS = [
@@ -114,3 +115,9 @@ def test_a_class_of_the_table_is_found_where_nothing_has_imported_it(monkeypatch
     monkeypatch.delitem(sys.modules, "experiments.speedrun", raising=False)
     found = find_class("experiments.speedrun:SpeedNet")
     assert (found.__module__, found.__name__) == ("experiments.speedrun", "SpeedNet")
+
+
+def test_fields_that_vary_are_those_that_differ_or_are_not_everywhere():
+    records = [{"a": 1, "b": [1, 2], "c": None}, {"a": 1, "b": [1, 3], "d": 0}]
+    assert varying_fields(records) == ["b", "c", "d"]
+    assert varying_fields(records[:1]) == []

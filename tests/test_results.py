@@ -271,7 +271,6 @@ def test_the_readme_is_what_the_records_and_docstrings_give_and_holds_nothing_pr
     [
         (["--note", "n"], "give DIR as well"),
         (["{seeds}", "--name", "a/b"], "--name 'a/b': expected letters"),
-        (["{seeds}", "--nam", "a"], "did you mean --name?"),
     ],
 )
 def test_bad_flags_end_the_command_in_one_line(arguments, message, seeds, tmp_path, capsys):

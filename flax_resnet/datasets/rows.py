@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from flax_resnet.errors import UserError
 # that the processor still has them at hand when they are decoded: records of 60 kB by 64 took more
 # than twice as long each as by 16 (a 2-core CPU, n = 1).
 READ = 16
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -172,12 +175,29 @@ def decode_chunks(
     source: sources.Source, decoder: Decoder, rows: np.ndarray, chunk: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Decodes rows in order, ``chunk`` at a time, on the machine's cores: decoders free the GIL."""
-    cores = usable_cores()
-    ahead: collections.deque[Future] = collections.deque()
-    with ThreadPoolExecutor(cores) as pool:
-        for start in range(0, len(rows), chunk):
-            ahead.append(pool.submit(decode_rows, source, decoder, rows[start : start + chunk]))
-            if len(ahead) > cores:  # no further, or a slow reader would fill the memory
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+
+    def decode(start: int) -> tuple[np.ndarray, np.ndarray]:
+        return decode_rows(source, decoder, rows[start : start + chunk])
+
+    for _, decoded in ahead(decode, range(0, len(rows), chunk), usable_cores()):
+        yield decoded.result()
+
+
+def ahead(
+    work: Callable[[Item], Result], items: Iterable[Item], most: int
+) -> Iterator[tuple[Item, Future[Result]]]:
+    """(item, future of the work on it) in order; threads begin up to ``most`` items before.
+
+    Args:
+      work: function of an item, which frees the GIL.
+      items: what is worked on.
+      most: items whose results wait in memory.
+    """
+    begun: collections.deque[tuple[Item, Future[Result]]] = collections.deque()
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for item in items:
+            begun.append((item, pool.submit(work, item)))
+            if len(begun) > most:
+                yield begun.popleft()
+        while begun:
+            yield begun.popleft()

@@ -16,10 +16,9 @@ from PIL import Image
 
 from flax_resnet import cpu, models
 from flax_resnet.augment import normalize
-from flax_resnet.classify import Classifier
+from flax_resnet.classify import Classifier, not_finite
 from flax_resnet.datasets.decode import DECODE_ERRORS, PIL_MODES
 from flax_resnet.datasets.sources import unreadable
-from flax_resnet.errors import UserError
 from flax_resnet.predict import find_images, shown
 from flax_resnet.preprocess import Preprocessing
 from flax_resnet.pretrained import Pretrained
@@ -71,10 +70,7 @@ class Source:
         images = _prepared(classifier.preprocessing, photographs)
         logits = runner(classifier)(images)
         if not np.isfinite(logits).all():
-            raise UserError(
-                "the network's outputs are not finite: the weights are damaged, or --mean and "
-                "--std are not theirs"
-            )
+            raise not_finite()
         return cls(opened, classifier, images, logits)
 
     @property
