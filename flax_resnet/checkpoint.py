@@ -90,7 +90,7 @@ class Checkpoints:
           config: what to keep, in order to save.
           resumed_from: with a config, the step that the run goes on from: newer checkpoints were
             passed over for it, and are set aside as ``STEP.damaged`` (in a bucket removed).
-          say: called with a line about every checkpoint that is passed over.
+          say: called with a line about every checkpoint that is passed over or removed unfinished.
 
         Raises:
           UserError: the directory cannot be written, or the bucket not reached.
@@ -103,7 +103,9 @@ class Checkpoints:
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         if config is not None and distributed.is_lead():
             with self._writing(resumed_from or 0):
-                seals.tidy(self.directory, math.inf if resumed_from is None else resumed_from)
+                newest = math.inf if resumed_from is None else resumed_from
+                for name in seals.tidy(self.directory, newest):
+                    say(f"checkpoint {name} in {self.directory} was not finished: removed")
 
     def save(self, step: int, state: Any, meta: dict[str, Any], scores: dict | None) -> None:
         """Copies ``state`` and writes it in the background.

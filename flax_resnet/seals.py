@@ -159,16 +159,16 @@ def prune(directory: epath.Path, keep_last: int, keep_best: int) -> None:
         remove(directory / str(step))
 
 
-def tidy(directory: epath.Path, newest: float) -> None:
+def tidy(directory: epath.Path, newest: float) -> list[str]:
     """Makes a directory ready for a run that goes on from its step ``newest``.
 
-    Steps that were not finished are removed. What is newer, or has a damaged seal, was passed
-    over and is set aside as ``STEP.damaged``, for whoever wants to look at it; in a bucket, where
-    nothing can be renamed, it is removed.
+    Steps that were not finished are removed, and their names returned. What is newer, or has a
+    damaged seal, was passed over and is set aside as ``STEP.damaged``, for whoever wants to look
+    at it; in a bucket, where nothing can be renamed, it is removed.
     """
     if not is_remote(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    sealed = steps(directory)
+    sealed, removed = steps(directory), []
     for path in directory.glob("*"):
         step = int(path.name) if path.name.isdecimal() else None
         if step is not None and step in sealed:
@@ -178,6 +178,8 @@ def tidy(directory: epath.Path, newest: float) -> None:
                 path.rmtree() if is_remote(path) else path.rename(aside)
         elif step is not None or ".orbax-checkpoint-tmp" in path.name:
             path.rmtree()
+            removed.append(path.name)
+    return sorted(removed)
 
 
 def _names(directory: epath.Path, prefix: str = "") -> Iterator[str]:

@@ -203,8 +203,13 @@ def test_who_goes_on_sets_the_damaged_aside_and_removes_the_unfinished(two, read
     (two / "5" / seals.SEAL).unlink()
     (two / "9.orbax-checkpoint-tmp/state").mkdir(parents=True)
     (two / "note").write_text("mine")
-    opened = Checkpoints(two, CheckpointConfig(), resumed_from=3)
+    lines = []
+    opened = Checkpoints(two, CheckpointConfig(), resumed_from=3, say=lines.append)
     assert sorted(path.name for path in two.iterdir()) == ["3", "7.damaged", "note"]
+    assert lines == [
+        f"checkpoint {name} in {two} was not finished: removed"
+        for name in ("5", "9.orbax-checkpoint-tmp")
+    ]
     opened.save(7, tree(7), {"step": 7}, None)
     opened.close()
     assert read() == (7, [])
