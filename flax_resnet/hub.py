@@ -16,7 +16,7 @@ from flax_resnet import metrics, models, provenance, storage
 from flax_resnet.card import Trained, model_card
 from flax_resnet.errors import UserError
 from flax_resnet.licenses import License
-from flax_resnet.pretrained import Pretrained, open_weights, stem_channels, write_weights
+from flax_resnet.pretrained import Pretrained, open_weights, write_weights
 from flax_resnet.pretrained.hub import (
     WEIGHTS,
     Repo,
@@ -219,12 +219,9 @@ def _read_json(path: Path) -> Any:
 
 
 def _input_shape(opened: Pretrained, trained: Trained | None) -> tuple[int, int, int]:
-    if opened.preprocessing is not None:
-        return opened.preprocessing.shape
-    if trained is not None:
+    if opened.preprocessing is None and trained is not None:
         return models.check_shape(trained.checkpoint["image_shape"])
-    height, width, channels = models.default_shape(opened.module)
-    return height, width, stem_channels(opened.variables, channels)
+    return opened.input_shape
 
 
 def _config(
