@@ -481,6 +481,17 @@ def test_descriptions_of_what_cannot_be_are_refused(tmp_path, part, change):
 
 
 @pytest.mark.parametrize(
+    "name", ["subprocess:Popen", "os:system", "flax_resnet.config:TrainConfig"]
+)
+def test_descriptions_name_networks_of_this_library_only(tmp_path, name):
+    for change in ({"class": name}, {"block_cls": {"class_itself": name}}):
+        path, _ = saved(tmp_path, create("resnet20", **SMALL))
+        describe(path, lambda about, change=change: about["module"].update(change))
+        with pytest.raises(UserError, match=r"is no network or block of flax_resnet\.models"):
+            read_weights(path)
+
+
+@pytest.mark.parametrize(
     "text", ["{", "[" * 100_000, "7", '{"module": 7, "input_shape": [8, 8, 3]}']
 )
 def test_descriptions_of_nothing_are_refused(tmp_path, text):
