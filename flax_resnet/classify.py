@@ -21,7 +21,8 @@ from flax_resnet.errors import UserError, check_choices, check_range
 from flax_resnet.files import replacing
 from flax_resnet.models import ResNet
 from flax_resnet.preprocess import Preprocessing
-from flax_resnet.pretrained import Pretrained, check_same, open_weights, stem_channels
+from flax_resnet.pretrained import Pretrained, check_same, image_shape, open_weights
+from flax_resnet.pretrained.classes import class_name
 
 FLAGS = "--size, --resize, --interpolation, --mean and --std"
 OWN = "the weights' own"
@@ -52,18 +53,11 @@ def open_network(weights: str | Path, model: str | None = None) -> Pretrained:
         named = named.clone(**{name: v for name, v in there.items() if hasattr(named, name)})
         check_same(opened, named, model)
         if not opened.certain:
-            shape = (*models.default_shape(named)[:2], input_channels(opened))
+            shape = image_shape(named, opened.variables)
             want = models.variable_shapes(named, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
             variables = models.match_variables(named, want, opened.variables)
             opened = dataclasses.replace(opened, module=named, variables=variables)
     return opened
-
-
-def input_channels(opened: Pretrained) -> int:
-    """Channels of the images that the network takes."""
-    if opened.preprocessing is not None:
-        return opened.preprocessing.channels
-    return stem_channels(opened.variables, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +100,7 @@ class PreparedFlags:
         given: dict[str, Any] = {n: v for n in names if (v := getattr(self, n)) is not None}
         if not given:
             return opened.preprocessing
-        channels, old = input_channels(opened), opened.preprocessing
+        channels, old = opened.input_shape[2], opened.preprocessing
         if "resize" in given:
             given["resize"] = given["resize"] or None
         if len(given.get("std", ())) == 1:
@@ -185,8 +179,7 @@ class Classifier:
 
     def name(self, index: int) -> str:
         """What to call a class."""
-        names = self.class_names or ()
-        return names[index] if index < len(names) else f"class {index}"
+        return class_name(self.class_names, index)
 
 
 def not_finite(what: str = "the network's outputs") -> UserError:

@@ -10,8 +10,8 @@ from typing import Annotated
 import jax
 import tyro
 
-from flax_resnet import flags, models
-from flax_resnet.classify import PreparedFlags, flag, input_channels
+from flax_resnet import flags
+from flax_resnet.classify import PreparedFlags, flag
 from flax_resnet.errors import UserError
 from flax_resnet.pretrained import Pretrained, write_weights
 
@@ -71,15 +71,13 @@ def convert(opened: Pretrained, dest: str | Path) -> str:
     Raises:
       UserError: another ending, a network that Keras has not, or a path that cannot be written.
     """
-    prepared, module = opened.preprocessing, opened.module
-    side = models.default_shape(module)[0] if prepared is None else prepared.size
     write_weights(
         dest,
-        module,
+        opened.module,
         opened.variables,
-        preprocessing=prepared,
+        preprocessing=opened.preprocessing,
         class_names=opened.class_names,
-        input_shape=(side, side, input_channels(opened)),
+        input_shape=opened.input_shape,
     )
     parameters = sum(x.size for x in jax.tree.leaves(opened.variables["params"]))
     return f"{opened.name}, {parameters:,} parameters, written to {dest}"

@@ -499,6 +499,16 @@ CIFAR = [
 ]
 
 
+@pytest.mark.parametrize(("shortcut", "total"), [("A", 269_722), ("B", 272_474)])
+def test_cifar_resnet_20(rng, shortcut, total):
+    spec = Spec(False, (3, 3, 3), 16, shortcut=shortcut, stem="cifar", classes=10)
+    module = create("resnet20", shortcut=shortcut)
+    variables, reference, x = torch_pair(module, spec, rng, (8, 32, 32, 3))
+    assert size(variables["params"]) == total
+    for train in (False, True):
+        check_network(module, variables, reference, x, train)
+
+
 @pytest.mark.parametrize(("name", "spec"), CIFAR)
 def test_cifar_families(rng, name, spec):
     module, spec, shape = small(name, spec)

@@ -1,7 +1,6 @@
 """Weight files of every kind, whole, damaged and hostile: tensors or a UserError, never code."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -9,7 +8,6 @@ import pickle
 import struct
 import subprocess
 import sys
-import textwrap
 import tracemalloc
 import warnings
 import zipfile
@@ -288,35 +286,6 @@ def test_keras_3(tmp_path):
     assert found.format == "keras_weights"
     expected = {f"{k}/{i}": a for k, arrays in KERAS_3.items() for i, a in enumerate(arrays)}
     same(found.tensors, {k: a.astype(a.dtype.newbyteorder("=")) for k, a in expected.items()})
-
-
-@pytest.mark.slow
-def test_keras_itself(tmp_path):
-    script = """
-        import sys, keras
-        image = keras.Input((8, 8, 3))
-        x = keras.layers.Conv2D(4, 3, name="first")(image)
-        x = keras.layers.BatchNormalization(name="norm")(x)
-        x = keras.layers.Dropout(0.5)(keras.layers.Flatten()(x))
-        model = keras.Model(image, keras.layers.Dense(2, name="head")(x))
-        model.compile("adam", "mse")
-        for name in ("a.weights.h5", "a.h5", "a.keras"):
-            (model.save_weights if "weights" in name else model.save)(f"{sys.argv[1]}/{name}")
-    """
-    if not all(map(importlib.util.find_spec, ("keras", "torch"))):  # import: its own backend
-        pytest.skip("needs keras and torch")
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), tmp_path],
-        env={**os.environ, "KERAS_BACKEND": "torch"},
-        check=True,
-        capture_output=True,
-    )
-    new = read_tensors(tmp_path / "a.weights.h5").tensors
-    old = read_tensors(tmp_path / "a.h5").tensors
-    names = {"conv2d": "first", "batch_normalization": "norm", "dense": "head"}
-    same(old, {f"{names[k.split('/')[0]]}/{k.split('/')[1]}": v for k, v in new.items()})
-    assert len(new) == 8
-    refuse(tmp_path / "a.keras", "save_weights")
 
 
 # Files that are no weights: {name: (a function that writes one at a path, words of the message)}.

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import time
 
 import h5py
 import jax
@@ -317,28 +316,6 @@ def test_files_that_are_no_such_network(tmp_path, change, message):
         read_weights(path)
 
 
-def test_a_description_names_networks_of_this_library_only(tmp_path):
-    path, _ = saved(tmp_path, create("resnet20", **SMALL))
-    tensors = load_file(path)
-    record = {"class": "flax_resnet.models.resnet:ResNet", "stage_sizes": [3, 3, 3]}
-    for module in (
-        {**record, "class": "subprocess:Popen"},
-        {**record, "class": "flax_resnet.config:TrainConfig"},
-        {**record, "block_cls": {"class_itself": "os:system"}},
-        {**record, "stem": {"class": "flax_resnet.optim:SGD"}},
-        {**record, "stage_sizes": "x"},
-        {**record, "depth": 3},
-        7,
-    ):
-        about = json.dumps({"module": module, "input_shape": [32, 32, 3]})
-        save_file(tensors, path, {METADATA_KEY: about})
-        with pytest.raises(UserError):
-            read_weights(path)
-    save_file(tensors, path, {METADATA_KEY: "{"})
-    with pytest.raises(UserError, match="description of the network cannot be read"):
-        read_weights(path)
-
-
 class Single(Block):
     """A block of one's own."""
 
@@ -450,15 +427,10 @@ MANGLED = [
 ]
 
 
+@pytest.mark.parametrize("cases", [8, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "fields", "kind"), MANGLED)
-def test_mangled_files_are_taken_or_refused(tmp_path, name, fields, kind):
-    assert survive(tmp_path, name, fields, kind, 8) < 8
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "fields", "kind"), MANGLED)
-def test_thousands_of_mangled_files_are_taken_or_refused(tmp_path, name, fields, kind):
-    assert survive(tmp_path, name, fields, kind, 300) < 300
+def test_mangled_files_are_taken_or_refused(tmp_path, name, fields, kind, cases):
+    assert survive(tmp_path, name, fields, kind, cases) < cases
 
 
 def describe(path, change):
@@ -469,45 +441,63 @@ def describe(path, change):
     save_file(dict(file.tensors), path, {METADATA_KEY: json.dumps(about)})
 
 
+MODELS = "flax_resnet.models.resnet"
+BAD_NETWORKS = [
+    *({"class": v} for v in ("subprocess:Popen", "flax_resnet.config:TrainConfig", 7, None, [],
+                             f"{MODELS}:Layers", f"{MODELS}:Feature", f"os.{MODELS}:ResNet")),
+    *({"block_cls": {"class_itself": v}} for v in ("os:system", f"{MODELS}:ResNet", 7)),
+    {"block_cls": {}}, {"stem": {"class": "flax_resnet.optim:SGD"}}, {"depth": 3},
+    *({"stage_sizes": v} for v in ([10**6], [1] * 10**5, [10**400], [-1], "x", [1e999], None,
+                                   [{"class": "flax_resnet.config:TrainConfig"}])),
+    *({"hidden_units": v} for v in ([1] * 10**5, 3, ["x"])),
+    *({"num_filters": v} for v in (10**12, "x", 10**400, 0)), {"dtype": "float64"},
+    *({name: 10**30} for name in ("groups", "width_per_group", "num_classes", "se_reduction")),
+]  # fmt: skip
+BAD_IMAGES = [
+    *({"size": v} for v in (32.5, True, 10**400, "x", 0, 10**6)),
+    *({"mean": v} for v in (["a", "b", "c"], [None] * 3, [1e999] * 3, "abc", [10**400] * 3)),
+    *({"std": v} for v in ([0.0] * 3, "abc", [])),
+    *({"channels": v} for v in (7, "3", None, 1e9)),
+    *({"decoder": v} for v in ({}, "x", {"channels": 7}, {"channels": 3, "pad": -1},
+                               {"channels": 3, "pad": 10**9}, {"channels": [3], "size": 8},
+                               {"channels": 3, "size": 8, "crop_ratio": 0})),
+    {"interpolation": [1]}, {"interpolation": {}}, {"unknown": 1},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("part", "change"),
     [
-        *(
-            {"stage_sizes": v}
-            for v in ([10**6], [1] * 10**5, [10**400], [-1], "abc", [1e999], None)
-        ),
-        *({"hidden_units": v} for v in ([1] * 10**5, 3, ["x"])),
-        *({"num_filters": v} for v in (10**12, "x", 10**400, 0)),
-        *({name: 10**30} for name in ("groups", "width_per_group", "num_classes", "se_reduction")),
+        *(("module", change) for change in BAD_NETWORKS),
+        *(("preprocessing", change) for change in BAD_IMAGES),
     ],
 )
-def test_descriptions_of_impossible_networks_are_refused_at_once(tmp_path, change):
-    path, _ = saved(tmp_path, create("resnet20", **SMALL))
-    describe(path, lambda about: about["module"].update(change))
-    start = time.process_time()
+def test_descriptions_of_what_cannot_be_are_refused(tmp_path, part, change):
+    path, _ = saved(tmp_path, create("resnet20", **SMALL), preprocessing=TORCH)
+    describe(path, lambda about: about[part].update(change))
     with pytest.raises(UserError) as caught:
         read_weights(path)
-    assert time.process_time() - start < 5
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        *({"size": v} for v in (32.5, True, 10**400, "x", 0, 10**6)),
-        *({"mean": v} for v in (["a", "b", "c"], [None] * 3, [1e999] * 3, "abc", [10**400] * 3)),
-        *({"std": v} for v in ([0.0] * 3, "abc", [])),
-        *({"channels": v} for v in (7, "3", None, 1e9)),
-        *({"decoder": v} for v in ({}, "x", {"channels": 7}, {"channels": 3, "pad": -1},
-                                   {"channels": 3, "pad": 10**9}, {"channels": [3], "size": 8},
-                                   {"channels": 3, "size": 8, "crop_ratio": 0})),
-        {"interpolation": [1]}, {"interpolation": {}}, {"unknown": 1},
-    ],
-)  # fmt: skip
-def test_descriptions_of_impossible_images_are_refused(tmp_path, change):
-    path, _ = saved(tmp_path, create("resnet20", **SMALL), preprocessing=TORCH)
-    describe(path, lambda about: about["preprocessing"].update(change))
-    with pytest.raises(UserError):
+    "name", ["subprocess:Popen", "os:system", "flax_resnet.config:TrainConfig"]
+)
+def test_descriptions_name_networks_of_this_library_only(tmp_path, name):
+    for change in ({"class": name}, {"block_cls": {"class_itself": name}}):
+        path, _ = saved(tmp_path, create("resnet20", **SMALL))
+        describe(path, lambda about, change=change: about["module"].update(change))
+        with pytest.raises(UserError, match=r"is no network or block of flax_resnet\.models"):
+            read_weights(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[" * 100_000, "7", '{"module": 7, "input_shape": [8, 8, 3]}']
+)
+def test_descriptions_of_nothing_are_refused(tmp_path, text):
+    path, _ = saved(tmp_path, create("resnet20", **SMALL))
+    save_file(dict(read_tensors(path).tensors), path, {METADATA_KEY: text})
+    with pytest.raises(UserError, match="description of the network cannot be read"):
         read_weights(path)
 
 
@@ -520,41 +510,14 @@ def test_class_names_cannot_steer_a_terminal(tmp_path):
         open_file(path)
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        {"class": "flax_resnet.models.resnet:Layers", "norm_kind": "batch"},
-        {"class": "flax_resnet.models.resnet:Feature", "map": 1, "name": "x", "stride": 1,
-         "width": 1},
-        {"class": "flax_resnet.models.resnet:ResNet", "stage_sizes": [1, 1, 1], "dtype": "float64"},
-        {"class": "flax_resnet.models.resnet:ResNet", "stage_sizes": [1, 1, 1],
-         "block_cls": {"class_itself": "flax_resnet.models.resnet:ResNet"}},
-    ],
-)  # fmt: skip
-def test_descriptions_of_what_is_no_network_are_refused(tmp_path, module):
-    path, _ = saved(tmp_path, create("resnet20", **SMALL))
-    describe(path, lambda about: about.update(module=module))
-    with pytest.raises(UserError, match="cannot be read"):
-        read_weights(path)
-
-
-def test_a_description_nested_without_end_is_refused(tmp_path):
-    path, _ = saved(tmp_path, create("resnet20", **SMALL))
-    save_file(dict(read_tensors(path).tensors), path, {METADATA_KEY: "[" * 100_000})
-    with pytest.raises(UserError, match="cannot be read"):
-        read_weights(path)
-
-
 def test_more_blocks_than_tensors_are_refused_at_once(tmp_path):
     path, _ = saved(tmp_path, create("resnet20", **SMALL))
     tensors = load_file(path)
     for block in range(3, 3000):
         tensors[f"layer1.{block}.conv1.weight"] = np.ones((1, 1, 1, 1), np.float32)
     save_file(tensors, path)
-    start = time.process_time()
     with pytest.raises(UserError, match="a block has four at the least"):
         read_weights(path)
-    assert time.process_time() - start < 2
 
 
 def test_keras_files_are_of_floats_that_keras_reads(tmp_path):

@@ -142,7 +142,7 @@ def test_trainable_says_what_frozen_stages_freezes():
 def test_a_replaced_head_has_its_classes_and_starts_afresh(model, rng):
     x = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
     variables = drawn(model, x)
-    other, changed = replace_head(model, variables, 3, seed=1)
+    other, changed = replace_head(model, variables, 3)
     assert other == model.clone(num_classes=3)
     assert other.apply(changed, x).shape == (2, 3)
     assert shapes_of(other, (8, 8, 3)) == jax.eval_shape(lambda: changed)

@@ -18,6 +18,7 @@ from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
+from flax_resnet.pretrained.classes import class_name
 from flax_resnet.pretrained.load import saved_variables
 from flax_resnet.record import from_record, untracked
 
@@ -85,7 +86,7 @@ class Inspected:
 
     def class_name(self, index: int) -> str:
         """What to call a class; the network may have more outputs than the data have classes."""
-        return self.class_names[index] if index < len(self.class_names) else f"class {index}"
+        return class_name(self.class_names, index)
 
 
 def open_run(workdir: str | Path, checkpoint: Which = "best") -> Inspected:

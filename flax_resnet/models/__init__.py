@@ -14,9 +14,11 @@ from flax_resnet.models.mini import MiniModel as MiniModel
 from flax_resnet.models.mini import ResidualUnit as ResidualUnit
 from flax_resnet.models.resnet import Feature as Feature
 from flax_resnet.models.resnet import ResNet as ResNet
+from flax_resnet.models.surgery import Naming as Naming
 from flax_resnet.models.surgery import WeightsError as WeightsError
 from flax_resnet.models.surgery import initialize as initialize
 from flax_resnet.models.surgery import initializer as initializer
+from flax_resnet.models.surgery import match as match
 from flax_resnet.models.surgery import match_variables as match_variables
 from flax_resnet.models.surgery import replace_head as replace_head
 from flax_resnet.models.surgery import stack_blocks as stack_blocks

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -112,7 +113,7 @@ def _init(module: nn.Module, images: Any) -> Callable[[jax.Array], Any]:
 
 
 def replace_head(
-    module: Any, variables: Mapping[str, Any], num_classes: int, seed: int = 0
+    module: Any, variables: Mapping[str, Any], num_classes: int
 ) -> tuple[Any, dict[str, Any]]:
     """The network with a new head of ``num_classes``, freshly started; all else is kept.
 
@@ -122,13 +123,12 @@ def replace_head(
       module: a network of this library; a ResNet without its top gets one.
       variables: its variables.
       num_classes: width of the new head.
-      seed: of the head's initialisation.
 
     Returns:
       (module, variables).
     """
     check_range("num_classes", num_classes, 1)
-    params, key = dict(variables["params"]), jax.random.key(seed)
+    params, key = dict(variables["params"]), jax.random.key(0)
     if isinstance(module, ResNet):
         module = module.clone(include_top=True, num_classes=num_classes)
         features = jnp.zeros((1, module.num_features))
@@ -186,7 +186,6 @@ class WeightsError(UserError):
         missing: Collection[str],
         unexpected: Collection[str],
         misshaped: Mapping[str, tuple[Any, Any]],
-        advice: str = "",
     ):
         self.missing, self.unexpected = tuple(sorted(missing)), tuple(sorted(unexpected))
         self.misshaped = dict(sorted(misshaped.items()))
@@ -197,7 +196,52 @@ class WeightsError(UserError):
             "of another shape": shapes,
         }
         lists = [f"{len(names)} {k} ({_some(names)})" for k, names in found.items() if names]
-        super().__init__(f"{what}: {'; '.join(lists)}{advice}")
+        super().__init__(f"{what}: {'; '.join(lists)}")
+
+
+class Naming(NamedTuple):
+    """How a file calls and lays out a network's variables; as they are, unless said otherwise."""
+
+    name: Callable[[Any], str] = lambda path: path
+    """Path of a variable to its name in the file."""
+    read: Callable[[Any, Any], Any] = lambda path, value: value
+    """A path and an array in the file's layout to the array in ours."""
+    write: Callable[[Any, Any], Any] = lambda path, value: value
+    """A path and an array in our layout to the array in the file's."""
+
+    def shape(self, path: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A variable's shape in the file's layout; nothing of that size is allocated."""
+        axes = self.write(path, np.empty(range(2, 2 + len(shape)), np.float32)).shape
+        return tuple(shape[axis - 2] if axis > 1 else 1 for axis in axes)
+
+
+def match(
+    what: str, needed: Mapping[Any, Any], given: Mapping[str, Any], naming: Naming | None = None
+) -> dict[Any, Any]:
+    """The arrays of ``given`` by the paths of ``needed`` and in their layout.
+
+    Args:
+      what: the start of an error's line.
+      needed: shapes (``jax.ShapeDtypeStruct``) by path.
+      given: arrays by name.
+      naming: from paths to names; by default they are the same.
+
+    Raises:
+      WeightsError: what is missing, left over or of another shape, by the names of ``given``.
+    """
+    naming = naming or Naming()
+    names = {path: naming.name(path) for path in needed}
+    found = {p: naming.read(p, given[name]) for p, name in names.items() if name in given}
+    misshaped = {
+        names[path]: (given[names[path]].shape, naming.shape(path, needed[path].shape))
+        for path, value in found.items()
+        if value.shape != needed[path].shape
+    }
+    missing = [name for path, name in names.items() if path not in found]
+    unexpected = given.keys() - set(names.values())
+    if missing or unexpected or misshaped:
+        raise WeightsError(what, missing, unexpected, misshaped)
+    return found
 
 
 def match_variables(module: nn.Module, want: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,23 +265,11 @@ def match_variables(module: nn.Module, want: Any, given: Mapping[str, Any]) -> d
         top = ("params/head/", "params/hidden")
         have = {key: x for key, x in have.items() if not key.startswith(top)}
     _check_ends(have, need)
-    misshaped = {
-        key: (have[key].shape, need[key].shape)
-        for key in need.keys() & have.keys()
-        if have[key].shape != need[key].shape
-    }
-    if need.keys() != have.keys() or misshaped:
-        raise WeightsError(
-            f"the weights are not this {type(module).__name__}'s",
-            need.keys() - have.keys(),
-            have.keys() - need.keys(),
-            misshaped,
-        )
-    whole = sorted(key for key, x in have.items() if not jnp.issubdtype(x.dtype, jnp.floating))
+    found = match(f"the weights are not this {type(module).__name__}'s", need, have)
+    whole = sorted(key for key, x in found.items() if not jnp.issubdtype(x.dtype, jnp.floating))
     if whole:
         raise UserError(f"the weights are not floating-point: {_some(whole)}")
-    cast = {key: jnp.asarray(have[key], need[key].dtype) for key in need}
-    return unflatten_dict(cast, sep="/")
+    return unflatten_dict({k: jnp.asarray(found[k], need[k].dtype) for k in need}, sep="/")
 
 
 def _check_ends(have: Mapping[str, Any], need: Mapping[str, Any]) -> None:
@@ -260,6 +292,7 @@ def _check_ends(have: Mapping[str, Any], need: Mapping[str, Any]) -> None:
         )
 
 
-def _some(items: Sequence[str], most: int = 8) -> str:
-    more = f", and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
+def _some(items: Sequence[str]) -> str:
+    """The first eight of the items, and how many more there are."""
+    more = f", and {len(items) - 8} more" if len(items) > 8 else ""
+    return ", ".join(items[:8]) + more

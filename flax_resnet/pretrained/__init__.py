@@ -7,6 +7,6 @@ from flax_resnet.pretrained.load import open_weights as open_weights
 from flax_resnet.pretrained.load import preprocessing as preprocessing
 from flax_resnet.pretrained.published import tags as tags
 from flax_resnet.pretrained.weights import Pretrained as Pretrained
+from flax_resnet.pretrained.weights import image_shape as image_shape
 from flax_resnet.pretrained.weights import read_weights as read_weights
-from flax_resnet.pretrained.weights import stem_channels as stem_channels
 from flax_resnet.pretrained.weights import write_weights as write_weights

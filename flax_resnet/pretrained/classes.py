@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+from collections.abc import Sequence
 from importlib import resources
 
 
@@ -24,6 +25,11 @@ def imagenet_classes() -> tuple[str, ...]:
 def imagenet_ids() -> tuple[str, ...]:
     """WordNet's id of each class, in the order of the outputs."""
     return tuple(wordnet_id for wordnet_id, _ in _rows())
+
+
+def class_name(names: Sequence[str] | None, index: int) -> str:
+    """What to call the class of an output; a network may have more outputs than classes."""
+    return names[index] if names is not None and index < len(names) else f"class {index}"
 
 
 def _rows() -> list[list[str]]:

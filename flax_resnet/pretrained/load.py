@@ -23,7 +23,7 @@ from flax_resnet.preprocess import Preprocessing
 from flax_resnet.pretrained import hub, published
 from flax_resnet.pretrained.classes import imagenet_classes
 from flax_resnet.pretrained.fetch import fetch
-from flax_resnet.pretrained.weights import Pretrained, Variables, open_file, stem_channels
+from flax_resnet.pretrained.weights import Pretrained, Variables, image_shape, open_file
 from flax_resnet.record import from_record, untracked
 
 SUFFIXES = (".safetensors", ".h5", ".hdf5", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
@@ -89,14 +89,8 @@ def load(
     module = models.create(name, dtype=dtype, **fields)
     if opened is not None:
         check_same(opened, module, name)
-    if input_shape is None:
-        height, width, channels = models.default_shape(module)
-        input_shape = (
-            height,
-            width,
-            channels if opened is None else stem_channels(opened.variables, channels),
-        )
-    shape = models.check_shape(input_shape)
+    default = image_shape(module, None if opened is None else opened.variables)
+    shape = models.check_shape(default if input_shape is None else input_shape)
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     if weights is None:
         return module, models.initialize(module, jax.random.key(seed), images)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,13 @@ _BLOCK = re.compile(r"layer(\d{1,4})\.(\d{1,6})\.(.+)")
 _STEM_MODULES = {"stem_conv": "conv1", "stem_norm": "bn1", "final_norm": "bn", "head": "fc"}
 _DEEP_STEM = {"stem_conv1": "conv1.0", "stem_norm1": "conv1.1", "stem_conv2": "conv1.3",
               "stem_norm2": "conv1.4", "stem_conv": "conv1.6"}  # fmt: skip
+# (three convolutions, normalised before the first): the block.
+_BLOCK_CLASSES = {
+    (False, False): BasicBlock,
+    (False, True): PreActBasicBlock,
+    (True, False): BottleneckBlock,
+    (True, True): PreActBottleneckBlock,
+}
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias",
            "mean": "running_mean", "var": "running_var"}  # fmt: skip
 
@@ -148,47 +155,45 @@ def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> ResNet:
       UserError: they are not those of a residual network.
     """
     stages = _stage_sizes(tensors)
-    first = "layer1.0."
-    bottleneck = f"{first}conv3.weight" in tensors
-    outputs = _size(tensors, f"{first}conv{3 if bottleneck else 2}.weight", 0)
+    bottleneck = "layer1.0.conv3.weight" in tensors
+    preact = "bn1.weight" not in tensors and "layer1.0.bn1.weight" in tensors
+    normed = any("bn" in name for name in tensors)
+    outputs = _size(tensors, f"layer1.0.conv{3 if bottleneck else 2}.weight", 0)
     filters = outputs // 4 if bottleneck else outputs
     stem, stem_conv = _stem(tensors)
-    preact = "bn1.weight" not in tensors and f"{first}bn1.weight" in tensors
-    blocks = (
-        (PreActBottleneckBlock if bottleneck else PreActBasicBlock)
-        if preact
-        else (BottleneckBlock if bottleneck else BasicBlock)
-    )
+    stem_filters = _size(tensors, stem_conv, 0)
     found: dict[str, Any] = {
         "stage_sizes": stages,
-        "block_cls": blocks,
+        "block_cls": _BLOCK_CLASSES[bottleneck, preact],
         "num_filters": filters,
         "stem": stem,
-        "shortcut": _shortcut(tensors, stages, _size(tensors, stem_conv, 0) == outputs),
-        "norm_kind": "batch" if any("bn" in name for name in tensors) else "none",
+        "stem_filters": None if stem_filters == filters else stem_filters,
+        "shortcut": _shortcut(tensors, stages, stem_filters == outputs),
+        "norm_kind": "batch" if normed else "none",
+        "include_top": "fc.weight" in tensors,
+        "hidden_units": tuple(_hidden_units(tensors)),
     }
-    if (stem_filters := _size(tensors, stem_conv, 0)) != filters:
-        found["stem_filters"] = stem_filters
     if bottleneck and filters:
-        width = _size(tensors, f"{first}conv2.weight", 0)
-        found["groups"] = width // _size(tensors, f"{first}conv2.weight", 1)
+        width = _size(tensors, "layer1.0.conv2.weight", 0)
+        found["groups"] = width // _size(tensors, "layer1.0.conv2.weight", 1)
         found["width_per_group"] = width * 64 // (filters * max(1, found["groups"]))
-    if (gate := f"{first}se.fc1.weight") in tensors:
-        found["se_reduction"] = outputs // _size(tensors, gate, 0)
-    hidden: list[int] = []
-    while (name := f"hidden{len(hidden) + 1}.weight") in tensors:
-        hidden.append(_size(tensors, name, 0))
-    if hidden:
-        found["hidden_units"] = tuple(hidden)
     if "fc.weight" in tensors:
         found["num_classes"] = _size(tensors, "fc.weight", 0)
-    else:
-        found["include_top"] = False
-    if f"{first}conv1.bias" in tensors and found["norm_kind"] == "batch":
+    if "layer1.0.se.fc1.weight" in tensors:
+        found["se_reduction"] = outputs // _size(tensors, "layer1.0.se.fc1.weight", 0)
+    if normed and "layer1.0.conv1.bias" in tensors:
         found["conv_bias"] = "all"
-    elif "conv1.bias" in tensors and found["norm_kind"] == "batch":
+    elif normed and "conv1.bias" in tensors:
         found["conv_bias"] = "unnormalized"
     return ResNet(**{**found, **fields})
+
+
+def _hidden_units(tensors: Mapping[str, np.ndarray]) -> Iterator[int]:
+    """Width of each dense layer before the head."""
+    number = 1
+    while (name := f"hidden{number}.weight") in tensors:
+        yield _size(tensors, name, 0)
+        number += 1
 
 
 def input_channels(tensors: Mapping[str, np.ndarray]) -> int:

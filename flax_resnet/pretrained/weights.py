@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,36 +55,31 @@ class Pretrained:
         """What to call the network."""
         return self.network or models.network_name(self.module)
 
-
-class Naming(NamedTuple):
-    """How a file calls and lays out a network's variables."""
-
-    name: Callable[[Path_], str]
-    """Path of a variable to its name in the file."""
-    read: Callable[[Path_, np.ndarray], np.ndarray]
-    """The file's layout to ours."""
-    write: Callable[[Path_, np.ndarray], np.ndarray]
-    """Ours to the file's."""
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the images that the network takes."""
+        if self.preprocessing is not None:
+            return self.preprocessing.shape
+        return image_shape(self.module, self.variables)
 
 
-def _same(path: Path_, value: np.ndarray) -> np.ndarray:
-    return value
+def _torch_naming(module: ResNet) -> models.Naming:
+    name = functools.partial(torch_names.torch_name, module)
+    return models.Naming(name, torch_names.from_torch, torch_names.to_torch)
 
 
-def _torch_naming(module: ResNet) -> Naming:
-    return Naming(
-        lambda path: torch_names.torch_name(module, path),
-        torch_names.from_torch,
-        torch_names.to_torch,
-    )
-
-
-def _keras_naming(module: ResNet) -> Naming:
-    return Naming(lambda path: keras_names.keras_name(module, path), _same, _same)
+def _keras_naming(module: ResNet) -> models.Naming:
+    return models.Naming(functools.partial(keras_names.keras_name, module))
 
 
 # Of networks that are no ResNet and so have no names in torch: their own.
-_OWN_NAMING = Naming(".".join, _same, _same)
+_OWN_NAMING = models.Naming(".".join)
+# Networks and blocks that the description in a file may name.
+_CLASSES = {
+    cls.__name__: cls
+    for cls in vars(models).values()
+    if isinstance(cls, type) and issubclass(cls, nn.Module)
+}
 
 
 def open_file(path: str | Path, **fields: Any) -> Pretrained:
@@ -150,7 +146,7 @@ def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
     return Pretrained(module, variables, preprocessing, class_names, certain=True)
 
 
-def _described(record: Any, fields: Mapping[str, Any], count: int) -> Any:
+def _described(record: Mapping[str, Any], fields: Mapping[str, Any], count: int) -> Any:
     """The network of a record, if it names those of this library only: a file is anyone's.
 
     Args:
@@ -158,29 +154,32 @@ def _described(record: Any, fields: Mapping[str, Any], count: int) -> Any:
       fields: taken in place of the record's, a block class of one's own for example.
       count: tensors in the file; a network of more blocks is not even tried.
     """
-    if not isinstance(record, Mapping) or "class" not in record:
-        raise ValueError("no network is described")
     record = {name: value for name, value in record.items() if name not in fields}
-    if any(isinstance(v, Mapping) and "class_itself" not in v for v in record.values()):
-        raise ValueError("it holds more than a network")
-    inner = [v["class_itself"] for v in record.values() if isinstance(v, Mapping)]
-    for name, kind in ((record["class"], nn.Module), *((name, Block) for name in inner)):
-        if not str(name).startswith("flax_resnet.models.") and name not in MOVED_CLASSES.values():
-            raise ValueError(
-                f"{name!r:.80} is no network or block of flax_resnet.models; a block class of your "
-                "own has to be given, as block_cls"
-            )
-        if not issubclass(find_class(name), kind):
-            raise ValueError(f"{name!r:.80} is no {kind.__name__}")
-    lists = [value for value in record.values() if isinstance(value, list)]
-    blocks = sum(record.get("stage_sizes", ()))
-    if any(len(v) > count for v in lists) or torch_names.too_many(blocks, count):
+    _check_class(record["class"], nn.Module)
+    for value in record.values():
+        inner = value if isinstance(value, list) else ()
+        if len(inner) > count or any(isinstance(v, (Mapping, list)) for v in inner):
+            raise ValueError(f"it describes more than a network of {count} tensors")
+        if isinstance(value, Mapping):
+            _check_class(value["class_itself"], Block)
+    if torch_names.too_many(sum(record.get("stage_sizes", ())), count):
         raise ValueError(f"it describes more layers than there are tensors, {count}")
     for name in ("dtype", "param_dtype"):
         check_dtype(record.get(name, "float32"))
-    own = {name: value for name, value in record.items() if name != "class"}
-    values = {name: from_record(value) for name, value in own.items()}
-    return find_class(record["class"])(**{**values, **fields})
+    return from_record(record).clone(**fields)
+
+
+def _check_class(name: str, kind: type) -> None:
+    """Raises ValueError unless a class is a network or block of this library."""
+    moved = name in MOVED_CLASSES or name in MOVED_CLASSES.values()
+    cls = find_class(name) if moved else _CLASSES.get(name.partition(":")[2])
+    if cls is None or not (moved or name.startswith("flax_resnet.models.")):
+        raise ValueError(
+            f"{name!r:.80} is no network or block of flax_resnet.models; a block class of your "
+            "own has to be given, as block_cls"
+        )
+    if not issubclass(cls, kind):
+        raise ValueError(f"{name!r:.80} is no {kind.__name__}")
 
 
 def _class_names(names: Any) -> tuple[str, ...] | None:
@@ -204,7 +203,10 @@ def _preprocessing(record: Any) -> Preprocessing | None:
 
 
 def _fit(
-    module: Any, tensors: Mapping[str, np.ndarray], naming: Naming, shape: tuple[int, int, int]
+    module: Any,
+    tensors: Mapping[str, np.ndarray],
+    naming: models.Naming,
+    shape: tuple[int, int, int],
 ) -> dict[str, Any]:
     """A file's tensors as the variables of ``module`` on images of ``shape``, in its dtypes.
 
@@ -220,31 +222,11 @@ def _fit(
         raise UserError(
             f"the weights' shapes do not make {what}: {str(error).splitlines()[0]:.200}"
         ) from error
-    names = {path: naming.name(path) for path in need}
-    known = set(names.values())
-    found = {p: naming.read(p, tensors[name]) for p, name in names.items() if name in tensors}
-    missing = [name for name in names.values() if name not in tensors]
-    misshaped = {
-        names[path]: (tensors[names[path]].shape, _shape_there(naming, path, need[path].shape))
-        for path, value in found.items()
-        if value.shape != need[path].shape
-    }
-    left = {name: tensor for name, tensor in tensors.items() if name not in known}
     if not getattr(module, "include_top", True):
         top = ("fc.", "predictions/", *TOP)
-        left = {name: tensor for name, tensor in left.items() if not name.startswith(top)}
-    if missing or left or misshaped:
-        raise WeightsError(f"the weights do not make {what}", missing, left, misshaped)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(top)}
+    found = models.match(f"the weights do not make {what}", need, tensors, naming)
     return unflatten_dict({p: np.ascontiguousarray(x, need[p].dtype) for p, x in found.items()})
-
-
-def _shape_there(naming: Naming, path: Path_, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A variable's shape in the file's layout; nothing of that size is allocated."""
-    ones = naming.write(path, np.empty((1,) * len(shape), np.float32)).ndim
-    if ones != len(shape):  # a gate, dense here and a convolution there
-        return (*shape[::-1], 1, 1)
-    order = naming.write(path, np.empty(range(2, 2 + len(shape)), np.float32)).shape
-    return tuple(shape[i - 2] for i in order)
 
 
 def read_weights(path: str | Path, **fields: Any) -> tuple[nn.Module, Variables]:
@@ -296,7 +278,7 @@ def write_weights(
         "module": to_record(module),
         "preprocessing": None if preprocessing is None else to_record(preprocessing),
         "class_names": None if class_names is None else list(class_names),
-        "input_shape": models.check_shape(input_shape or _input_shape(module, variables)),
+        "input_shape": models.check_shape(input_shape or image_shape(module, variables)),
     }
     try:
         with replacing(path) as partial:
@@ -305,16 +287,14 @@ def write_weights(
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def stem_channels(variables: Variables, default: int) -> int:
-    """Channels of the images that a network of these variables takes."""
-    params = variables["params"]
-    stem = next((params[name] for name in ("stem_conv1", "stem_conv") if name in params), None)
-    return default if stem is None else stem["kernel"].shape[2]
-
-
-def _input_shape(module: nn.Module, variables: Variables) -> tuple[int, int, int]:
+def image_shape(module: nn.Module, variables: Variables | None = None) -> tuple[int, int, int]:
+    """(H, W, C): the size that a network was made for, the channels that its variables take."""
     height, width, channels = models.default_shape(module)
-    return height, width, stem_channels(variables, channels)
+    params = {} if variables is None else variables["params"]
+    for stem in ("stem_conv1", "stem_conv"):
+        if stem in params:
+            return height, width, params[stem]["kernel"].shape[2]
+    return height, width, channels
 
 
 def _write_safetensors(
