@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "there is no password",
             file=sys.stderr,
         )
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks its own server whether it is there
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), *LOCAL]))
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none to fetch
     try:
         _, url, _ = page.launch(
