@@ -144,7 +144,6 @@ def test_a_request_is_answered(opened, weights, photos, tmp_path, clean_environm
     [
         ([], "expected an argument, SOURCE"),
         (["w.safetensors", "--port", "70000"], "--port=70000: expected 0 or more, below 65536"),
-        (["w.safetensors"], "w.safetensors"),
     ],
 )
 def test_bad_flags_are_one_line(call, arguments, message):
