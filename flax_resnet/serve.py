@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -77,8 +78,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             "there is no password",
             file=sys.stderr,
         )
-    url = launch(page, settings.host, settings.port, inbrowser=settings.browser)
-    print(f"{opened.name}: {url} (Ctrl-C ends it)", flush=True)
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks its own server whether it is there
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), *LOCAL]))
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none to fetch
+    try:
+        _, url, _ = page.launch(
+            server_name=settings.host,
+            server_port=settings.port or None,
+            share=False,
+            inbrowser=settings.browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,  # the one line of a UserError
+            max_file_size=MAX_FILE_SIZE,
+            footer_links=[],
+            ssr_mode=False,
+            theme=gradio().themes.Default(**fonts),
+        )
+    except OSError as error:
+        raise UserError(
+            f"port {settings.port} of {settings.host} cannot be used: try --port 0, or another "
+            "--host"
+        ) from error
+    print(f"{opened.name}: {url.rstrip('/')} (Ctrl-C ends it)", flush=True)
     page.block_thread()
 
 
@@ -124,43 +146,6 @@ def build(of: Classifier, title: str) -> Any:
         analytics_enabled=False,
         delete_cache=(60, KEPT_SECONDS),
     )
-
-
-def launch(page: Any, host: str, port: int, inbrowser: bool) -> str:
-    """Starts to serve a page, in a thread.
-
-    Args:
-      page: made by ``build``.
-      host: address to listen on.
-      port: port to listen on; 0: the first free one from 7860 on.
-      inbrowser: whether to open the page in the browser.
-
-    Returns:
-      Its address.
-
-    Raises:
-      UserError: the port cannot be used.
-    """
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none to fetch
-    try:
-        _, url, _ = page.launch(
-            server_name=host,
-            server_port=port or None,
-            share=False,
-            inbrowser=inbrowser,
-            prevent_thread_lock=True,
-            quiet=True,
-            show_error=True,  # the one line of a UserError
-            max_file_size=MAX_FILE_SIZE,
-            footer_links=[],
-            ssr_mode=False,
-            theme=gradio().themes.Default(**fonts),
-        )
-    except OSError as error:
-        raise UserError(
-            f"port {port} of {host} cannot be used: try --port 0, or another --host"
-        ) from error
-    return str(url).rstrip("/")
 
 
 def explain(

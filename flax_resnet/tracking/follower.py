@@ -112,13 +112,13 @@ class Follower:
 
     def _opened(self, tracker: Tracker) -> None:
         workdir, where = self._about.workdir, self._tracking.where
-        self._message(f"tracked by {masked(tracker.address) or where}")
         if tracker.run_id != self._about.run_id:
             self._unsent[:0] = self._earlier
         known = remembered(workdir) | {where: {"run_id": tracker.run_id}}
         # A full disk ends the run, not the tracker.
         with contextlib.suppress(OSError), replacing(workdir / "tracking.json") as partial:
             partial.write_text(json.dumps(known, indent=2) + "\n")
+        self._message(f"tracked by {masked(tracker.address) or where}")
 
     def _warn(self, error: Exception) -> None:
         if not self._has_warned:
