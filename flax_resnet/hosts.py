@@ -8,6 +8,7 @@ when one of them fails.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -16,7 +17,6 @@ import os
 import platform
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections import Counter
@@ -136,16 +136,10 @@ def start(hosts: Hosts) -> bool:
     if coordinator is not None and cluster.process_id == 0:
         _check_port(coordinator)
     _joined = hosts, cluster
-    late = TryAgain(
-        f"not all processes have come to {coordinator or 'process 0'} in {hosts.start_timeout:g} "
-        "s: see that all run, with the same coordinator and num_processes, and that the port is "
-        "open; hosts.start_timeout gives them longer"
-    )
-    timer = threading.Timer(hosts.start_timeout, _end, [late])  # JAX's own timeout aborts
-    timer.daemon = True
-    timer.start()
     inside = coordinator is not None and _address(coordinator)[0] in LOOPBACK
-    jax.distributed.initialize(
+    # In a thread, since it can't be interrupted, and aborts the process at its own timeout.
+    starting = concurrent.futures.ThreadPoolExecutor(1).submit(
+        jax.distributed.initialize,
         coordinator,
         cluster.num_processes,
         cluster.process_id,
@@ -157,7 +151,17 @@ def start(hosts: Hosts) -> bool:
         shutdown_timeout_seconds=math.ceil(hosts.step_timeout),
         coordinator_bind_address=coordinator if inside else None,
     )
-    timer.cancel()
+    try:
+        starting.result(hosts.start_timeout)
+    except KeyboardInterrupt as error:
+        _end(error)
+    except TimeoutError:
+        late = (
+            f"not all processes have come to {coordinator or 'process 0'} in "
+            f"{hosts.start_timeout:g} s: see that all run, with the same coordinator and "
+            "num_processes, and that the port is open; hosts.start_timeout gives them longer"
+        )
+        _end(TryAgain(late))
     return True
 
 

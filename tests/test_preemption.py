@@ -56,6 +56,7 @@ def test_a_command_that_is_stopped_ends_with_75():
     assert stop.value.code == preemption.EXIT_PREEMPTED == 75
 
 
+@pytest.mark.slow
 def test_a_sigterm_in_a_compilation_ends_the_command_when_it_is_done(clean_environment):
     """Where an exception would pass through JAX's tracing, and take the process down with it."""
     program = """
