@@ -149,7 +149,7 @@ class Data:
             images of several sizes and no ``image_size``.
         """
         self._config, self._mesh, self._with_rows = config, mesh, with_rows
-        self._train, self._eval = _open(config)
+        self._train, self._eval = open_sources(config)
         self.class_names = self._train.class_names
         if len(self.class_names) > num_classes:
             raise UserError(
@@ -371,12 +371,15 @@ def _image_shape(config: DataConfig, source: sources.Source) -> tuple[int, int, 
     return height + 2 * config.pad, width + 2 * config.pad, config.channels or channels
 
 
-def _open(config: DataConfig) -> list[Any]:
-    splits = (config.train_split, config.eval_split)
+def open_sources(config: DataConfig, splits: Any = None, every: int | None = None) -> list[Any]:
+    """Sources of the training and the evaluation split, or of other ``splits`` of a tfds set.
+
+    ``every`` takes the place of ``holdout_every``.
+    """
+    splits = splits or (config.train_split, config.eval_split)
     if config.folder is not None:
-        return list(
-            sources.open_folder(config.folder, splits, config.image_size, config.holdout_every)
-        )
+        every = every or config.holdout_every
+        return list(sources.open_folder(config.folder, splits, config.image_size, every))
     if config.name == sources.DIGITS:
         prepare.prepare(config.name, config.data_dir)
     return list(sources.open_tfds(config.name, config.data_dir, splits))
