@@ -173,22 +173,6 @@ def test_files_too_many_are_damage(two, read):
     assert "is damaged (state/x is not as it was written): it is passed over" in read()[1][0]
 
 
-def test_what_is_no_seal(two):
-    whole = (two / "7" / seals.SEAL).read_text()
-    for text in (
-        "{}",
-        "[]",
-        "null",
-        "1",
-        '{"sealed": 3, "sha256": 4}',
-        whole.replace("0.5", "0.6"),
-    ):
-        (two / "7" / seals.SEAL).write_text(text)
-        assert seals.read(two / "7") is seals.DAMAGED
-    (two / "7" / seals.SEAL).write_bytes(b"\xff\xfe")
-    assert seals.read(two / "7") is seals.DAMAGED
-
-
 def test_nothing_good_left_is_one_line_and_no_fresh_start(two, read):
     for step in (3, 7):
         (two / f"{step}/meta/metadata").write_text("{}")
