@@ -157,13 +157,14 @@ def test_a_depth_is_cut_into_blocks_by_the_blocks_convolutions():
 
 
 def test_load_gives_a_network_and_its_variables():
-    module, variables = load("resnet20", num_classes=5, input_shape=(8, 8, 1), dtype="bfloat16")
-    assert module == cifar_resnet(20, num_classes=5, dtype="bfloat16")
+    fields = {"num_classes": 5, "stage_sizes": (1, 1)}
+    module, variables = load("resnet20", **fields, input_shape=(8, 8, 1), dtype="bfloat16")
+    assert module == create("resnet20").clone(**fields, dtype="bfloat16")
     out = module.apply(variables, jnp.zeros((2, 8, 8, 1)))
     assert (out.shape, out.dtype) == ((2, 5), jnp.bfloat16)
-    again = load("resnet20", num_classes=5, input_shape=(8, 8, 1))[1]
+    again = load("resnet20", **fields, input_shape=(8, 8, 1))[1]
     assert_trees_equal(variables, again)
-    other = load("resnet20", num_classes=5, input_shape=(8, 8, 1), seed=1)[1]
+    other = load("resnet20", **fields, input_shape=(8, 8, 1), seed=1)[1]
     assert np.any(other["params"]["head"]["kernel"] != variables["params"]["head"]["kernel"])
 
 
@@ -189,13 +190,14 @@ def test_load_without_the_top_pools_as_it_is_told(rng):
 
 
 def test_given_weights_are_the_variables(rng):
-    module, variables = load("resnet20", num_classes=3)
-    assert_trees_equal(load("resnet20", num_classes=3, weights=variables)[1], variables)
-    headless = load("resnet20", include_top=False, weights=variables)[1]
+    small = {"num_classes": 3, "stage_sizes": (1, 3)}
+    module, variables = load("resnet20", **small)
+    assert_trees_equal(load("resnet20", **small, weights=variables)[1], variables)
+    headless = load("resnet20", **small, include_top=False, weights=variables)[1]
     assert headless["params"].keys() == variables["params"].keys() - {"head"}
-    stacked = load("resnet20", num_classes=3, weights=variables, scan_blocks=True)[1]
+    stacked = load("resnet20", **small, weights=variables, scan_blocks=True)[1]
     assert_trees_equal(stacked, stack_blocks(module, variables))
-    back = load("resnet20", num_classes=3, weights=stacked)[1]
+    back = load("resnet20", **small, weights=stacked)[1]
     assert_trees_equal(back, variables)
 
 
