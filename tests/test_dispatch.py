@@ -149,22 +149,6 @@ def test_groups_leave_the_record_of_single_steps(
     assert saved(tmp_path / "w")[1]["ran_on"]["steps_per_dispatch"] == 3
 
 
-@pytest.mark.slow
-def test_a_run_that_is_stopped_goes_on_with_other_groups(
-    config, singly, tmp_path, mesh, calls, capsys
-):
-    with pytest.raises(KeyboardInterrupt):
-        train_and_evaluate(by(config, 4), tmp_path / "w", mesh=mesh, stop=lambda: True)
-    train_and_evaluate(by(config, 3), tmp_path / "w", mesh=mesh)
-    assert calls == [4, 1, 1, 1, 1, 1, 3]
-    said = capsys.readouterr().out
-    assert "stopped at step 4 of 12" in said
-    assert "saved with steps per dispatch 4, now 3: the last bits may differ" in said
-    assert_trees_equal(saved(tmp_path / "w")[0], saved(singly)[0])
-    records = timeless(metrics.read_metrics(tmp_path / "w"))
-    assert records == timeless(metrics.read_metrics(singly))
-
-
 def test_a_run_may_be_one_dispatch_and_compiles_no_other(
     plain, tmp_path, mesh, calls, monkeypatch, capsys
 ):
@@ -183,6 +167,7 @@ def test_where_no_group_fits_it_is_said(plain, tmp_path, mesh, calls, capsys):
     assert "steps_per_dispatch=2 and never so many steps with nothing" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_streamed_sets_are_stacked_and_batches_cut_in_parts(plain, tmp_path, mesh):
     parts = dataclasses.replace(plain, accum_steps=2)
     state, losses = trained(parts, tmp_path / "resident", mesh)

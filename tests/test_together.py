@@ -132,6 +132,7 @@ def test_killed_twice_they_end_bit_identical(configs, tmp_path, devices, monkeyp
         assert timeless(read_metrics(killed)) == timeless(read_metrics(whole))
 
 
+@pytest.mark.slow
 def test_those_that_began_together_go_on_together(configs, tmp_path, devices, monkeypatch, capsys):
     """Where a field that may change does, and where more or fewer are asked for."""
     with monkeypatch.context() as patched:
