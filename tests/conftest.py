@@ -8,7 +8,6 @@ import tempfile
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Many tests compile the same small programs; each worker keeps them for its session.
@@ -81,15 +80,11 @@ def rng():
 
 
 @pytest.fixture
-def image_folder(tmp_path, rng):
+def image_folder(tmp_path):
     """Two classes of 20 random 8x8 RGB PNGs each, in tmp_path/photos."""
-    root = tmp_path / "photos"
-    for name in ("cat", "dog"):
-        (root / name).mkdir(parents=True)
-        for i in range(20):
-            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
-    return root
+    from helpers import class_folders
+
+    return class_folders(tmp_path / "photos", ("cat", "dog"), 20, (8, 8))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from helpers import class_folders
 from PIL import Image
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -108,11 +109,5 @@ def prepare_noise(name, version, shape, classes, directory, rng):
 
 def small_photos(directory):
     """Three classes of six photographs of noise, split: DIR/train/CLASS, DIR/test/CLASS."""
-    rng = np.random.default_rng(0)
     for split, count in {"train": 4, "test": 2}.items():
-        for name in ("cat", "dog", "owl"):
-            folder = directory / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
+        class_folders(directory / split, ("cat", "dog", "owl"), count, (40, 48))

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from flax_resnet.models import ResNet
+from flax_resnet.optim import SGD
+from flax_resnet.step import create_state
 
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for a process that compiles in half the time
 
@@ -24,6 +27,17 @@ def random_batch(rng, n=16, size=8, channels=3, num_classes=10):
         "image": rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8),
         "label": rng.integers(0, num_classes, n).astype(np.int32),
     }
+
+
+def class_folders(root, names, count, size):
+    """A folder of ``count`` random RGB PNGs for each class, of ``size`` (H, W); returns root."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
+    return root
 
 
 UNIT_STATS = {"mean": np.full(3, 0.5, np.float32), "std": np.full(3, 0.25, np.float32)}
@@ -95,6 +109,14 @@ def line_of_bad_input(main, argv, capfd):
     error = capfd.readouterr().err
     assert error.count("\n") == 1
     return error
+
+
+def make_state(model=None, ema=False, **optimizer):
+    """A training state of a network on 8x8 images, by default tiny_resnet()."""
+    model = model or tiny_resnet()
+    tx, _ = SGD(**{"learning_rate": 0.1, "weight_decay": 1e-3, **optimizer}).build(100, 10)
+    init = lambda key, images: jax.tree.map(jnp.array, drawn(model, images))  # noqa: E731
+    return create_state(model, tx, 0, (8, 8, 3), UNIT_STATS, ema=ema, init=init)
 
 
 def device_bytes(tree):

@@ -1,16 +1,16 @@
 """Ablations: the grid is what its docstring says, and flags of the base reach every variant."""
 
 import importlib
+import itertools
 import pkgutil
 
-import jax
 import pytest
 from helpers import shapes_of
 
 from experiments import ablations
 from flax_resnet import flags
 from flax_resnet.config import TrainConfig
-from flax_resnet.models import BasicBlock, BottleneckBlock, PreActBottleneckBlock, ResNet
+from flax_resnet.models import ResNet
 from flax_resnet.record import flatten, to_record
 
 MODULES = {
@@ -38,10 +38,6 @@ def variants(name, seeds=1):
 def differing(config, base):
     one, other = flatten(to_record(config)), flatten(to_record(base))
     return {field for field in one if one[field] != other[field]}
-
-
-def test_ablations_are_found():
-    assert VARYING.keys() <= MODULES.keys()
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -74,20 +70,15 @@ def test_a_variant_and_its_own_reference_differ_in_one_field(name):
         assert fields <= {"model.stage_sizes"} or name != "depth"
 
 
-def test_depth_and_connections_call_the_same_runs_the_same():
-    deep, connected = variants("depth"), variants("connections")
-    assert deep.items() <= connected.items()
-    assert {name.partition("/")[0] for name in connected.keys() - deep.keys()} == {
-        "highway-20", "highway-56",
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("name", VARYING)
 def test_nothing_but_the_question_varies(name):
     found = variants(name)
     base = MODULES[name].get_base()
     assert set().union(*(differing(config, base) for config in found.values())) == VARYING[name]
     assert len({repr(config) for config in found.values()}) == len(found) == COUNTS[name]
+    if name == "gate_bias":
+        pairs = {(c.model.gate_bias, c.optimizer.learning_rate) for c in found.values()}
+        assert pairs == set(itertools.product((0, -1, -2, -4, -6), (0.03, 0.1, 0.3)))
 
 
 @pytest.mark.parametrize("name", VARYING)
@@ -117,36 +108,3 @@ def test_what_is_tuned_is_tuned_on_training_images_held_out(name):
     for config in variants(name).values():
         assert config.data.train_split == "train[:90%]"
         assert config.data.eval_split == "train[90%:]"
-
-
-def test_each_gate_bias_has_every_learning_rate():
-    pairs = {(c.model.gate_bias, c.optimizer.learning_rate) for c in variants("gate_bias").values()}
-    assert {bias for bias, _ in pairs} == {0.0, -1.0, -2.0, -4.0, -6.0}
-    assert all((bias, rate) in pairs for bias, _ in pairs for rate in (0.03, 0.1, 0.3))
-
-
-def test_versions_have_the_papers_blocks():
-    models = {name.partition("/")[0]: c.model for name, c in variants("versions").items()}
-    assert models["v1-110"].block_cls is BasicBlock
-    assert models["v1-164"].block_cls is BottleneckBlock
-    assert models["v2-164"].block_cls is PreActBottleneckBlock
-
-
-def test_bn_momentum_changes_evaluation_alone(rng):
-    """What the docstring says: one step from one seed, and the parameters are equal."""
-    images = rng.normal(size=(4, 8, 8, 3))
-    gradients = []
-    for config in variants("bn_momentum").values():
-        model = config.model.clone(stage_sizes=(1,), num_filters=4)
-        variables = model.init(jax.random.key(0), images)
-
-        def loss(params, model=model, stats=variables["batch_stats"]):
-            both = {"params": params, "batch_stats": stats}
-            out, new = model.apply(both, images, train=True, mutable=["batch_stats"])
-            return (out**2).sum(), new
-
-        gradients.append(jax.grad(loss, has_aux=True)(variables["params"]))
-    (first, kept), *others = gradients
-    for gradient, stats in others:
-        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, gradient))
-        assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), kept, stats))

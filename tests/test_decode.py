@@ -79,20 +79,6 @@ def test_a_crop_is_within_a_level_of_pillows(photo, how, rng):
     assert (shorter > 0) == ("progressive" not in how)
 
 
-def test_rows_below_the_crop_change_nothing(photo, rng):
-    """But for chroma and the filter, which reach further: the whole image gives the same."""
-    data = as_jpeg(photo)
-    header = jpeg.read_header(data)
-    for bottom in rng.uniform(1, 380, 20):
-        box, size = (100.5, 0.5, 200.5, bottom + 0.5), int(rng.integers(90, 300))
-        pixels, inner = jpeg.decode(data, header, box, size)
-        assert len(pixels) < 427
-        whole = np.asarray(decode.open_image(data, 3))
-        np.testing.assert_array_equal(
-            resample.resized(pixels, inner, size), resample.resized(whole, box, size)
-        )
-
-
 @pytest.mark.parametrize("size", [1, 16, 40, 64])
 def test_a_fraction_of_a_large_crop_is_near(photo, size, rng):
     data = as_jpeg(photo, quality=90)
@@ -105,24 +91,6 @@ def test_a_fraction_of_a_large_crop_is_near(photo, size, rng):
         difference = levels(found, by_pillow(data, box, size))
         assert difference.mean() < 3
         assert difference.max() <= 24
-
-
-@pytest.mark.parametrize("size", [4, 100, 143])
-def test_a_crop_that_shrinks_little_is_decoded_whole(photo, size):
-    data = as_jpeg(photo)
-    box = (0, 0, 3 * size - 1, 3 * size - 1)
-    pixels, inner = jpeg.decode(data, jpeg.read_header(data), box, size)
-    assert (pixels.shape[1], inner) == (640, box)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (7, 7), (8, 9), (17, 5)])
-def test_tiny_images(shape, rng):
-    data = as_jpeg(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
-    box = (0.0, 0.0, float(shape[1]), float(shape[0]))
-    for size in (1, 2, 9):
-        pixels, _ = jpeg.decode(data, jpeg.read_header(data), box, size)
-        np.testing.assert_array_equal(pixels, np.asarray(decode.open_image(data, 3)))
-        assert levels(crop(data, box, size)[0], by_pillow(data, box, size)).max() <= 1
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -7,7 +7,7 @@ import pkgutil
 
 import numpy as np
 import pytest
-from PIL import Image
+from helpers import class_folders
 
 import experiments
 from experiments import (
@@ -38,7 +38,8 @@ DEPTHS = [
     (wide_resnet, "wrn_28_10", 28),
 ]
 # Others' configs are of the same kind, and make a step in the slow tests.
-LIKE_OTHERS = {"cifar10_highway", "cifar10_preact", "finetune", "imagenet_resnet", "wide_resnet"}
+LIKE_OTHERS = {"cifar10_highway", "cifar10_plain", "cifar10_preact", "cifar100_dropblock",
+               "finetune", "imagenet_resnet", "mnist_transfer", "wide_resnet"}  # fmt: skip
 SMALL = {"num_filters": 4, "stem_filters": None, "stage_filters": (4,), "dense_features": (8,)}
 
 
@@ -51,14 +52,6 @@ def one_step_of(names):
     """The quick ones' parameters, and the others' marked slow."""
     slow = pytest.mark.slow
     return [pytest.param(name, marks=slow) if name in LIKE_OTHERS else name for name in names]
-
-
-def test_experiments_are_found():
-    named = {"digits", "mnist_transfer", "cifar10_mini", "cifar10_resnet", "cifar10_preact",
-             "cifar10_highway", "wide_resnet", "cifar100_dropblock", "finetune",
-             "cifar10_speedrun"}  # fmt: skip
-    assert named <= set(NAMES)
-    assert "gradient_flow" in set(MODULES) - set(NAMES)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "gradient_flow", *ABLATIONS])
@@ -106,14 +99,8 @@ def shrunk(config, folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Ten classes of two random 8x8 images."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for label in range(10):
-        directory = root / f"class{label}"
-        directory.mkdir()
-        for i in range(2):
-            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(directory / f"{i}.png")
-    return root
+    names = [f"class{label}" for label in range(10)]
+    return class_folders(tmp_path_factory.mktemp("images"), names, 2, (8, 8))
 
 
 @pytest.mark.parametrize("module", one_step_of(NAMES), indirect=True)

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import count_parameters
-from PIL import Image
+from helpers import class_folders
 from test_experiments import shrunk
 
 from experiments.imagenet_resnet import get_config
@@ -92,16 +91,6 @@ def test_table_2_of_resnet_strikes_back(
     assert (config.label_smoothing, config.ema_decay) == (smoothing, None)
 
 
-def test_the_network_is_torchvisions_at_both_sizes():
-    model = get_config("a3").model
-    assert count_parameters(model, (160, 160, 3)) == 25_557_032
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 160, 160, 3))))
-    for size in (160, 224):
-        images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-        assert jax.eval_shape(model.apply, variables, images).shape == (2, 1000)
-    assert get_config("90", 101).model.stage_sizes == (3, 4, 23, 3)
-
-
 def test_another_recipe_is_refused():
     with pytest.raises(UserError, match=r"recipe 'a4': expected 90, nvidia, a1, a2 or a3"):
         get_config("a4")
@@ -110,12 +99,9 @@ def test_another_recipe_is_refused():
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Ten classes of two random images of odd sizes."""
-    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(1)
+    root = tmp_path_factory.mktemp("photos")
     for label in range(10):
-        (root / f"class{label}").mkdir()
-        for i in range(2):
-            pixels = rng.integers(0, 256, (20 + label, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / f"class{label}" / f"{i}.png")
+        class_folders(root, [f"class{label}"], 2, (20 + label, 24))
     return root
 
 
@@ -132,9 +118,8 @@ def small(recipe, photos):
     )
 
 
-@pytest.mark.parametrize("recipe", ["a1", "a2"])
-def test_a_step_of_each_can_be_traced(recipe, photos, tmp_path, mesh):
-    run = set_up(small(recipe, photos), tmp_path / "w", mesh)
+def test_a_step_can_be_traced(photos, tmp_path, mesh):
+    run = set_up(small("a1", photos), tmp_path / "w", mesh)
     (batch,) = run.batches()
     assert batch["image"].shape == (8, 16, 16, 3)
     labels = np.asarray(batch["label"])[:6].reshape(2, 3)

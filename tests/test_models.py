@@ -18,8 +18,6 @@ from flax_resnet.models import (
     PreActBottleneckBlock,
     ResidualUnit,
     cifar_resnet,
-    create,
-    highway_net,
     stack_blocks,
     unstack_blocks,
 )
@@ -47,7 +45,7 @@ def features_of(model, variables, x):
 # --- shapes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block_cls", BLOCKS)
+@pytest.mark.parametrize("block_cls", [BasicBlock, PreActBottleneckBlock])
 @pytest.mark.parametrize(
     ("fields", "strides"),
     [
@@ -74,29 +72,14 @@ def test_features_are_each_stages_map_with_its_stride_and_width(block_cls, field
     assert model.num_features == features[-1].width
 
 
-def test_blocks_taken_alone_chain_to_the_features(rng):
-    model = tiny_resnet(stage_sizes=(1, 2))
-    x = images(rng)
-    variables = drawn(model, x)
-    first, second = model.apply(variables, x, method="features")
-    h = first.map
-    for index in range(2):
-        part = {c: tree[f"stage2_block{index + 1}"] for c, tree in variables.items()}
-        h = model.block(1, index).apply(part, h)
-    np.testing.assert_allclose(h, second.map, rtol=1e-5, atol=1e-6)
-
-
 # --- dilation: the strided net's map is every other pixel of the dilated one's -------------------
 
 
 @pytest.mark.parametrize(
     ("block_cls", "fields"),
     [
-        (BasicBlock, {"shortcut": "D"}),
-        (BottleneckBlock, {"stride_conv": "1x1"}),
         (BottleneckBlock, {"stride_conv": "3x3", "shortcut": "D"}),
         (PreActBasicBlock, {"shortcut": "A"}),
-        (PreActBottleneckBlock, {"stride_conv": "3x3"}),
     ],
 )
 def test_a_dilated_net_computes_the_strided_one_between_its_pixels(rng, block_cls, fields):
@@ -126,26 +109,6 @@ def test_a_dilated_net_computes_the_strided_one_between_its_pixels(rng, block_cl
 def test_shortcut_projects_where_its_letter_says(shortcut, projecting):
     params = shapes_of(tiny_resnet(stage_sizes=(2, 1), shortcut=shortcut), (8, 8, 3))["params"]
     assert {name for name, value in params.items() if "shortcut_conv" in value} == projecting
-
-
-@pytest.mark.slow
-def test_a_late_stride_subsamples_what_it_carries(rng):
-    model = tiny_resnet(stage_sizes=(3, 2), stride_block="last", zero_init_last=True,
-                        block_cls=PreActBottleneckBlock)  # fmt: skip
-    x = images(rng)
-    variables = model.init(KEY, x)
-    features = model.apply(variables, x, method="features")
-    _, state = model.apply(variables, x, capture_intermediates=True, mutable="intermediates")
-    maps = {k: v["__call__"][0] for k, v in state["intermediates"].items() if "block" in k}
-    np.testing.assert_array_equal(maps["stage1_block3"], maps["stage1_block2"][:, ::2, ::2])
-    np.testing.assert_array_equal(features[0].map, maps["stage1_block3"])
-
-
-def test_plain_and_residual_differ_by_a_field_and_by_the_shortcuts():
-    plain, residual = create("plain56"), create("resnet56")
-    assert residual.clone(connection="plain") == plain
-    a, b = (shapes_of(m, (32, 32, 3)) for m in (plain, residual))
-    assert a == b  # shortcut A has no parameters
 
 
 @pytest.mark.parametrize("block_cls", [*BLOCKS, HighwayLayer])
@@ -185,14 +148,6 @@ def test_a_highway_block_is_plain_with_its_gate_open_and_the_identity_with_it_sh
     np.testing.assert_allclose(run(gated[0], variables, x, True)[0], mixed, rtol=1e-4, atol=1e-5)
 
 
-def test_a_highway_net_with_open_gates_is_the_plain_net(rng):
-    x = images(rng)
-    highway = highway_net(5, num_filters=4, gate_bias=200.0)
-    variables = highway.init(KEY, x)
-    want = highway.clone(connection="plain").apply(variables, x)
-    np.testing.assert_array_equal(highway.apply(variables, x), want)
-
-
 # --- initialisation ------------------------------------------------------------------------------
 
 
@@ -229,13 +184,6 @@ def test_zero_init_last_starts_a_block_as_its_shortcut_and_lets_it_learn(rng, bl
         norm_kind == "batch" and not block_cls.preactivation
     ) else grads[last]["kernel"]  # fmt: skip
     assert np.min(np.max(np.abs(zeroed.reshape(-1, zeroed.shape[-1])), axis=0)) > 0
-
-
-def test_nets_without_norms_have_biases_and_no_statistics():
-    shapes = shapes_of(tiny_resnet(norm_kind="none"), (8, 8, 3))
-    assert set(shapes) == {"params"}
-    assert set(shapes["params"]["stage1_block1"]["conv1"]) == {"kernel", "bias"}
-    assert "stem_norm" not in shapes["params"]
 
 
 # --- regularisation ------------------------------------------------------------------------------
@@ -324,20 +272,6 @@ def test_block_dropout_acts_before_the_last_convolution(rng):
     )
 
 
-def test_squeeze_and_excite_scales_each_channel_by_its_gate(rng):
-    x = images(rng, channels=32)
-    block = PreActBasicBlock(32, se_reduction=16, connection="plain")
-    variables = drawn(block, x)
-    bare, _ = run(block.clone(se_reduction=None), variables, x, True)
-    se = variables["params"]["se"]
-    assert se["reduce"]["kernel"].shape == (32, 2)
-    inner = np.maximum(bare.mean((1, 2)) @ se["reduce"]["kernel"] + se["reduce"]["bias"], 0)
-    gates = jax.nn.sigmoid(inner @ se["expand"]["kernel"] + se["expand"]["bias"])
-    np.testing.assert_allclose(
-        run(block, variables, x, True)[0], bare * gates[:, None, None], rtol=1e-4, atol=1e-5
-    )
-
-
 # --- scanning, remat -----------------------------------------------------------------------------
 
 
@@ -345,7 +279,8 @@ def test_squeeze_and_excite_scales_each_channel_by_its_gate(rng):
     "fields",
     [
         pytest.param(
-            {"block_cls": BasicBlock, "shortcut": "A", "stage_sizes": (3,)}, marks=pytest.mark.slow
+            {"block_cls": BasicBlock, "shortcut": "A", "stage_sizes": (3,), "bn_group": 2},
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             {"block_cls": PreActBottleneckBlock, "stride_block": "last", "stage_sizes": (4,)},
@@ -477,28 +412,6 @@ def test_mini_model_drops_a_quarter_of_the_final_map_in_training_only():
     assert np.mean(np.asarray(dropped)[active] == 0) == pytest.approx(0.25, abs=0.03)
 
 
-def test_dropblock_resnet_drops_what_it_is_told(rng):
-    model = DropBlockResNet(stage_filters=(4, 4), dense_features=(8,), num_classes=3,
-                            dropblock_size=5, dropout_rate=0.0)  # fmt: skip
-    x = images(rng)
-    variables = drawn(model, x)
-    seen = []
-
-    @jax.jit
-    def train(rate):
-        seen.append(rate)
-        return run(model, variables, x, True, dropblock_rate=rate, rngs={"dropout": KEY})[0]
-
-    exact, _ = run(model.clone(dropblock_rate=0.0), variables, x, True)
-    np.testing.assert_allclose(train(0.0), exact, rtol=1e-5, atol=1e-5)
-    outs = [train(rate) for rate in (0.1, 0.2, 0.3)]
-    assert len(seen) == 1
-    assert all(np.any(out != exact) for out in outs)
-    np.testing.assert_array_equal(
-        model.apply(variables, x), model.clone(dropblock_rate=0.0).apply(variables, x)
-    )
-
-
 def test_dropblock_resnets_last_map_is_left_alone_where_that_is_asked_for(rng):
     rates = {"dropblock_rate": 0.5, "dropout_rate": 0.0}
     model = DropBlockResNet(3, (4,), (8,), dropblock_clamp=False, **rates)
@@ -507,6 +420,8 @@ def test_dropblock_resnets_last_map_is_left_alone_where_that_is_asked_for(rng):
     rngs = {"rngs": {"dropout": KEY}}
     exact, _ = run(model.clone(dropblock_rate=0.0), variables, x, True)
     np.testing.assert_array_equal(run(model, variables, x, True, **rngs)[0], exact)
+    zero = run(model.clone(dropblock_clamp=True), variables, x, True, dropblock_rate=0.0, **rngs)
+    np.testing.assert_allclose(zero[0], exact, rtol=1e-5, atol=1e-5)
     clamped = run(model.clone(dropblock_clamp=True), variables, x, True, **rngs)[0]
     assert np.any(clamped != exact)
 
@@ -515,7 +430,6 @@ def test_dropblock_resnets_last_map_is_left_alone_where_that_is_asked_for(rng):
     "model",
     [
         MiniModel(stage_sizes=(1, 1), num_filters=4),
-        tiny_resnet(),
         tiny_resnet(block_cls=PreActBottleneckBlock, connection="highway", se_reduction=8),
         DropBlockResNet(stage_filters=(4,), dense_features=(8,)),
     ],

@@ -44,10 +44,6 @@ def test_extras_are_there():
     assert set(PROJECT["optional-dependencies"]) == extras
 
 
-def test_version_is_the_packages():
-    assert flax_resnet.__version__ == PROJECT["version"]
-
-
 def test_public_names_are_documented_and_nothing_else_is_there():
     tree = ast.parse((ROOT / "flax_resnet" / "__init__.py").read_text())
     names = [a.asname for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names]
@@ -117,12 +113,6 @@ def test_types_reach_whoever_uses_the_library(tmp_path):
     wrong = [line for line in done.stdout.splitlines() if "consumer.py" in line and "error" in line]
     assert len(wrong) == 1, done.stdout
     assert f':{CONSUMER.count(chr(10))}: error: Argument "batch_size"' in wrong[0]
-
-
-def test_every_test_module_names_what_it_tests():
-    modules = {p.stem for p in (ROOT / "flax_resnet").glob("*.py")} | {"models", "datasets"}
-    tested = {p.stem.removeprefix("test_") for p in (ROOT / "tests").glob("test_*.py")}
-    assert modules - tested - {"__init__", "__main__"} == set()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from PIL import Image
 
 from experiments import plots
 from flax_resnet import tables
-from flax_resnet.inspection import PARTS
 from flax_resnet.models import cifar_resnet
 from flax_resnet.record import to_record
 
@@ -134,13 +133,7 @@ def test_seeds_beside_a_run_are_said_not_to_be_drawn(sweep, tmp_path, titles, ca
     assert [(group.name, len(group.runs)) for group in titles[0][1]] == [("run", 1)]
 
 
-def test_a_figure_is_written(sweep, tmp_path, capsys):
-    code, out, _ = command(capsys, "paper", sweep, "--output", tmp_path / "p.png")
-    assert (code, out) == (0, f"figure: {tmp_path}/p.png\n")
-    with Image.open(tmp_path / "p.png") as image:
-        assert image.size[0] == 1050
-
-
+@pytest.mark.slow
 def test_a_checkpoint_is_looked_into(digits_dir, tmp_path, photos, capsys):
     output = tmp_path / "cam.png"
     code, out, error = command(
@@ -153,20 +146,13 @@ def test_a_checkpoint_is_looked_into(digits_dir, tmp_path, photos, capsys):
         assert image.size[0] > image.size[1] > 200
 
 
-def test_every_part_is_a_picture_that_can_be_asked_for():
-    assert set(plots.What.__args__) == {"curves", "paper", "depth", *PARTS}
-
-
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
         (["curves"], "curves: no directory is given"),
         (["depth", "x", "y"], "depth is of one directory, 2 are given"),
-        (["gradcam", "nowhere"], "nowhere: no such directory"),
         (["curves", "x", "--images", "y"], "--images is for maps, gradcam, not for curves"),
-        (["worst", "x", "--x", "step"], "--x is for curves, paper, not for worst"),
         (["tsne", "x", "--title", "y"], "--title is for curves, paper and depth, not for tsne"),
-        (["worst", "x", "--count", "0"], "--count=0: expected 1 or more"),
         (["lr", "x", "--lowest", "0"], "--lowest=0.0: expected more than 0"),
         (["curves", "."], "holds no run"),
         (["curves", "young"], "young: no run has been evaluated yet"),

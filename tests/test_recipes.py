@@ -2,30 +2,18 @@
 
 import numpy as np
 import pytest
-from helpers import drawn, tiny_resnet
-from PIL import Image
+from helpers import class_folders, drawn, tiny_resnet
 
-from experiments import digits, finetune
 from flax_resnet import Preprocessing, UserError, recipes, write_weights
 from flax_resnet.models import name_of
 
 
 @pytest.fixture
-def photographs(tmp_path, rng):
-    """Three classes of five RGB PNGs of several sizes."""
-    for name in "abc":
-        (tmp_path / "set" / name).mkdir(parents=True)
-        for i in range(5):
-            pixels = rng.integers(0, 256, (100 + i, 120, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "set" / name / f"{i}.png")
+def photographs(tmp_path):
+    """Three classes of five RGB PNGs, of another size in each."""
+    for i, name in enumerate("abc"):
+        class_folders(tmp_path / "set", [name], 5, (100 + i, 120))
     return tmp_path / "set"
-
-
-def test_the_experiments_are_these():
-    assert digits.get_config() == recipes.digits()
-    tuned = finetune.get_config()
-    assert tuned.model.num_classes == 1000
-    assert tuned.weights == "imagenet"
 
 
 def test_digits_by_either_name(digits_dir):
@@ -55,14 +43,6 @@ def test_large_images_get_an_imagenet_network_at_224(photographs):
     assert config.weights is None
 
 
-def test_fine_tuning_counts_the_classes(photographs):
-    config = recipes.finetuned(str(photographs))
-    assert name_of(config.model) == "resnet50"
-    assert (config.model.num_classes, config.model.norm_kind) == (3, "frozen")
-    assert (config.weights, config.normalization) == ("imagenet", "weights")
-    assert config.data.folder == str(photographs)
-
-
 def test_splits_are_those_that_a_set_has(monkeypatch, digits_dir):
     def of(*names):
         monkeypatch.setattr(recipes.sources, "split_names", lambda *_: list(names))
@@ -72,11 +52,6 @@ def test_splits_are_those_that_a_set_has(monkeypatch, digits_dir):
     assert of("train", "test") == ("train", "test")
     assert of("train", "validation") == ("train", "validation")
     assert of("train") == ("train[:80%]", "train[80%:]")
-
-
-def test_the_splits_of_the_digits(digits_dir):
-    assert recipes.sources.split_names("sklearn_digits", digits_dir) == ["train", "test"]
-    assert recipes.sources.split_names("sklearn_digits", "/nowhere") == []
 
 
 @pytest.mark.parametrize(

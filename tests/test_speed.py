@@ -13,8 +13,7 @@ from safetensors.numpy import load_file, save_file
 from experiments.speedrun import SpeedNet, SpeedStage, Whitening, whitening_kernel
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
-from flax_resnet.errors import UserError
-from flax_resnet.models import replace_head, trainable
+from flax_resnet.models import trainable
 from flax_resnet.pretrained import read_weights, write_weights
 from flax_resnet.setup import set_up
 
@@ -72,19 +71,6 @@ def test_parameters_of_the_three_networks(filters, convs, total):
     assert count_parameters(net, (32, 32, 3)) == total
 
 
-def test_logits_are_a_ninth_of_a_linear_map_of_the_largest_features(rng):
-    images = correlated(rng, 4, 9)
-    variables = drawn(TINY, images)
-    apply = jax.jit(TINY.apply)
-    once = apply(variables, images)
-    assert once.shape == (4, 2)
-    unscaled = jax.jit(TINY.clone(logit_scale=1.0).apply)(variables, images)
-    np.testing.assert_allclose(unscaled, 9 * once, rtol=1e-5)
-    twice = jax.tree.map(lambda x: x, variables)
-    twice["params"]["head"]["kernel"] = 2 * variables["params"]["head"]["kernel"]
-    np.testing.assert_allclose(apply(twice, images), 2 * once, rtol=1e-5)
-
-
 def test_a_stage_starts_as_a_pool_of_its_input(rng):
     x = rng.uniform(size=(2, 5, 5, 4)).astype(np.float32)
     layers = dataclasses.replace(TINY.layers, norm_kind="none")
@@ -123,13 +109,6 @@ def test_the_whitening_kernel_alone_is_frozen(rng):
     assert free.from_images(variables["params"], images) == variables["params"]
 
 
-def test_a_new_head_has_no_bias_either(rng):
-    images = correlated(rng, 1)
-    net, variables = replace_head(TINY, drawn(TINY, images), 5)
-    assert {k: v.shape for k, v in variables["params"]["head"].items()} == {"kernel": (8, 5)}
-    assert jax.eval_shape(net.apply, variables, images).shape == (1, 5)
-
-
 def test_weight_files_are_read_by_the_networks_name_of_today_and_of_before(rng, tmp_path):
     variables = drawn(TINY, correlated(rng, 1))
     write_weights(tmp_path / "new.safetensors", TINY, variables, input_shape=(8, 8, 3))
@@ -142,11 +121,6 @@ def test_weight_files_are_read_by_the_networks_name_of_today_and_of_before(rng, 
         module, read = read_weights(tmp_path / f"{name}.safetensors")
         assert module == TINY
         assert_trees_equal(read, variables)
-
-
-def test_images_too_small_for_the_stages_are_refused():
-    with pytest.raises(UserError, match="input is 8x8, the least for this network is 9x9"):
-        SpeedNet().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
 def test_a_run_starts_from_its_training_images(image_folder, tmp_path, mesh):

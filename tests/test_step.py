@@ -6,15 +6,21 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from helpers import UNIT_STATS, assert_trees_equal, drawn, max_difference, random_batch, tiny_resnet
+from helpers import (
+    UNIT_STATS,
+    assert_trees_equal,
+    make_state,
+    max_difference,
+    random_batch,
+    tiny_resnet,
+)
 
 from flax_resnet import distributed, metrics
 from flax_resnet.augment import Augment, normalize
-from flax_resnet.models import cifar_preact, cifar_resnet
+from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD
 from flax_resnet.step import (
     create_state,
-    cut_batch,
     eval_step,
     main_label,
     soft_targets,
@@ -24,13 +30,6 @@ from flax_resnet.step import (
 OPTIMIZED = True  # one device against eight, and more, as programs run
 SHAPE = (8, 8, 3)
 FULL = Augment(rotation=10, width_shift=0.1, flip=True, pad_crop=1, cutout=2, mixup=0.5)
-
-
-def make_state(model=None, *, seed=0, ema=False, fresh=False, **optimizer):
-    model = model or tiny_resnet()
-    tx, _ = SGD(**{"learning_rate": 0.1, "weight_decay": 1e-3, **optimizer}).build(100, 10)
-    init = None if fresh else lambda key, images: jax.tree.map(jnp.array, drawn(model, images))
-    return create_state(model, tx, seed, SHAPE, UNIT_STATS, ema=ema, init=init)
 
 
 class Linear(nn.Module):
@@ -64,13 +63,6 @@ def test_one_device_and_eight_agree_to_1e_10_in_x64_after_5_steps(meshes, rng, a
     assert {x.dtype for x in jax.tree.leaves(runs[0])} == {np.dtype("float64")}
     assert max_difference(*runs) < 1e-10
     assert max_difference(runs[0][0], start.params) > 1e-2
-
-
-@pytest.mark.slow
-def test_one_device_and_eight_agree_to_1e_6_in_float32_after_one_step(meshes, rng):
-    batches = [random_batch(rng, 32)]
-    runs = [run_on_mesh(mesh, 1, tiny_resnet(), batches, augment=FULL) for mesh in meshes]
-    assert max_difference(*runs) < 1e-6
 
 
 @pytest.mark.slow
@@ -137,11 +129,6 @@ def test_accumulation_runs_the_norms_part_by_part(rng):
     assert max_difference(got.params, optax.apply_updates(state.params, updates)) < 1e-5
 
 
-def test_cut_batch_takes_every_nth_row():
-    cut = cut_batch({"label": jnp.arange(12)}, 3)["label"]
-    assert cut.tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
-
-
 def test_randomness_follows_key_and_step_only(rng):
     batch = random_batch(rng, 16)
     step = jax.jit(functools.partial(train_step, augment=FULL))
@@ -151,12 +138,6 @@ def test_randomness_follows_key_and_step_only(rng):
     other_key = step(state.replace(key=state.key + 1), batch)[0].params
     for changed in (later, other_key):
         assert max_difference(step(state, batch)[0].params, changed) > 1e-4
-
-
-def test_seeds_give_other_networks_and_the_same_seed_the_same():
-    three, again, four = (make_state(seed=seed, fresh=True).params for seed in (3, 3, 4))
-    assert_trees_equal(three, again)
-    assert max_difference(three, four) > 0.1
 
 
 def test_ema_follows_its_recurrence(rng):
@@ -246,17 +227,10 @@ def test_eval_step_equals_brute_force_and_skips_the_mask(rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("make", "layers"),
-    [
-        (functools.partial(cifar_resnet, 1202), 1202),
-        (functools.partial(cifar_preact, 2000), 2000),
-    ],
-)
-def test_a_thousand_layers_and_two_take_a_training_step(rng, make, layers):
-    model = make(scan_blocks=True)
+def test_a_thousand_layers_and_two_take_a_training_step(rng):
+    model = cifar_resnet(1202, scan_blocks=True)
     blocks = sum(model.stage_sizes)
-    assert blocks * len(model.block(0, 0).convs()) + 2 == layers
+    assert blocks * len(model.block(0, 0).convs()) + 2 == 1202
     tx, _ = SGD(0.01).build(10, 5)
     state = create_state(model, tx, 0, SHAPE, UNIT_STATS)
     after, sums = jax.jit(train_step)(state, random_batch(rng, n=4))

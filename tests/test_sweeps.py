@@ -73,15 +73,6 @@ def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(
     assert not trace.exists()
 
 
-def test_another_config_under_a_finished_name_is_a_failure(base, tmp_path, one_device):
-    sweeps.sweep({"a/seed0": base}, tmp_path)
-    before = (tmp_path / "a/seed0/result.json").read_text()
-    changed = {"a/seed0": dataclasses.replace(base, num_steps=4)}
-    (row,) = sweeps.sweep(changed, tmp_path)
-    assert "holds a run of another config" in row["state"]
-    assert (tmp_path / "a/seed0/result.json").read_text() == before
-
-
 class Killed(BaseException):
     """No Exception: nothing that survives a failure catches it."""
 

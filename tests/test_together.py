@@ -2,10 +2,7 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-import optax.contrib
 import pytest
 from helpers import assert_trees_equal, max_difference, tiny_resnet
 from test_train import saved, timeless
@@ -17,6 +14,7 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
+from flax_resnet.grids import replaced
 from flax_resnet.metrics import RunLog, read_metrics
 from flax_resnet.optim import SGD, Cosine, ReduceOnPlateau
 from flax_resnet.train import train_and_evaluate
@@ -135,17 +133,6 @@ def test_killed_twice_they_end_bit_identical(configs, tmp_path, devices, monkeyp
 
 
 @pytest.mark.slow
-def test_more_seeds_leave_the_finished_as_they_are(configs, tmp_path, devices):
-    together.train_together(configs, tmp_path / "together", devices)
-    records = [(path / "config.json").read_text() for path in configs]
-    third = variants(next(iter(configs.values())).data.data_dir)[2]
-    more = {**configs, tmp_path / "seed2": third}
-    results = together.train_together(more, tmp_path / "together", devices)
-    assert [result["step"] for result in results] == [5, 5, 5]
-    assert [(path / "config.json").read_text() for path in configs] == records
-    assert [result.get("together") for result in results] == [2, 2, None]
-
-
 def test_those_that_began_together_go_on_together(configs, tmp_path, devices, monkeypatch, capsys):
     """Where a field that may change does, and where more or fewer are asked for."""
     with monkeypatch.context() as patched:
@@ -174,38 +161,21 @@ def test_one_that_was_begun_by_itself_goes_on_by_itself(configs, tmp_path, devic
     assert (path / "metrics.jsonl").read_text() == before
 
 
-def test_each_has_a_rate_in_the_log(digits_dir, tmp_path, devices):
-    """One schedule gives all of them the same; a plateau reduces each by its own loss."""
-    config = variants(digits_dir)[0]
-    ready = together.set_up([config, dataclasses.replace(config, seed=1)], tmp_path, devices)
-    ready.step = 2  # after the warm-up of one step
-    np.testing.assert_allclose(ready.learning_rate(), [0.1, 0.1], rtol=1e-6)
-    scales = jnp.array([1.0, 0.5])
-    plateau = optax.contrib.ReduceLROnPlateauState(scales, *[jnp.zeros(2)] * 5)
-    ready.state = ready.state.replace(opt_state=(plateau,))
-    np.testing.assert_allclose(ready.learning_rate(), [0.1, 0.05], rtol=1e-6)
-
-
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("who", "field", "value", "message"),
     [
-        ({"batch_size": 8}, "they differ in more than their seed"),
-        ({"optimizer": SGD(learning_rate=0.2)}, "they differ in more than their seed"),
+        (
+            1,
+            "batch_size",
+            8,
+            "do not train together: they differ in more than their seed.*turn",
+        ),
+        (2, "data.resident_mb", 0, "is streamed, and networks that train together need it"),
     ],
 )
-def test_runs_that_do_not_go_together(configs, tmp_path, changes, message):
-    first, second = configs
-    configs[second] = dataclasses.replace(configs[second], **changes)
-    with pytest.raises(UserError, match=f"do not train together: {message}.*; train them in turn"):
-        together.train_together(configs, tmp_path / "together")
-    assert not first.exists()
-
-
-def test_a_streamed_set_is_one_line(configs, tmp_path, devices):
-    streamed = {
-        path: dataclasses.replace(c, data=dataclasses.replace(c.data, resident_mb=0))
-        for path, c in configs.items()
-    }
-    with pytest.raises(UserError, match="is streamed, and networks that train together need it"):
-        together.train_together(streamed, tmp_path / "together", devices)
+def test_runs_that_do_not_go_together(configs, tmp_path, devices, who, field, value, message):
+    for path in list(configs)[:who]:
+        configs[path] = replaced(configs[path], field, value)
+    with pytest.raises(UserError, match=message):
+        together.train_together(configs, tmp_path / "together", devices)
     assert not any(path.exists() for path in configs)

@@ -23,7 +23,7 @@ from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
 from flax_resnet.guards import Guard
 from flax_resnet.models import DropBlockResNet, MiniModel
-from flax_resnet.optim import LARS, Adam, Cosine, Muon
+from flax_resnet.optim import LARS, Adam, Cosine
 from flax_resnet.preemption import Preempted
 from flax_resnet.train import train_and_evaluate
 
@@ -133,9 +133,7 @@ def crash_after(monkeypatch):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize(
-    "crash", [9, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 12))]
-)
+@pytest.mark.parametrize("crash", [9, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_an_unbroken_one(
     config, whole, tmp_path, mesh, crash_after, monkeypatch, capsys, crash
 ):
@@ -145,7 +143,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
         train_and_evaluate(config, broken, mesh=mesh)
     monkeypatch.undo()
     got = train_and_evaluate(config, broken, mesh=mesh)
-    resumed = {3: 0, 9: 6, 12: 10}[crash]
+    resumed = {3: 0, 9: 6}[crash]
     assert (f"resumes at step {resumed}" in capsys.readouterr().out) == (resumed > 0)
     assert_trees_equal(saved(broken)[0], saved(whole)[0])
     assert_trees_equal(saved(broken, "best")[0], saved(whole, "best")[0])
@@ -176,16 +174,7 @@ def test_a_finished_run_says_so_and_touches_nothing(config, whole, capsys, monke
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
 
 
-@pytest.mark.slow
-def test_a_run_moves_from_eight_devices_to_one(
-    config, whole, tmp_path, meshes, crash_after, monkeypatch
-):
-    crash_after(9)
-    with pytest.raises(Stop):
-        train_and_evaluate(config, tmp_path / "w", mesh=meshes[1])
-    monkeypatch.undo()
-    result = train_and_evaluate(config, tmp_path / "w", mesh=meshes[0])
-    assert result["loss"] == pytest.approx(whole[1]["loss"], rel=1e-3)
+TWO_SIZES = DataConfig(image_size=4, eval_image_size=8)
 
 
 def test_streamed_and_resident_runs_are_bit_identical(config, whole, tmp_path, mesh):
@@ -199,7 +188,6 @@ def test_streamed_and_resident_runs_are_bit_identical(config, whole, tmp_path, m
     ("change", "message"),
     [
         ({"batch_size": 12}, "batch_size=12 is not divisible by the 8 devices: use 8 or 16"),
-        ({"eval_batch_size": 4}, "eval_batch_size=4 is not divisible by the 8 devices: use 8"),
         ({"batch_size": 72, "accum_steps": 2}, "over 8 devices does not divide into accum_steps=2"),
         ({"model": tiny_resnet(num_classes=3)}, "num_classes=3 and the data has labels 0 to 9"),
         ({"data": DataConfig(name="no_such_set")}, "unknown dataset 'no_such_set'"),
@@ -209,47 +197,33 @@ def test_streamed_and_resident_runs_are_bit_identical(config, whole, tmp_path, m
             r"ResNet gives \(2, 8\) for two images, expected \(2, 10\) logits: .*include_top=True",
         ),
         (
-            {"model": tiny_resnet(include_top=False)},
-            r"ResNet gives \(2, 8, 8, 8\) for two images",
-        ),
-        (
             {"model": tiny_resnet(scan_blocks=True), "optimizer": LARS()},
             "LARS with model.scan_blocks: it treats each layer by itself",
         ),
-        (
-            {"model": tiny_resnet(scan_blocks=True), "optimizer": Muon()},
-            "Muon with model.scan_blocks: it treats each layer by itself",
-        ),
         ({"normalization": "imagenet"}, "'imagenet' is for 3 channels, the images have 1"),
-    ],
-)
-def test_bad_input_is_found_before_anything_is_written(config, tmp_path, change, message):
-    with pytest.raises(UserError, match=message):
-        train_and_evaluate(dataclasses.replace(config, **change), tmp_path / "w")
-    assert not (tmp_path / "w").exists()
-
-
-def test_a_network_too_deep_for_the_image_is_bad_input(config, tmp_path, mesh):
-    deep = dataclasses.replace(config, model=MiniModel(stage_sizes=(1,) * 5, num_filters=2))
-    with pytest.raises(UserError, match=r"MiniModel with .* images of \(8, 8, 1\): input is"):
-        train_and_evaluate(deep, tmp_path / "w", mesh=mesh)
-    assert not (tmp_path / "w").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({}, r"normalised by pixel, images of \(4, 4, 1\) in training cannot be \(8, 8, 1\)"),
+        ({"model": tiny_resnet(param_dtype="float64")}, "param_dtype=float64 needs 64-bit JAX"),
+        ({"model": tiny_resnet(axis_name="batch")}, "axis_name=batch: it is for your own jax.pmap"),
         (
-            {"normalization": "channel", "model": DropBlockResNet(10, (2,), (3,))},
+            {"model": MiniModel(stage_sizes=(1,) * 5, num_filters=2)},
+            r"MiniModel with .* images of \(8, 8, 1\): input is",
+        ),
+        (
+            {"data": TWO_SIZES},
+            r"normalised by pixel, images of \(4, 4, 1\) in training cannot be \(8, 8, 1\)",
+        ),
+        (
+            {"data": TWO_SIZES, "normalization": "channel",
+             "model": DropBlockResNet(10, (2,), (3,))},
             r"DropBlockResNet, trained on images of \(4, 4, 1\), does not take \(8, 8, 1\); leave",
         ),
     ],
-)
-def test_what_cannot_be_evaluated_at_another_size(config, tmp_path, change, message):
-    data = dataclasses.replace(config.data, image_size=4, eval_image_size=8)
+)  # fmt: skip
+def test_bad_input_is_found_before_anything_is_written(config, tmp_path, change, message):
+    if "data" in change:
+        data = dataclasses.replace(change["data"], data_dir=config.data.data_dir)
+        change = {**change, "data": data}
     with pytest.raises(UserError, match=message):
-        train_and_evaluate(dataclasses.replace(config, data=data, **change), tmp_path / "w")
+        train_and_evaluate(dataclasses.replace(config, **change), tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
 
@@ -277,19 +251,6 @@ def test_equal_evaluations_name_the_checkpoint_that_is_kept(config, tmp_path, me
     monkeypatch.setattr(run, "evaluate", always_the_same)
     result = train_and_evaluate(config, tmp_path / "w", mesh=mesh)
     assert result["best_step"] == saved(tmp_path / "w", "best")[1]["step"] == 12
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"param_dtype": "float64"}, "model.param_dtype=float64 needs 64-bit JAX"),
-        ({"axis_name": "batch"}, "model.axis_name=batch: it is for your own jax.pmap"),
-    ],
-)
-def test_fields_that_the_loop_cannot_honour(config, tmp_path, fields, message):
-    with pytest.raises(UserError, match=message):
-        train_and_evaluate(dataclasses.replace(config, model=tiny_resnet(**fields)), tmp_path / "w")
-    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.slow

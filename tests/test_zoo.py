@@ -121,10 +121,8 @@ def test_multiply_adds_are_the_published_ones(name):
 
 @pytest.mark.parametrize(
     ("name", "layers"),
-    [("resnet20", 20), ("plain34", 34), ("plain56", 56), ("resnet18", 18), ("resnet50", 50),
-     ("resnet152", 152), ("preresnet110", 110), ("preresnet164", 164), ("highway19", 19),
-     ("highway32", 32), ("resnet50d", 52), ("seresnet50", 50), ("mini", 26),
-     ("dropblock_resnet", 19), ("wrn_28_10", 26)],
+    [("plain34", 34), ("preresnet164", 164), ("highway19", 19), ("resnet50d", 52),
+     ("seresnet50", 50), ("mini", 26), ("dropblock_resnet", 19), ("wrn_28_10", 26)],
 )  # fmt: skip
 def test_a_net_is_as_deep_as_its_name(name, layers):
     # A D-stem has three convolutions; WRN's 28 counts its projections (its paper, table 1).
@@ -158,22 +156,15 @@ def test_a_depth_is_cut_into_blocks_by_the_blocks_convolutions():
     assert highway_net(19).stage_sizes == (6, 6, 5)
 
 
-def test_versions_differ_in_stride_and_order_only():
-    v1, v15, v2 = (imagenet_resnet(50, version) for version in ("v1", "v1.5", "v2"))
-    assert v1.clone(stride_conv="3x3") == v15
-    assert (v15.block_cls.preactivation, v2.block_cls.preactivation) == (False, True)
-    assert imagenet_resnet(34).clone(stride_conv="1x1") == imagenet_resnet(34, "v1")
-    assert keras_resnet(50).stride_conv == "1x1"
-
-
 def test_load_gives_a_network_and_its_variables():
-    module, variables = load("resnet20", num_classes=5, input_shape=(8, 8, 1), dtype="bfloat16")
-    assert module == cifar_resnet(20, num_classes=5, dtype="bfloat16")
+    fields = {"num_classes": 5, "stage_sizes": (1, 1)}
+    module, variables = load("resnet20", **fields, input_shape=(8, 8, 1), dtype="bfloat16")
+    assert module == create("resnet20").clone(**fields, dtype="bfloat16")
     out = module.apply(variables, jnp.zeros((2, 8, 8, 1)))
     assert (out.shape, out.dtype) == ((2, 5), jnp.bfloat16)
-    again = load("resnet20", num_classes=5, input_shape=(8, 8, 1))[1]
+    again = load("resnet20", **fields, input_shape=(8, 8, 1))[1]
     assert_trees_equal(variables, again)
-    other = load("resnet20", num_classes=5, input_shape=(8, 8, 1), seed=1)[1]
+    other = load("resnet20", **fields, input_shape=(8, 8, 1), seed=1)[1]
     assert np.any(other["params"]["head"]["kernel"] != variables["params"]["head"]["kernel"])
 
 
@@ -199,13 +190,14 @@ def test_load_without_the_top_pools_as_it_is_told(rng):
 
 
 def test_given_weights_are_the_variables(rng):
-    module, variables = load("resnet20", num_classes=3)
-    assert_trees_equal(load("resnet20", num_classes=3, weights=variables)[1], variables)
-    headless = load("resnet20", include_top=False, weights=variables)[1]
+    small = {"num_classes": 3, "stage_sizes": (1, 3)}
+    module, variables = load("resnet20", **small)
+    assert_trees_equal(load("resnet20", **small, weights=variables)[1], variables)
+    headless = load("resnet20", **small, include_top=False, weights=variables)[1]
     assert headless["params"].keys() == variables["params"].keys() - {"head"}
-    stacked = load("resnet20", num_classes=3, weights=variables, scan_blocks=True)[1]
+    stacked = load("resnet20", **small, weights=variables, scan_blocks=True)[1]
     assert_trees_equal(stacked, stack_blocks(module, variables))
-    back = load("resnet20", num_classes=3, weights=stacked)[1]
+    back = load("resnet20", **small, weights=stacked)[1]
     assert_trees_equal(back, variables)
 
 
@@ -220,15 +212,12 @@ def resnet20():
         ("resnet51", {}, r"network 'resnet51' is not known \(did you mean 'resnet5\d|18|01'\?\)"),
         ("ResNet152v2", {}, r"not known \(did you mean 'ResNet152V2'\?\); .* names lists them"),
         ("resnet18", {"shortcuts": "A"}, r"resnet18 has no field 'shortcuts' .*'shortcut'\?"),
-        ("mini", {"pooling": "avg"}, "mini has no field 'pooling'"),
         (
             "resnet18",
             {"input_shape": (31, 64, 3)},
             "input is 31x64, the least for .* is 32x32",
         ),
-        ("ResNet50", {"input_shape": (16, 16, 3)}, "input is 16x16, the least .* is 32x32"),
         ("mini", {"input_shape": (7, 8, 3)}, "input is 7x8, the least for .* is 8x8: enl"),
-        ("dropblock_resnet", {"input_shape": (8, 8, 3)}, "input is 8x8, the least for .* is 16x16"),
         ("resnet18", {"input_shape": (224, 224)}, r"shape=\(224, 224\): expected height, width"),
         ("resnet18", {"dtype": "float31"}, "dtype 'float31': expected one such as float32"),
         ("resnet18", {"classes": 5, "num_classes": 6}, "num_classes=6 and classes=5: give one"),
@@ -239,7 +228,6 @@ def resnet20():
         ),
         ("resnet18", {"frozen_stages": 5}, "frozen_stages=5: expected -1 to 4"),
         ("resnet18", {"drop_path_rate": 1.0}, "drop_path_rate=1.0: expected 0 or more, below 1"),
-        ("resnet18", {"stage_sizes": (2, 0)}, r"stage_sizes=\(2, 0\): expected one or more whole"),
         ("resnet18", {"stage_sizes": ()}, r"stage_sizes=\(\): expected one or more whole"),
         ("ResNet50V2", {"stage_sizes": (1, 2)}, "with stride_block='last' a stage needs 2 blocks"),
         ("resnet18", {"weights": 7}, "weights=7: expected None, a tag, a path, or variables"),
@@ -252,24 +240,12 @@ def resnet20():
             {"connection": "Residual"},
             r"connection='Residual': .*mean 'residual'",
         ),
-        (
-            "resnet18",
-            {"pooling": "maximum"},
-            "'maximum': expected one of 'avg', 'max', None",
-        ),
         ("resnet18", {"stem": "Cifar"}, r"stem='Cifar': expected .* \(did you mean 'cifar'\?\)"),
-        ("resnet18", {"kernel_init": "he"}, "kernel_init='he': expected one of 'he_normal', 'gl"),
         ("resnet18", {"num_classes": 0}, "num_classes=0: expected 1 or more"),
-        ("mini", {"num_classes": 0}, "num_classes=0: expected 1 or more"),
-        ("resnet18", {"num_filters": -3}, "num_filters=-3: expected 1 or more"),
-        ("resnet18", {"se_reduction": 0}, "se_reduction=0: expected 1 or more"),
         ("resnext50_32x4d", {"num_filters": 8}, "a convolution is left without channels"),
-        ("resnet18", {"param_dtype": "junk"}, "dtype 'junk': expected one such as float32"),
         ("resnet18", {"dtype": "float64"}, "dtype 'float64' needs 64-bit JAX: set JAX_ENABLE"),
-        ("resnet18", {"stage_sizes": 5}, "stage_sizes=5: expected one or more whole numbers"),
         ("resnet18", {"input_shape": 32}, "input_shape=32: expected one or more whole numbers"),
         ("plain20", {"drop_path_rate": 0.1}, "drop_path_rate=0.1 with connection='plain'"),
-        ("Resnet50", {}, "did you mean 'resnet50' or 'ResNet50'"),
         (50, {}, "network 50 is not known"),
         ("resnet18", {"groups": 32}, "BasicBlock with groups=32, .* expected 1 and 64"),
         ("resnet18", {"block_cls": int}, "block_cls=.*int.*: expected a subclass of Block"),
@@ -301,11 +277,8 @@ def test_weights_that_do_not_fit_are_one_line(resnet20, name, fields, message):
     ("make", "message"),
     [
         (lambda: cifar_resnet(21), r"21 is not 6n \+ 2, .* BasicBlock make it; .* is: 20"),
-        (lambda: cifar_resnet(57), r"57 is not 6n \+ 2, .*; the nearest that is: 56"),
-        (lambda: cifar_resnet(3), r"3 is not 6n \+ 2, .*: 8"),
         (lambda: cifar_resnet(32, block_cls=BottleneckBlock), r"32 is not 9n \+ 2, .* BottleneckB"),
         (lambda: cifar_preact(163), r"163 is not 9n \+ 2, .* PreActBottleneckBlock .*: 164"),
-        (lambda: cifar_preact(1001, block_cls=PreActBasicBlock), r"1001 is not 6n \+ 2, .*: 998"),
         (lambda: wide_resnet(27, 10), r"27 is not 6n \+ 4, .*: 28"),
         (lambda: highway_net(4), "depth 4: expected 5 or more"),
         (lambda: imagenet_resnet(51), "depth 51, .*: expected a depth of 18, 34, 50"),
@@ -317,21 +290,17 @@ def test_depths_that_do_not_fit_the_block_are_refused(make, message):
         make()
 
 
-def test_input_that_is_no_batch_of_images_is_refused(resnet20):
-    with pytest.raises(UserError, match=r"shape \(32, 32, 3\): expected images \(N, H, W, C\)"):
-        create("resnet20").apply(resnet20, jnp.zeros((32, 32, 3)))
-
-
-def test_a_replaced_head_leaves_the_rest(resnet20):
+def test_a_network_without_a_head_gets_one(resnet20):
     module, variables = replace_head(create("resnet20"), resnet20, num_classes=4)
-    assert variables["params"]["head"]["kernel"].shape == (64, 4)
-    assert module.apply(variables, jnp.zeros((1, 8, 8, 3))).shape == (1, 4)
-    rest = {k: v for k, v in variables["params"].items() if k != "head"}
-    assert_trees_equal(rest, {k: resnet20["params"][k] for k in rest})
     headless, bare = load("resnet20", include_top=False, weights=resnet20)
     again, full = replace_head(headless, bare, num_classes=4)
     assert again == module
     assert_trees_equal(full, variables)
+
+
+def test_input_that_is_no_batch_of_images_is_refused(resnet20):
+    with pytest.raises(UserError, match=r"shape \(32, 32, 3\): expected images \(N, H, W, C\)"):
+        create("resnet20").apply(resnet20, jnp.zeros((32, 32, 3)))
 
 
 def test_weights_are_cast_to_the_networks_dtype_and_must_be_floats(resnet20):
