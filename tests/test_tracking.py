@@ -287,7 +287,7 @@ def train_with_a_stop(config, workdir, chosen):
 def test_seeds_that_train_together_are_a_run_each_of_one_group(config, tmp_path):
     config = dataclasses.replace(config, tracking=Mine())
     root = tmp_path / "both"
-    flax_resnet.train_seeds(config, root, 2, together=True, devices=jax.devices()[:1])
+    flax_resnet.train_seeds(config, root, 2, together=True)
     assert sorted(run.about[0].name for run in RUNS.values()) == ["both/seed0", "both/seed1"]
     for run in RUNS.values():
         (about,), (end,) = run.about, run.ends

@@ -8,10 +8,8 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
 
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained.hdf5 import read_h5
 from flax_resnet.pretrained.torch_archive import LEGACY_START, read_torch
 from flax_resnet.pretrained.untrusted import MAX_RANK, damaged, shown, too_much
 
@@ -72,6 +70,8 @@ def _read(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
     if not start:
         raise UserError(f"{path} is empty: download or export it again")
     if start.startswith(_HDF5_START):
+        from flax_resnet.pretrained.hdf5 import read_h5  # h5py is imported where it is needed
+
         return (*read_h5(path), {})
     if start.startswith((_ZIP_START, LEGACY_START)):
         return "torch", read_torch(path), {}
@@ -107,6 +107,8 @@ def _read_safetensors(path: Path, header: int) -> tuple[dict[str, np.ndarray], d
     """(tensors, metadata) of a file whose header takes so many bytes."""
     if MAX_HEADER < header < path.stat().st_size:
         raise too_much(path, f"its header of {header} bytes is longer than {MAX_HEADER}")
+    from safetensors import safe_open
+
     try:
         with safe_open(path, "numpy") as file:
             tensors = {}

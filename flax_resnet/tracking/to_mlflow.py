@@ -44,7 +44,7 @@ class MLflow(Tracking):
 
     @property
     def address(self) -> str | None:
-        """The server's address; None: MLflow's own default."""
+        """Address of the server, or None for the default of MLflow."""
         return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
 
     @property
