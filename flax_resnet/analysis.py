@@ -13,14 +13,12 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.table import Table
 
-from flax_resnet import distributed, views
+from flax_resnet import distributed, tables, views
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.setup import check_batch, prepare
-from flax_resnet.summary import FLOPS_A_MAC, count_layers
+from flax_resnet.summary import FLOPS_A_MAC, summarize
 
 UNKNOWN = "not known"
 COLLECTIVE = re.compile(
@@ -110,9 +108,9 @@ def analyze(config: TrainConfig, mesh: Mesh | None = None) -> list[Analysis]:
     def compiled(
         name: str, batch: int, shape: tuple[int, ...], per_image: int, make: Callable[[], Any]
     ) -> Analysis:
-        rows, _ = count_layers(config.model, (shape[0], shape[1], shape[2]))
+        macs = summarize(config.model, (shape[0], shape[1], shape[2])).macs
         images = batch // mesh.size
-        counted = float(FLOPS_A_MAC[name] * per_image * sum(row.macs for row in rows) * images)
+        counted = float(FLOPS_A_MAC[name] * per_image * macs * images)
         began = time.perf_counter()
         return Analysis(name, images, counted, make(), time.perf_counter() - began)
 
@@ -133,19 +131,11 @@ def show(config: TrainConfig) -> None:
         return
     kind = mesh.devices.flat[0].device_kind
     each = f"each of {mesh.size} x {kind}" if mesh.size > 1 else f"one {kind}"
-    drawn = Table(title=f"a step of {type(config.model).__name__} on {each}", title_justify="left")
-    drawn.add_column("")
-    for one in analyses:
-        drawn.add_column(one.name, justify="right")
     columns = [one.cells() for one in analyses]
-    for what in columns[0]:
-        drawn.add_row(what, *(cells[what] for cells in columns))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=120)
-    console.print(drawn)
-    console.print(
+    rows = [[what, *(cells[what] for cells in columns)] for what in columns[0]]
+    title = f"a step of {type(config.model).__name__} on {each}"
+    tables.show(title, rows, ["", *(one.name for one in analyses)], numbers=len(analyses))
+    print(
         "XLA counts what it has made of the program, a loop's body once; the network's multiply-"
-        "adds are those of convolutions and dense layers, two FLOP each, thrice in training.",
-        soft_wrap=True,
+        "adds are those of convolutions and dense layers, two FLOP each, thrice in training."
     )

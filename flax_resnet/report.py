@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from flax_resnet import figures, flags, metrics, tables
+from flax_resnet import figures, metrics, tables
 from flax_resnet.classify import flag, writing
 from flax_resnet.errors import UserError, check_choices
 from flax_resnet.inspection import PARTS, Session, open_run, read_record
@@ -179,7 +179,15 @@ def _table(rows: Iterable[tuple[str, Any]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the command line asks for."""
+    """Writes one HTML file with a run's result, config and environment, its curves, confusion
+    matrix and reliability diagram, its worst-classified examples, filters, feature maps,
+    Grad-CAM, an embedding of its features, and augmented training images. It needs no network
+    to open.
+
+    Examples:
+      flax-resnet report runs/digits
+      flax-resnet report runs/digits --images PHOTOS --lr-finder --output digits.html
+    """
 
     workdir: Annotated[tyro.conf.Positional[str], flag("WORKDIR")]
     """A run's working directory."""
@@ -198,18 +206,8 @@ class Settings:
         check_choices(self)
 
 
-ABOUT = """Writes one HTML file with a run's result, config and environment, its curves, confusion
-matrix and reliability diagram, its worst-classified examples, filters, feature maps, Grad-CAM, an
-embedding of its features, and augmented training images. It needs no network to open.
-
-Examples:
-  flax-resnet report runs/digits
-  flax-resnet report runs/digits --images PHOTOS --lr-finder --output digits.html"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(settings: Settings) -> None:
     """``python -m flax_resnet report``."""
-    settings = flags.cli(Settings, argv, ABOUT, "flax-resnet report")
     read_record(settings.workdir)  # before the output is opened
     output = settings.output or str(Path(settings.workdir) / "report.html")
     with writing(output) as file:

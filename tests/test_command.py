@@ -93,8 +93,9 @@ def test_training_the_digits_and_predicting(call, here, rng):
 
 
 def test_a_folder_needs_no_number_of_classes(call, here, image_folder):
-    code, _, err = call("train", image_folder, *TINY)
+    code, out, err = call("train", image_folder, *TINY)
     assert code == 0, err
+    assert "32 training and 8 evaluation images of 8x8x3, resident" in out
     record = json.loads((here / "runs" / "photos" / "config.json").read_text())
     config = from_record(record["config"])
     assert config.model.num_classes == 2
@@ -120,11 +121,18 @@ def test_fine_tuning_goes_on_from_weights(call, here, image_folder):
         (["train", "digits", "--optimzer", "adamw"], "(did you mean --optimizer?)"),
         (["train", "cifar1o"], "unknown dataset 'cifar1o' (did you mean 'cifar10'?)"),
         (["summary", "resnet5o"], "did you mean 'resnet56'?"),
+        (["prepare", "sklearn_digitz"], "unknown dataset 'sklearn_digitz' (did you mean 'sklearn_"),
+        (["prepare", "sklearn_digits", "--data-dir", "/proc/x"], "give a directory that can be"),
     ],
 )
 def test_bad_input_is_one_line(call, here, arguments, message):
     assert_one_line_error(call(*arguments), message)
     assert list(here.iterdir()) == []
+
+
+def test_prepare_prints_where_the_set_is(call, digits_dir):
+    where = f"{digits_dir}/sklearn_digits/1.0.0\n"
+    assert call("prepare", "sklearn_digits", "--data-dir", digits_dir)[:2] == (0, where)
 
 
 @pytest.mark.parametrize(

@@ -238,14 +238,7 @@ def open_run(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
     Raises:
       UserError: there is no run, or its checkpoint cannot be read.
     """
-    directory = _checkpoints_of(workdir)
-    if not seals.is_remote(directory) and not directory.is_dir():
-        raise UserError(f"{workdir} holds no run: expected its checkpoints/, or a weight file")
-    reader = Checkpoints(directory)
-    try:
-        state, meta = reader.read("best")
-    finally:
-        reader.close()
+    state, meta = read_checkpoint(workdir)
     config = from_record(untracked(meta["config"]))
     module = config.model
     stats, shape = state["normalization"], models.check_shape(meta["image_shape"])
@@ -268,6 +261,26 @@ def open_run(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
         certain=True,
     )
     return opened, meta
+
+
+def read_checkpoint(
+    workdir: Path, which: Literal["best", "latest"] = "best"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, meta) of a run's best checkpoint by evaluation top-1, or of its latest.
+
+    Raises:
+      UserError: there is no run, or its checkpoint cannot be read.
+    """
+    directory = _checkpoints_of(workdir)
+    if not seals.is_remote(directory) and not directory.is_dir():
+        raise UserError(
+            f"{workdir} holds no run with checkpoints: expected {directory}, or a weight file"
+        )
+    reader = Checkpoints(directory)
+    try:
+        return reader.read(which)
+    finally:
+        reader.close()
 
 
 def _checkpoints_of(workdir: Path) -> epath.Path:
