@@ -8,14 +8,15 @@ from typing import Annotated
 
 import tyro
 
-from flax_resnet.classify import PreparedFlags, flag
-from flax_resnet.errors import UserError, check_range
+from flax_resnet import convert
+from flax_resnet.classify import flag
+from flax_resnet.errors import check_range
 from flax_resnet.exporting import write
 from flax_resnet.predict import find_images
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(PreparedFlags):
+class Settings(convert.Settings):
     """Writes a trained network for use elsewhere, and prints how far its outputs are from the
     network's on real photographs; if that is too far, nothing is left.
 
@@ -32,8 +33,6 @@ class Settings(PreparedFlags):
       flax-resnet export runs/digits digits.safetensors --overwrite
     """
 
-    source: Annotated[tyro.conf.Positional[str], flag("SOURCE")] = ""
-    """A run's working directory, a weight file, or a tag such as "imagenet" (with --model)."""
     dest: Annotated[tyro.conf.Positional[str], flag("DEST")] = ""
     """A name that ends in .onnx or .safetensors, or a directory for StableHLO."""
     images: Annotated[tuple[str, ...], flag("IMAGE [IMAGE ...]", "scikit-learn's two")] = ()
@@ -42,13 +41,9 @@ class Settings(PreparedFlags):
     """What StableHLO is for; cpu is one of them."""
     tolerance: float = write.TOLERANCE
     """Largest difference of the outputs, as a share of the largest; above it nothing is kept."""
-    overwrite: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
-    """Replace an export that is at DEST already."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.source and self.dest):
-            raise UserError("expected two arguments, SOURCE and DEST: what to read, what to write")
         write.check_platforms(self.platforms)
         check_range("--tolerance", self.tolerance, 0)
 
