@@ -105,22 +105,19 @@ def analyze(config: TrainConfig, mesh: Mesh | None = None) -> list[Analysis]:
     with tempfile.TemporaryDirectory(prefix="flax_resnet_") as nowhere:
         run = prepare(config, Path(nowhere), mesh)
 
-    def compiled(
-        name: str, batch: int, shape: tuple[int, ...], per_image: int, make: Callable[[], Any]
-    ) -> Analysis:
+    data, eval_views = run.data, views.NUMBER[config.tta]
+    steps: tuple[tuple[str, int, tuple[int, ...], int, Callable[[], Any]], ...] = (
+        ("train", config.batch_size, data.batch_shape, 1, run.compile_step),
+        ("eval", config.eval_batch_size, data.eval_shape, eval_views, run.compile_evaluation),
+    )
+    analyses = []
+    for name, batch, shape, per_image, make in steps:
         macs = summarize(config.model, (shape[0], shape[1], shape[2])).macs
         images = batch // mesh.size
         counted = float(FLOPS_A_MAC[name] * per_image * macs * images)
         began = time.perf_counter()
-        return Analysis(name, images, counted, make(), time.perf_counter() - began)
-
-    data, eval_views = run.data, views.NUMBER[config.tta]
-    return [
-        compiled("train", config.batch_size, data.batch_shape, 1, run.compile_step),
-        compiled(
-            "eval", config.eval_batch_size, data.eval_shape, eval_views, run.compile_evaluation
-        ),
-    ]
+        analyses.append(Analysis(name, images, counted, make(), time.perf_counter() - began))
+    return analyses
 
 
 def show(config: TrainConfig) -> None:

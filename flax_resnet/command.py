@@ -180,8 +180,9 @@ def _asked(command: str, argv: Sequence[str]) -> flags.Invocation:
     """The first config for what the first argument names, changed by the flags."""
     about, recipe = MAKES[command]
     prog = f"{PROG} {command} {DATA}"
+    ending = "" if command == "train" else f"-{command}"
     if {"-h", "--help"} & set(argv) and argv[0].startswith("-"):
-        flags.parse(recipes.digits(), _workdir(DATA, command), ["--help"], about, prog)
+        flags.parse(recipes.digits(), f"runs/{DATA}{ending}", ["--help"], about, prog)
     if not argv or argv[0].startswith("-"):
         raise UserError(
             f'{command} {" ".join(argv[:1])}: expected what to train on first: "digits", a tfds '
@@ -193,12 +194,7 @@ def _asked(command: str, argv: Sequence[str]) -> flags.Invocation:
     )
     config = recipe(data, given)
     name = Path(data).expanduser().resolve().name if config.data.folder else data.replace("/", "-")
-    return flags.parse(config, _workdir(name, command), rest, about, prog)
-
-
-def _workdir(name: str, command: str) -> str:
-    """The default one."""
-    return f"runs/{name}" + ("" if command == "train" else f"-{command}")
+    return flags.parse(config, f"runs/{name}{ending}", rest, about, prog)
 
 
 def _completion(given: Completion) -> None:

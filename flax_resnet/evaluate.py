@@ -176,7 +176,8 @@ def class_order(
             f"the weights tell {known} classes apart and {title} has {len(data)}: take weights or "
             "data of the other number"
         )
-    if weights is not None and tuple(weights) == imagenet_classes() and _are_ids(data):
+    are_ids = all(re.fullmatch(r"n\d{8}", name) for name in data)
+    if weights is not None and tuple(weights) == imagenet_classes() and are_ids:
         weights = imagenet_ids()
         if set(data) != set(weights):
             odd = sorted(set(data) - set(weights))
@@ -195,10 +196,6 @@ def class_order(
     if len(place) == len(data) and place.keys() == set(data):
         return np.array([place[name] for name in data], np.int32)
     return np.arange(len(data), dtype=np.int32)
-
-
-def _are_ids(names: Sequence[str]) -> bool:
-    return all(re.fullmatch(r"n\d{8}", name) for name in names)
 
 
 @dataclasses.dataclass(frozen=True)

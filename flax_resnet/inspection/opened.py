@@ -149,7 +149,8 @@ def variants(path: str | Path) -> list[tuple[str, list[Path]]]:
         return [(path.name, [path])]
     below = [*path.glob("seed*/config.json")] or [*path.glob("*/seed*/config.json")]
     groups: dict[Path, list[Path]] = {}
-    for seed in sorted((file.parent for file in below), key=_variant_and_seed):
+    seeds = [file.parent for file in below]
+    for seed in sorted(seeds, key=lambda path: (path.parent, len(path.name), path.name)):
         groups.setdefault(seed.parent, []).append(seed)
     if not groups:
         raise UserError(
@@ -157,8 +158,3 @@ def variants(path: str | Path) -> list[tuple[str, list[Path]]]:
             "(seedN/config.json) or a sweep (VARIANT/seedN/config.json)"
         )
     return [(variant.name, seeds) for variant, seeds in groups.items()]
-
-
-def _variant_and_seed(path: Path) -> tuple[Path, int, str]:
-    """Sort key that puts VARIANT/seed10 behind VARIANT/seed9."""
-    return path.parent, len(path.name), path.name
