@@ -129,6 +129,7 @@ def test_prepare_prints_where_the_set_is(call, digits_dir):
         (["train", "digits", "--data.data-dir"], ["Missing value", "--data.data-dir"]),
         (["summary"], ["NAME"]),
         (["completion", "tcsh"], ["tcsh", "bash"]),
+        (["push", "net", "me/new"], ["--license"]),
         (["names", "--weight"], ["--weights"]),
     ],
 )
