@@ -16,7 +16,7 @@ from flax_resnet.errors import UserError, did_you_mean
 from flax_resnet.inspection import read_record, variants
 from flax_resnet.models import network_name
 from flax_resnet.record import flatten, varying_fields
-from flax_resnet.summary import count_layers
+from flax_resnet.summary import summarize
 
 # What does not set two series apart: seeds are averaged, sizes of stages are the depth.
 MOST_NAMED = 4
@@ -117,7 +117,7 @@ def depth(module: nn.Module) -> int:
 
     Shortcuts, the gates of highway networks and of squeeze-and-excitation are left out.
     """
-    rows = count_layers(module, (64, 64, 3))[0]
+    rows = summarize(module, (64, 64, 3)).rows
     beside = re.compile(r"(shortcut(_conv)?|gate)$|\bse\b")
     return sum(row.macs > 0 and not beside.search(row.name) for row in rows)
 

@@ -13,14 +13,12 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.table import Table
 
-from flax_resnet import distributed, views
+from flax_resnet import distributed, tables, views
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.setup import check_batch, prepare
-from flax_resnet.summary import FLOPS_A_MAC, count_layers
+from flax_resnet.summary import FLOPS_A_MAC, summarize
 
 UNKNOWN = "not known"
 COLLECTIVE = re.compile(
@@ -107,22 +105,19 @@ def analyze(config: TrainConfig, mesh: Mesh | None = None) -> list[Analysis]:
     with tempfile.TemporaryDirectory(prefix="flax_resnet_") as nowhere:
         run = prepare(config, Path(nowhere), mesh)
 
-    def compiled(
-        name: str, batch: int, shape: tuple[int, ...], per_image: int, make: Callable[[], Any]
-    ) -> Analysis:
-        rows, _ = count_layers(config.model, (shape[0], shape[1], shape[2]))
-        images = batch // mesh.size
-        counted = float(FLOPS_A_MAC[name] * per_image * sum(row.macs for row in rows) * images)
-        began = time.perf_counter()
-        return Analysis(name, images, counted, make(), time.perf_counter() - began)
-
     data, eval_views = run.data, views.NUMBER[config.tta]
-    return [
-        compiled("train", config.batch_size, data.batch_shape, 1, run.compile_step),
-        compiled(
-            "eval", config.eval_batch_size, data.eval_shape, eval_views, run.compile_evaluation
-        ),
-    ]
+    steps: tuple[tuple[str, int, tuple[int, ...], int, Callable[[], Any]], ...] = (
+        ("train", config.batch_size, data.batch_shape, 1, run.compile_step),
+        ("eval", config.eval_batch_size, data.eval_shape, eval_views, run.compile_evaluation),
+    )
+    analyses = []
+    for name, batch, shape, per_image, make in steps:
+        macs = summarize(config.model, (shape[0], shape[1], shape[2])).macs
+        images = batch // mesh.size
+        counted = float(FLOPS_A_MAC[name] * per_image * macs * images)
+        began = time.perf_counter()
+        analyses.append(Analysis(name, images, counted, make(), time.perf_counter() - began))
+    return analyses
 
 
 def show(config: TrainConfig) -> None:
@@ -133,19 +128,11 @@ def show(config: TrainConfig) -> None:
         return
     kind = mesh.devices.flat[0].device_kind
     each = f"each of {mesh.size} x {kind}" if mesh.size > 1 else f"one {kind}"
-    drawn = Table(title=f"a step of {type(config.model).__name__} on {each}", title_justify="left")
-    drawn.add_column("")
-    for one in analyses:
-        drawn.add_column(one.name, justify="right")
     columns = [one.cells() for one in analyses]
-    for what in columns[0]:
-        drawn.add_row(what, *(cells[what] for cells in columns))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=120)
-    console.print(drawn)
-    console.print(
+    rows = [[what, *(cells[what] for cells in columns)] for what in columns[0]]
+    title = f"a step of {type(config.model).__name__} on {each}"
+    tables.show(title, rows, ["", *(one.name for one in analyses)], numbers=len(analyses))
+    print(
         "XLA counts what it has made of the program, a loop's body once; the network's multiply-"
-        "adds are those of convolutions and dense layers, two FLOP each, thrice in training.",
-        soft_wrap=True,
+        "adds are those of convolutions and dense layers, two FLOP each, thrice in training."
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,10 +46,8 @@ def open_network(weights: str | Path, model: str | None = None) -> Pretrained:
     opened = open_weights(weights, model)
     if named is not None and model is not None and opened.network is None:
         kept = ("num_classes", "include_top", "pooling")
-        there = {
-            name: getattr(opened.module, name) for name in kept if hasattr(opened.module, name)
-        }
-        named = named.clone(**{name: v for name, v in there.items() if hasattr(named, name)})
+        both = [name for name in kept if hasattr(opened.module, name) and hasattr(named, name)]
+        named = named.clone(**{name: getattr(opened.module, name) for name in both})
         check_same(opened, named, model)
         if not opened.certain:
             shape = image_shape(named, opened.variables)
@@ -86,9 +83,6 @@ class PreparedFlags:
         check_choices(self)
         check_range("--size", self.size, 1)
         check_range("--resize", self.resize, 0)
-        for name in ("mean", "std"):
-            if not all(map(math.isfinite, getattr(self, name) or ())):
-                raise UserError(f"--{name} {getattr(self, name)}: expected finite numbers")
 
     def open(self, weights: str) -> Pretrained:
         """A network with weights, and their preprocessing changed as the flags say."""

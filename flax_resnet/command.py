@@ -49,13 +49,17 @@ class Tool(NamedTuple):
     """What it does, in a few words."""
     settings: Any
     """The dataclass whose fields are its flags."""
-    main: Callable[[Sequence[str]], None]
-    """Does it, of flags."""
+    main: Callable[[Any], object]
+    """Does what the settings ask."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """What ``names`` is asked for."""
+    """Lists the networks that have a name.
+
+    Examples:
+      flax-resnet names --weights | grep resnet50
+    """
 
     weights: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
     """With the tags of their weights."""
@@ -63,7 +67,13 @@ class Names:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What ``summary`` is asked for."""
+    """Prints a network's layers with output shapes, parameters and multiply-adds, and the
+    totals. Nothing is computed.
+
+    Examples:
+      flax-resnet summary resnet50 --parts
+      flax-resnet summary resnet20 --num-classes 5 --input-shape 64 64 1
+    """
 
     name: Annotated[tyro.conf.Positional[str], flag("NAME")]
     """A network that `flax-resnet names` lists."""
@@ -88,7 +98,12 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """What ``prepare`` is asked for."""
+    """Builds the bundled digits, converts a set prepared as TFRecord, or downloads and
+    prepares a set (which needs the [prepare] extra), as ArrayRecord.
+
+    Examples:
+      flax-resnet prepare cifar10 --data-dir ~/data
+    """
 
     name: Annotated[tyro.conf.Positional[str], flag("NAME")]
     """A tfds name, such as "cifar10" or "imagenet2012"."""
@@ -98,34 +113,19 @@ class Prepare:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What ``completion`` is asked for."""
+    """Prints tyro's script that completes commands, flags and their choices.
+
+    Examples:
+      eval "$(flax-resnet completion bash)"
+      flax-resnet completion bash > ~/.local/share/bash-completion/completions/flax-resnet
+      flax-resnet completion zsh > "${fpath[1]}/_flax-resnet"
+      flax-resnet completion fish > ~/.config/fish/completions/flax-resnet.fish
+    """
 
     shell: Annotated[tyro.conf.Positional[Shell], flag("{bash,zsh,fish}")]
     """Whose words are completed."""
 
 
-NAMES = """Lists the networks that have a name.
-
-Examples:
-  flax-resnet names --weights | grep resnet50"""
-SUMMARY = """Prints a network's layers with output shapes, parameters and multiply-adds, and the
-totals. Nothing is computed.
-
-Examples:
-  flax-resnet summary resnet50 --parts
-  flax-resnet summary resnet20 --num-classes 5 --input-shape 64 64 1"""
-PREPARE = """Builds the bundled digits, converts a set prepared as TFRecord, or downloads and
-prepares a set (which needs the [prepare] extra), as ArrayRecord.
-
-Examples:
-  flax-resnet prepare cifar10 --data-dir ~/data"""
-COMPLETION = """Prints tyro's script that completes commands, flags and their choices.
-
-Examples:
-  eval "$(flax-resnet completion bash)"
-  flax-resnet completion bash > ~/.local/share/bash-completion/completions/flax-resnet
-  flax-resnet completion zsh > "${fpath[1]}/_flax-resnet"
-  flax-resnet completion fish > ~/.config/fish/completions/flax-resnet.fish"""
 TRAIN = """Trains a network from random weights on "digits", a tfds set, or a folder of images with
 a sub-folder for each class.
 
@@ -154,14 +154,12 @@ MAKES: Mapping[str, tuple[str, Callable[[str, recipes.Given], TrainConfig]]] = {
 }
 
 
-def _names(argv: Sequence[str]) -> None:
-    given = flags.cli(Names, argv, NAMES, f"{PROG} names")
+def _names(given: Names) -> None:
     for name in models.names():
         print(" ".join([name, *(tags(name) if given.weights else ())]))
 
 
-def _summary(argv: Sequence[str]) -> None:
-    given = flags.cli(Summary, argv, SUMMARY, f"{PROG} summary")
+def _summary(given: Summary) -> None:
     fields: dict[str, Any] = {"dtype": given.dtype}
     if given.num_classes is not None:
         fields["num_classes"] = given.num_classes
@@ -174,25 +172,17 @@ def _summary(argv: Sequence[str]) -> None:
     summary.show(f"{given.name}, input {size}", counted, parts=given.parts)
 
 
-def _prepare(argv: Sequence[str]) -> None:
-    given = flags.cli(Prepare, argv, PREPARE, f"{PROG} prepare")
+def _prepare(given: Prepare) -> None:
     print(prepare(given.name, given.data_dir))
 
 
-def _train(argv: Sequence[str]) -> None:
-    _make("train", argv)
-
-
-def _finetune(argv: Sequence[str]) -> None:
-    _make("finetune", argv)
-
-
-def _make(command: str, argv: Sequence[str]) -> None:
-    """Trains by the first config for what the first argument names, changed by the flags."""
+def _asked(command: str, argv: Sequence[str]) -> flags.Invocation:
+    """The first config for what the first argument names, changed by the flags."""
     about, recipe = MAKES[command]
     prog = f"{PROG} {command} {DATA}"
+    ending = "" if command == "train" else f"-{command}"
     if {"-h", "--help"} & set(argv) and argv[0].startswith("-"):
-        flags.parse(recipes.digits(), _workdir(DATA, command), ["--help"], about, prog)
+        flags.parse(recipes.digits(), f"runs/{DATA}{ending}", ["--help"], about, prog)
     if not argv or argv[0].startswith("-"):
         raise UserError(
             f'{command} {" ".join(argv[:1])}: expected what to train on first: "digits", a tfds '
@@ -204,17 +194,10 @@ def _make(command: str, argv: Sequence[str]) -> None:
     )
     config = recipe(data, given)
     name = Path(data).expanduser().resolve().name if config.data.folder else data.replace("/", "-")
-    chosen = flags.parse(config, _workdir(name, command), rest, about, prog)
-    start(chosen)
+    return flags.parse(config, f"runs/{name}{ending}", rest, about, prog)
 
 
-def _workdir(name: str, command: str) -> str:
-    """The default one."""
-    return f"runs/{name}" + ("" if command == "train" else f"-{command}")
-
-
-def _completion(argv: Sequence[str]) -> None:
-    shell = flags.cli(Completion, argv, COMPLETION, f"{PROG} completion").shell
+def _completion(given: Completion) -> None:
     default = flags.Invocation("runs", TrainConfig())
     commands: list[Any] = []
     for name, tool in TOOLS.items():
@@ -227,8 +210,8 @@ def _completion(argv: Sequence[str]) -> None:
         tyro.cli(
             any_of,
             prog=PROG,
-            args=["--tyro-print-completion", shell],
-            registry=flags.tyro_registry(),
+            args=["--tyro-print-completion", given.shell],
+            registry=flags.REGISTRY,
             config=(tyro.conf.AvoidSubcommands,),
         )
     # In bash each line of a help is taken for a flag, and no answer for an empty one, not files.
@@ -242,8 +225,8 @@ def _completion(argv: Sequence[str]) -> None:
 
 
 TOOLS: dict[str, Tool] = {
-    "train": Tool("train a network on digits, a tfds set or a folder", flags.Invocation, _train),
-    "finetune": Tool("train ImageNet's weights on, on your images", flags.Invocation, _finetune),
+    "train": Tool("train a network on digits, a tfds set or a folder", flags.Invocation, start),
+    "finetune": Tool("train ImageNet's weights on, on your images", flags.Invocation, start),
     "predict": Tool("name what is in images", predict.Settings, predict.main),
     "evaluate": Tool("measure weights on a data set", evaluate.Settings, evaluate.main),
     "report": Tool("put a run into one HTML file", report.Settings, report.main),
@@ -282,9 +265,12 @@ def command(argv: Sequence[str] | None = None) -> None:
                 f"unknown command {argv[0]!r}{did_you_mean(argv[0], TOOLS)}: expected one of "
                 f"{', '.join(TOOLS)}; `{PROG} --help` says what each does"
             )
-        if tool.main not in (_train, _finetune):  # they do so themselves, later
-            use_cache()
-        tool.main(argv[1:])
+        if argv[0] in MAKES:
+            start(_asked(argv[0], argv[1:]))
+            return
+        settings = flags.cli(tool.settings, argv[1:], prog=f"{PROG} {argv[0]}")
+        use_cache()
+        tool.main(settings)
 
 
 def overview() -> str:

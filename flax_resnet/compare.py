@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from flax_resnet import flags, metrics, tables
+from flax_resnet import metrics, tables
 from flax_resnet.classify import flag, writing
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import read_record, variants
@@ -37,25 +37,22 @@ def compare(paths: Sequence[str | Path]) -> str:
             f"{' '.join(map(str, paths))}: one run alone; expected two or more working "
             "directories, or a sweep's"
         )
-    names = _names([workdirs[0] for _, workdirs in found], [name for name, _ in found])
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        names = [str(workdirs[0]) for _, workdirs in found]
     configs = [flatten(read_record(workdirs[0])[1]["config"]) for _, workdirs in found]
     fields = [field for field in varying_fields(configs) if field not in NOT_COMPARED]
     rows = [[f"`{f}`", *(str(own.get(f, ABSENT)) for own in configs)] for f in fields]
     rows = rows or [["no field", *("the same" for _ in configs)]]
     results = [[_result(workdir) for workdir in workdirs] for _, workdirs in found]
-    far = [_latest(workdirs) for _, workdirs in found]
+    counts = [(sum(result is not None for result in own), len(own)) for own in results]
+    finished = [str(n) if n == runs else f"{n} of {runs}" for n, runs in counts]
+    unfinished = [_latest(w) for _, workdirs in found for w in workdirs if _result(w) is None]
     return "\n".join([
         tables.markdown_table(["config", *names], rows),
-        tables.markdown_table(["result", *names], [_finished(results), *_means(results)]),
-        *filter(None, far),
+        tables.markdown_table(["result", *names], [["runs finished", *finished], *_means(results)]),
+        *(["".join(unfinished)] if unfinished else []),
     ])  # fmt: skip
-
-
-def _names(workdirs: Sequence[Path], names: Sequence[str]) -> list[str]:
-    """What tells the columns apart: names, or paths where two have one name."""
-    if len(set(names)) == len(names):
-        return list(names)
-    return [str(workdir) for workdir in workdirs]
 
 
 def _result(workdir: Path) -> Mapping[str, Any] | None:
@@ -63,12 +60,6 @@ def _result(workdir: Path) -> Mapping[str, Any] | None:
         return json.loads((workdir / "result.json").read_text())
     except (OSError, ValueError):
         return None
-
-
-def _finished(results: Sequence[Sequence[Any]]) -> list[str]:
-    """The row that says how many runs of each variant are finished."""
-    counts = [(sum(result is not None for result in own), len(own)) for own in results]
-    return ["runs finished", *(str(n) if n == all_ else f"{n} of {all_}" for n, all_ in counts)]
 
 
 def _means(results: Sequence[Sequence[Mapping[str, Any] | None]]) -> Iterator[list[str]]:
@@ -82,20 +73,22 @@ def _means(results: Sequence[Sequence[Mapping[str, Any] | None]]) -> Iterator[li
             yield [heading, *(tables.plus_minus(own, digits) for own in values)]
 
 
-def _latest(workdirs: Sequence[Path]) -> str:
-    """How far runs have come that have no result."""
-    lines = []
-    for workdir in workdirs:
-        if _result(workdir) is None:
-            logged = metrics.read_metrics(workdir)
-            at = f"at step {logged[-1]['step']}" if logged else "before its first log line"
-            lines.append(f"{workdir} is not finished: {at}\n")
-    return "".join(lines)
+def _latest(workdir: Path) -> str:
+    """How far a run without a result has come."""
+    logged = metrics.read_metrics(workdir)
+    at = f"at step {logged[-1]['step']}" if logged else "before its first log line"
+    return f"{workdir} is not finished: {at}\n"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the command line asks for."""
+    """Sets runs side by side: the fields of the config in which they differ, and their results,
+    of several seeds mean and deviation.
+
+    Examples:
+      flax-resnet compare runs/digits runs/adamw
+      flax-resnet compare runs/ablations/depth --output depth.md
+    """
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], flag("RUN [RUN ...]")] = ()
     """Working directories of runs, or directories that hold seed0, seed1, ... or variants."""
@@ -107,17 +100,8 @@ class Settings:
             raise UserError("no runs are given: expected two or more working directories")
 
 
-ABOUT = """Sets runs side by side: the fields of the config in which they differ, and their results,
-of several seeds mean and deviation.
-
-Examples:
-  flax-resnet compare runs/digits runs/adamw
-  flax-resnet compare runs/ablations/depth --output depth.md"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(settings: Settings) -> None:
     """``flax-resnet compare``."""
-    settings = flags.cli(Settings, argv, ABOUT, "flax-resnet compare")
     text = compare(settings.runs)
     with writing(settings.output) as file:
         file.write(text)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import jax
 import tyro
 
-from flax_resnet import flags
 from flax_resnet.classify import PreparedFlags, flag
 from flax_resnet.errors import UserError
 from flax_resnet.pretrained import Pretrained, write_weights
@@ -20,7 +18,16 @@ SUFFIXES = (".safetensors", ".weights.h5")
 
 @dataclasses.dataclass(frozen=True)
 class Settings(PreparedFlags):
-    """What the command line asks for."""
+    """Writes weights in another format: .safetensors has torchvision's names, .weights.h5 is
+    Keras 3's, for the networks that Keras has.
+
+    What images go through before and the classes' names are kept in the metadata of .safetensors;
+    Keras's format has no place for them. The flags from --size on change what is kept.
+
+    Examples:
+      flax-resnet convert runs/digits digits.safetensors
+      flax-resnet convert imagenet resnet50.weights.h5 --model ResNet50
+    """
 
     source: Annotated[tyro.conf.Positional[str], flag("SOURCE")] = ""
     """A tag such as "imagenet" (with --model), a weight file, a run's working directory, or
@@ -36,20 +43,8 @@ class Settings(PreparedFlags):
             raise UserError("expected two arguments, SOURCE and DEST: what to read, what to write")
 
 
-ABOUT = """Writes weights in another format: .safetensors has torchvision's names, .weights.h5 is
-Keras 3's, for the networks that Keras has.
-
-What images go through before and the classes' names are kept in the metadata of .safetensors;
-Keras's format has no place for them. The flags from --size on change what is kept.
-
-Examples:
-  flax-resnet convert runs/digits digits.safetensors
-  flax-resnet convert imagenet resnet50.weights.h5 --model ResNet50"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(settings: Settings) -> None:
     """``python -m flax_resnet convert``."""
-    settings = flags.cli(Settings, argv, ABOUT, "flax-resnet convert")
     dest = Path(settings.dest).expanduser()
     # What is wrong with these is said before anything is fetched.
     if not dest.name.endswith(SUFFIXES):

@@ -12,14 +12,13 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import tyro
 
-from flax_resnet import flags
 from flax_resnet.classify import flag
 from flax_resnet.datasets import sources
 from flax_resnet.errors import UserError
@@ -99,23 +98,27 @@ def _extras(from_checkout: bool) -> Iterator[Finding]:
         needed = [r for r in lines if r.marker and r.marker.evaluate({"extra": extra})
                   and not r.marker.evaluate({"extra": ""})]  # fmt: skip
         there = versions([r.name for r in needed])
-        lacking = [r for r in needed if not _fits(r, there[r.name])]
+        lacking = [r for r in needed if there[r.name] == "not installed"
+                   or not r.specifier.contains(there[r.name], prereleases=True)]  # fmt: skip
         if lacking:
-            what = f"-e '.[{extra}]'" if from_checkout else f"'{PACKAGE}[{extra}]'"
             text = ", ".join(f"{r.name} ({there[r.name]})" for r in lacking)
+            what = f"-e '.[{extra}]'" if from_checkout else f"'{PACKAGE}[{extra}]'"
             yield Finding(f"[{extra}]", f"not here: {text}", "absent", f"pip install {what}")
         else:
             text = ", ".join(f"{name} {version}" for name, version in there.items())
             yield Finding(f"[{extra}]", text)
 
 
-def _fits(requirement: Any, version: str) -> bool:
-    return version != "not installed" and requirement.specifier.contains(version, prereleases=True)
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the command line asks for."""
+    """Says what this machine has: versions, devices, data sets, extras; and for what is missing
+    the command. A line that begins with ! is wrong, with - is absent and may not be needed.
+    Ends with status 1 where something is wrong. Nothing is downloaded or written.
+
+    Examples:
+      flax-resnet doctor
+      flax-resnet doctor --data-dir ~/data --json
+    """
 
     data_dir: Annotated[str | None, flag("DIR", "$TFDS_DATA_DIR or ~/tensorflow_datasets")] = None
     """Directory of tfds sets to look into."""
@@ -123,27 +126,15 @@ class Settings:
     """Print JSON, for a bug report."""
 
 
-ABOUT = """Says what this machine has: versions, devices, data sets, extras; and for what is missing
-the command. A line that begins with ! is wrong, with - is absent and may not be needed.
-Ends with status 1 where something is wrong. Nothing is downloaded or written.
-
-Examples:
-  flax-resnet doctor
-  flax-resnet doctor --data-dir ~/data --json"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(settings: Settings) -> None:
     """``flax-resnet doctor``."""
-    settings = flags.cli(Settings, argv, ABOUT, "flax-resnet doctor")
-    found = []
-    for finding in findings(settings.data_dir):
-        found.append(finding)
-        if not settings.json:
-            advice = f"   -> {finding.advice}" if finding.advice else ""
-            print(f"{MARKS[finding.state]} {finding.topic:16} {finding.text}{advice}", flush=True)
+    found = list(findings(settings.data_dir))
     if settings.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2))
     else:
+        for finding in found:
+            advice = f"   -> {finding.advice}" if finding.advice else ""
+            print(f"{MARKS[finding.state]} {finding.topic:16} {finding.text}{advice}")
         print("(! is wrong; - is absent, and not everybody needs it; -> what to do)")
     if wrong := [finding.topic for finding in found if finding.state == "wrong"]:
         error = UserError(

@@ -23,18 +23,17 @@ import numpy as np
 import tyro
 from flax import linen as nn
 
-from flax_resnet import flags, metrics, tables
+from flax_resnet import metrics, tables
 from flax_resnet.augment import normalize
 from flax_resnet.classify import Classifier, WeightFlags, flag, not_finite, writing
 from flax_resnet.data import DataConfig, open_sources
 from flax_resnet.datasets.rows import decode_chunks
 from flax_resnet.errors import UserError, check_range
+from flax_resnet.inspection.opened import read_record
 from flax_resnet.pretrained import Pretrained, is_path
 from flax_resnet.pretrained.classes import imagenet_classes, imagenet_ids
-from flax_resnet.record import from_record
 from flax_resnet.views import Views, averaged_logits, check_views
 
-BINS = 15
 CROPS = 10
 
 
@@ -104,14 +103,17 @@ def evaluate(
     def step(batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> metrics.Sums:
         return _sums(of.module, of.variables, of.stats, *batch, tta)
 
-    total = metrics.evaluated(step, batches())
-    confidence, correct = total.pop("confidence"), total.pop("correct")
-    means = metrics.means([total])
+    sums, examples = [], []
+    for (*_, mask), found in metrics.outputs(step, batches()):
+        examples.append([found.pop(name)[mask] for name in ("confidence", "correct")])
+        sums.append(found)
+    means = metrics.means(sums)
     if not math.isfinite(means["loss"]):
         raise not_finite()
+    *_, error = metrics.reliability(*map(np.concatenate, zip(*examples, strict=True)))
     return {
         **{name: means[name] for name in ("top1", "top5", "loss")},
-        "calibration_error": calibration_error(confidence, correct, count),
+        "calibration_error": error,
         "brier": means["brier"],
         "n": count,
         "seconds": time.perf_counter() - began,
@@ -128,7 +130,10 @@ def _sums(
     mask: jax.Array,
     tta: Views = "none",
 ) -> metrics.Sums:
-    """Sums over a batch of images (N, H, W, C), or of their crops (N, 10, H, W, C)."""
+    """Sums over a batch of images (N, H, W, C), or of their crops (N, 10, H, W, C).
+
+    "confidence" (the largest probability) and "correct" are of each example, (N,).
+    """
     pixels = images.reshape(-1, *images.shape[-3:])
     apply: Any = functools.partial(module.apply, variables)
     logits: Any = averaged_logits(apply, normalize(pixels, stats), tta)
@@ -139,44 +144,13 @@ def _sums(
     targets = jax.nn.one_hot(labels, logits.shape[-1])
     losses = metrics.cross_entropy(logits, targets)
     sums = metrics.classification_sums(logits, labels, losses, mask)
-    return {**sums, **calibration_sums(logits, labels, mask)}
-
-
-def calibration_sums(
-    logits: jax.Array, labels: jax.Array, mask: jax.Array, bins: int = BINS
-) -> metrics.Sums:
-    """Sums over a batch.
-
-    Args:
-      logits: (N, num_classes).
-      labels: int (N,).
-      mask: bool (N,), False where an example is padding.
-      bins: equal parts of (0, 1], closed above (Guo et al. 2017, section 2).
-
-    Returns:
-      "confidence" and "correct" (bins,), summed over the examples whose largest probability lies
-      in a bin; "brier", a scalar.
-    """
     p = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
-    confidence = jnp.max(p, axis=-1)
-    correct = jnp.argmax(logits, axis=-1) == labels
-    bin_of = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
-    counted = jax.nn.one_hot(bin_of, bins, dtype=p.dtype) * mask[:, None]
-    distance = jnp.sum((p - jax.nn.one_hot(labels, p.shape[-1], dtype=p.dtype)) ** 2, axis=-1)
     return {
-        "confidence": jnp.sum(jnp.where(counted > 0, confidence[:, None], 0), axis=0),
-        "correct": jnp.sum(counted * correct[:, None], axis=0),
-        "brier": jnp.sum(jnp.where(mask, distance, 0)),
+        **sums,
+        "brier": jnp.sum(jnp.where(mask, jnp.sum((p - targets) ** 2, axis=-1), 0)),
+        "confidence": jnp.max(p, axis=-1),
+        "correct": jnp.argmax(logits, axis=-1) == labels,
     }
-
-
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, count: float) -> float:
-    """Expected calibration error, from the sums of each bin and the number of examples.
-
-    A bin's |accuracy - confidence| times its share of the examples is the difference of its sums
-    over all examples.
-    """
-    return float(np.abs(confidence - correct).sum() / count)
 
 
 def class_order(
@@ -202,7 +176,8 @@ def class_order(
             f"the weights tell {known} classes apart and {title} has {len(data)}: take weights or "
             "data of the other number"
         )
-    if weights is not None and tuple(weights) == imagenet_classes() and _are_ids(data):
+    are_ids = all(re.fullmatch(r"n\d{8}", name) for name in data)
+    if weights is not None and tuple(weights) == imagenet_classes() and are_ids:
         weights = imagenet_ids()
         if set(data) != set(weights):
             odd = sorted(set(data) - set(weights))
@@ -221,10 +196,6 @@ def class_order(
     if len(place) == len(data) and place.keys() == set(data):
         return np.array([place[name] for name in data], np.int32)
     return np.arange(len(data), dtype=np.int32)
-
-
-def _are_ids(names: Sequence[str]) -> bool:
-    return all(re.fullmatch(r"n\d{8}", name) for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +219,18 @@ class Where:
 
 @dataclasses.dataclass(frozen=True)
 class Settings(WeightFlags):
-    """What the command line asks for."""
+    """Measures weights on a data set or a folder: top-1, top-5, mean loss, expected calibration
+    error (Guo et al. 2017) and Brier score.
+
+    The images are decoded as the weights want it. Classes of the same names in another order
+    are matched by name, WordNet's ids with ImageNet's classes. One device is used. Of a run,
+    --size, --resize and --interpolation take the place of how its data were decoded; where no
+    data are named, those that it was evaluated on are taken, and its --tta.
+
+    Examples:
+      flax-resnet evaluate --weights runs/digits
+      flax-resnet evaluate --model resnet50 --data.folder PHOTOS --tta flip --output result.json
+    """
 
     data: Where = Where()
     batch_size: int = 64
@@ -295,42 +277,20 @@ class Settings(WeightFlags):
         tta: Views = self.tta or "none"
         run = self._run()
         if run is not None and not {"name", "folder"} & given.keys():
-            config, views = _evaluated_on(run)
+            try:
+                recorded = read_record(run)[0]
+            except UserError as error:
+                advice = "or give --data.name NAME or --data.folder DIR"
+                raise UserError(f"{error}; {advice}") from None
+            config, views = recorded.data, recorded.tta
             # With sub-folders for its splits a folder has nothing to hold out.
             holdout = config.folder is not None
             tta = self.tta or ("none" if self.ten_crop else views)
         return dataclasses.replace(config, **given), {"tta": tta, "holdout": holdout}
 
 
-def _evaluated_on(workdir: Path) -> tuple[DataConfig, Views]:
-    """What a run was evaluated on: its data, and the views of an image."""
-    path = workdir / "config.json"
-    try:
-        record = json.loads(path.read_text())["config"]
-        return from_record(record["data"]), record.get("tta", "none")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} does not say what the run was evaluated on ({error!r}): give --data.name NAME "
-            "or --data.folder DIR"
-        ) from error
-
-
-ABOUT = """Measures weights on a data set or a folder: top-1, top-5, mean loss, expected calibration
-error (Guo et al. 2017) and Brier score.
-
-The images are decoded as the weights want it. Classes of the same names in another order are
-matched by name, WordNet's ids with ImageNet's classes. One device is used. Of a run, --size,
---resize and --interpolation take the place of how its data were decoded; where no data are named,
-those that it was evaluated on are taken, and its --tta.
-
-Examples:
-  flax-resnet evaluate --weights runs/digits
-  flax-resnet evaluate --model resnet50 --data.folder PHOTOS --tta flip --output result.json"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(settings: Settings) -> None:
     """``python -m flax_resnet evaluate``."""
-    settings = flags.cli(Settings, argv, ABOUT, "flax-resnet evaluate")
     settings.check()
     opened = settings.open(settings.weights)
     config, how = settings.asked()

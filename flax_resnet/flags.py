@@ -38,6 +38,8 @@ from flax_resnet.record import class_name, find_class, module_fields
 Factory = Callable[[], Any]
 Settings = TypeVar("Settings")
 Asked = TypeVar("Asked", "Invocation", "SweepInvocation")
+REGISTRY = ConstructorRegistry()
+"""What tyro is told of linen modules and of their block classes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +146,7 @@ def parse(
         f"{text}\n\n{_choices_help(config)}{mark}{examples}",
         prog,
         default=ask(workdir, config),
-        registry=tyro_registry(),
+        registry=REGISTRY,
         config=(tyro.conf.AvoidSubcommands,),
     )
 
@@ -152,8 +154,8 @@ def parse(
 def cli(
     settings: type[Settings],
     argv: Sequence[str] | None,
-    about: str,
-    prog: str | None,
+    about: str = "",
+    prog: str | None = None,
     **options: Any,
 ) -> Settings:
     """A dataclass whose fields are flags, from a command line.
@@ -161,7 +163,7 @@ def cli(
     Args:
       settings: the dataclass.
       argv: flags; None reads the process's.
-      about: what --help says first.
+      about: what --help says first; by default the dataclass's docstring.
       prog: the command that --help shows.
       **options: tyro.cli's others.
 
@@ -169,7 +171,7 @@ def cli(
       UserError: a value that ``settings`` refuses.
       SystemExit: tyro has printed what is wrong with a flag, or --help.
     """
-    printed = io.StringIO()
+    printed, about = io.StringIO(), about or inspect.getdoc(settings) or ""
     try:
         with contextlib.redirect_stderr(printed):
             parsed = tyro.cli(settings, prog=prog, args=argv, description=about, **options)
@@ -184,14 +186,6 @@ def cli(
         raise
     sys.stderr.write(printed.getvalue())
     return parsed
-
-
-def tyro_registry() -> ConstructorRegistry:
-    """What tyro is told of linen modules and of their block classes."""
-    registry = ConstructorRegistry()
-    registry.struct_rule(_module_rule)
-    registry.primitive_rule(_module_class_rule)
-    return registry
 
 
 def class_choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
@@ -274,6 +268,7 @@ def _kept(old: nn.Module, new: nn.Module) -> dict[str, Any]:
     return kept
 
 
+@REGISTRY.struct_rule
 def _module_rule(info: Any) -> StructConstructorSpec | None:
     """A linen module's fields as flags; helps are the "Attributes:" of its docstring."""
     module = info.default
@@ -299,6 +294,7 @@ def _clone(module: nn.Module, **values: Any) -> nn.Module:
     return module.clone(**values)
 
 
+@REGISTRY.primitive_rule
 def _module_class_rule(info: Any) -> PrimitiveConstructorSpec | None:
     """Flags that name a block class: a name in flax_resnet.models, or MODULE:NAME."""
     if typing.get_origin(info.type) is not type:

@@ -24,6 +24,8 @@ from flax_resnet.files import replacing
 from flax_resnet.tracking import Follower
 
 Sums = dict[str, jax.Array]
+BINS = 15
+"""Of the reliability diagram and the expected calibration error."""
 
 
 def classification_sums(
@@ -64,6 +66,25 @@ def confusion_counts(
     ones = jnp.ones(labels.shape, jnp.int32) if mask is None else mask.astype(jnp.int32)
     counts = jnp.zeros((num_classes, num_classes), jnp.int32)
     return counts.at[labels, jnp.argmax(logits, axis=-1)].add(ones)
+
+
+def reliability(
+    confidence: np.ndarray, correct: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """How sure a network is, and how often right (Guo et al. 2017, section 2).
+
+    Args:
+      confidence: (N,), the largest probability of each example.
+      correct: (N,), whether the network is right.
+
+    Returns:
+      (sum of confidences, right examples, examples) of each bin, (BINS,), and the expected
+      calibration error. The bins are equal parts of (0, 1], closed above.
+    """
+    place = np.digitize(confidence, np.linspace(0, 1, BINS + 1)[1:-1], right=True)
+    counts, sure, right = (np.bincount(place, w, BINS) for w in (None, confidence, correct))
+    # A bin's |accuracy - confidence|, times its share of the examples.
+    return sure, right, counts, float(np.abs(sure - right).sum() / len(place))
 
 
 def means(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -220,9 +241,6 @@ class RunLog:
             return
         if self._progress is not None:
             self._progress.stop()
-        self._close_files()
-
-    def _close_files(self) -> None:
         self._file.close()
         if self._events is not None:
             self._events.close()

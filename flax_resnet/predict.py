@@ -21,7 +21,7 @@ import tyro
 from flax import linen as nn
 from PIL import UnidentifiedImageError
 
-from flax_resnet import flags, metrics
+from flax_resnet import metrics
 from flax_resnet.augment import normalize
 from flax_resnet.classify import Classifier, WeightFlags, flag, not_finite, writing
 from flax_resnet.datasets.decode import DECODE_ERRORS
@@ -175,7 +175,17 @@ def reason(error: Exception) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Settings(WeightFlags):
-    """What the command line asks for."""
+    """Prints the most probable classes of images, with their probabilities.
+
+    An image that cannot be read is named on the standard error and left out; a path that is not
+    there ends it before any is read. One device is used. Of a run, --size, --resize and
+    --interpolation take the place of how its data were decoded.
+
+    Examples:
+      flax-resnet predict PHOTO.jpg --model resnet50
+      flax-resnet predict FOLDER --weights runs/digits --top 3
+      flax-resnet predict FOLDER --weights net.safetensors --format csv --output classes.csv
+    """
 
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], flag("IMAGE [IMAGE ...]")] = ()
     """Image files, and folders, which are searched for them with their sub-folders."""
@@ -196,21 +206,8 @@ class Settings(WeightFlags):
             raise UserError("no images are given: expected files, or folders of them")
 
 
-ABOUT = """Prints the most probable classes of images, with their probabilities.
-
-An image that cannot be read is named on the standard error and left out; a path that is not there
-ends it before any is read. One device is used.
-Of a run, --size, --resize and --interpolation take the place of how its data were decoded.
-
-Examples:
-  flax-resnet predict PHOTO.jpg --model resnet50
-  flax-resnet predict FOLDER --weights runs/digits --top 3
-  flax-resnet predict FOLDER --weights net.safetensors --format csv --output classes.csv"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(settings: Settings) -> None:
     """``python -m flax_resnet predict``."""
-    settings = flags.cli(Settings, argv, ABOUT, "flax-resnet predict")
     files = find_images(settings.images)
     opened, read = settings.open(settings.weights), 0
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
-from flax_resnet import flags
 from flax_resnet.classify import flag
 from flax_resnet.hub import pull_from_hub
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the command line asks for."""
+    """Downloads weights, config, result and model card of a repository on the Hugging Face hub
+    into a directory, all of one commit. With HF_HUB_OFFLINE=1 they come from the cache alone.
+
+    Examples:
+      flax-resnet pull me/digits digits
+      python -m flax_resnet predict PHOTO.png --weights digits/model.safetensors
+      python -m flax_resnet predict PHOTO.png --weights hf://me/digits
+    """
 
     repository: Annotated[tyro.conf.Positional[str], flag("OWNER/NAME[@REVISION]")]
     """Repository on the hub, at a branch, a tag or a commit."""
@@ -23,16 +28,6 @@ class Settings:
     """Directory to make."""
 
 
-ABOUT = """Downloads weights, config, result and model card of a repository on the Hugging Face hub
-into a directory, all of one commit. With HF_HUB_OFFLINE=1 they come from the cache alone.
-
-Examples:
-  flax-resnet pull me/digits digits
-  python -m flax_resnet predict PHOTO.png --weights digits/model.safetensors
-  python -m flax_resnet predict PHOTO.png --weights hf://me/digits"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(given: Settings) -> None:
     """``flax-resnet pull``."""
-    given = flags.cli(Settings, argv, ABOUT, "flax-resnet pull")
     print(pull_from_hub(given.repository, given.dest))

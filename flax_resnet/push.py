@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from flax_resnet import flags
 from flax_resnet.card import License
 from flax_resnet.classify import flag
 from flax_resnet.hub import CARD, MESSAGE, push_to_hub, write_repository
@@ -18,7 +16,16 @@ from flax_resnet.pretrained.hub import client, parse
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the command line asks for."""
+    """Uploads weights to the Hugging Face hub in one commit: model.safetensors, config.json, of
+    a run its result.json, and a model card written from its record. HF_TOKEN, or what `hf auth
+    login` has saved, has to allow it. What a run was started with (command line, config,
+    packages, devices) is published with it: look at it first with --dry-run.
+
+    Examples:
+      flax-resnet push runs/digits me/digits --license apache-2.0 --dry-run card
+      flax-resnet push runs/digits me/digits --license apache-2.0 --private
+      flax-resnet push net.safetensors me/net --license cc-by-4.0 --revision trial
+    """
 
     source: Annotated[tyro.conf.Positional[str], flag("SOURCE")]
     """A run's working directory (its best checkpoint) or a weight file."""
@@ -40,20 +47,8 @@ class Settings:
     """Write the files into this directory and upload nothing; needs no network."""
 
 
-ABOUT = """Uploads weights to the Hugging Face hub in one commit: model.safetensors, config.json, of
-a run its result.json, and a model card written from its record. HF_TOKEN, or what `hf auth login`
-has saved, has to allow it. What a run was started with (command line, config, packages, devices)
-is published with it: look at it first with --dry-run.
-
-Examples:
-  flax-resnet push runs/digits me/digits --license apache-2.0 --dry-run card
-  flax-resnet push runs/digits me/digits --license apache-2.0 --private
-  flax-resnet push net.safetensors me/net --license cc-by-4.0 --revision trial"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(given: Settings) -> None:
     """``flax-resnet push``."""
-    given = flags.cli(Settings, argv, ABOUT, "flax-resnet push")
     license = License(given.license, given.license_name, given.license_link)
     if given.dry_run is not None:
         write_repository(given.source, given.repository, given.dry_run, license=license)

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from flax_resnet import figures, flags, metrics, tables
+from flax_resnet import figures, metrics, tables
 from flax_resnet.classify import flag, writing
 from flax_resnet.errors import UserError, check_choices
-from flax_resnet.inspection import PARTS, Session, open_run, read_record
+from flax_resnet.inspection import PARTS, Part, Session, open_run, read_record
 from flax_resnet.inspection.opened import Which
 from flax_resnet.models import network_name
 from flax_resnet.record import flatten
@@ -77,36 +77,30 @@ def report(
         figures.curves(records, path, name)
         return "Training figures are of augmented batches, each the mean since the line before."
 
+    @functools.cache
+    def session() -> Session:
+        return Session(open_run(workdir, checkpoint), tuple(images), seed=seed, say=say)
+
+    def draw(part: Part, path: Path) -> str:
+        say(part.heading)
+        return part.draw(session(), path)
+
+    pictures = [
+        _picture(anchor, part.heading, functools.partial(draw, part))
+        for anchor, part in PARTS.items()
+        if anchor != "lr" or lr_finder
+    ]
     return _page(
         name,
         workdir,
         [
             ("result", "Result", _result(workdir)),
             _picture("curves", "Curves", draw_curves),
-            *_pictures(workdir, checkpoint, tuple(images), lr_finder, seed, say),
+            *pictures,
             ("config", "Config", _table(flatten(record["config"]).items())),
             ("environment", "Environment", "\n".join(_starts(record.get("starts", [])))),
         ],
     )
-
-
-def _pictures(
-    workdir: Path,
-    checkpoint: Which,
-    images: tuple[str, ...],
-    lr_finder: bool,
-    seed: int,
-    say: Callable[[str], None],
-) -> Iterator[Section]:
-    wanted = {name: part for name, part in PARTS.items() if name != "lr" or lr_finder}
-    try:
-        session = Session(open_run(workdir, checkpoint), images, seed=seed, say=say)
-    except UserError as error:
-        yield from ((name, part.heading, _absent(error)) for name, part in wanted.items())
-        return
-    for name, part in wanted.items():
-        say(part.heading)
-        yield _picture(name, part.heading, functools.partial(part.draw, session))
 
 
 def _picture(name: str, heading: str, draw: Callable[[Path], str]) -> Section:
@@ -179,7 +173,15 @@ def _table(rows: Iterable[tuple[str, Any]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the command line asks for."""
+    """Writes one HTML file with a run's result, config and environment, its curves, confusion
+    matrix and reliability diagram, its worst-classified examples, filters, feature maps,
+    Grad-CAM, an embedding of its features, and augmented training images. It needs no network
+    to open.
+
+    Examples:
+      flax-resnet report runs/digits
+      flax-resnet report runs/digits --images PHOTOS --lr-finder --output digits.html
+    """
 
     workdir: Annotated[tyro.conf.Positional[str], flag("WORKDIR")]
     """A run's working directory."""
@@ -198,18 +200,8 @@ class Settings:
         check_choices(self)
 
 
-ABOUT = """Writes one HTML file with a run's result, config and environment, its curves, confusion
-matrix and reliability diagram, its worst-classified examples, filters, feature maps, Grad-CAM, an
-embedding of its features, and augmented training images. It needs no network to open.
-
-Examples:
-  flax-resnet report runs/digits
-  flax-resnet report runs/digits --images PHOTOS --lr-finder --output digits.html"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(settings: Settings) -> None:
     """``python -m flax_resnet report``."""
-    settings = flags.cli(Settings, argv, ABOUT, "flax-resnet report")
     read_record(settings.workdir)  # before the output is opened
     output = settings.output or str(Path(settings.workdir) / "report.html")
     with writing(output) as file:

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,6 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from flax_resnet import flags
 from flax_resnet.augment import normalize
 from flax_resnet.classify import Classifier, PreparedFlags, flag
 from flax_resnet.datasets.decode import DECODE_ERRORS
@@ -37,7 +35,16 @@ MIN_SIDE = 256
 
 @dataclasses.dataclass(frozen=True)
 class Settings(PreparedFlags):
-    """What the command line asks for."""
+    """Opens a web page to drop images on: the most probable classes, and Grad-CAM.
+
+    It listens on this machine only unless --host says otherwise, needs no internet, and sends
+    nothing anywhere. Images are prepared as `predict` does. Ctrl-C ends it.
+
+    Examples:
+      flax-resnet serve runs/digits
+      flax-resnet serve imagenet --model resnet50
+      flax-resnet serve net.safetensors --port 8000 --no-browser
+    """
 
     source: Annotated[tyro.conf.Positional[str], flag("SOURCE")] = ""
     """A tag such as "imagenet" (with --model), a weight file, or a run's working directory."""
@@ -55,20 +62,8 @@ class Settings(PreparedFlags):
         check_range("--port", self.port, 0, 2**16)
 
 
-ABOUT = """Opens a web page to drop images on: the most probable classes, and Grad-CAM.
-
-It listens on this machine only unless --host says otherwise, needs no internet, and sends
-nothing anywhere. Images are prepared as `predict` does. Ctrl-C ends it.
-
-Examples:
-  flax-resnet serve runs/digits
-  flax-resnet serve imagenet --model resnet50
-  flax-resnet serve net.safetensors --port 8000 --no-browser"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(settings: Settings) -> None:
     """``flax-resnet serve``."""
-    settings = flags.cli(Settings, argv, ABOUT, "flax-resnet serve")
     gradio()  # a missing package is reported before weights are fetched
     opened = settings.open(settings.source)
     page = build(Classifier.of(opened), f"{opened.name}: {settings.source}")

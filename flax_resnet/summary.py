@@ -70,21 +70,6 @@ def summarize(module: nn.Module, input_shape: tuple[int, int, int], batch_size: 
       input_shape: (H, W, C).
       batch_size: images in the batch whose ``output_bytes`` are counted.
     """
-    rows, variables = count_layers(module, input_shape)
-    itemsize = jnp.dtype(getattr(module, "dtype", None) or "float32").itemsize
-    return Summary(
-        rows=rows,
-        parameters=_size(variables["params"]),
-        statistics=_size(variables.get("batch_stats", {})),
-        macs=sum(row.macs for row in rows),
-        output_bytes=sum(math.prod(row.shape) for row in rows) * itemsize * batch_size,
-    )
-
-
-def count_layers(
-    module: nn.Module, input_shape: tuple[int, int, int]
-) -> tuple[tuple[Row, ...], Any]:
-    """(a row for each convolution, norm and dense layer as they are called, variables' shapes)."""
     plain = module
     if isinstance(module, ResNet):
         plain = module.clone(scan_blocks=False, remat=False)
@@ -92,7 +77,14 @@ def count_layers(
     rows: list[Row] = []
     with nn.intercept_methods(_recorder(rows)):
         variables = jax.eval_shape(lambda x: plain.init(jax.random.key(0), x, train=False), images)
-    return tuple(rows), variables
+    itemsize = jnp.dtype(getattr(module, "dtype", None) or "float32").itemsize
+    return Summary(
+        rows=tuple(rows),
+        parameters=_size(variables["params"]),
+        statistics=_size(variables.get("batch_stats", {})),
+        macs=sum(row.macs for row in rows),
+        output_bytes=sum(math.prod(row.shape) for row in rows) * itemsize * batch_size,
+    )
 
 
 def _recorder(rows: list[Row]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import pytest
 from helpers import assert_one_line_error
 from PIL import Image
 
+import flax_resnet
 from flax_resnet import command, flags, recipes
 from flax_resnet.data import DataConfig
 from flax_resnet.record import from_record
@@ -35,30 +36,15 @@ def test_the_overview_has_every_command(call):
         assert f"  {name} " in out
         assert tool.what in out
     assert call() == (0, out, "")
-
-
-def test_the_version(call):
-    import flax_resnet
-
     assert call("--version") == (0, f"flax_resnet {flax_resnet.__version__}\n", "")
-
-
-def test_an_unknown_command_is_one_line(call):
-    assert_one_line_error(call("trian"), "unknown command 'trian' (did you mean 'train'?)")
-
-
-@pytest.mark.parametrize("name", command.TOOLS)
-def test_every_command_has_help_with_examples(name, call):
-    code, out, err = call(name, "--help")
-    assert (code, err) == (0, "")
-    assert "Examples:" in out
-    assert f"flax-resnet {name}" in out.split("Examples:")[1]
 
 
 @pytest.mark.parametrize("name", command.TOOLS)
 def test_what_help_shows_as_examples_parses(name, call, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    text = call(name, "--help")[1].split("Examples:")[1].split("╭")[0].replace("\\\n", " ")
+    code, out, err = call(name, "--help")
+    assert (code, err) == (0, "")
+    text = out.split("Examples:")[1].split("╭")[0].replace("\\\n", " ")
     lines = [re.split(r"\||>|&&", line)[0].rstrip(' )"') for line in text.splitlines()]
     found = [
         line.split(f"flax-resnet {name}", 1)[1] for line in lines if f"flax-resnet {name}" in line
@@ -93,8 +79,9 @@ def test_training_the_digits_and_predicting(call, here, rng):
 
 
 def test_a_folder_needs_no_number_of_classes(call, here, image_folder):
-    code, _, err = call("train", image_folder, *TINY)
+    code, out, err = call("train", image_folder, *TINY)
     assert code == 0, err
+    assert "32 training and 8 evaluation images of 8x8x3, resident" in out
     record = json.loads((here / "runs" / "photos" / "config.json").read_text())
     config = from_record(record["config"])
     assert config.model.num_classes == 2
@@ -114,17 +101,25 @@ def test_fine_tuning_goes_on_from_weights(call, here, image_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["trian"], "unknown command 'trian' (did you mean 'train'?)"),
         (["train"], 'expected what to train on first: "digits", a tfds name, or a folder'),
         (["train", "--batch-size", "8"], "train --batch-size: expected what to train on first"),
         (["train", "./nowhere"], "./nowhere: no such folder; expected one with a sub-folder for"),
         (["train", "digits", "--optimzer", "adamw"], "(did you mean --optimizer?)"),
         (["train", "cifar1o"], "unknown dataset 'cifar1o' (did you mean 'cifar10'?)"),
         (["summary", "resnet5o"], "did you mean 'resnet56'?"),
+        (["prepare", "sklearn_digitz"], "unknown dataset 'sklearn_digitz' (did you mean 'sklearn_"),
+        (["prepare", "sklearn_digits", "--data-dir", "/proc/x"], "give a directory that can be"),
     ],
 )
 def test_bad_input_is_one_line(call, here, arguments, message):
     assert_one_line_error(call(*arguments), message)
     assert list(here.iterdir()) == []
+
+
+def test_prepare_prints_where_the_set_is(call, digits_dir):
+    where = f"{digits_dir}/sklearn_digits/1.0.0\n"
+    assert call("prepare", "sklearn_digits", "--data-dir", digits_dir)[:2] == (0, where)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +129,7 @@ def test_bad_input_is_one_line(call, here, arguments, message):
         (["train", "digits", "--data.data-dir"], ["Missing value", "--data.data-dir"]),
         (["summary"], ["NAME"]),
         (["completion", "tcsh"], ["tcsh", "bash"]),
+        (["push", "net", "me/new"], ["--license"]),
         (["names", "--weight"], ["--weights"]),
     ],
 )

@@ -65,13 +65,16 @@ def test_predictions_are_the_networks_of_every_example_once(run, found, whole_sp
 def test_reliability_bins_equal_brute_force(found):
     confidence = found.probabilities.max(axis=1).astype(np.float64)
     right = found.predicted == found.labels
-    confidences, corrects, counts = found.reliability()
+    confidences, corrects, counts, error = found.reliability()
     for index in range(15):
         inside = (confidence > index / 15) & (confidence <= (index + 1) / 15)
         assert counts[index] == inside.sum()
         assert corrects[index] == right[inside].sum()
         assert confidences[index] == pytest.approx(confidence[inside].sum(), rel=1e-5)
     assert counts.sum() == 355
+    shares = np.maximum(counts, 1)
+    gaps = np.abs(corrects / shares - confidences / shares)
+    assert error == pytest.approx((counts * gaps).sum() / 355)
 
 
 def test_features_are_the_heads_inputs(run, found, whole_split, monkeypatch):
@@ -289,7 +292,7 @@ def test_what_is_no_run_is_one_line(tmp_path, workdir, run):
     with pytest.raises(UserError, match="is not a run's record"):
         inspection.open_run(tmp_path)
     shutil.copy(workdir / "config.json", tmp_path)
-    with pytest.raises(UserError, match="holds no checkpoints"):
+    with pytest.raises(UserError, match="holds no run: expected its checkpoints"):
         inspection.open_run(tmp_path)
     other = dataclasses.replace(run, data_record={**run.data_record, "num_eval": 7})
     with pytest.raises(UserError, match="was trained on data with num_eval 7 and it is 355 now"):

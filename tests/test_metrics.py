@@ -21,21 +21,27 @@ def test_sums_equal_brute_force_and_skip_the_padding(rng):
     assert float(got["loss"]) == pytest.approx(loss[mask].sum(), rel=1e-6)
 
 
-def test_ties_go_to_the_lower_class_as_argmax_does():
-    logits = jnp.zeros((3, 10))
-    got = metrics.classification_sums(logits, jnp.array([0, 4, 5]), jnp.zeros(3))
-    assert (int(got["top1"]), int(got["top5"])) == (1, 2)
+@pytest.mark.parametrize(
+    ("logits", "labels", "right"),
+    [
+        (np.zeros((3, 10)), [0, 4, 5], (1, 2)),  # of equal logits the lower class, as argmax
+        ([[1.0, np.nan, np.nan], [np.nan] * 3], [0, 1], (0, 0)),
+        (np.eye(3), [1, 2, 0], (0, 3)),
+    ],
+)
+def test_ties_and_nan_and_few_classes(logits, labels, right):
+    loss = jnp.zeros(len(labels))
+    got = metrics.classification_sums(jnp.asarray(logits), jnp.array(labels), loss)
+    assert (int(got["top1"]), int(got["top5"])) == right
 
 
-def test_logits_that_are_not_numbers_are_wrong():
-    logits = jnp.array([[1.0, jnp.nan, jnp.nan], [jnp.nan] * 3])
-    got = metrics.classification_sums(logits, jnp.array([0, 1]), jnp.zeros(2))
-    assert (int(got["top1"]), int(got["top5"])) == (0, 0)
-
-
-def test_top5_of_three_classes_is_everything():
-    got = metrics.classification_sums(jnp.eye(3), jnp.array([1, 2, 0]), jnp.zeros(3))
-    assert (int(got["top1"]), int(got["top5"])) == (0, 3)
+def test_bins_are_closed_above_and_certainty_is_in_the_last():
+    sure, right, counts, error = metrics.reliability(
+        np.array([1.0, 1.0, 1 / 15]), np.array([True, False, False])
+    )
+    assert (sure.tolist(), counts.tolist()) == ([1 / 15, *[0] * 13, 2], [1, *[0] * 13, 2])
+    assert right.tolist() == [0] * 14 + [1]
+    assert error == pytest.approx((1 / 15 + 1) / 3)
 
 
 def test_confusion_rows_are_true_classes(rng):

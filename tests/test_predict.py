@@ -169,7 +169,11 @@ def test_bad_input_is_one_line(call, weights, photos, tmp_path, arguments, messa
 
 
 @pytest.mark.slow
-def test_a_process_imports_no_other_framework(weights, photos, tmp_path, clean_environment):
+@pytest.mark.parametrize("command", ["predict", "train"])
+def test_a_process_imports_no_other_framework(
+    command, weights, photos, tmp_path, clean_environment, digits_dir
+):
+    """A stand-in leaves a mark when anything imports it, Grain's workers included."""
     marker = tmp_path / "imported"
     for name in ("torch", "tensorflow", "keras"):
         (tmp_path / "site" / name).mkdir(parents=True)
@@ -177,11 +181,19 @@ def test_a_process_imports_no_other_framework(weights, photos, tmp_path, clean_e
             f"open({str(marker)!r}, 'a').write({name!r})\nraise ImportError({name!r})\n"
         )
     environment = clean_environment | QUICK | {"PYTHONPATH": str(tmp_path / "site")}
+    words = {
+        "predict": [photos, "--weights", weights, "--format", "json"],
+        "train": ["digits", "--workdir", tmp_path / "w", "--data.data-dir", digits_dir,
+                  "--num-steps", "6", "--model.stage-sizes", "1", "--model.num-filters", "8",
+                  "--data.resident-mb", "0", "--data.num-workers", "1"],
+    }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "flax_resnet", "predict", photos,
-         "--weights", weights, "--format", "json"],
+        [sys.executable, "-W", "error", "-m", "flax_resnet", command, *words[command]],
         cwd=ROOT, env=environment, text=True, capture_output=True, timeout=200, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(done.stdout.splitlines()) == 7
+    if command == "predict":
+        assert len(done.stdout.splitlines()) == 7
+    else:
+        assert "streamed" in done.stdout
     assert not marker.exists()

@@ -92,13 +92,10 @@ def test_numbers_config_and_environment_are_there(page, workdir):
     assert dict(zip(page.text["th"], cells, strict=True))["optimizer.learning_rate"] == "0.05"
     assert json.loads((workdir / "config.json").read_text())["starts"][0]["python"] in cells
     assert page.text["h1"] == ["ResNet on sklearn_digits, seed 3"]
-    assert any("surer than it is right" in text for text in page.text["figcaption"])
-    assert "The smoothed loss falls fastest at a rate of 0.1." in page.text["figcaption"]
-
-
-def test_names_are_escaped(page, workdir):
     assert page.text["p"][0].endswith("run <b>&")  # as text, and not as an element
     assert "b" not in page.text
+    assert any("surer than it is right" in text for text in page.text["figcaption"])
+    assert "The smoothed loss falls fastest at a rate of 0.1." in page.text["figcaption"]
 
 
 def test_without_data_the_rest_is_there(workdir, tmp_path):

@@ -103,13 +103,11 @@ def test_bad_input_is_one_line(argv, message, call):
 
 def test_names_are_listed(capsys):
     command(["names"])
-    listed = capsys.readouterr().out.split()
-    assert {"resnet50", "ResNet152V2", "wrn_28_10", "mini"} <= set(listed)
-    assert all(create(name) for name in listed)
-
-
-def test_names_are_listed_with_the_tags_of_their_weights(capsys):
+    names = capsys.readouterr().out.split()
+    assert {"resnet50", "ResNet152V2", "wrn_28_10", "mini"} <= set(names)
+    assert all(create(name) for name in names)
     command(["names", "--weights"])
-    listed = dict(line.partition(" ")[::2] for line in capsys.readouterr().out.splitlines())
-    assert {"tv_v1", "tv_v2", "keras", "hf", "timm/a1"} <= set(listed["resnet50"].split())
-    assert listed["resnet20"] == ""
+    tags = dict(line.partition(" ")[::2] for line in capsys.readouterr().out.splitlines())
+    assert list(tags) == names
+    assert {"tv_v1", "tv_v2", "keras", "hf", "timm/a1"} <= set(tags["resnet50"].split())
+    assert tags["resnet20"] == ""

@@ -28,7 +28,7 @@ from flax_resnet.data import Data
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
 from flax_resnet.main import one_line_errors
 from flax_resnet.step import Batch, create_state
-from flax_resnet.summary import FLOPS_A_MAC, count_layers
+from flax_resnet.summary import FLOPS_A_MAC, summarize
 
 Kind = Literal["train", "eval"]
 OptimizerName = Literal["sgd", "adam"]
@@ -211,8 +211,8 @@ TURNS: Mapping[Kind, Callable[[run.Run, Batch], tuple[jax.stages.Compiled, Turn]
 
 def gflop(module: nn.Module, image_size: int, images: int, kind: Kind) -> float:
     """10^9 operations of a step: two a multiply-add of convolutions and dense layers."""
-    rows, _ = count_layers(module, (image_size, image_size, CHANNELS))
-    return FLOPS_A_MAC[kind] * images * sum(row.macs for row in rows) / 1e9
+    macs = summarize(module, (image_size, image_size, CHANNELS)).macs
+    return FLOPS_A_MAC[kind] * images * macs / 1e9
 
 
 def speed(seconds: float, gflop_a_step: float, images: int, best: Peak) -> Row:

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from flax_resnet import flags
-from flax_resnet.classify import PreparedFlags, flag
-from flax_resnet.errors import UserError, check_range
+from flax_resnet import convert
+from flax_resnet.classify import flag
+from flax_resnet.errors import check_range
 from flax_resnet.exporting import write
 from flax_resnet.predict import find_images
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(PreparedFlags):
-    """What the command line asks for."""
+class Settings(convert.Settings):
+    """Writes a trained network for use elsewhere, and prints how far its outputs are from the
+    network's on real photographs; if that is too far, nothing is left.
 
-    source: Annotated[tyro.conf.Positional[str], flag("SOURCE")] = ""
-    """A run's working directory, a weight file, or a tag such as "imagenet" (with --model)."""
+    DEST says the format. A directory gets StableHLO: a program for any batch size with its
+    weights, the classes' names, how images are prepared, and load.py, which runs it where jax
+    and flatbuffers are installed, without this library. DEST.onnx is one file for onnxruntime,
+    with the same inside (needs pip install 'flax_resnet[onnx]'). Both take uint8 images (batch,
+    height, width, channels), resized and cropped, and normalise them. DEST.safetensors is what
+    `convert` writes.
+
+    Examples:
+      flax-resnet export runs/digits digits_net
+      flax-resnet export imagenet resnet50.onnx --model resnet50 --images PHOTOS
+      flax-resnet export runs/digits digits.safetensors --overwrite
+    """
+
     dest: Annotated[tyro.conf.Positional[str], flag("DEST")] = ""
     """A name that ends in .onnx or .safetensors, or a directory for StableHLO."""
     images: Annotated[tuple[str, ...], flag("IMAGE [IMAGE ...]", "scikit-learn's two")] = ()
@@ -30,35 +41,15 @@ class Settings(PreparedFlags):
     """What StableHLO is for; cpu is one of them."""
     tolerance: float = write.TOLERANCE
     """Largest difference of the outputs, as a share of the largest; above it nothing is kept."""
-    overwrite: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
-    """Replace an export that is at DEST already."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.source and self.dest):
-            raise UserError("expected two arguments, SOURCE and DEST: what to read, what to write")
         write.check_platforms(self.platforms)
         check_range("--tolerance", self.tolerance, 0)
 
 
-ABOUT = """Writes a trained network for use elsewhere, and prints how far its outputs are from the
-network's on real photographs; if that is too far, nothing is left.
-
-DEST says the format. A directory gets StableHLO: a program for any batch size with its weights,
-the classes' names, how images are prepared, and load.py, which runs it where jax and flatbuffers
-are installed, without this library. DEST.onnx is one file for onnxruntime, with the same inside
-(needs pip install 'flax_resnet[onnx]'). Both take uint8 images (batch, height, width, channels),
-resized and cropped, and normalise them. DEST.safetensors is what `convert` writes.
-
-Examples:
-  flax-resnet export runs/digits digits_net
-  flax-resnet export imagenet resnet50.onnx --model resnet50 --images PHOTOS
-  flax-resnet export runs/digits digits.safetensors --overwrite"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(settings: Settings) -> None:
     """Runs the command."""
-    settings = flags.cli(Settings, argv, ABOUT, "flax-resnet export")
     dest = Path(settings.dest).expanduser()
     # What is wrong with these is said before anything is fetched.
     write.check_dest(dest, settings.overwrite)

@@ -12,14 +12,13 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from flax_resnet import distributed, models, seals
+from flax_resnet import distributed, models
 from flax_resnet.augment import normalize
-from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
 from flax_resnet.pretrained.classes import class_name
-from flax_resnet.pretrained.load import saved_variables
+from flax_resnet.pretrained.load import read_checkpoint, saved_variables
 from flax_resnet.record import from_record, untracked
 
 Which = Literal["best", "latest"]
@@ -101,14 +100,7 @@ def open_run(workdir: str | Path, checkpoint: Which = "best") -> Inspected:
     """
     workdir = Path(workdir).expanduser()
     config = read_record(workdir)[0]
-    directory = config.checkpoint.place(workdir)
-    if not seals.is_remote(directory) and not directory.is_dir():
-        raise UserError(f"{workdir} holds no checkpoints: expected {directory} of a run")
-    reader = Checkpoints(directory)
-    try:
-        state, meta = reader.read(checkpoint)
-    finally:
-        reader.close()
+    state, meta = read_checkpoint(workdir, checkpoint)
     module = config.model
     variables = saved_variables(module, state)
     if isinstance(module, ResNet):
@@ -157,7 +149,8 @@ def variants(path: str | Path) -> list[tuple[str, list[Path]]]:
         return [(path.name, [path])]
     below = [*path.glob("seed*/config.json")] or [*path.glob("*/seed*/config.json")]
     groups: dict[Path, list[Path]] = {}
-    for seed in sorted((file.parent for file in below), key=_variant_and_seed):
+    seeds = [file.parent for file in below]
+    for seed in sorted(seeds, key=lambda path: (path.parent, len(path.name), path.name)):
         groups.setdefault(seed.parent, []).append(seed)
     if not groups:
         raise UserError(
@@ -165,8 +158,3 @@ def variants(path: str | Path) -> list[tuple[str, list[Path]]]:
             "(seedN/config.json) or a sweep (VARIANT/seedN/config.json)"
         )
     return [(variant.name, seeds) for variant, seeds in groups.items()]
-
-
-def _variant_and_seed(path: Path) -> tuple[Path, int, str]:
-    """Sort key that puts VARIANT/seed10 behind VARIANT/seed9."""
-    return path.parent, len(path.name), path.name

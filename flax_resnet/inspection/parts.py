@@ -6,10 +6,11 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from flax_resnet import evaluate, figures
+from flax_resnet import figures
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import embed, layers, lr_finder, samples
 from flax_resnet.inspection.opened import Inspected
@@ -59,14 +60,11 @@ class Session:
         return f"{self.run.title}, step {self.run.step}: {what}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One picture."""
+class Part(NamedTuple):
+    """One picture: its heading in a report; draws a PNG, and returns a line on how to read it."""
 
     heading: str
-    """Its heading in a report."""
     draw: Callable[[Session, Path], str]
-    """Draws it to a PNG; returns a line on how to read it."""
 
 
 def draw_confusion(of: Session, path: Path) -> str:
@@ -84,8 +82,8 @@ def draw_confusion(of: Session, path: Path) -> str:
 def draw_reliability(of: Session, path: Path) -> str:
     """The reliability diagram of the evaluation split."""
     found = of.predictions
-    (confidence, correct, counts), total = found.reliability(), len(found.labels)
-    safe, error = np.maximum(counts, 1), evaluate.calibration_error(confidence, correct, total)
+    confidence, correct, counts, error = found.reliability()
+    safe, total = np.maximum(counts, 1), len(found.labels)
     what = f"expected calibration error {100 * error:.2f} %, n = {total} evaluation images"
     figures.reliability(confidence / safe, correct / safe, counts, path, of.title(what))
     return "A bar below the diagonal: in that bin the network is surer than it is right."

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_resnet import evaluate
+from flax_resnet import metrics
 from flax_resnet.augment import normalize
 from flax_resnet.errors import UserError
 from flax_resnet.inspection.layers import forward
@@ -51,17 +52,10 @@ class Predictions:
         np.add.at(counts, (self.labels, self.predicted), 1)
         return counts
 
-    def reliability(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(sum of the largest probabilities, right examples, examples) of each bin, (BINS,) each.
-
-        The bins are equal parts of (0, 1], closed above (Guo et al. 2017, section 2).
-        """
-        confidence = self.probabilities.max(axis=1).astype(np.float64)
-        edges = np.linspace(0, 1, evaluate.BINS + 1)[1:-1]
-        place, right = np.digitize(confidence, edges, right=True), self.predicted == self.labels
-        bins = evaluate.BINS
-        counts = np.bincount(place, minlength=bins)
-        return np.bincount(place, confidence, bins), np.bincount(place, right, bins), counts
+    def reliability(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        """What ``metrics.reliability`` gives."""
+        right = self.predicted == self.labels
+        return metrics.reliability(self.probabilities.max(axis=1), right)
 
 
 def predictions(run: Inspected) -> Predictions:
@@ -83,14 +77,13 @@ def predictions(run: Inspected) -> Predictions:
             "probabilities": jax.nn.softmax(logits),
             "losses": loss(logits, jax.nn.one_hot(label, logits.shape[-1])),
             "features": features.astype(jnp.float32),
-            "mask": batch["mask"],
         }
 
     arrays: dict[str, list[np.ndarray]] = {}
     start = 0
-    for batch in run.data.eval_batches(min(run.config.eval_batch_size, count)):
-        each = jax.device_get(step(run.variables, run.stats, batch))
-        mask = each.pop("mask")
+    batches = run.data.eval_batches(min(run.config.eval_batch_size, count))
+    for batch, each in metrics.outputs(functools.partial(step, run.variables, run.stats), batches):
+        mask = np.asarray(batch["mask"])
         here = kept[start : start + mask.sum()]
         each["features"] = each["features"][mask][here]
         for name, value in each.items():
