@@ -30,7 +30,7 @@ from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.files import full_disk_as_one_line
 from flax_resnet.guards import Diverged, all_finite, check_loss
 from flax_resnet.preemption import Preempted, Signals
-from flax_resnet.record import to_record
+from flax_resnet.record import flatten, to_record
 from flax_resnet.resume import changes, check_current
 from flax_resnet.run import Run
 from flax_resnet.setup import opening_line, set_up
@@ -79,9 +79,9 @@ def train_and_evaluate(
     workdir = Path(workdir).expanduser()
     with hosts.watching(config.guard.report_after) as watch:
         watch.at(SETTING_UP, 0)
-        record = to_record(config)
-        del record["data"]["data_dir"]  # each host may have its own copy of the data
-        hosts.check_alike({"config": record, "workdir": str(workdir)})
+        record = flatten(to_record(config), "config")
+        del record["config.data.data_dir"]  # each host may have its own copy of the data
+        hosts.check_alike({**record, "workdir": str(workdir)})
         return _train(config, workdir, mesh, quiet, stop, watch)
 
 
