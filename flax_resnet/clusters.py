@@ -1,14 +1,15 @@
 """The processes of a run, as the environment names them: Slurm, Open MPI, Cloud TPU, or variables.
 
-``jax.distributed.initialize`` finds the coordinator of these launchers. But it gives a task of
-Slurm or Open MPI one GPU, however many the task has, and it starts no run where JAX_NUM_PROCESSES
-is all there is.
+``jax.distributed.initialize`` detects these launchers too. But it gives a task of Slurm or Open MPI
+one GPU, however many the task has, it starts no run where JAX_NUM_PROCESSES is all there is, and it
+crashes where two steps of a Slurm job take the same port: so the port is named here, and tried.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,10 @@ def detect(environ: Mapping[str, str]) -> Cluster | None:
         count = _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
         tasks = -(-count // _number(environ, "SLURM_STEP_NUM_NODES", "SLURM_NNODES"))
         this, local = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_LOCALID")
+        first = re.match(r"([^,\[]+)(?:\[(\d+))?", environ["SLURM_STEP_NODELIST"])
+        if coordinator is None and first is not None:  # as JAX has it
+            port = 61440 + _number(environ, "SLURM_JOB_ID") % 4096
+            coordinator = f"{first[1]}{first[2] or ''}:{environ.get('JAX_COORDINATOR_PORT', port)}"
     elif "OMPI_COMM_WORLD_SIZE" in environ:
         names = ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
         count, this, local, tasks = (_number(environ, f"OMPI_COMM_WORLD_{n}") for n in names)

@@ -26,15 +26,18 @@ TPU = {"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1"}
     ("environ", "expected"),
     [
         ({}, None),
-        (SLURM, Cluster(None, 6, 5, (2, 3))),  # JAX finds the address
+        (SLURM, Cluster("node001:61440", 6, 5, (2, 3))),
         # One GPU is bound to each task, and is the only one that the task sees.
-        (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, Cluster(None, 6, 5)),
-        (SLURM | ONE_EACH, Cluster(None, 3, 2)),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, Cluster("node001:61440", 6, 5)),
+        (SLURM | ONE_EACH, Cluster("node001:61440", 3, 2)),
+        (SLURM | {"JAX_COORDINATOR_PORT": "77"}, Cluster("node001:77", 6, 5, (2, 3))),
+        (SLURM | {"SLURM_STEP_NODELIST": "n1,n2,n3"}, Cluster("n1:61440", 6, 5, (2, 3))),
+        (SLURM | {"SLURM_STEP_NODELIST": "n[9-11]"}, Cluster("n9:61440", 6, 5, (2, 3))),
         (SLURM | {"JAX_COORDINATOR_ADDRESS": "h:5"}, Cluster("h:5", 6, 5, (2, 3))),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
         # In the batch script itself.
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),
-        (MPI, Cluster(None, 4, 3, (1,))),
+        (MPI, Cluster(None, 4, 3, (1,))),  # JAX finds the address
         (MPI | {"JAX_COORDINATOR_ADDRESS": "h:5"}, Cluster("h:5", 4, 3, (1,))),
         (MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
         (OURS | {"JAX_PROCESS_ID": "1"}, Cluster("a:1", 2, 1)),
