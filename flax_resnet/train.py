@@ -166,14 +166,15 @@ def go(
         stack.callback(checkpoints.close)
         signals = stack.enter_context(Signals(stop))
         stack.enter_context(run.step_memory())
-        tracing = profiling.traced(
-            step_fn, config.profile_steps, run.profiles, log.message, _steps_of_call
-        )
+        # The workdir of networks that train together goes when they are finished.
+        profiles = (run.workdir.parent.parent if run.members else run.workdir) / "profile"
+        steps_of = lambda state, batch: dispatch.num_steps(batch)  # noqa: E731
+        tracing = profiling.traced(step_fn, config.profile_steps, profiles, log.message, steps_of)
         step_fn = stack.enter_context(tracing)
         log.message(opening_line(run))
         if changed := changes(run):
             log.message(changed)
-        if run.group > 1 and dispatch.distinct_lengths(run.taken) == {1}:
+        if run.group > 1 and set(run.taken) == {1}:
             log.message(
                 f"steps_per_dispatch={run.group} and never so many steps with nothing logged, "
                 "evaluated or saved between them: each is a dispatch of its own"
@@ -187,10 +188,6 @@ def go(
             raise _advised(error, checkpoints) from error
         watch.at(SAVING, run.step)
         checkpoints.wait()
-
-
-def _steps_of_call(state: Any, batch: Any) -> int:
-    return dispatch.num_steps(batch)
 
 
 def _advised(error: Diverged, checkpoints: Checkpoints) -> Diverged:
