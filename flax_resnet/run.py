@@ -171,9 +171,8 @@ class Run:
             dropblock_rate=rate,
             gather=gather,
         )
-        averaged = functools.partial(distributed.gathered, self.mesh)
-        if config.sharding == "replicated":
-            averaged = None
+        is_split = config.sharding != "replicated"
+        averaged = functools.partial(distributed.gathered, self.mesh) if is_split else None
         evaluate = functools.partial(eval_step, loss=loss, tta=config.tta, gather=averaged)
         if self.members:
             return jax.vmap(step), jax.vmap(evaluate, in_axes=(0, None))

@@ -155,10 +155,10 @@ def test_a_streamed_set_and_a_resumed_run_give_the_same(config, tmp_path, mesh):
     streamed = dataclasses.replace(config, data=data)
     assert train_and_evaluate(streamed, tmp_path / "s", mesh=mesh)["loss"] == whole["loss"]
 
-    # Stopped in the second epoch, and gone on with the ordinary way.
+    # Stopped in the evaluation of the first epoch, and gone on with the ordinary way.
     with pytest.raises(KeyboardInterrupt):
         train_and_evaluate(config, tmp_path / "broken", mesh=mesh, stop=stopping_at(4))
-    assert saved(tmp_path / "broken")[1]["step"] == 4  # one epoch has three
+    assert saved(tmp_path / "broken")[1]["step"] == 3  # one epoch of 320 images
     other_way = dataclasses.replace(config, cache_features=False)
     result = train_and_evaluate(other_way, tmp_path / "broken", mesh=mesh)
     assert result["loss"] == pytest.approx(whole["loss"], rel=1e-5)
