@@ -1,7 +1,8 @@
 """The processes of a run, as the environment names them: Slurm, Open MPI, Cloud TPU, or variables.
 
 ``jax.distributed.initialize`` detects these launchers too. But it gives a task of Slurm or Open MPI
-one GPU, however many the task has, and it starts no run where JAX_NUM_PROCESSES is all there is.
+one GPU, however many the task has, it starts no run where JAX_NUM_PROCESSES is all there is, and it
+crashes where two steps of a Slurm job take the same port: so the port is named here, and tried.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from flax_resnet.errors import UserError
 
 OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Variables that name a process where no launcher does."""
-SLURM_STEP = {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"}
-"""Variables of a task that srun has started; a batch script has only some of them."""
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 
 
@@ -48,38 +47,28 @@ def detect(environ: Mapping[str, str]) -> Cluster | None:
     Raises:
       UserError: a variable is missing or is no whole number.
     """
-    coordinator = environ.get(OURS[0])
-    devices: tuple[int, ...] = ()
+    coordinator, local, tasks = environ.get(OURS[0]), 0, 1
     if OURS[1] in environ:
-        if (count := _number(environ, OURS[1])) == 1:
-            return None
-        if coordinator is None:
-            raise UserError(f"{OURS[1]}={count} and {OURS[0]} is not set: expected HOST:PORT")
-        this = _number(environ, OURS[2], "JOB_COMPLETION_INDEX")
-    elif environ.keys() >= SLURM_STEP:
+        count = _number(environ, OURS[1])
+        this = _number(environ, OURS[2], "JOB_COMPLETION_INDEX") if count > 1 else 0
+    elif "SLURM_STEP_NODELIST" in environ:  # srun has started it; a batch script has it not
         count = _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
         tasks = -(-count // _number(environ, "SLURM_STEP_NUM_NODES", "SLURM_NNODES"))
         this, local = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_LOCALID")
-        devices = _gpus_of_task(environ, local, tasks)
-        coordinator = coordinator or _slurm_coordinator(environ)
+        first = re.match(r"([^,\[]+)(?:\[(\d+))?", environ["SLURM_STEP_NODELIST"])
+        if coordinator is None and first is not None:  # as JAX has it
+            port = 61440 + _number(environ, "SLURM_JOB_ID") % 4096
+            coordinator = f"{first[1]}{first[2] or ''}:{environ.get('JAX_COORDINATOR_PORT', port)}"
     elif "OMPI_COMM_WORLD_SIZE" in environ:
         names = ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
         count, this, local, tasks = (_number(environ, f"OMPI_COMM_WORLD_{n}") for n in names)
-        devices = _gpus_of_task(environ, local, tasks)
-        if count > 1 and coordinator is None and "OMPI_MCA_orte_hnp_uri" not in environ:
-            raise UserError(
-                f"Open MPI started {count} processes and does not say where process 0 is: "
-                f"mpirun -x {OURS[0]}=HOST:PORT"
-            )
-    elif _tpu_hosts(environ) > 1:
-        return Cluster()
-    elif coordinator is not None:
-        raise UserError(
-            f"{OURS[0]}={coordinator} is set, and {OURS[1]} is not: set both, and {OURS[2]} in "
-            "each process (an indexed Kubernetes Job has JOB_COMPLETION_INDEX)"
-        )
+    elif OURS[0] in environ or OURS[2] in environ or _tpu_hosts(environ) > 1:
+        return Cluster(coordinator)
     else:
         return None
+    # An equal share of the GPUs for each task of a node; all where a task sees its own alone.
+    share = len(visible_gpus(environ)) // tasks if tasks > 1 else 0
+    devices = tuple(range(local * share, (local + 1) * share))
     return Cluster(coordinator, count, this, devices) if count > 1 else None
 
 
@@ -92,27 +81,11 @@ def _number(environ: Mapping[str, str], *names: str) -> int:
     return int(environ[name])
 
 
-def _slurm_coordinator(environ: Mapping[str, str]) -> str:
-    """The first node of a Slurm step, and a port that follows from the job's number, as in JAX."""
-    nodes = environ["SLURM_STEP_NODELIST"]
-    first = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
-    if first is None:
-        raise UserError(f"SLURM_STEP_NODELIST={nodes!r}: expected names of nodes")
-    port = 61440 + _number(environ, "SLURM_JOB_ID") % 4096
-    return f"{first[1]}{first[2] or ''}:{environ.get('JAX_COORDINATOR_PORT', port)}"
-
-
 def visible_gpus(environ: Mapping[str, str]) -> list[str]:
     """Names of the NVIDIA GPUs that a process with this environment sees."""
     if (named := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
     return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
-
-
-def _gpus_of_task(environ: Mapping[str, str], local: int, tasks: int) -> tuple[int, ...]:
-    """An equal share of the GPUs for each task of a node; empty where a task sees its own alone."""
-    share = len(visible_gpus(environ)) // tasks if tasks > 1 else 0
-    return tuple(range(local * share, (local + 1) * share))
 
 
 def is_tpu_machine() -> bool:

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,11 +163,6 @@ class TrainConfig:
                 f"tta={self.tta!r} with cache_features: features have no mirror image; leave one "
                 "out"
             )
-        if self.batch_size % self.accum_steps:
-            raise UserError(
-                f"batch_size={self.batch_size} does not divide into accum_steps="
-                f"{self.accum_steps} equal parts: change one"
-            )
 
 
 def free_fields(config: Any, prefix: str = "", free: bool = False) -> set[str]:
@@ -189,16 +184,10 @@ def differences(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
     return [
         f"{name}: there {old.get(name, absent)}, here {new.get(name, absent)}"
         for name in sorted(varying_fields([old, new]))
-        if not _within(name, free)
+        if not any(name == field or name.startswith(f"{field}.") for field in free)
         # A field that came after the run was begun stands for what was done before.
         if name in old or not _is_default(config, name)
     ]
-
-
-def _within(name: str, fields: Collection[str]) -> bool:
-    """Whether a dotted name is one of the fields, or of what one holds: another class there too."""
-    parts = name.split(".")
-    return any(".".join(parts[:n]) in fields for n in range(1, len(parts) + 1))
 
 
 def _is_default(config: Any, name: str) -> bool:

@@ -149,14 +149,15 @@ class Data:
             images of several sizes and no ``image_size``.
         """
         self._config, self._mesh, self._with_rows = config, mesh, with_rows
-        self._train, self._eval = open_sources(config)
-        self.class_names = self._train.class_names
+        self._sources = dict(zip(SPLITS, open_sources(config), strict=True))
+        train, evaluation = self._sources.values()
+        self.class_names = train.class_names
         if len(self.class_names) > num_classes:
             raise UserError(
                 f"model.num_classes={num_classes} and the data has labels 0 to "
                 f"{len(self.class_names) - 1}: set --model.num-classes {len(self.class_names)}"
             )
-        self.image_shape = _image_shape(config, self._train)
+        self.image_shape = _image_shape(config, train)
         channels = self.image_shape[2]
         side = config.eval_image_size
         size = self.image_shape[:2] if side is None else (side + 2 * config.pad,) * 2
@@ -164,7 +165,7 @@ class Data:
         self._shapes = {"train": self.image_shape, "eval": self.eval_shape}
         self.batch_shape: tuple[int, ...] = self.image_shape
         self._decoders = {split: config.decoder(channels, split) for split in SPLITS}
-        self.num_train, self.num_eval = len(self._train), len(self._eval)
+        self.num_train, self.num_eval = len(train), len(evaluation)
         for what, count in (("training", self.num_train), ("evaluation", self.num_eval)):
             if not count:
                 raise UserError(f"the {what} split of {config.title} is empty")
@@ -201,11 +202,8 @@ class Data:
         train, evaluated = ("x".join(map(str, shape)) for shape in self._shapes.values())
         return train if train == evaluated else f"{train} and {evaluated}"
 
-    def _source(self, split: Split) -> sources.Source:
-        return self._train if split == "train" else self._eval
-
     def _decoded(self, split: Split) -> dict[str, np.ndarray]:
-        source = self._source(split)
+        source = self._sources[split]
         images = np.empty((len(source), *self._shapes[split]), np.uint8)
         labels = np.empty(len(source), np.int32)
         start = 0
@@ -230,7 +228,8 @@ class Data:
             for start in range(0, count, self._chunk):
                 yield np.asarray(images[rows[start : start + self._chunk]])
             return
-        for pixels, _ in decode_chunks(self._train, self._decoders["train"], rows, self._chunk):
+        source, decoder = self._sources["train"], self._decoders["train"]
+        for pixels, _ in decode_chunks(source, decoder, rows, self._chunk):
             yield pixels
 
     def train_batches(
@@ -248,24 +247,29 @@ class Data:
           {"image" uint8 (B, H, W, C), "label" int32 (B,)}, and with_rows "row" and "epoch" int32
           (B,), split over the devices. Of S seeds (S, B, ...): a batch of each seed's order.
         """
+        with contextlib.closing(
+            self.host_batches(seed, batch_size, start_step, stop_step)
+        ) as batches:
+            yield from map(self.place, batches)
+
+    def host_batches(
+        self, seed: int | Sequence[int], batch_size: int, start_step: int, stop_step: int
+    ) -> Generator[dict[str, np.ndarray]]:
+        """This process's part of each training batch, on the host; of a resident set, its rows.
+
+        Args: as of ``train_batches``.
+        """
         if self.resident:
             for step in range(start_step, stop_step):
-                rows = distributed.put_batch(self._mesh, self.train_rows(seed, step, batch_size))
-                yield self._take(self._resident["train"], rows)
+                yield self.train_rows(seed, step, batch_size)
             return
         assert isinstance(seed, int)
-        with contextlib.closing(self.stream(seed, batch_size, start_step, stop_step)) as read:
-            for batch in read:
-                yield distributed.put_batch(self._mesh, batch)
+        yield from self._stream("train", batch_size, seed, start_step, stop_step)
 
-    def stream(
-        self, seed: int, batch_size: int, start_step: int, stop_step: int
-    ) -> Generator[dict[str, np.ndarray]]:
-        """As ``train_batches``, of a streamed set; this process's rows, not on a device yet."""
-        decoder = dataclasses.replace(
-            self._decoders["train"], random_crop=self._config.random_resized_crop
-        )
-        yield from self._stream(self._train, decoder, batch_size, seed, start_step, stop_step)
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A training batch on the devices, from what ``host_batches`` gives."""
+        placed = distributed.put_batch(self._mesh, batch)
+        return self._take(self._resident["train"], placed) if self.resident else placed
 
     def eval_batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         """The evaluation split once, in order; "mask" is False on the padding of the last batch."""
@@ -273,11 +277,10 @@ class Data:
 
     def in_order(self, split: Split, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         """A split once, in order; "mask" is False on the padding of the last batch."""
-        source = self._source(split)
+        source = self._sources[split]
         num_steps = -(-len(source) // batch_size)
         if not self.resident:
-            decoder = self._decoders[split]
-            read = self._stream(source, decoder, batch_size, None, 0, num_steps)
+            read = self._stream(split, batch_size, None, 0, num_steps)
             with contextlib.closing(read):  # ends the workers, also where the caller stops early
                 for batch in read:
                     yield distributed.put_batch(self._mesh, batch)
@@ -294,7 +297,7 @@ class Data:
             arrays = self._resident[split]
             return digest([repr(self._shapes[split]), *map(np.asarray, arrays.values())])
         # Decoding takes longer than the rest of the work: what is decoded, and how, says the same.
-        source = self._source(split)
+        source = self._sources[split]
         found = hashlib.sha256(f"{self._decoders[split]} {versions(PACKAGES)}".encode())
         for start in range(0, len(source), 256):
             encoded, labels = source.read(range(start, min(start + 256, len(source))))
@@ -345,19 +348,20 @@ class Data:
         return self._resident["train"]
 
     def _stream(
-        self,
-        source: sources.Source,
-        decoder: Decoder,
-        batch_size: int,
-        seed: int | None,
-        start: int,
-        stop: int,
+        self, split: Split, batch_size: int, seed: int | None, start: int, stop: int
     ) -> Generator[dict[str, np.ndarray]]:
-        """This process's rows of batches, in step order, read by Grain's workers or threads."""
+        """This process's rows of batches, in step order, read by Grain's workers or threads.
+
+        Without a seed they are in the split's own order, and not cropped at random.
+        """
+        config, decoder = self._config, self._decoders[split]
+        if seed is not None:
+            decoder = dataclasses.replace(decoder, random_crop=config.random_resized_crop)
         shard = (jax.process_index(), jax.process_count())
-        repeats, with_rows = self._config.repeats, self._with_rows
-        reader = BatchReader(source, decoder, batch_size, seed, shard, repeats, with_rows)
-        return stream.batches(reader, start, stop, self._config.num_workers)
+        reader = BatchReader(
+            self._sources[split], decoder, batch_size, seed, shard, config.repeats, self._with_rows
+        )
+        return stream.batches(reader, start, stop, config.num_workers)
 
 
 def _image_shape(config: DataConfig, source: sources.Source) -> tuple[int, int, int]:

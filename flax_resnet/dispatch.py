@@ -7,17 +7,11 @@ singly. So a run that is resumed, with the same n or another, takes the same ste
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-
-from flax_resnet import distributed
-from flax_resnet.data import Data
 
 
 class Group(NamedTuple):
@@ -30,15 +24,10 @@ class Group(NamedTuple):
 
     batch: Any
 
-    @property
-    def steps(self) -> int:
-        """How many."""
-        return len(jax.tree.leaves(self.batch)[0])
-
 
 def num_steps(batch: Any) -> int:
     """Steps that a call with ``batch`` takes."""
-    return batch.steps if isinstance(batch, Group) else 1
+    return len(jax.tree.leaves(batch.batch)[0]) if isinstance(batch, Group) else 1
 
 
 def lengths(first: int, end: int, size: int, pauses: Sequence[int]) -> Iterator[int]:
@@ -56,53 +45,6 @@ def lengths(first: int, end: int, size: int, pauses: Sequence[int]) -> Iterator[
         whole = whole and all((first // every + 1) * every >= after for every in pauses)
         yield (taken := size if whole else 1)
         first += taken
-
-
-def distinct_lengths(taken: Iterable[int]) -> set[int]:
-    """The distinct numbers of steps in ``lengths``, of which there are two at most."""
-    counts: set[int] = set()
-    for count in taken:
-        counts.add(count)
-        if len(counts) == 2:
-            break
-    return counts
-
-
-def feed(
-    data: Data, mesh: Mesh, seed: int | Sequence[int], batch_size: int, first: int, taken: list[int]
-) -> Iterator[Any]:
-    """Batches and groups, in order.
-
-    Args:
-      data: of the run.
-      mesh: likewise.
-      seed: as of ``Data.train_batches``.
-      batch_size: likewise.
-      first: batch.
-      taken: steps of each dispatch.
-    """
-    sharding = distributed.group_sharding(mesh)
-    if data.resident:
-        for count in taken:
-            if count == 1:
-                yield from data.train_batches(seed, batch_size, first, first + 1)
-            else:
-                rows = [data.train_rows(seed, first + i, batch_size) for i in range(count)]
-                yield Group(distributed.put_local(sharding, _stacked(rows)))
-            first += count
-        return
-    assert isinstance(seed, int)
-    with contextlib.closing(data.stream(seed, batch_size, first, first + sum(taken))) as stream:
-        for count in taken:
-            batches = list(itertools.islice(stream, count))
-            if count == 1:
-                yield distributed.put_batch(mesh, batches[0])
-            else:
-                yield Group(distributed.put_local(sharding, _stacked(batches)))
-
-
-def _stacked(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *x: np.stack(x), *trees)
 
 
 def grouped(

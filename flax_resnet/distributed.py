@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -115,16 +114,12 @@ def check_divisible(name: str, batch_size: int, mesh: Mesh) -> None:
 
 
 def same_everywhere(value: int) -> int:
-    """The lead's value, in every process; each has to ask."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(jnp.int32(value)))
+    """Process 0's number, in every process. Collective: every process must call it."""
+    return int(leads(np.int32(value)))
 
 
-def leads(array: np.ndarray) -> np.ndarray:
-    """The lead's array, in every process; each has to ask with one of its shape and dtype."""
-    if jax.process_count() == 1:
-        return array
+def leads(array: Any) -> np.ndarray:
+    """Process 0's array, in every process. Collective, with one shape and dtype in all."""
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 

@@ -27,10 +27,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flax_resnet.clusters import Cluster, detect
+from flax_resnet.clusters import OURS, Cluster, detect
 from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_range
 from flax_resnet.preemption import EXIT_PREEMPTED
 from flax_resnet.provenance import source_hash, versions
+from flax_resnet.record import varying_fields
 from flax_resnet.watch import Watch
 
 COMMON_ENDS = (None, 0, EXIT_PREEMPTED)
@@ -86,20 +87,13 @@ def find(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> Cluster | Non
       environ: environment variables.
 
     Raises:
-      UserError: only some of the three are given, or the environment is unclear.
+      UserError: the environment is unclear, or the coordinator is not HOST:PORT.
     """
-    explicit = (hosts.coordinator, hosts.num_processes, hosts.process_id)
-    if explicit == (None, None, None):
-        cluster = detect(environ)
-    elif None in explicit:
-        raise UserError(
-            "hosts.coordinator, hosts.num_processes and hosts.process_id: give all three, or none"
-        )
-    else:
-        cluster = Cluster(*explicit) if hosts.num_processes != 1 else None
+    given = zip(OURS, (hosts.coordinator, hosts.num_processes, hosts.process_id), strict=True)
+    fields = {name: str(value) for name, value in given if value is not None}
+    cluster = detect({**environ, **fields})
     if cluster is not None and cluster.coordinator is not None:
         _address(cluster.coordinator)
-        check_range("process_id", cluster.process_id, 0, cluster.num_processes or math.inf)
     return cluster
 
 
@@ -137,6 +131,7 @@ def start(hosts: Hosts) -> bool:
         _check_port(coordinator)
     _joined = hosts, cluster
     inside = coordinator is not None and _address(coordinator)[0] in LOOPBACK
+    is_whole = None not in cluster
     # In a thread, since it can't be interrupted, and aborts the process at its own timeout.
     starting = concurrent.futures.ThreadPoolExecutor(1).submit(
         jax.distributed.initialize,
@@ -144,8 +139,8 @@ def start(hosts: Hosts) -> bool:
         cluster.num_processes,
         cluster.process_id,
         # [] keeps JAX from taking one GPU of a task that has several.
-        local or ([] if coordinator is None else None),
-        cluster_detection_method=None if coordinator is None else "deactivate",
+        local or (None if is_whole else []),
+        cluster_detection_method="deactivate" if is_whole else None,
         initialization_timeout=math.ceil(hosts.start_timeout) + 60,
         heartbeat_timeout_seconds=math.ceil(hosts.heartbeat_timeout),
         shutdown_timeout_seconds=math.ceil(hosts.step_timeout),
@@ -155,6 +150,12 @@ def start(hosts: Hosts) -> bool:
         starting.result(hosts.start_timeout)
     except KeyboardInterrupt as error:
         _end(error)
+    except (ValueError, RuntimeError) as error:
+        _joined = None
+        raise UserError(
+            f"jax.distributed does not start: {error}; where JAX does not find the processes by "
+            f"itself, set {', '.join(OURS)} in each"
+        ) from error
     except TimeoutError:
         late = (
             f"not all processes have come to {coordinator or 'process 0'} in "
@@ -254,7 +255,7 @@ def check_alike(facts: Mapping[str, Any]) -> None:
     Collective: every process must call it. With one process there is nothing to do.
 
     Args:
-      facts: nested mappings of what JSON holds, {"config": the config's record}.
+      facts: what each process is to have alike, as JSON values: {"config.seed": 0}.
 
     Raises:
       UserError: processes differ; the same error in all of them.
@@ -265,12 +266,8 @@ def check_alike(facts: Mapping[str, Any]) -> None:
     for device in jax.devices():
         devices[device.process_index][device.device_kind] += 1
     _check_equal([{"devices": dict(kinds)} for kinds in devices])  # or collectives would hang
-    own = {
-        **facts,
-        "versions": {"python": platform.python_version(), **versions(COMPUTING)},
-        "code": source_hash(),
-    }
-    _check_equal(_gather(own))
+    own = {"python": platform.python_version(), **versions(COMPUTING), "code": source_hash()}
+    _check_equal(_gather({**facts, **own}))
 
 
 def _gather(value: Any) -> list[Any]:
@@ -281,17 +278,13 @@ def _gather(value: Any) -> list[Any]:
 
 
 def _check_equal(values: list[dict[str, Any]]) -> None:
-    """Raises UserError where the nested mapping of a process differs from that of process 0."""
-    flat = []
-    for value in values:
-        leaves = jax.tree_util.tree_leaves_with_path(value, is_leaf=lambda x: x is None)
-        flat.append({jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in leaves})
-    first = flat[0]
+    """Raises UserError where what a process has differs from what process 0 has."""
     differences = [
-        f"{name} is {_shown(first, name)} in process 0 and {_shown(other, name)} in process {i}"
-        for i, other in enumerate(flat)
-        for name in dict.fromkeys((*first, *other))
-        if _shown(first, name) != _shown(other, name)
+        f"{name} is {first:.60} in process 0 and {other:.60} in process {i}"
+        for name in varying_fields(values)
+        for first, *others in [[repr(one[name]) if name in one else "absent" for one in values]]
+        for i, other in enumerate(others, 1)
+        if other != first
     ]
     if differences:
         more = len(differences) - MOST_DIFFERENCES
@@ -300,7 +293,3 @@ def _check_equal(values: list[dict[str, Any]]) -> None:
             + (f"; and {more} more" if more > 0 else "")
             + ": start all with the same command, code and devices"
         )
-
-
-def _shown(values: Mapping[str, Any], name: str) -> str:
-    return f"{values[name]!r:.60}" if name in values else "absent"

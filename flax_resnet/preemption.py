@@ -91,12 +91,9 @@ class Signals:
         again, self._came = self._came is not None, signal.Signals(number)
         if again and self._came is signal.SIGINT:
             raise KeyboardInterrupt
+        line = f"{self._came.name}: stops after this step, and saves (Ctrl-C again: at once)\n"
         # Not print: a signal may come while the same stream is being written.
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, self._line().encode())
-
-    def _line(self) -> str:
-        assert self._came is not None
-        return f"{self._came.name}: stops after this step, and saves (Ctrl-C again: at once)\n"
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())
 
     def __call__(self) -> bool:
         """Whether to stop here; once it is so it stays so.

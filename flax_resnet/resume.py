@@ -13,7 +13,7 @@ from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import differences
 from flax_resnet.errors import UserError
 from flax_resnet.models import stack_blocks, unstack_blocks
-from flax_resnet.run import Run
+from flax_resnet.run import SAVED_FIELDS, Run
 
 
 def restore(run: Run) -> bool:
@@ -34,12 +34,9 @@ def restore(run: Run) -> bool:
         _check_same(run, meta, f"checkpoint {step} in {checkpoints.directory}")
         arrays, _ = _arrays(run, checkpoints, step, meta)
     run.state = run.state.replace(**arrays)
-    run.step, run.seconds = meta["step"], meta["seconds"]
-    run.train_seconds = meta.get("train_seconds", 0.0)
-    run.spent |= meta.get("spent", {})
-    run.start_seconds = meta.get("start_seconds", 0.0)
-    run.open_interval, run.owes_evaluation = meta["open_interval"], meta["owes_evaluation"]
-    run.first_loss, run.resumed_on = meta["first_loss"], meta["ran_on"]
+    for name in SAVED_FIELDS:
+        setattr(run, name, meta.get(name, getattr(run, name)))
+    run.resumed_on = meta["ran_on"]
     return True
 
 

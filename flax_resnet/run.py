@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,9 @@ SPLIT_PARTS: Mapping[str, tuple[str, ...]] = {
     "zero": ("opt_state", "ema"),
     "fsdp": ("opt_state", "ema", "params"),
 }
+SAVED_FIELDS = ("step", "seconds", "train_seconds", "spent", "start_seconds", "open_interval",
+                "owes_evaluation", "first_loss")  # fmt: skip
+"""Fields of Run that a checkpoint holds beside the state; older checkpoints lack some."""
 
 
 @dataclasses.dataclass
@@ -48,6 +52,7 @@ class Run:
       spent: seconds in which it did these.
       start_seconds: before, to start the network from training images, where it does.
       shared_by: networks that trained in the program whose ``seconds`` these are.
+      members: configs of S networks that train together, which differ by their seed; () for one.
     """
 
     config: TrainConfig
@@ -75,6 +80,7 @@ class Run:
     first_loss: float | None = None
     resumed_on: dict[str, Any] | None = None
     shared_by: int = 1
+    members: tuple[TrainConfig, ...] = ()
 
     @property
     def epoch(self) -> float:
@@ -87,38 +93,33 @@ class Run:
         return (state if self.whole is None else transfer.with_trunk(state, self.whole)).arrays()
 
     def learning_rate(self) -> Any:
-        """The rate of the last step: a float, or one a network of those that train together."""
-        return float(learning_rate_at(self.schedule, self.state.opt_state, self.step - 1))
-
-    @property
-    def profiles(self) -> Path:
-        """Where the traces of ``profile_steps`` go."""
-        return self.workdir / "profile"
+        """The rate of the last step: a float, or one for each network (S,)."""
+        rate = learning_rate_at(self.schedule, self.state.opt_state, self.step - 1)
+        # ReduceOnPlateau reduces the rate of each network by itself.
+        return np.broadcast_to(np.asarray(rate, float), self.lead) if self.lead else float(rate)
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """Axes of the state and of a batch before their own."""
-        return ()
+        """Leading axes of the state and of a batch: (S,) when S networks train together, or ()."""
+        return (len(self.members),) if self.members else ()
 
     @property
     def held(self) -> Any:
-        """How the state lies on the devices, for each array of it."""
+        """Sharding of the state; each device has its share of networks that train together."""
+        if self.members:
+            return distributed.batch_sharding(self.mesh)
         return held(self.state, self.mesh, self.config.sharding)
 
     @property
     def summed(self) -> NamedSharding:
-        """How the sums of a step lie on the devices."""
-        return distributed.replicated(self.mesh)
-
-    @property
-    def summed_group(self) -> NamedSharding:
-        """Likewise those of several, one behind another."""
-        return distributed.replicated(self.mesh)
+        """Sharding of the metric sums of a step."""
+        mesh = self.mesh
+        return distributed.batch_sharding(mesh) if self.members else distributed.replicated(mesh)
 
     @property
     def seeds(self) -> int | list[int]:
-        """Of the data's order; several of networks that train together."""
-        return self.config.seed
+        """Seed of the data order; one for each network when several train together."""
+        return [config.seed for config in self.members] or self.config.seed
 
     @property
     def group(self) -> int:
@@ -170,25 +171,18 @@ class Run:
             dropblock_rate=rate,
             gather=gather,
         )
-        averaged = (
-            None
-            if config.sharding == "replicated"
-            else gather or functools.partial(distributed.gathered, self.mesh)
-        )
-        return step, functools.partial(eval_step, loss=loss, tta=config.tta, gather=averaged)
+        is_split = config.sharding != "replicated"
+        averaged = functools.partial(distributed.gathered, self.mesh) if is_split else None
+        evaluate = functools.partial(eval_step, loss=loss, tta=config.tta, gather=averaged)
+        if self.members:
+            return jax.vmap(step), jax.vmap(evaluate, in_axes=(0, None))
+        return step, evaluate
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says beside its arrays, as JSON values."""
         return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "train_seconds": self.train_seconds,
-            "spent": self.spent,
-            "start_seconds": self.start_seconds,
+            **{name: getattr(self, name) for name in SAVED_FIELDS},
             **self.data.describe(),
-            "open_interval": self.open_interval,
-            "owes_evaluation": self.owes_evaluation,
-            "first_loss": self.first_loss,
             "ran_on": self.ran_on(),
             "config": to_record(self.config),
         }
@@ -220,7 +214,7 @@ class Run:
             return self.compile_step()
         # After it has gone back to a checkpoint a run may need the other program too.
         single, several = functools.cache(self.compile_step), functools.cache(self.compile_group)
-        for count in dispatch.distinct_lengths(self.taken):
+        for count in set(self.taken):
             (several if count > 1 else single)()
 
         def step(state: Any, batch: Any) -> Any:
@@ -263,7 +257,7 @@ class Run:
         steps = jax.jit(
             dispatch.grouped(self.steps()[0], place, rows_of, unroll=unroll),
             donate_argnums=0,
-            out_shardings=(self.held, self.summed_group),
+            out_shardings=(self.held, split if self.members else self.summed),
             compiler_options=cpu.compiler_options(),
         )
         images = (self.group, *self.lead, self.config.batch_size)
@@ -326,10 +320,17 @@ class Run:
 
     def dispatches(self) -> Iterator[Any]:
         """The same as ``compile``'s train step takes them: batches, and Groups of them."""
-        if self.group == 1:
-            return self.batches()
-        size = self.config.batch_size
-        return dispatch.feed(self.data, self.mesh, self.seeds, size, self.step, list(self.taken))
+        data, size = self.data, self.config.batch_size
+        split = distributed.group_sharding(self.mesh)
+        parts = data.host_batches(self.seeds, size, self.step, self.num_steps)
+        with contextlib.closing(parts):
+            for count in self.taken:
+                several = list(itertools.islice(parts, count))
+                if count == 1:
+                    yield data.place(several[0])
+                else:
+                    stacked = jax.tree.map(lambda *x: np.stack(x), *several)
+                    yield dispatch.Group(distributed.put_local(split, stacked))
 
     def evaluate(
         self, step: Callable[..., metrics.Sums], stop: Callable[[], bool] | None = None

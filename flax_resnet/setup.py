@@ -133,10 +133,16 @@ def _starter(
 ) -> Callable[[int], TrainState]:
     """seed -> the state at step 0, but for statistics that are measured on the data."""
     model = config.model
-    init = transfer.initializer(model, opened, config.weights, _say)
-    if init is None:
+    if opened is None:
         fresh = initializer(model, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
-        init = lambda key, images: fresh(key)  # noqa: E731
+
+    def init(key: jax.Array, images: Any) -> Any:
+        if opened is None:
+            return fresh(key)
+        variables, is_fresh = transfer.start_from(model, opened.variables, key, images)
+        _say(f"starts from {config.weights}" + (", its head afresh" if is_fresh else ""))
+        return variables
+
     if config.normalization == "weights":
         stats = transfer.normalization_of(opened, config.weights, image_shape)
     else:

@@ -79,7 +79,9 @@ def create_state(
     init = init or functools.partial(initialize, model)
     variables = init(init_key, images)
     params = variables["params"]
-    tx = of_trainable(tx, model, params)
+    if not all(jax.tree.leaves(trainable(model, params))):
+        # Frozen parameters get no gradient; weight decay alone would still move them.
+        tx = optax.masked(tx, functools.partial(trainable, model))
     # Flax starts running statistics in float32 and would widen them in the first step.
     computed = as_dtype(getattr(model, "dtype", None)) or jnp.float32
     widest = jnp.result_type(jnp.float32, computed, *jax.tree.leaves(params))
@@ -99,18 +101,6 @@ def create_state(
         normalization=normalization,
         ema=jax.tree.map(jnp.copy, averaged),
     )
-
-
-def of_trainable(
-    tx: optax.GradientTransformation, model: nn.Module, params: Any
-) -> optax.GradientTransformation:
-    """``tx`` for the parameters that train alone.
-
-    Frozen ones get no gradient; without this, weight decay would still move them.
-    """
-    if all(jax.tree.leaves(trainable(model, params))):
-        return tx
-    return optax.masked(tx, functools.partial(trainable, model))
 
 
 def step_keys(

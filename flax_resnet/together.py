@@ -17,94 +17,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from flax_resnet import distributed, hosts, metrics, tracking
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.errors import UserError
 from flax_resnet.files import digest
-from flax_resnet.optim import learning_rate_at
 from flax_resnet.record import to_record
 from flax_resnet.resume import check_current, restore
 from flax_resnet.run import Run
 from flax_resnet.setup import fitted, measure_statistics, prepare
 from flax_resnet.train import conclude, finished, go
 from flax_resnet.watch import COMPILING, RECORDING, SETTING_UP
-
-
-@dataclasses.dataclass
-class Together(Run):
-    """Runs that differ by their seed alone, as one.
-
-    Attributes:
-      configs: of each.
-    """
-
-    configs: tuple[TrainConfig, ...] = ()
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """The seed axis."""
-        return (len(self.configs),)
-
-    @property
-    def profiles(self) -> Path:
-        """Beside the networks' own workdirs: this run's goes when it is finished."""
-        return self.workdir.parent.parent / "profile"
-
-    @property
-    def held(self) -> NamedSharding:
-        """Each device has its share of the networks."""
-        return distributed.batch_sharding(self.mesh)
-
-    @property
-    def summed(self) -> NamedSharding:
-        """Likewise of the sums."""
-        return distributed.batch_sharding(self.mesh)
-
-    @property
-    def summed_group(self) -> NamedSharding:
-        """Behind the axis of steps."""
-        return distributed.group_sharding(self.mesh)
-
-    @property
-    def seeds(self) -> list[int]:
-        """Each network has batches of its own seed's order: (S, B, ...)."""
-        return [config.seed for config in self.configs]
-
-    def learning_rate(self) -> Any:
-        """Each network's rate of the last step: (S,); ReduceOnPlateau reduces each by itself."""
-        rate = learning_rate_at(self.schedule, self.state.opt_state, self.step - 1)
-        return np.broadcast_to(np.asarray(rate, float), self.lead)
-
-    def steps(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """The two steps of one network, mapped over the seed axis."""
-        train, evaluate = super().steps()
-        return jax.vmap(train), jax.vmap(evaluate, in_axes=(0, None))
-
-    def of(self, index: int, workdir: Path) -> Run:
-        """One network's run, as it stands."""
-        assert self.confusion is not None
-        return Run(
-            config=self.configs[index],
-            workdir=workdir,
-            mesh=distributed.data_mesh(list(self.mesh.devices.flat)[:1]),
-            data=self.data,
-            num_steps=self.num_steps,
-            steps_per_epoch=self.steps_per_epoch,
-            schedule=self.schedule,
-            start=self.start,
-            state=jax.tree.map(lambda x: np.asarray(x[index]), self.state),
-            step=self.step,
-            seconds=self.seconds,
-            train_seconds=self.train_seconds,
-            spent=self.spent,
-            start_seconds=self.start_seconds,
-            evaluation={n: float(np.asarray(v)[index]) for n, v in self.evaluation.items()},
-            confusion=self.confusion[index],
-            shared_by=len(self.configs),
-        )
 
 
 class NotTogether(UserError):
@@ -137,7 +61,7 @@ def _without_seed(config: TrainConfig) -> TrainConfig:
 
 def set_up(
     configs: Sequence[TrainConfig], directory: Path, devices: Sequence[jax.Device] | None = None
-) -> Together:
+) -> Run:
     """Checks and opens everything that the runs need; writes nothing.
 
     Args:
@@ -162,16 +86,14 @@ def set_up(
             "device: raise --data.resident-mb, or train them in turn"
         )
     measure_statistics(run)
-    fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(Run)}
-    together = Together(**fields, configs=tuple(configs))
     stats = run.state.normalization
     starts = (run.start(config.seed).replace(normalization=stats) for config in configs)
     states = [fitted(run, start).arrays() for start in starts]
     stacked = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(states))
-    together.state = run.state.replace(**distributed.put_batch(run.mesh, stacked))
-    together.start_seconds = run.start_seconds
-    restore(together)
-    return together
+    run.state = run.state.replace(**distributed.put_batch(run.mesh, stacked))
+    run.members = tuple(configs)
+    restore(run)
+    return run
 
 
 def train_together(
@@ -283,7 +205,23 @@ def _train_group(
         watch.at(RECORDING, run.step)
         for i, path in enumerate(configs):
             if path in open_ones:
-                _leave(run.of(i, path))
+                _leave(_member(run, i, path))
+
+
+def _member(run: Run, index: int, workdir: Path) -> Run:
+    """One network's run, as it stands."""
+    assert run.confusion is not None
+    return dataclasses.replace(
+        run,
+        config=run.members[index],
+        workdir=workdir,
+        mesh=distributed.data_mesh(list(run.mesh.devices.flat)[:1]),
+        state=jax.tree.map(lambda x: np.asarray(x[index]), run.state),
+        evaluation={name: float(np.asarray(x)[index]) for name, x in run.evaluation.items()},
+        confusion=run.confusion[index],
+        shared_by=len(run.members),
+        members=(),
+    )
 
 
 def _leave(run: Run) -> None:

@@ -30,7 +30,7 @@ from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.files import full_disk_as_one_line
 from flax_resnet.guards import Diverged, all_finite, check_loss
 from flax_resnet.preemption import Preempted, Signals
-from flax_resnet.record import to_record
+from flax_resnet.record import flatten, to_record
 from flax_resnet.resume import changes, check_current
 from flax_resnet.run import Run
 from flax_resnet.setup import opening_line, set_up
@@ -79,9 +79,9 @@ def train_and_evaluate(
     workdir = Path(workdir).expanduser()
     with hosts.watching(config.guard.report_after) as watch:
         watch.at(SETTING_UP, 0)
-        record = to_record(config)
-        del record["data"]["data_dir"]  # each host may have its own copy of the data
-        hosts.check_alike({"config": record, "workdir": str(workdir)})
+        record = flatten(to_record(config), "config")
+        del record["config.data.data_dir"]  # each host may have its own copy of the data
+        hosts.check_alike({**record, "workdir": str(workdir)})
         return _train(config, workdir, mesh, quiet, stop, watch)
 
 
@@ -166,14 +166,15 @@ def go(
         stack.callback(checkpoints.close)
         signals = stack.enter_context(Signals(stop))
         stack.enter_context(run.step_memory())
-        tracing = profiling.traced(
-            step_fn, config.profile_steps, run.profiles, log.message, _steps_of_call
-        )
+        # The workdir of networks that train together goes when they are finished.
+        profiles = (run.workdir.parent.parent if run.members else run.workdir) / "profile"
+        steps_of = lambda state, batch: dispatch.num_steps(batch)  # noqa: E731
+        tracing = profiling.traced(step_fn, config.profile_steps, profiles, log.message, steps_of)
         step_fn = stack.enter_context(tracing)
         log.message(opening_line(run))
         if changed := changes(run):
             log.message(changed)
-        if run.group > 1 and dispatch.distinct_lengths(run.taken) == {1}:
+        if run.group > 1 and set(run.taken) == {1}:
             log.message(
                 f"steps_per_dispatch={run.group} and never so many steps with nothing logged, "
                 "evaluated or saved between them: each is a dispatch of its own"
@@ -187,10 +188,6 @@ def go(
             raise _advised(error, checkpoints) from error
         watch.at(SAVING, run.step)
         checkpoints.wait()
-
-
-def _steps_of_call(state: Any, batch: Any) -> int:
-    return dispatch.num_steps(batch)
 
 
 def _advised(error: Diverged, checkpoints: Checkpoints) -> Diverged:

@@ -89,21 +89,6 @@ def start_from(
     return models.match_variables(model, want, given), not fits
 
 
-def initializer(
-    model: nn.Module, opened: Pretrained | None, what: str | None, say: Callable[[str], None]
-) -> Callable[[jax.Array, Any], Any] | None:
-    """What ``step.create_state`` takes as ``init``: ``start_from``, or None for a fresh start."""
-    if opened is None:
-        return None
-
-    def init(key: jax.Array, images: Any) -> Any:
-        variables, fresh = start_from(model, opened.variables, key, images)
-        say(f"starts from {what}" + (", its head afresh" if fresh else ""))
-        return variables
-
-    return init
-
-
 def normalization_of(
     opened: Pretrained | None, what: str | None, image_shape: tuple[int, int, int]
 ) -> Any:

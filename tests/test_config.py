@@ -122,7 +122,7 @@ def test_the_record_says_what_ran_and_keeps_every_start(tmp_path, monkeypatch):
         {"batch_size": 0},
         {"eval_batch_size": -1},
         {"accum_steps": 0},
-        {"accum_steps": 3},
+        {"steps_per_dispatch": 0},
         {"log_every_steps": 0},
         {"num_epochs": 0},
         {"eval_every_epochs": 0},

@@ -111,7 +111,6 @@ def after_all(ready):
 )
 def test_groups_are_aligned_and_cross_nothing(first, end, size, pauses, want):
     assert list(dispatch.lengths(first, end, size, pauses)) == want
-    assert dispatch.distinct_lengths(want) == set(want)
 
 
 def test_what_is_left_does_not_depend_on_where_a_run_was_stopped():

@@ -37,7 +37,3 @@ def test_batch_sizes_must_divide_over_the_devices(meshes, batch_size, advice):
     with pytest.raises(UserError, match=f"batch_size={batch_size} is not .* 8 devices: {advice}"):
         distributed.check_divisible("batch_size", batch_size, meshes[1])
     distributed.check_divisible("batch_size", 16, meshes[1])
-
-
-def test_a_single_process_leads():
-    assert distributed.is_lead()

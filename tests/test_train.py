@@ -299,14 +299,14 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
 @pytest.mark.slow
 def test_a_stalled_pipeline_is_reported(config, tmp_path, mesh, monkeypatch, capsys):
     stalls = dataclasses.replace(config, num_steps=3, guard=Guard(report_after=0.5))
-    batches = Data.train_batches
+    batches = Data.host_batches
 
     def slow(*args):
         for k, batch in enumerate(batches(*args)):
             time.sleep(1.2 * (k == 1))
             yield batch
 
-    monkeypatch.setattr(Data, "train_batches", slow)
+    monkeypatch.setattr(Data, "host_batches", slow)
     train_and_evaluate(stalls, tmp_path / "w", mesh=mesh)
     line = r"waiting for data for [01] s \(step 1\): the input pipeline is stalled"
     assert len(re.findall(line, capsys.readouterr().err)) == 1
