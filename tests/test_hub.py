@@ -94,9 +94,10 @@ def test_home_is_nobodys_business(hub, run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     flax_resnet.push_to_hub(own, "me/digits", license="mit")
     files = hub.files("me/digits")
-    command = b"python -m experiments.digits --data.data-dir ~/'my sets' /home/someones\n"
-    assert command in files[CARD]
     assert b'"data_dir": "~/sets"' in files[CONFIG]
+    assert json.loads(files[CONFIG])["training"]["starts"][0]["argv"][2:] == [
+        "~/my sets", "/home/someones"
+    ]  # fmt: skip
     assert not any(b"/home/someone/" in data for data in files.values())
 
 
@@ -208,11 +209,9 @@ def test_a_run_starts_from_an_address_and_says_so(hub, run, digits_dir, tmp_path
     assert "It was trained from hf://me/digits" in card.text.replace("\\", "")
 
 
-def test_the_python_of_the_card_runs(hub, run, tmp_path, monkeypatch, capsys):
+def test_the_python_of_the_card_runs(hub, run):
     flax_resnet.push_to_hub(run, "me/digits", license="mit")
     code = hub.files("me/digits")[CARD].decode().split("```python\n")[1].split("```")[0]
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "photo.png")
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    (expected,) = predict(open_weights(run), [tmp_path / "photo.png"], top=3)
-    assert capsys.readouterr().out == f"{expected.names} {expected.probabilities}\n"
+    names = {}
+    exec(code, names)
+    assert_trees_equal(names["opened"].variables, open_weights(run).variables)
