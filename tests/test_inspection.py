@@ -301,7 +301,7 @@ def test_what_is_no_run_is_one_line(tmp_path, workdir, run):
     with pytest.raises(UserError, match="is not a run's record"):
         inspection.open_run(tmp_path)
     shutil.copy(workdir / "config.json", tmp_path)
-    with pytest.raises(UserError, match="holds no checkpoints"):
+    with pytest.raises(UserError, match="holds no run: expected its checkpoints"):
         inspection.open_run(tmp_path)
     other = dataclasses.replace(run, data_record={**run.data_record, "num_eval": 7})
     with pytest.raises(UserError, match="was trained on data with num_eval 7 and it is 355 now"):

@@ -12,14 +12,13 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from flax_resnet import distributed, models, seals
+from flax_resnet import distributed, models
 from flax_resnet.augment import normalize
-from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
 from flax_resnet.pretrained.classes import class_name
-from flax_resnet.pretrained.load import saved_variables
+from flax_resnet.pretrained.load import read_checkpoint, saved_variables
 from flax_resnet.record import from_record, untracked
 
 Which = Literal["best", "latest"]
@@ -101,14 +100,7 @@ def open_run(workdir: str | Path, checkpoint: Which = "best") -> Inspected:
     """
     workdir = Path(workdir).expanduser()
     config = read_record(workdir)[0]
-    directory = config.checkpoint.place(workdir)
-    if not seals.is_remote(directory) and not directory.is_dir():
-        raise UserError(f"{workdir} holds no checkpoints: expected {directory} of a run")
-    reader = Checkpoints(directory)
-    try:
-        state, meta = reader.read(checkpoint)
-    finally:
-        reader.close()
+    state, meta = read_checkpoint(workdir, checkpoint)
     module = config.model
     variables = saved_variables(module, state)
     if isinstance(module, ResNet):

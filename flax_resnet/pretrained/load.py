@@ -11,7 +11,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import linen as nn
 
 from flax_resnet import models, seals
@@ -238,14 +237,7 @@ def open_run(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
     Raises:
       UserError: there is no run, or its checkpoint cannot be read.
     """
-    directory = _checkpoints_of(workdir)
-    if not seals.is_remote(directory) and not directory.is_dir():
-        raise UserError(f"{workdir} holds no run: expected its checkpoints/, or a weight file")
-    reader = Checkpoints(directory)
-    try:
-        state, meta = reader.read("best")
-    finally:
-        reader.close()
+    state, meta = read_checkpoint(workdir)
     config = from_record(untracked(meta["config"]))
     module = config.model
     stats, shape = state["normalization"], models.check_shape(meta["image_shape"])
@@ -270,14 +262,29 @@ def open_run(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
     return opened, meta
 
 
-def _checkpoints_of(workdir: Path) -> epath.Path:
-    """Where a run's checkpoints are: in its workdir, or where its record says."""
+def read_checkpoint(
+    workdir: Path, which: Literal["best", "latest"] = "best"
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """(the state, what the checkpoint says of itself), from where the run's record has them.
+
+    Raises:
+      UserError: there is no run, or its checkpoint cannot be read.
+    """
     try:
         record = json.loads((workdir / "config.json").read_text())
         elsewhere = record["config"]["checkpoint"]["directory"]
     except (OSError, ValueError, KeyError, TypeError):
         elsewhere = None
-    return CheckpointConfig(directory=elsewhere).place(workdir)
+    directory = CheckpointConfig(directory=elsewhere).place(workdir)
+    if not seals.is_remote(directory) and not directory.is_dir():
+        raise UserError(
+            f"{workdir} holds no run: expected its checkpoints in {directory}, or a weight file"
+        )
+    reader = Checkpoints(directory)
+    try:
+        return reader.read(which)
+    finally:
+        reader.close()
 
 
 def saved_variables(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
