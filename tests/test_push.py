@@ -17,7 +17,6 @@ PUSH = ("push", "{net}", "me/new", "--license", "mit")
     [
         ((*PUSH[:2], "me/net@v1", *PUSH[3:]), "give it as the revision"),
         ((*PUSH[:2], "net", *PUSH[3:]), "'net': expected OWNER/NAME"),
-        (PUSH[:3], "--license"),
         ((*PUSH[:4], "other"), "expected the licence's name and a link"),
         ((*PUSH[:4], "apache2"), 'Invalid metadata in README.md. - "license" must be known'),
         ((*PUSH, "--message", " "), "what the commit is to be"),
