@@ -25,8 +25,7 @@ CARD = """---
 # {name}
 
 {architecture}, a residual network of {parameters:,} parameters for image classification in JAX and
-Flax, by flax_resnet. `config.json` says how images are prepared, what the classes are, and how the
-network was trained.
+Flax, by flax_resnet. `config.json` has what is known of its images, its classes and its training.
 
 ## Accuracy
 
@@ -41,8 +40,7 @@ opened = open_weights("{address}")
 ```
 
 ```bash
-flax-resnet predict photo.png --weights {address}
-flax-resnet pull {repository} {folder}
+{commands}
 ```
 
 `{address}@COMMIT` stays the same when this repository changes.
@@ -103,16 +101,18 @@ def model_card(
     """
     if license.id == "other" and not (license.name and license.link):
         raise UserError("license 'other': expected the licence's name and a link to its text")
-    folder = repository.partition("/")[2]
+    folder, address = repository.partition("/")[2], f"hf://{repository}"
+    commands = [f"flax-resnet pull {repository} {folder}"]
+    if opened.preprocessing is not None and getattr(opened.module, "include_top", True):
+        commands.insert(0, f"flax-resnet predict photo.png --weights {address}")
     return CARD.format(
         metadata=_metadata(folder, license, trained),
         name=escaped(folder),
         architecture=escaped(opened.name),
         parameters=sum(x.size for x in jax.tree.leaves(opened.variables["params"])),
         accuracy=_accuracy(repository, trained),
-        address=f"hf://{repository}",
-        repository=repository,
-        folder=folder,
+        address=address,
+        commands="\n".join(commands),
         license=_license(license, trained),
     )
 
@@ -184,6 +184,7 @@ def _accuracy(repository: str, trained: Trained | None) -> str:
     top1 = [row["top1"] for row in trained.evaluations]
     chosen = scores is not None and len(top1) > 1 and scores["top1"] == max(top1)
     best = f", the best of {len(top1)} evaluations on these images" if chosen else ""
+    views = "" if config.tta == "none" else f", the mean of the views of tta={config.tta}"
     words = ["flax-resnet", "evaluate", "--weights", f"hf://{repository}"]
     words += ["--data.folder", "DIR"] if data.folder else ["--data.name", data.name]
     words += ["--data.train-split", data.train_split] if data.folder else []
@@ -191,8 +192,8 @@ def _accuracy(repository: str, trained: Trained | None) -> str:
     words += ["--data.holdout-every", str(data.holdout_every)] if data.folder else []
     words += ["--tta", config.tta] if config.tta != "none" else []
     return (
-        f"{figures}\n\nOne run of seed {config.seed}, at step {step}{best}. To measure it again"
-        f"{', DIR being the same folder' if data.folder else ''}:\n\n"
+        f"{figures}\n\nOne run of seed {config.seed}, at step {step}{best}{views}. "
+        f"To measure it again{', DIR being the same folder' if data.folder else ''}:\n\n"
         f"```bash\n{shlex.join(words)}\n```"
     )
 

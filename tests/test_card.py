@@ -66,6 +66,7 @@ def test_the_card_of_a_folder_measures_what_was_held_out(call, image_folder, tmp
     train_and_evaluate(config, workdir, mesh=data_mesh(jax.devices()[:1]))
     write_repository(workdir, "me/photos", tmp_path / "there", license="mit")
     card = (tmp_path / "there" / "README.md").read_text()
+    assert ", the mean of the views of tta=flip. To measure it again, DIR being the same" in card
     assert str(image_folder.parent) not in card
     places = {"hf://me/photos": tmp_path / "there" / "model.safetensors", "DIR": image_folder}
     words = [places.get(word, word) for word in again(card).split()[1:]]
@@ -109,6 +110,7 @@ def test_weights_alone_say_that_the_rest_is_not_known(tmp_path):
         "pipeline_tag": "image-classification",
         "tags": ["jax", "flax", "resnet", "image-classification"],
     }
+    assert "flax-resnet predict" not in card  # it would not work
 
 
 def test_what_is_in_names_does_nothing(run):
