@@ -13,7 +13,6 @@ from typing import Any
 
 from flax_resnet import metrics, provenance
 from flax_resnet.card import License, Trained, model_card
-from flax_resnet.config import write_json
 from flax_resnet.errors import UserError
 from flax_resnet.pretrained import Pretrained, open_weights, write_weights
 from flax_resnet.pretrained.fetch import offline
@@ -140,7 +139,7 @@ def write_repository(
         (directory / RESULT).unlink(missing_ok=True)
         for name, value in ((CONFIG, config), (RESULT, result)):
             if value is not None:
-                write_json(directory / name, value)
+                (directory / name).write_text(json.dumps(value, indent=2) + "\n")
     write_weights(
         directory / WEIGHTS,
         opened.module,
