@@ -1,15 +1,14 @@
-"""The model card of weights: what they are, how good they are, how to use them and measure again.
+"""The model card of weights: how good they are, how to use them and how to measure them again.
 
-huggingface_hub writes the YAML that the hub's page shows. Of a run every figure is read from its
-record; the whole record is in config.json beside the card.
+huggingface_hub writes the YAML that the hub's page shows. The card does not repeat what config.json
+beside it says.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -19,8 +18,37 @@ from flax_resnet.errors import UserError
 from flax_resnet.pretrained import Pretrained
 from flax_resnet.pretrained.hub import client, is_address, parse
 
-MOST_NAMES = 20
-"""Number of classes that the card names."""
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+{architecture}, a residual network of {parameters:,} parameters for image classification in JAX and
+Flax, by flax_resnet. `config.json` has what is known of its images, its classes and its training.
+
+## Accuracy
+
+{accuracy}
+
+## Use
+
+```python
+from flax_resnet.pretrained import open_weights
+
+opened = open_weights("{address}")
+```
+
+```bash
+{commands}
+```
+
+`{address}@COMMIT` stays the same when this repository changes.
+
+## Licence
+
+{license}
+"""
 
 
 class License(NamedTuple):
@@ -34,20 +62,15 @@ class License(NamedTuple):
     """Of "other": the address of its text."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """The run that weights are of."""
 
     config: Any
     """Its TrainConfig."""
-    starts: Sequence[Mapping[str, Any]]
-    """For each start its command, commit, packages and devices."""
     checkpoint: Mapping[str, Any]
-    """Fields of the checkpoint: "step", "num_train", "num_eval", "image_shape"."""
+    """What the checkpoint says of itself, with "step" and "num_eval"."""
     evaluations: Sequence[Mapping[str, Any]]
     """The evaluations of the run, with "step", "top1", "top5" and "loss"."""
-    result: Mapping[str, Any] | None = None
-    """Content of result.json; None where the run is not finished."""
 
     @property
     def scores(self) -> Mapping[str, Any] | None:
@@ -78,22 +101,20 @@ def model_card(
     """
     if license.id == "other" and not (license.name and license.link):
         raise UserError("license 'other': expected the licence's name and a link to its text")
-    name = repository.partition("/")[2]
-    parameters = sum(x.size for x in jax.tree.leaves(opened.variables["params"]))
-    on = f", trained on {escaped(trained.data_name)}" if trained is not None else ""
-    parts = [
-        f"---\n{_metadata(name, license, trained)}\n---",
-        f"# {escaped(name)}",
-        f"{escaped(opened.name)}, a residual network of {parameters:,} parameters for image "
-        f"classification in JAX and Flax, by flax_resnet{on}.",
-        "## Accuracy",
-        *_accuracy(repository, trained),
-        "## Use",
-        *_use(opened, repository),
-        "## Licence",
-        *_license(license, trained),
-    ]
-    return "\n\n".join(parts) + "\n"
+    folder, address = repository.partition("/")[2], f"hf://{repository}"
+    commands = [f"flax-resnet pull {repository} {folder}"]
+    if opened.preprocessing is not None and getattr(opened.module, "include_top", True):
+        commands.insert(0, f"flax-resnet predict photo.png --weights {address}")
+    return CARD.format(
+        metadata=_metadata(folder, license, trained),
+        name=escaped(folder),
+        architecture=escaped(opened.name),
+        parameters=sum(x.size for x in jax.tree.leaves(opened.variables["params"])),
+        accuracy=_accuracy(repository, trained),
+        address=address,
+        commands="\n".join(commands),
+        license=_license(license, trained),
+    )
 
 
 def line(value: Any) -> str:
@@ -104,22 +125,6 @@ def line(value: Any) -> str:
 def escaped(value: Any) -> str:
     """A text on one line that is no Markdown and no HTML."""
     return re.sub(r"([\\`*_{}\[\]<>|#&@~$!])", r"\\\1", line(value))
-
-
-def fenced(code: str, language: str) -> str:
-    """A block of code."""
-    return f"```{language}\n{code}\n```"
-
-
-def command_of(argv: Sequence[str]) -> str | None:
-    """The command line of a process's ``sys.argv``; None of Python code that was no command."""
-    if not argv or argv[0] in ("", "-c", "-"):
-        return None
-    path = PurePath(argv[0])
-    words = ["python", path.name] if path.suffix == ".py" else [path.name]
-    if module := re.search(r"(?:^|.*/)((?:experiments|flax_resnet)/.*)\.py$", path.as_posix()):
-        words = ["python", "-m", module[1].removesuffix("/__main__").replace("/", ".")]
-    return shlex.join([*words, *argv[1:]]).replace("'~/", "~/'")
 
 
 def _metadata(name: str, license: License, trained: Trained | None) -> str:
@@ -161,17 +166,17 @@ def _metadata(name: str, license: License, trained: Trained | None) -> str:
     ).to_yaml()
 
 
-def _accuracy(repository: str, trained: Trained | None) -> Iterable[str]:
+def _accuracy(repository: str, trained: Trained | None) -> str:
+    """The figures of the run, and the command that measures them again."""
     if trained is None:
-        yield "Not known: these weights were published without the record of a run."
-        return
+        return "Not known: these weights were published without the record of a run."
     config, step, scores = trained.config, trained.checkpoint["step"], trained.scores
     data = config.data
     if scores is None:
-        yield f"Not known: the checkpoint of step {step} was not evaluated."
+        figures = f"Not known: the checkpoint of step {step} was not evaluated."
     else:
         images = f"{trained.checkpoint['num_eval']:,} of {escaped(trained.data_name)}, split "
-        yield (
+        figures = (
             "| images | top-1 | top-5 | loss, nats |\n| --- | --- | --- | --- |\n"
             f"| {images}{escaped(data.eval_split)} | {100 * scores['top1']:.2f} % | "
             f"{100 * scores['top5']:.2f} % | {scores['loss']:.4f} |"
@@ -180,51 +185,21 @@ def _accuracy(repository: str, trained: Trained | None) -> Iterable[str]:
     chosen = scores is not None and len(top1) > 1 and scores["top1"] == max(top1)
     best = f", the best of {len(top1)} evaluations on these images" if chosen else ""
     views = "" if config.tta == "none" else f", the mean of the views of tta={config.tta}"
-    yield f"One run of seed {config.seed}, at step {step}{best}{views}."
-    commands = dict.fromkeys(command_of(start.get("argv") or ()) for start in trained.starts)
-    if shown := [command for command in commands if command]:
-        yield "Trained with:"
-        yield fenced("\n".join(shown), "bash")
-    yield "`config.json` has the whole recipe, the packages, the devices and the commit."
     words = ["flax-resnet", "evaluate", "--weights", f"hf://{repository}"]
     words += ["--data.folder", "DIR"] if data.folder else ["--data.name", data.name]
     words += ["--data.train-split", data.train_split] if data.folder else []
     words += ["--data.eval-split", data.eval_split]
     words += ["--data.holdout-every", str(data.holdout_every)] if data.folder else []
-    words += [] if config.tta == "none" else ["--tta", config.tta]
-    yield "To measure it again" + (", DIR being the same folder:" if data.folder else ":")
-    yield fenced(shlex.join(words), "bash")
-
-
-def _use(opened: Pretrained, repository: str) -> Iterable[str]:
-    address, prepared, names = f"hf://{repository}", opened.preprocessing, opened.class_names
-    python = (
-        f'from flax_resnet.pretrained import open_weights\n\nopened = open_weights("{address}")'
+    words += ["--tta", config.tta] if config.tta != "none" else []
+    return (
+        f"{figures}\n\nOne run of seed {config.seed}, at step {step}{best}{views}. "
+        f"To measure it again{', DIR being the same folder' if data.folder else ''}:\n\n"
+        f"```bash\n{shlex.join(words)}\n```"
     )
-    shell = f"flax-resnet pull {repository} {repository.partition('/')[2]}"
-    if prepared is None:
-        yield "How images are prepared is not known."
-    else:
-        yield f"Images are brought to {'x'.join(map(str, prepared.shape))}, as `config.json` says."
-    if names is not None:
-        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-        yield f"{len(names)} classes: {', '.join(map(escaped, names[:MOST_NAMES]))}{more}."
-    if prepared is not None and getattr(opened.module, "include_top", True):
-        shell = f"flax-resnet predict photo.png --weights {address}\n{shell}"
-        python = f"""from pathlib import Path
-
-from flax_resnet.predict import predict
-{python}
-for answer in predict(opened, [Path("photo.png")], top=3):
-    print(answer.names, answer.probabilities)"""
-    yield fenced(python, "python")
-    yield fenced(shell, "bash")
-    yield f"`{address}@COMMIT` stays the same when this repository changes."
 
 
-def _license(license: License, trained: Trained | None) -> Iterable[str]:
+def _license(license: License, trained: Trained | None) -> str:
     link = f": {escaped(license.link)}" if license.link else ""
-    yield f"{escaped(license.name or license.id)}{link}."
-    if trained is not None and trained.config.weights is not None:
-        origin = escaped(trained.config.weights)
-        yield f"It was trained from {origin}, whose licence counts as well."
+    origin = trained.config.weights if trained is not None else None
+    more = f" It was trained from {escaped(origin)}, whose licence counts as well."
+    return f"{escaped(license.name or license.id)}{link}.{more if origin is not None else ''}"

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,21 +117,29 @@ def write_repository(
     """
     repo, directory = _named(repo_id), Path(directory).expanduser()
     license = License(license) if isinstance(license, str) else license
-    opened, trained, record = _opened(source)
+    opened, trained, record, result = _opened(source)
     prepared = opened.preprocessing
     shape = trained.checkpoint["image_shape"] if trained is not None else None
     shape = prepared.shape if prepared is not None else shape
-    texts = {
-        CONFIG: _json(_config(opened, shape, record)),
-        CARD: model_card(opened, repo.name, license, trained),
+    config = {
+        "library_name": "flax_resnet",
+        "library_version": provenance.versions(["flax_resnet"])["flax_resnet"],
+        "architecture": opened.name,
+        "num_classes": getattr(opened.module, "num_classes", None),
+        "input_shape": shape,
+        "class_names": opened.class_names,
+        "preprocessing": None if prepared is None else to_record(prepared),
+        "model": to_record(opened.module),
+        "training": record,
     }
-    if trained is not None and trained.result is not None:
-        texts[RESULT] = _json(trained.result)
+    card = model_card(opened, repo.name, license, trained)
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / CARD).write_text(card, encoding="utf-8")
         (directory / RESULT).unlink(missing_ok=True)
-        for name, text in texts.items():
-            (directory / name).write_text(text, encoding="utf-8")
+        for name, value in ((CONFIG, config), (RESULT, result)):
+            if value is not None:
+                (directory / name).write_text(json.dumps(value, indent=2) + "\n")
     write_weights(
         directory / WEIGHTS,
         opened.module,
@@ -140,7 +148,7 @@ def write_repository(
         class_names=opened.class_names,
         input_shape=shape and tuple(shape),
     )
-    return [directory / name for name in (WEIGHTS, *texts)]
+    return [directory / name for name in OURS if (directory / name).exists()]
 
 
 def pull_from_hub(repo_id: str, directory: str | Path) -> Path:
@@ -188,21 +196,20 @@ def _named(repo_id: str) -> Repo:
 
 def _opened(
     source: str | Path | Pretrained,
-) -> tuple[Pretrained, Trained | None, Mapping[str, Any] | None]:
-    """(the weights, the run they are of, the content of its config.json)."""
+) -> tuple[Pretrained, Trained | None, Any, Any]:
+    """(the weights, the run they are of, the content of its config.json and its result.json)."""
     if isinstance(source, Pretrained):
-        return source, None, None
+        return source, None, None, None
     workdir = Path(source).expanduser()
     if not workdir.is_dir():
-        return open_weights(source), None, None
+        return open_weights(source), None, None, None
     opened, checkpoint = open_run(workdir)
     record, result = _read_json(workdir / CONFIG), _read_json(workdir / RESULT)
     if record is None:
         raise UserError(f"{workdir} holds no record of a run: expected its {CONFIG}")
     config = from_record(json.loads(without_home(json.dumps(checkpoint["config"]))))
     evaluations = [line for line in metrics.read_metrics(workdir) if line["split"] == "eval"]
-    trained = Trained(config, record.get("starts", ()), checkpoint, evaluations, result)
-    return opened, trained, record
+    return opened, Trained(config, checkpoint, evaluations), record, result
 
 
 def _read_json(path: Path) -> Any:
@@ -219,28 +226,6 @@ def without_home(text: str) -> str:
     """A text with ~ for the user's home directory, which is nobody else's business."""
     home = str(Path.home())
     return re.sub(re.escape(home) + r"(?![\w.-])", "~", text) if len(home) > 1 else text
-
-
-def _config(
-    opened: Pretrained, shape: Sequence[int] | None, record: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """config.json: the network, its input and output, and of a run its own config.json."""
-    prepared = opened.preprocessing
-    return {
-        "library_name": "flax_resnet",
-        "library_version": provenance.versions(["flax_resnet"])["flax_resnet"],
-        "architecture": opened.name,
-        "num_classes": getattr(opened.module, "num_classes", None),
-        "input_shape": shape,
-        "class_names": opened.class_names,
-        "preprocessing": None if prepared is None else to_record(prepared),
-        "model": to_record(opened.module),
-        "training": record,
-    }
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2) + "\n"
 
 
 @contextlib.contextmanager

@@ -32,17 +32,13 @@ def run(digits_dir):
     return tiny_run(digits_dir)
 
 
-@pytest.mark.parametrize(
-    ("text", "repo"),
-    [
+def test_addresses():
+    for text, repo in (
         ("me/net", Repo("me/net")),
         ("hf://timm/resnet50.a1_in1k@refs/pr/1", Repo("timm/resnet50.a1_in1k", "refs/pr/1")),
-        ("hf://me/net@" + "0" * 40, Repo("me/net", "0" * 40)),
-    ],
-)
-def test_addresses(text, repo):
-    assert parse(text) == parse(str(repo)) == repo
-    assert is_path(str(repo))
+    ):
+        assert parse(text) == parse(str(repo)) == repo
+        assert is_path(str(repo))
 
 
 def test_a_run_goes_there_and_comes_back_to_the_bit(hub, run, tmp_path, rng):
@@ -94,22 +90,11 @@ def test_home_is_nobodys_business(hub, run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     flax_resnet.push_to_hub(own, "me/digits", license="mit")
     files = hub.files("me/digits")
-    command = b"python -m experiments.digits --data.data-dir ~/'my sets' /home/someones\n"
-    assert command in files[CARD]
     assert b'"data_dir": "~/sets"' in files[CONFIG]
+    assert json.loads(files[CONFIG])["training"]["starts"][0]["argv"][2:] == [
+        "~/my sets", "/home/someones"
+    ]  # fmt: skip
     assert not any(b"/home/someone/" in data for data in files.values())
-
-
-def test_load_takes_an_address(hub, net):
-    flax_resnet.push_to_hub(net, "me/net", license="mit")
-    module, variables = flax_resnet.read_weights(net)
-    own = ("stage_sizes", "num_filters", "stem", "block_cls", "shortcut")
-    fields = {name: getattr(module, name) for name in own}
-    loaded, there = flax_resnet.load(
-        "resnet20", weights="hf://me/net", input_shape=(32, 32, 3), **fields
-    )
-    assert_trees_equal(there, variables)
-    assert loaded.num_classes == module.num_classes
 
 
 @pytest.fixture
@@ -166,7 +151,7 @@ def test_a_byte_that_is_sent_wrong_is_found(hub, net, call, tmp_path):
     assert (tmp_path / "there" / WEIGHTS).read_bytes() == hub.files("me/net")[WEIGHTS]
 
 
-@pytest.mark.parametrize("variable", ["FLAX_RESNET_OFFLINE", "HF_HUB_OFFLINE", None])
+@pytest.mark.parametrize("variable", ["FLAX_RESNET_OFFLINE", None])
 def test_offline_the_cache_is_enough(hub, net, tmp_path, call, monkeypatch, variable):
     address = flax_resnet.push_to_hub(net, "me/net", license="mit")
     first = flax_resnet.pull_from_hub("me/net", tmp_path / "first")
@@ -208,11 +193,9 @@ def test_a_run_starts_from_an_address_and_says_so(hub, run, digits_dir, tmp_path
     assert "It was trained from hf://me/digits" in card.text.replace("\\", "")
 
 
-def test_the_python_of_the_card_runs(hub, run, tmp_path, monkeypatch, capsys):
+def test_the_python_of_the_card_runs(hub, run):
     flax_resnet.push_to_hub(run, "me/digits", license="mit")
     code = hub.files("me/digits")[CARD].decode().split("```python\n")[1].split("```")[0]
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "photo.png")
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    (expected,) = predict(open_weights(run), [tmp_path / "photo.png"], top=3)
-    assert capsys.readouterr().out == f"{expected.names} {expected.probabilities}\n"
+    names = {}
+    exec(code, names)
+    assert_trees_equal(names["opened"].variables, open_weights(run).variables)

@@ -1,5 +1,6 @@
 """The table of published weights: whole entries, the tags' meanings, how images are prepared."""
 
+import dataclasses
 import json
 import re
 
@@ -29,7 +30,7 @@ TIMM = {
 
 
 def test_every_entry_is_whole():
-    assert len(ENTRIES) == 115
+    assert len(ENTRIES) == 35
     counts = {tag: sum(e.tag == tag for e in ENTRIES) for tag in ("keras", "tv_v1", "tv_v2", "hf")}
     assert counts == {"keras": 6, "tv_v1": 10, "tv_v2": 7, "hf": 5}
     files = [entry for entry in ENTRIES if entry.filename]
@@ -48,27 +49,18 @@ def test_every_entry_is_whole():
             assert re.fullmatch("hf://(timm|microsoft)/[a-z0-9_.-]+", entry.url)
 
 
-@pytest.mark.parametrize(
-    ("network", "tag", "expected"),
-    [
-        ("resnet50", "tv_v1", TORCH),
-        ("ResNet101", "keras", KERAS_V1),
-        ("ResNet101V2", "keras", KERAS_V2),
-        ("resnet50_v1", "keras", KERAS_V1),
-        ("resnet50_v2", "imagenet", KERAS_V2),
-        ("resnet50", "timm/a1", None),
-    ],
-)
-def test_preprocessing_is_the_publishers(network, tag, expected):
-    assert published.find(network, tag).preprocessing == expected
-
-
-def test_preprocessing_of_newer_weights_and_of_transformers():
-    for network, tag in (("resnet50", "tv_v2"), ("resnext101_64x4d", "tv_v1")):
-        prepared = published.find(network, tag).preprocessing
-        assert (prepared.size, prepared.resize, prepared.interpolation) == (224, 232, "bilinear")
-    prepared = published.find("resnet50", "hf").preprocessing
-    assert (prepared.size, prepared.resize, prepared.interpolation) == (224, 256, "bicubic")
+def test_preprocessing_is_the_publishers():
+    newer = dataclasses.replace(TORCH, resize=232)
+    wanted = {
+        ("resnet50", "tv_v1"): TORCH,
+        ("resnet50", "tv_v2"): newer,
+        ("resnext101_64x4d", "tv_v1"): newer,
+        ("ResNet101", "keras"): KERAS_V1,
+        ("resnet50_v2", "imagenet"): KERAS_V2,
+        ("resnet50", "hf"): dataclasses.replace(TORCH, interpolation="bicubic"),
+        ("resnet50", "timm/a1"): None,
+    }
+    assert {pair: published.find(*pair).preprocessing for pair in wanted} == wanted
 
 
 @pytest.mark.parametrize(
@@ -89,11 +81,11 @@ def test_timm_says_how_images_are_prepared(tmp_path, changes, size, resize, inte
     assert (prepared.mean, prepared.std) == ((0.5,) * 3, TORCH.std)
 
 
-@pytest.mark.parametrize("content", [None, "{}", "[]", '{"model": {}}'])
-def test_another_config_says_nothing(tmp_path, content):
-    if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    assert published.timm_preprocessing(tmp_path / "config.json") is None
+def test_another_config_says_nothing(tmp_path):
+    path = tmp_path / "config.json"
+    assert published.timm_preprocessing(path) is None
+    path.write_text('{"model": {}}')
+    assert published.timm_preprocessing(path) is None
 
 
 @pytest.mark.parametrize(
@@ -103,16 +95,12 @@ def test_another_config_says_nothing(tmp_path, content):
         {"test_input_size": [3, 288, 320]},
         {"crop_mode": "border"},
         {"interpolation": "lanczos"},
-        {"mean": "x"},
         {"std": [0, 0, 0]},
-        {"test_crop_pct": "x"},
         {"test_crop_pct": 1e-320},
-        None,
     ],
 )
 def test_a_config_that_cannot_be_used_is_one_line(tmp_path, changes):
-    fields = json.dumps({"pretrained_cfg": TIMM | changes if changes is not None else None})
-    (tmp_path / "config.json").write_text(fields)
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": TIMM | changes}))
     with pytest.raises(UserError, match=r"config\.json: timm's pretrained_cfg cannot be used"):
         published.timm_preprocessing(tmp_path / "config.json")
 
@@ -126,10 +114,6 @@ def test_default_tags():
     assert {name: published.default_tag(name) for name in wanted} == wanted
     assert published.find("resnet50", "imagenet").tag == "tv_v2"
     assert published.find("resnet18_v1").network == "resnet18"
-
-
-def test_a_tag_of_timm_need_not_be_in_the_table():
-    assert "timm/new" not in published.tags("resnet26d")
     entry = published.find("resnet50d", "timm/new")
     assert (entry.network, entry.url) == ("resnet50d", "hf://timm/resnet50d.new_in1k")
 
@@ -138,7 +122,7 @@ def test_a_tag_of_timm_need_not_be_in_the_table():
     ("network", "tag", "message"),
     [
         ("resnet50", "tv_v3", r"'tv_v3' of resnet50 .*mean 'tv_v[12]'.*imagenet \(which is tv_v2"),
-        ("resnet50", "a1", "mean 'timm/a1'"),
+        ("resnet50", "a1", "tv_v2, hf, keras, timm/NAME, or the path of a file"),
         ("resnet56", "imagenet", "'resnet56' has no published weights.*ResNet50.*seresnet"),
         ("resnet5", "timm/a1", "unknown network 'resnet5'|'resnet5'"),
     ],

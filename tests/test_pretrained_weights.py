@@ -1,6 +1,5 @@
 """Names, layouts and inference of networks; round trips; what does not fit is listed exactly."""
 
-import contextlib
 import json
 import re
 
@@ -24,8 +23,8 @@ from flax_resnet.models import (
     keras_resnet,
     variable_shapes,
 )
-from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH
-from flax_resnet.pretrained.keras_names import keras_name, layer_order, weights_groups
+from flax_resnet.preprocess import KERAS_V1, TORCH
+from flax_resnet.pretrained.keras_names import keras_name, layer_order
 from flax_resnet.pretrained.tensors import TensorFile, read_tensors
 from flax_resnet.pretrained.weights import (
     METADATA_KEY,
@@ -61,14 +60,11 @@ def without_description(path):
     return path
 
 
-NETWORKS = [
-    ("resnet18", {}), ("resnet34", {}), ("resnet50", {}), ("resnet50d", {}), ("seresnet50", {}),
-    ("resnext50_32x4d", {"num_filters": 16}), ("wide_resnet50_2", {}), ("resnet18_v2", {}),
-    ("resnet50_v2", {}), ("resnet20", {}), ("resnet56", {"shortcut": "B"}), ("wrn_16_4", {}),
-    ("resnet20", {"shortcut": "C", "stage_sizes": (1, 1, 1)}), ("resnet18", {"stem": "cifar"}),
-    ("resnet18", {"hidden_units": (5, 6)}), ("resnet18", {"include_top": False}),
-    ("resnet18", {"conv_bias": "all"}), ("resnet18_v2", {"conv_bias": "unnormalized"}),
-    ("resnet20", {"norm_kind": "none"}), ("resnet18", {"scan_blocks": True}),
+NETWORKS = [  # those that test_parity_pretrained does not read from torch's own files
+    ("seresnet50", {}), ("resnet18_v2", {"conv_bias": "unnormalized"}), ("resnet50_v2", {}),
+    ("resnet56", {"shortcut": "B"}), ("resnet20", {"shortcut": "C", "stage_sizes": (1, 1, 1)}),
+    ("resnet18", {"hidden_units": (5, 6), "stem": "cifar"}), ("resnet18", {"include_top": False}),
+    ("resnet18", {"conv_bias": "all", "scan_blocks": True}), ("resnet20", {"norm_kind": "none"}),
 ]  # fmt: skip
 
 
@@ -87,8 +83,7 @@ def test_the_network_is_inferred_from_names_and_shapes(tmp_path, name, fields):
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("resnet50_v1", {}), ("preresnet164", {}), ("plain20", {}), ("highway19", {}),
-        ("ResNet50", {}), ("ResNet50V2", {}), ("resnet50", {"output_stride": 8, "remat": True}),
+        ("plain20", {}), ("highway19", {}), ("resnet50", {"output_stride": 8, "remat": True}),
         ("mini", {}), ("dropblock_resnet", {"stage_filters": (8, 8, 8, 8)}),
     ],
 )  # fmt: skip
@@ -148,10 +143,7 @@ CIFAR = [(r"^fc\.", "linear."), (r"\.downsample\.", ".shortcut."), (r"^", "modul
     ("name", "fields", "spelling"),
     [
         ("resnet50", {}, HUGGING_FACE),
-        ("resnet18", {}, HUGGING_FACE),
         ("resnet18", {}, [*HUGGING_FACE[:-1], (r"^resnet\.", ""), (r"^fc\.", "classifier.1.")]),
-        ("resnet20", {}, CIFAR),
-        ("resnet110", {"stage_sizes": (2, 2, 2)}, CIFAR),
         ("resnet18", {"stem": "cifar"}, CIFAR),
         ("resnet18", {}, [(r"^", "model._orig_mod.module.")]),
         ("wrn_16_4", {}, [(r"^bn\.", "bn1."), (r"\.downsample\.", ".shortcut.")]),
@@ -227,26 +219,6 @@ def old_name(layer):
     )
 
 
-@pytest.mark.parametrize("top", [True, False])
-@pytest.mark.parametrize("version", ["v1", "v2"])
-@pytest.mark.parametrize(
-    "stages", [pytest.param((3, 4, 6, 3), marks=pytest.mark.slow), (2, 3, 2, 2)]
-)
-def test_keras_files_of_both_layouts(tmp_path, version, stages, top):
-    module = keras_resnet(50, version, stage_sizes=stages, include_top=top, **SMALL)
-    variables = random_variables(module)
-    write_weights(tmp_path / "net.weights.h5", module, variables)
-    keras_h5(tmp_path / "net.h5", module, variables)
-    for name in ("net.weights.h5", "net.h5"):
-        opened = open_file(tmp_path / name)
-        assert architecture(opened.module) == architecture(module)
-        assert opened.module.include_top is top
-        assert opened.preprocessing == (KERAS_V1 if version == "v1" else KERAS_V2)
-        assert_trees_equal(opened.variables, variables)
-        headless = open_file(tmp_path / name, include_top=False)
-        assert "head" not in headless.variables["params"]
-
-
 def test_keras_files_of_before_2019_and_of_whole_models(tmp_path):
     module = keras_resnet(50, stage_sizes=(1, 2, 1, 1), **SMALL)
     variables = random_variables(module)
@@ -258,16 +230,6 @@ def test_keras_files_of_before_2019_and_of_whole_models(tmp_path):
     probs = keras_h5(tmp_path / "probs.h5", module, variables,
                      lambda layer: layer.replace("predictions", "probs"))  # fmt: skip
     assert_trees_equal(open_file(probs).variables, variables)
-
-
-def test_layers_are_counted_as_keras_counts_them():
-    groups = weights_groups(layer_order((3, 4, 6, 3), "v1"))
-    assert groups["conv1_conv"] == "conv2d"
-    assert groups["conv2_block1_0_conv"] == "conv2d_3"
-    assert groups["conv2_block1_3_conv"] == "conv2d_4"
-    assert groups["conv5_block3_3_bn"] == "batch_normalization_52"
-    assert groups["predictions"] == "dense"
-    assert len(groups) == 53 + 53 + 1
 
 
 # --- what does not fit ------------------------------------------------------------------------
@@ -293,18 +255,23 @@ def test_what_is_missing_left_over_or_misshapen_is_listed(tmp_path):
         assert name in str(error)
 
 
+BLOCKS = {f"layer1.{i}.conv1.weight": np.ones((1, 1, 1, 1), np.float32) for i in range(3, 3000)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: {"x": t["fc.bias"]}, "no residual network's: expected names like"),
-        (lambda t: {k: v for k, v in t.items() if "layer2.0" not in k}, "have no layer2.0"),
+        (lambda t: {k: v for k, v in t.items() if "layer2.0" not in k}, "missing (layer2.0."),
         (lambda t: {k: v for k, v in t.items() if not k.startswith("conv1")}, "'conv1.weight'"),
         (lambda t: t | {"conv1.weight": t["conv1.weight"][:, :, :1, :1]}, "conv1 is 1x1"),
         (lambda t: t | {"conv1.weight": t["conv1.weight"].reshape(-1)}, "has shape"),
-        (lambda t: t | {"layer1.0.conv2.weight": np.ones(3, np.float32)}, "has shape (3,)"),
         (lambda t: t | {f"module.{k}": v for k, v in t.items()}, "unexpected"),
         (lambda t: t | {"linear.bias": t["fc.bias"]}, "under another name too"),
-        (lambda t: t | {"layer1.999999.conv1.weight": t["conv1.weight"]}, "no layer1.3"),
+        (lambda t: t | {"layer1.999999.conv1.weight": t["conv1.weight"]}, "missing (layer1.3."),
+        (lambda t: t | BLOCKS, "a block has four at the least"),
+        # Shapes inferred from one tensor are not allocated for the others.
+        (lambda t: t | {"layer1.0.conv2.weight": np.ones((10**5, 1, 1, 1), np.float32)}, "another"),
         (lambda t: t | {"fc.weight": t["fc.weight"].astype(np.int32)}, "int32"),
     ],
 )
@@ -333,16 +300,6 @@ def test_a_block_of_ones_own_is_given(tmp_path):
     assert_trees_equal(read, variables)
 
 
-def test_a_file_that_claims_to_be_huge_is_refused_at_once(tmp_path):
-    """Shapes inferred from one tensor must not be allocated for the others."""
-    path, _ = saved(tmp_path, create("resnet20", **SMALL))
-    tensors = load_file(path)
-    tensors["layer1.0.conv2.weight"] = np.ones((100_000, 1, 1, 1), np.float32)
-    save_file(tensors, path)
-    with pytest.raises(WeightsError, match="of another shape"):
-        read_weights(path)
-
-
 def test_writing_refuses_what_cannot_be_written(tmp_path):
     module = create("resnet20", **SMALL)
     variables = random_variables(module)
@@ -352,6 +309,9 @@ def test_writing_refuses_what_cannot_be_written(tmp_path):
         write_weights(tmp_path / "net.weights.h5", module, variables)
     with pytest.raises(UserError, match="cannot be written"):
         write_weights(tmp_path / "nowhere" / "net.safetensors", module, variables)
+    module = keras_resnet(50, stage_sizes=(1,), param_dtype="bfloat16", **SMALL)
+    with pytest.raises(UserError, match="Keras's format with bfloat16"):
+        write_weights(tmp_path / "net.weights.h5", module, random_variables(module))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -394,32 +354,7 @@ def mangled(rng, tensors):
     return tensors
 
 
-def survive(tmp_path, name, fields, kind, cases):
-    """How many mangled files of a network were taken; all others are a UserError."""
-    module = create(name, **{**SMALL, **fields})
-    if kind == "safetensors":
-        tensors = load_file(without_description(saved(tmp_path, module)[0]))
-    else:
-        path = tmp_path / "net.weights.h5"
-        write_weights(path, module, random_variables(module))
-        if kind == "keras_h5":
-            path = keras_h5(tmp_path / "net.h5", module, random_variables(module))
-        tensors = read_tensors(path).tensors
-    refused, rng = [], np.random.default_rng(0)
-    for _ in range(cases):
-        with contextlib.suppress(UserError):
-            try:
-                _interpret(TensorFile(kind, mangled(rng, tensors), {}), {})
-            except UserError as error:
-                refused.append(str(error))
-                raise
-    assert max(map(len, refused)) < 4000
-    assert not any("\n" in line for line in refused)
-    return cases - len(refused)
-
-
 MANGLED = [
-    ("resnet20", {"stage_sizes": (1, 2)}, "safetensors"),
     ("resnet50d", {"stage_sizes": (1, 1), "se_reduction": 4}, "safetensors"),
     ("resnet18_v2", {"stage_sizes": (1, 1)}, "safetensors"),
     ("ResNet50", {"stage_sizes": (1, 2)}, "keras_h5"),
@@ -430,7 +365,23 @@ MANGLED = [
 @pytest.mark.parametrize("cases", [8, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "fields", "kind"), MANGLED)
 def test_mangled_files_are_taken_or_refused(tmp_path, name, fields, kind, cases):
-    assert survive(tmp_path, name, fields, kind, cases) < cases
+    module = create(name, **{**SMALL, **fields})
+    path, variables = tmp_path / "net.weights.h5", random_variables(module)
+    if kind == "safetensors":
+        path = without_description(saved(tmp_path, module)[0])
+    elif kind == "keras_h5":
+        keras_h5(path, module, variables)
+    else:
+        write_weights(path, module, variables)
+    tensors, refused, rng = read_tensors(path).tensors, [], np.random.default_rng(0)
+    for _ in range(cases):
+        try:
+            _interpret(TensorFile(kind, mangled(rng, tensors), {}), {})
+        except UserError as error:
+            refused.append(str(error))
+    assert refused
+    assert max(map(len, refused)) < 4000
+    assert not any("\n" in line for line in refused)
 
 
 def describe(path, change):
@@ -442,26 +393,22 @@ def describe(path, change):
 
 
 MODELS = "flax_resnet.models.resnet"
+STRANGERS = ("subprocess:Popen", "os:system", "flax_resnet.config:TrainConfig",
+             f"{MODELS}:Layers", f"os.{MODELS}:ResNet")  # fmt: skip
 BAD_NETWORKS = [
-    *({"class": v} for v in ("subprocess:Popen", "flax_resnet.config:TrainConfig", 7, None, [],
-                             f"{MODELS}:Layers", f"{MODELS}:Feature", f"os.{MODELS}:ResNet")),
-    *({"block_cls": {"class_itself": v}} for v in ("os:system", f"{MODELS}:ResNet", 7)),
-    {"block_cls": {}}, {"stem": {"class": "flax_resnet.optim:SGD"}}, {"depth": 3},
+    {"class": 7}, {"block_cls": {"class_itself": f"{MODELS}:ResNet"}}, {"block_cls": {}},
+    {"stem": {"class": "flax_resnet.optim:SGD"}}, {"depth": 3}, {"dtype": "float64"},
     *({"stage_sizes": v} for v in ([10**6], [1] * 10**5, [10**400], [-1], "x", [1e999], None,
                                    [{"class": "flax_resnet.config:TrainConfig"}])),
-    *({"hidden_units": v} for v in ([1] * 10**5, 3, ["x"])),
-    *({"num_filters": v} for v in (10**12, "x", 10**400, 0)), {"dtype": "float64"},
+    *({"hidden_units": v} for v in ([1] * 10**5, ["x"])),
+    *({"num_filters": v} for v in (10**12, 10**400, 0)),
     *({name: 10**30} for name in ("groups", "width_per_group", "num_classes", "se_reduction")),
 ]  # fmt: skip
 BAD_IMAGES = [
-    *({"size": v} for v in (32.5, True, 10**400, "x", 0, 10**6)),
-    *({"mean": v} for v in (["a", "b", "c"], [None] * 3, [1e999] * 3, "abc", [10**400] * 3)),
-    *({"std": v} for v in ([0.0] * 3, "abc", [])),
-    *({"channels": v} for v in (7, "3", None, 1e9)),
-    *({"decoder": v} for v in ({}, "x", {"channels": 7}, {"channels": 3, "pad": -1},
-                               {"channels": 3, "pad": 10**9}, {"channels": [3], "size": 8},
-                               {"channels": 3, "size": 8, "crop_ratio": 0})),
-    {"interpolation": [1]}, {"interpolation": {}}, {"unknown": 1},
+    *({"size": v} for v in (32.5, 10**400, "x", 10**6)),
+    *({"mean": v} for v in ([None] * 3, [1e999] * 3, "abc")), {"std": [0.0] * 3}, {"channels": 7},
+    *({"decoder": v} for v in ({}, "x", {"channels": 3, "pad": 10**9})),
+    {"interpolation": [1]}, {"unknown": 1},
 ]  # fmt: skip
 
 
@@ -480,9 +427,7 @@ def test_descriptions_of_what_cannot_be_are_refused(tmp_path, part, change):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["subprocess:Popen", "os:system", "flax_resnet.config:TrainConfig"]
-)
+@pytest.mark.parametrize("name", STRANGERS)
 def test_descriptions_name_networks_of_this_library_only(tmp_path, name):
     for change in ({"class": name}, {"block_cls": {"class_itself": name}}):
         path, _ = saved(tmp_path, create("resnet20", **SMALL))
@@ -491,9 +436,7 @@ def test_descriptions_name_networks_of_this_library_only(tmp_path, name):
             read_weights(path)
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[" * 100_000, "7", '{"module": 7, "input_shape": [8, 8, 3]}']
-)
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"module": 7, "input_shape": [8, 8, 3]}'])
 def test_descriptions_of_nothing_are_refused(tmp_path, text):
     path, _ = saved(tmp_path, create("resnet20", **SMALL))
     save_file(dict(read_tensors(path).tensors), path, {METADATA_KEY: text})
@@ -508,23 +451,6 @@ def test_class_names_cannot_steer_a_terminal(tmp_path):
     describe(path, lambda about: about.update(class_names=7))
     with pytest.raises(UserError, match="no list of texts"):
         open_file(path)
-
-
-def test_more_blocks_than_tensors_are_refused_at_once(tmp_path):
-    path, _ = saved(tmp_path, create("resnet20", **SMALL))
-    tensors = load_file(path)
-    for block in range(3, 3000):
-        tensors[f"layer1.{block}.conv1.weight"] = np.ones((1, 1, 1, 1), np.float32)
-    save_file(tensors, path)
-    with pytest.raises(UserError, match="a block has four at the least"):
-        read_weights(path)
-
-
-def test_keras_files_are_of_floats_that_keras_reads(tmp_path):
-    module = keras_resnet(50, stage_sizes=(1,), param_dtype="bfloat16", **SMALL)
-    with pytest.raises(UserError, match="Keras's format with bfloat16"):
-        write_weights(tmp_path / "net.weights.h5", module, random_variables(module))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_weights_are_the_same_bytes(tmp_path):

@@ -13,11 +13,12 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flax_resnet.errors import UserError
+from flax_resnet.files import error_as_one_line
 from flax_resnet.pretrained.fetch import offline
 
 LOG = logging.getLogger(__name__)
@@ -79,19 +80,9 @@ def client() -> Any:
     return huggingface_hub.HfApi(endpoint=endpoint, library_name="flax_resnet")
 
 
-@contextlib.contextmanager
-def one_line(what: str) -> Iterator[None]:
-    """Turns whatever huggingface_hub raises into one line that begins with ``what``.
-
-    It raises errors of its HTTP library, OSError, ValueError and RuntimeError, and says itself
-    what to do about them.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{what} ({type(error).__name__}): {error}") from error
+def one_line(what: str) -> contextlib.AbstractContextManager[None]:
+    """Turns whatever huggingface_hub raises into one line that begins with ``what``."""
+    return error_as_one_line(lambda error: f"{what} ({type(error).__name__}): {error}")
 
 
 def fetch_folder(repo: Repo, names: Sequence[str] = (WEIGHTS, CONFIG)) -> Path:

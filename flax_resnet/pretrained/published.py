@@ -15,6 +15,7 @@ from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 
 DEFAULT = "imagenet"
 """The tag that stands for a network's default one."""
+_TIMM_TAG = re.compile("timm/[a-z0-9_]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +42,16 @@ def find(network: str, tag: str = DEFAULT) -> Published:
     Args:
       network: a name of ``models.names()``. The tag "keras" of ``resnet50`` or ``resnet50_v1``
         is that of ``ResNet50``, of ``resnet50_v2`` that of ``ResNet50V2``.
-      tag: one of ``tags(network)``, another "timm/NAME", which stands for the repository
+      tag: one of ``tags(network)``, any "timm/NAME", which stands for the repository
         timm/NETWORK.NAME_in1k of the hub, or "imagenet" for ``default_tag(network)``.
 
     Raises:
       UserError: the network has no published weights, or none of that tag.
     """
-    known = _all()
-    if re.fullmatch("timm/[a-z0-9_]+", tag):
+    if _TIMM_TAG.fullmatch(tag):
         models.create(network)  # raises where there is no such network
-        return known.get(network, {}).get(tag) or _timm(network, tag.removeprefix("timm/"))
+        return _timm(network, tag.removeprefix("timm/"))
+    known = _all()
     if network not in known:
         raise UserError(
             f"network {network!r} has no published weights{did_you_mean(network, known)}: those "
@@ -59,30 +60,29 @@ def find(network: str, tag: str = DEFAULT) -> Published:
     entries = known[network]
     wanted = default_tag(network) if tag == DEFAULT else tag
     if wanted not in entries:
-        near = did_you_mean(f"timm/{tag}" if f"timm/{tag}" in entries else tag, entries)
         raise UserError(
-            f"weights {tag!r} of {network} are not known{near}: expected {DEFAULT} (which is "
-            f"{default_tag(network)}), {', '.join(entries)}, another timm/NAME, or the path of a "
-            "file"
+            f"weights {tag!r} of {network} are not known{did_you_mean(tag, entries)}: expected "
+            f"{DEFAULT} (which is {default_tag(network)}), {', '.join(entries)}, timm/NAME, or the "
+            "path of a file"
         )
     return entries[wanted]
 
 
 def is_tag(text: str) -> bool:
-    """True for "imagenet" and for the tags that ``tags`` lists for any network."""
-    return text == DEFAULT or any(text in entries for entries in _all().values())
+    """True for "imagenet", for timm/NAME, and for the tags that ``tags`` lists for any network."""
+    known = any(text in entries for entries in _all().values())
+    return text == DEFAULT or known or _TIMM_TAG.fullmatch(text) is not None
 
 
 def tags(network: str) -> tuple[str, ...]:
-    """The tags of a network's published weights that are known offline; the hub may have more."""
+    """The tags of a network's published weights; any name of timm is one more, as timm/NAME."""
     return tuple(_all().get(network, ()))
 
 
 def default_tag(network: str) -> str | None:
     """What "imagenet" means for a network; None where it has no published weights.
 
-    torchvision's newer weights, else its first, else Keras's for the networks that only Keras
-    has, else timm's most accurate.
+    torchvision's newer weights, else its first, else Keras's, else timm's most accurate.
     """
     entries = _all().get(network, {})
     return next((tag for tag in ("tv_v2", "tv_v1", "keras", *entries) if tag in entries), None)
@@ -139,7 +139,7 @@ def timm_preprocessing(config: Path) -> Preprocessing | None:
 def _all() -> dict[str, dict[str, Published]]:
     """{network: {tag: its weights}}."""
     table: dict[str, dict[str, Published]] = {}
-    timm = (_timm(network, name) for network, row in _TIMM.items() for name in row.split())
+    timm = (_timm(network, name) for network, name in _TIMM.items())
     for entry in [*_keras(), *_torchvision(), *timm, *_transformers()]:
         table.setdefault(entry.network, {})[entry.tag] = entry
     for depth in _KERAS:
@@ -209,27 +209,15 @@ def _torchvision() -> list[Published]:
     ]
 
 
-# {network: timm's names for weights on ImageNet's 1000 classes}; the first is the most accurate
-# where a network has no other weights. timm has more, and ``find`` takes their names too.
+# {network that torchvision has no weights of: the most accurate of timm's on ImageNet's classes}
 _TIMM = {
-    "resnet18": "a1 a2 a3 tv gluon fb_ssl_yfcc100m_ft fb_swsl_ig1b_ft",
-    "resnet34": "a1 a2 a3 bt ra4_e3600_r224 tv gluon",
-    "resnet50": "a1 a1h a2 a3 b1k b2k c1 c2 d ram am ra bt tv tv2 gluon fb_ssl_yfcc100m_ft "
-    "fb_swsl_ig1b_ft",
-    "resnet101": "a1h a1 a2 a3 tv tv2 gluon",
-    "resnet152": "a1h a1 a2 a3 tv tv2 gluon",
-    "resnet18d": "ra2 ra4_e3600_r224",
+    "resnet18d": "ra2",
     "resnet34d": "ra2",
-    "resnet50d": "a1 ra2 ra4_e3600_r224 a2 a3 gluon",
-    "resnet101d": "ra2 gluon",
-    "resnet152d": "ra2 gluon",
+    "resnet50d": "a1",
+    "resnet101d": "ra2",
+    "resnet152d": "ra2",
     "resnet200d": "ra2",
-    "seresnet50": "ra2 a1 a2 a3",
-    "resnext50_32x4d": "a1h a1 a2 a3 ra tv tv2 gluon fb_ssl_yfcc100m_ft fb_swsl_ig1b_ft",
-    "resnext101_32x8d": "tv tv2 fb_wsl_ig1b_ft fb_ssl_yfcc100m_ft fb_swsl_ig1b_ft",
-    "resnext101_64x4d": "c1 tv gluon",
-    "wide_resnet50_2": "racm tv tv2",
-    "wide_resnet101_2": "tv tv2",
+    "seresnet50": "ra2",
 }
 
 

@@ -8,9 +8,10 @@ into it first.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,8 @@ def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> ResNet:
     normed = any("bn" in name for name in tensors)
     outputs = _size(tensors, f"layer1.0.conv{3 if bottleneck else 2}.weight", 0)
     filters = outputs // 4 if bottleneck else outputs
+    names = (f"hidden{number}.weight" for number in itertools.count(1))
+    hidden = itertools.takewhile(tensors.__contains__, names)
     stem, stem_conv = _stem(tensors)
     stem_filters = _size(tensors, stem_conv, 0)
     found: dict[str, Any] = {
@@ -171,7 +174,7 @@ def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> ResNet:
         "shortcut": _shortcut(tensors, stages, stem_filters == outputs),
         "norm_kind": "batch" if normed else "none",
         "include_top": "fc.weight" in tensors,
-        "hidden_units": tuple(_hidden_units(tensors)),
+        "hidden_units": tuple(_size(tensors, name, 0) for name in hidden),
     }
     if bottleneck and filters:
         width = _size(tensors, "layer1.0.conv2.weight", 0)
@@ -188,14 +191,6 @@ def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> ResNet:
     return ResNet(**{**found, **fields})
 
 
-def _hidden_units(tensors: Mapping[str, np.ndarray]) -> Iterator[int]:
-    """Width of each dense layer before the head."""
-    number = 1
-    while (name := f"hidden{number}.weight") in tensors:
-        yield _size(tensors, name, 0)
-        number += 1
-
-
 def input_channels(tensors: Mapping[str, np.ndarray]) -> int:
     """Channels of the images."""
     name = "conv1.0.weight" if "conv1.0.weight" in tensors else "conv1.weight"
@@ -203,33 +198,25 @@ def input_channels(tensors: Mapping[str, np.ndarray]) -> int:
 
 
 def _stage_sizes(tensors: Mapping[str, np.ndarray]) -> tuple[int, ...]:
-    """Blocks in each stage; stages and blocks have to be numbered without a gap."""
-    stages: dict[int, set[int]] = defaultdict(set)
+    """Blocks in each stage; what is beyond a gap is left over when names are compared."""
+    stages: dict[int, set[str]] = defaultdict(set)
     for name in tensors:
         if found := _BLOCK.fullmatch(name):
-            stages[int(found[1])].add(int(found[2]))
-    if not stages or "layer1.0.conv1.weight" not in tensors:
+            stages[int(found[1])].add(found[2])
+    if "layer1.0.conv1.weight" not in tensors:
         some = ", ".join(repr(name) for name in list(tensors)[:3])
         raise UserError(
             f"the weights are no residual network's: expected names like 'layer1.0.conv1.weight', "
             f"found {some:.200}; give the weights of a ResNet, or convert the names first"
         )
-    sizes = []
-    for stage in range(1, max(stages) + 1):
-        have = stages.get(stage, set())
-        if not have or max(have) + 1 != len(have):
-            gap = min(set(range(len(have) + 1)) - have)
-            raise UserError(
-                f"the weights have no layer{stage}.{gap}: stages and blocks are numbered without "
-                "a gap; the file is cut or of another kind"
-            )
-        sizes.append(len(have))
+    numbers = itertools.takewhile(stages.__contains__, itertools.count(1))
+    sizes = tuple(len(stages[number]) for number in numbers)
     if too_many(sum(sizes), len(tensors)):
         raise UserError(
             f"the weights have {sum(sizes)} blocks and {len(tensors)} tensors: a block has four at "
             "the least; the file is cut or of another kind"
         )
-    return tuple(sizes)
+    return sizes
 
 
 def too_many(blocks: int, tensors: int) -> bool:
