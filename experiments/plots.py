@@ -259,14 +259,9 @@ def draw(settings: Settings, path: Path) -> str:
         title = settings.title or study_title(settings.paths, sum(map(len, points.values())))
         study_figures.error_by_depth(points, path, title)
         return ""
-    options: dict[str, Any] = {
-        "count": settings.count,
-        "seed": settings.seed,
-        "lowest": settings.lowest,
-        "highest": settings.highest,
-        "rate_steps": settings.steps,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
+    names = {name: name for name in ("count", "seed", "lowest", "highest")}
+    options = {to: getattr(settings, name) for name, to in {**names, "steps": "rate_steps"}.items()}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     run = open_run(settings.paths[0], settings.checkpoint or "best")
     return PARTS[settings.what].draw(Session(run, settings.images, say=note, **given), path)
 

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -272,8 +273,7 @@ def serve(build: Callable[[Mapping[str, Any]], Built]) -> None:
 
 def one_line(text: str) -> str:
     """The beginning of a text, in one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
+    return textwrap.shorten(text, LONGEST, placeholder="...")
 
 
 def peak_rss() -> int | None:
