@@ -25,9 +25,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,10 +34,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from scipy.stats import gmean
 
 from experiments.benchmarks import common
 from flax_resnet import flags, metrics
 from flax_resnet.augment import normalize, statistics
+from flax_resnet.config import write_json
 from flax_resnet.datasets.sklearn_digits import load_digits
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.files import replacing
@@ -180,38 +180,15 @@ def profile(runs: Sequence[Sequence[tuple[str, float]]], quantity: str) -> np.nd
 
 def summary(norms: np.ndarray) -> dict[str, float]:
     """Geometric means over seeds (rows) at the first, middle and last layer, and first / last."""
-    first, middle, last = norms[:, 0], norms[:, norms.shape[1] // 2], norms[:, -1]
-    ratio = first / last
+    names, ratio = ("first", "middle", "last"), norms[:, 0] / norms[:, -1]
+    means = gmean(norms[:, [0, norms.shape[1] // 2, -1]]).tolist()
     return {
-        "first": _geometric_mean(first),
-        "middle": _geometric_mean(middle),
-        "last": _geometric_mean(last),
-        "first_over_last": _geometric_mean(ratio),
+        **dict(zip(names, means, strict=True)),
+        "first_over_last": float(gmean(ratio)),
         "least_ratio": float(ratio.min()),
         "most_ratio": float(ratio.max()),
         "n": len(norms),
     }
-
-
-def _geometric_mean(x: np.ndarray) -> float:
-    with np.errstate(divide="ignore"):
-        return float(np.exp(np.mean(np.log(x))))
-
-
-def report(results: Sequence[Mapping[str, Any]]) -> str:
-    """One table for each quantity."""
-    header = ["norm", "init", "connection", "depth", "first", "middle", "last", "first/last"]
-    parts = []
-    for quantity, meaning in QUANTITIES.items():
-        lines = []
-        for result in results:
-            got = result[quantity]
-            norms = [f"{got[name]:.2e}" for name in ("first", "middle", "last", "first_over_last")]
-            spread = f"{got['least_ratio']:.1e} to {got['most_ratio']:.1e}"
-            lines.append([*(str(result[name]) for name in header[:4]), *norms, spread])
-        parts.append(f"L2 norm of the gradient of the {meaning}, geometric mean over seeds")
-        parts.append(common.table([*header, "least to most"], lines))
-    return "\n".join(parts)
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -239,8 +216,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
                 norms = profile(result["runs"], quantity)
                 x = np.linspace(0, 1, norms.shape[1])
                 color = colors[result["connection"]]
-                mean = np.array([_geometric_mean(column) for column in norms.T])
-                axes.plot(x, mean, color=color, ls=styles[result["depth"]], lw=1.3)
+                axes.plot(x, gmean(norms), color=color, ls=styles[result["depth"]], lw=1.3)
                 axes.fill_between(x, norms.min(axis=0), norms.max(axis=0), color=color, alpha=0.15)
             axes.set_yscale("log")
             axes.grid(alpha=0.3)
@@ -269,7 +245,7 @@ def write_norms(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures every network; writes the figure, the norms and their summary, prints tables."""
+    """Measures every network; writes the figure, the norms and their summary."""
     with one_line_errors():
         settings = flags.cli(Settings, argv, __doc__ or "", "python -m experiments.gradient_flow")
         workdir = Path(settings.workdir)
@@ -280,8 +256,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         results: list[dict[str, Any]] = []
         for about, module in networks(settings.depths):
             runs, seconds = common.timed(measure, module, settings)
-            print(*about.values(), f"{seconds:.1f} s", file=sys.stderr, flush=True)
             summaries = {q: summary(profile(runs, q)) for q in QUANTITIES}
+            ratios = [f"{q} {found['first_over_last']:.1e}" for q, found in summaries.items()]
+            print(*about.values(), "first/last by", *ratios, f"({seconds:.1f} s)", flush=True)
             results.append({**about, **summaries, "runs": runs})
         write_norms(results, workdir / "gradient_norms.csv")
         record = {
@@ -289,10 +266,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "hardware": common.hardware(),
             "networks": [{k: v for k, v in r.items() if k != "runs"} for r in results],
         }
-        with replacing(workdir / "result.json") as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(workdir / "result.json", record)
         draw(results, workdir / "gradient_flow.png")
-        print(report(results))
         print(f"figure: {workdir / 'gradient_flow.png'}")
 
 

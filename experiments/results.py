@@ -31,11 +31,11 @@ from flax_resnet.main import one_line_errors
 from flax_resnet.record import flatten, to_record, varying_fields
 
 HERE = Path(__file__).parent
-KEPT = ("step", "epochs", "num_train", "num_eval", "top1", "loss", "train_top1", "train_loss",
-        "seconds", "together")  # fmt: skip
+RESULT_FIELDS = ("step", "epochs", "num_train", "num_eval", "top1", "loss", "train_top1",
+                 "train_loss", "seconds", "together")  # fmt: skip
 """Fields of result.json that a record keeps; "together" where several networks trained at once."""
-PLACES = {"--data.data-dir": "DIR", "--data.folder": "DIR"}
-"""Flags whose values are places, and what a record says in their stead."""
+DATA_FLAGS = ("--data.data-dir", "--data.folder")
+"""Flags whose value a record calls DIR."""
 Run = dict[str, Any]
 """A run: "variant" (its path below the directory), "seed", "path", "config", "starts", "result"."""
 
@@ -62,33 +62,31 @@ def find_runs(workdir: Path) -> tuple[list[Run], list[str]]:
     Raises:
       UserError: none of them is finished, or a record cannot be read.
     """
-    finished: list[Run] = []
+    runs: list[Run] = []
     states: dict[tuple[str, int], str] = {}
     for failure in workdir.rglob("failures/*-seed*.txt"):  # a sweep's, begun or not
         variant, _, seed = failure.stem.rpartition("-seed")
         name = (failure.parent.parent / variant).relative_to(workdir).as_posix()
         states[name, int(seed)] = "failed"
     for path in sorted(path.parent for path in workdir.rglob("config.json")):
-        parts = path.relative_to(workdir).parts
-        seeded = bool(parts) and re.fullmatch(r"seed\d+", parts[-1])
-        variant, result = "/".join(parts[:-1] if seeded else parts), path / "result.json"
+        variant = re.sub(r"(^|/)seed\d+$|^\.$", "", path.relative_to(workdir).as_posix())
         try:
             record = json.loads((path / "config.json").read_text())
             run = {"variant": variant, "seed": record["config"]["seed"], "path": path, **record}
             run["starts"][-1]["argv"][0]
-            if not result.exists():
+            if not (path / "result.json").exists():
                 states.setdefault((variant, run["seed"]), "not finished")
                 continue
+            runs.append({**run, "result": json.loads((path / "result.json").read_text())})
             states.pop((variant, run["seed"]), None)
-            finished.append({**run, "result": json.loads(result.read_text())})
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path}: not a run's record ({error!r}): leave it out") from error
-    if not finished:
+    if not runs:
         raise UserError(
             f"{workdir}: no finished run is in it (result.json beside config.json): name the "
             "workdir of a run, of its seeds or of a sweep"
         )
-    return finished, [
+    return runs, [
         f"seed {seed}{f' of {variant}' if variant else ''} {state}"
         for (variant, seed), state in sorted(states.items())
     ]
@@ -110,44 +108,47 @@ def collect(
     Raises:
       UserError: no finished run, runs of several experiments, a run that is there twice.
     """
-    found = [find_runs(workdir) for workdir in workdirs]
+    pairs = [find_runs(workdir) for workdir in workdirs]
     runs = sorted(
-        (run for finished, _ in found for run in finished),
-        key=lambda run: (run["variant"], run["seed"]),
+        (run for runs, _ in pairs for run in runs), key=lambda run: (run["variant"], run["seed"])
     )
     starts = [start for run in runs for start in run["starts"]]
-    commands = [_module_of(run["path"], s["argv"]) for run in runs for s in run["starts"]]
-    modules = {
-        "-".join([module, *(f"{n}{v}" for n, v in given.items())]): (module, given)
-        for module, given in commands
-    }
+    modules = dict(_module_of(run["path"], s["argv"]) for run in runs for s in run["starts"])
     if len(modules) > 1:
         raise UserError(
             f"runs of {' and '.join(sorted(modules))}: collect one experiment at a time"
         )
-    (name, (module, parameters)) = next(iter(modules.items()))
+    ((name, (module, parameters)),) = modules.items()
     for (variant, seed), times in Counter((r["variant"], r["seed"]) for r in runs).items():
         if times > 1:
             raise UserError(f"{variant or name}, seed {seed}: {times} runs of it; give each once")
-    expected, variants = _experiment(module, parameters)
-    titles, changed = set(), set()
+    configs = _configs(module, parameters)
+    titles, changed, rows = set(), set(), []
     for run in runs:
         flat = flatten(run["config"])
         titles.add(_public(flat["data.folder"] or flat["data.name"]))
-        config = expected.get(run["variant"] if variants else "")
+        config = configs.get("" if "" in configs else run["variant"])
         changed.update([] if config is None else _differences(flat, config))
+        figures = {name: run["result"][name] for name in RESULT_FIELDS if name in run["result"]}
+        split = flat["data.train_split"]
+        part = {"train_split": split} if "[" in split else {}
+        rows.append({"variant": run["variant"], "seed": run["seed"], **figures, **part})
+    states = [start["git"] or {"commit": "unknown", "changed": False} for start in starts]
+    versions = {n: sorted({start["packages"][n] for start in starts}) for n in ("jax", "flax")}
     return name, {
         "module": module,
-        "commands": _commands(module, [start["argv"] for start in starts]),
+        "commands": _commands(module, [start["argv"][1:] for start in starts]),
         "date": max(start["time"] for start in starts)[:10],
-        **_source(starts),
+        "commits": sorted({state["commit"][:12] for state in states}),
+        "uncommitted_changes": any(state["changed"] for state in states),
+        "versions": {name: " and ".join(numbers) for name, numbers in versions.items()},
         "hardware": sorted({_hardware(start) for start in starts}),
         "data": data_note or " and ".join(sorted(titles)),
         "changed_fields": sorted(changed),
-        "missing_variants": sorted(variants - {run["variant"] for run in runs}),
-        "unfinished": [line for _, unfinished in found for line in unfinished],
+        "missing_variants": sorted(configs.keys() - {""} - {run["variant"] for run in runs}),
+        "unfinished": [line for _, unfinished in pairs for line in unfinished],
         "note": note,
-        "runs": [_figures(run) for run in runs],
+        "runs": rows,
     }
 
 
@@ -162,15 +163,10 @@ def collect_networks(workdir: Path, note: str = "") -> tuple[str, dict[str, Any]
     return "gradient_flow", {
         "module": "gradient_flow",
         "commands": [" ".join(["python -m experiments.gradient_flow", *words])],
-        "date": "",
-        "commits": [],
-        "uncommitted_changes": False,
         "versions": {"jax": hardware["jax"]},
         "hardware": [f"{hardware['cores']}-core CPU" if device.endswith("x cpu") else device],
         "data": "sklearn_digits",
         "changed_fields": [f"{n} {_plain(v)}, not {_plain(usual[n])}" for n, v in changed.items()],
-        "missing_variants": [],
-        "unfinished": [],
         "note": note,
         "networks": [
             {
@@ -183,42 +179,30 @@ def collect_networks(workdir: Path, note: str = "") -> tuple[str, dict[str, Any]
     }
 
 
-def _figures(run: Run) -> dict[str, Any]:
-    """What a record keeps of a finished run; the split where it is a part of one."""
-    split = flatten(run["config"])["data.train_split"]
-    figures = {name: run["result"][name] for name in KEPT if name in run["result"]}
-    part = {"train_split": split} if "[" in split else {}
-    return {"variant": run["variant"], "seed": run["seed"], **figures, **part}
-
-
-def _module_of(path: Path, argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """(name within experiments, parameters of its get_config on the command line) of a run."""
-    parts = Path(argv[0]).with_suffix("").parts
-    if "experiments" not in parts[:-1]:
-        raise UserError(f"{path}: run by {parts[-1]}: expected one of python -m experiments.NAME")
-    last = len(parts) - 1 - parts[::-1].index("experiments")
-    name = ".".join(parts[last + 1 :])
+def _module_of(path: Path, argv: Sequence[str]) -> tuple[str, tuple[str, dict[str, Any]]]:
+    """(a record's name, (name within experiments, parameters of its get_config)) of a run."""
+    place = re.fullmatch(r"(?:.*/)?experiments/(.+)\.py$", Path(argv[0]).as_posix())
+    if not place:
+        ran = Path(argv[0]).stem
+        raise UserError(f"{path}: run by {ran}: expected one of python -m experiments.NAME")
+    name = place[1].replace("/", ".")
     module = importlib.import_module(f"experiments.{name}")
     make = getattr(module, "get_config", None) or getattr(module, "get_base", None)
     given = flags.arguments(make, argv[1:])[0] if make else {}
     defaults = inspect.signature(make).parameters if make else {}
-    return name, {n: v for n, v in given.items() if v != defaults[n].default}
+    changed = {n: v for n, v in given.items() if v != defaults[n].default}
+    return "-".join([name, *(f"{n}{v}" for n, v in changed.items())]), (name, changed)
 
 
-def _experiment(
-    name: str, parameters: Mapping[str, Any]
-) -> tuple[dict[str, TrainConfig], set[str]]:
-    """({variant, "" without any: config as the experiment stands}, the variants of an ablation)."""
+def _configs(name: str, parameters: Mapping[str, Any]) -> dict[str, TrainConfig]:
+    """{variant of an ablation, else "": config as the experiment stands}; {} without get_config."""
     module = importlib.import_module(f"experiments.{name}")
     if not hasattr(module, "get_grid"):
-        return (
-            {"": module.get_config(**parameters)} if hasattr(module, "get_config") else {}
-        ), set()
+        return {"": module.get_config(**parameters)} if hasattr(module, "get_config") else {}
     if not hasattr(module, "get_base"):
         raise UserError(f"{module.__name__} has no get_base, which its runs are compared with")
     grid = module.get_grid(module.get_base(**parameters), 1)
-    configs = {run.rpartition("/")[0]: config for run, config in grid.items()}
-    return configs, set(configs)
+    return {run.rpartition("/")[0]: config for run, config in grid.items()}
 
 
 def _public(value: Any) -> Any:
@@ -227,60 +211,40 @@ def _public(value: Any) -> Any:
     return "PATH" if place else value
 
 
-def _pairs(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """(flag, its values) of each flag of a command line."""
-    pairs: list[tuple[str, list[str]]] = []
-    for word in argv:
-        if re.match(r"--[a-zA-Z]", word):
-            flag, equals, value = word.partition("=")
-            pairs.append((flag.replace("_", "-"), [value] if equals else []))
-        elif pairs:
-            pairs[-1][1].append(word)
-    return pairs
-
-
 def _commands(module: str, argvs: Sequence[Sequence[str]]) -> list[str]:
     """The command lines, each once: without workdirs, places named, seeds of several as S."""
-    several = len({str(dict(_pairs(argv[1:])).get("--seed")) for argv in argvs}) > 1
     commands = set()
     for argv in argvs:
-        words = ["python", "-m", f"experiments.{module}"]
-        for flag, values in _pairs(argv[1:]):
-            if flag in PLACES:
-                values = [PLACES[flag]]
-            elif flag == "--seed" and several:
-                values = ["S"]
-            words += [] if flag == "--workdir" else [flag, *map(_public, values)]
-        commands.add(shlex.join(words))
-    return sorted(commands)
-
-
-def _source(starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The commits, whether the checkout was changed, and versions of what computes."""
-    states = [start["git"] or {"commit": "unknown", "changed": False} for start in starts]
-    packages = {name: {start["packages"][name] for start in starts} for name in ("jax", "flax")}
-    return {
-        "commits": sorted({state["commit"][:12] for state in states}),
-        "uncommitted_changes": any(state["changed"] for state in states),
-        "versions": {name: " and ".join(sorted(numbers)) for name, numbers in packages.items()},
-    }
+        flag, words = "", []
+        for arg in argv:
+            value: str = arg
+            if arg.startswith("--"):
+                name, equals, value = arg.partition("=")
+                flag = name.replace("_", "-")
+                words += [] if flag == "--workdir" else [flag]
+                if not equals:
+                    continue
+            if flag != "--workdir":
+                words.append("DIR" if flag in DATA_FLAGS else _public(value))
+        commands.add(shlex.join(["python", "-m", f"experiments.{module}", *words]))
+    seed = re.compile(r"(?<= --seed )\S+")
+    several = len({str(seed.findall(command)) for command in commands}) > 1
+    return sorted({seed.sub("S", command) for command in commands} if several else commands)
 
 
 def _hardware(start: Mapping[str, Any]) -> str:
     cores = f"{start['cpu_cores']}-core CPU"
-    if start["platform"] == "cpu":
-        return cores
     devices = [f"{n} x {kind}" for kind, n in Counter(start["devices"]).items()]
-    return f"{' and '.join(devices)}, {cores}"
+    return cores if start["platform"] == "cpu" else f"{' and '.join(devices)}, {cores}"
 
 
-def _differences(here: Mapping[str, Any], config: TrainConfig) -> list[str]:
+def _differences(flat: Mapping[str, Any], config: TrainConfig) -> list[str]:
     """Fields of a run that differ from the experiment's; one that a record lacks is newer."""
     recipe, free = flatten(to_record(config)), free_fields(config) | {"seed"}
     return [
-        f"{name} {_plain(here[name])}, not {_plain(recipe[name])}"
-        for name in sorted(varying_fields([here, recipe]))
-        if name in here.keys() & recipe.keys() - free
+        f"{name} {_plain(flat[name])}, not {_plain(recipe[name])}"
+        for name in sorted(varying_fields([flat, recipe]))
+        if name in flat.keys() & recipe.keys() - free
     ]
 
 
@@ -299,22 +263,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Collects, where directories are given, and writes the README."""
     with one_line_errors():
         settings = flags.cli(Settings, argv, __doc__ or "", "python -m experiments.results")
-        output = Path(settings.output)
+        output, workdirs = Path(settings.output), list(map(Path, settings.workdirs))
         records = output / "results"
-        if settings.workdirs:
-            workdirs = [Path(workdir) for workdir in settings.workdirs]
+        if workdirs:
             trains = any(workdirs[0].rglob("config.json")) or len(workdirs) > 1
-            name, record = (
-                collect(workdirs, settings.note, settings.data_note)
-                if trains or not (workdirs[0] / "result.json").exists()
-                else collect_networks(workdirs[0], settings.note)
-            )
-            name = settings.name or name
-            if not re.fullmatch(r"[\w.,=+-]+", name):
-                raise UserError(f"--name {name!r}: expected letters, digits and any of . , = + -")
+            if trains or not (workdirs[0] / "result.json").exists():
+                name, record = collect(workdirs, settings.note, settings.data_note)
+            else:
+                name, record = collect_networks(workdirs[0], settings.note)
+            path = records / f"{settings.name or name}.json"
+            if not re.fullmatch(r"[\w.,=+-]+", settings.name or name):
+                raise UserError(f"--name {settings.name!r}: expected letters, digits, . , = + -")
             records.mkdir(parents=True, exist_ok=True)
-            write_json(records / f"{name}.json", record)
-            print(records / f"{name}.json")
+            write_json(path, record)
+            print(path)
         elif settings.name or settings.note or settings.data_note:
             raise UserError("--name, --note and --data-note are of a record: give DIR as well")
         text = table.render(load_records(records), table.documents(HERE))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -155,18 +154,14 @@ def error_by_depth(
             Line2D([], [], color="black", lw=0.9, ls="--", label="training error (augmented)")
         )
     if any(len(runs) > len({d for d, *_ in runs}) for runs in points.values()):
-        handles.append(_bar_handle())
-    axes.set_xticks(depths, list(map(str, depths)), rotation=90 if _crowded(depths) else 0)
+        bar: dict[str, Any] = {"marker": "|", "ms": 10, "label": "standard deviation over seeds"}
+        handles.append(Line2D([], [], color="black", lw=0, **bar))
+    # Labels of neighbours would touch on an axis of some five inches.
+    crowded = len(depths) > 1 and np.diff(depths).min() < 0.07 * np.ptp(depths)
+    axes.set_xticks(depths, list(map(str, depths)), rotation=90 if crowded else 0)
     _finish(axes, "depth (weighted layers)", "top-1 error at the end (%)")
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     canvas.finish(figure, title, path)
-
-
-def _crowded(depths: Sequence[int]) -> bool:
-    """True where labels of neighbours would touch on an axis of some five inches."""
-    reach = depths[-1] - depths[0]
-    gaps = [b - a for a, b in itertools.pairwise(depths)]
-    return bool(gaps) and min(gaps) < 0.07 * reach
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -198,13 +193,6 @@ def _finish(axes: Any, xlabel: str, ylabel: str) -> None:
 
 def _runs(count: int) -> str:
     return f"{count} run" if count == 1 else f"{count} runs"
-
-
-def _bar_handle() -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color="black", lw=0, marker="|", ms=10,
-                  label="standard deviation over seeds")  # fmt: skip
 
 
 def _legend(figure: Any, groups: Sequence[Group], train: str, test: str) -> None:

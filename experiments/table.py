@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_resnet.tables import markdown_table, plus_minus
+from flax_resnet.tables import by_variant, markdown_table, plus_minus
 
 LABELS = ("Claim", "Command", "Hardware", "Published")
 MOST_CHANGES = 6
@@ -49,10 +49,8 @@ def field(text: str, label: str) -> str:
     It ends before a blank line or another label, and a command also before a line that is not
     indented.
     """
-    end = (
-        r"(?=\n\n|\n(?! )|\Z)" if label == "Command" else rf"(?=\n\n|\n(?:{'|'.join(LABELS)}): |\Z)"
-    )
-    match = re.search(rf"^{label}: (.*?){end}", text, re.MULTILINE | re.DOTALL)
+    end = r"\n(?! )" if label == "Command" else rf"\n(?:{'|'.join(LABELS)}): "
+    match = re.search(rf"^{label}: (.*?)(?=\n\n|{end}|\Z)", text, re.MULTILINE | re.DOTALL)
     return " ".join(match[1].split()) if match else ""
 
 
@@ -66,70 +64,57 @@ def render(records: Mapping[str, Record], texts: Mapping[str, Document]) -> str:
     head = ["experiment", "command", "result", "differs", "hardware", "published", "status"]
     rows = []
     for module, text in texts.items():
-        own = {name: r for name, r in records.items() if r["module"] == module}
-        rows += [_row(name, record, text) for name, record in own.items()]
-        if all(_changes(record) for record in own.values()):
+        of_module = {name: r for name, r in records.items() if r["module"] == module}
+        rows += [_row(name, record, text["Published"]) for name, record in of_module.items()]
+        if all(_changes(record) for record in of_module.values()):
             not_run = ["", "", text["Hardware"], text["Published"], "not run here"]
             rows.append([f"`{module}`", f"`{text['Command']}`", *not_run])
     parts = [HEAD, markdown_table(head, rows)]
     for name, record in records.items():
-        if len(_variants(record)) > 1:
-            parts += [f"## {name}\n", _variant_table(record)]
         if "networks" in record:
             parts += [f"## {name}\n", _network_table(record["networks"])]
+        elif len(by_variant(record["runs"])) > 1:
+            parts += [f"## {name}\n", _variant_table(record)]
     if records:
         parts += ["## Records\n", _details(records)]
     return "\n".join(parts)
 
 
-def _row(name: str, record: Record, text: Document) -> list[str]:
+def _row(name: str, record: Record, published: str) -> list[str]:
     changes, unfinished = _changes(record), record.get("unfinished", [])
     rest = len(changes) - MOST_CHANGES
     shown = [*changes[:MOST_CHANGES], f"and {rest} more"] if rest > 0 else changes
     reduced = any(field.startswith(REDUCES) for field in record["changed_fields"])
     status = "run, reduced" if reduced else "run, changed" if changes else "run as it stands"
+    runs = record.get("runs", [])
+    result = f"[below](#{re.sub(r'[^a-z0-9_-]', '', name.lower())})"
+    if len(by_variant(runs)) == 1:
+        top1 = plus_minus([100 * run["top1"] for run in runs])
+        images = f"{runs[-1]['num_eval']:,} images, {record['data']}"
+        result = f"{top1} % top-1 of {images}; n = {len(runs)}"
     return [
         f"`{name}`",
         "; ".join(f"`{command}`" for command in record["commands"]),
-        _result(name, record),
+        result,
         "; ".join([*unfinished, *shown]),
         "; ".join(record["hardware"]),
-        text["Published"],
+        published,
         status + (", not finished" if unfinished else ""),
     ]
 
 
 def _changes(record: Record) -> list[str]:
     """What sets the runs of a record apart from the experiment as it stands."""
-    missing = record["missing_variants"]
-    parts = [record["note"]] if record["note"] else []
-    parts += [f"without {', '.join(missing)}"] if missing else []
-    return [*parts, *record["changed_fields"]]
-
-
-def _variants(record: Record) -> dict[str, list[Record]]:
-    """{variant: its runs}."""
-    found: dict[str, list[Record]] = {}
-    for run in record.get("runs", ()):
-        found.setdefault(run["variant"], []).append(run)
-    return found
-
-
-def _result(name: str, record: Record) -> str:
-    variants = _variants(record)
-    if len(variants) != 1:
-        return f"[below](#{re.sub(r'[^a-z0-9_-]', '', name.lower())})"
-    (runs,) = variants.values()
-    images = f"{runs[-1]['num_eval']:,} images, {record['data']}"
-    top1 = plus_minus([100 * run["top1"] for run in runs])
-    return f"{top1} % top-1 of {images}; n = {len(runs)}"
+    missing = record.get("missing_variants")
+    without = [f"without {', '.join(missing)}"] if missing else []
+    return [*filter(None, [record["note"]]), *without, *record["changed_fields"]]
 
 
 def _variant_table(record: Record) -> str:
     """A row for each variant: errors, training loss, steps."""
     head = ["variant", "n", "top-1 error, %", "training error, %", "training loss", "steps"]
     rows = []
-    for variant, runs in _variants(record).items():
+    for variant, runs in by_variant(record["runs"]).items():
         errors = [plus_minus([100 * (1 - run[k]) for run in runs]) for k in ("top1", "train_top1")]
         loss = plus_minus([run["train_loss"] for run in runs], 4)
         steps = _and(f"{step:,}" for step in sorted({run["step"] for run in runs}))
@@ -141,12 +126,8 @@ def _variant_table(record: Record) -> str:
 def _network_table(networks: Sequence[Record]) -> str:
     """Gradients at initialisation: first over last, geometric means over seeds."""
     head = ["norm", "network", "layers", "by block output, first / last", "by kernel", "n"]
-    rows = []
-    for network in networks:
-        ratios = [f"{network[k]:.1e}" for k in ("output", "kernel")]
-        rows.append([network["norm"], network["connection"], str(network["depth"]), *ratios,
-                     str(network["n"])])  # fmt: skip
-    return markdown_table(head, rows)
+    cells = "{norm}|{connection}|{depth}|{output:.1e}|{kernel:.1e}|{n}"
+    return markdown_table(head, [cells.format(**network).split("|") for network in networks])
 
 
 def _details(records: Mapping[str, Record]) -> str:
@@ -155,8 +136,8 @@ def _details(records: Mapping[str, Record]) -> str:
     rows = []
     for name, record in records.items():
         runs = record.get("runs", [])
-        commits = ", ".join(record["commits"])
-        commits += " and uncommitted changes" if record["uncommitted_changes"] else ""
+        commits = ", ".join(record.get("commits", []))
+        commits += " and uncommitted changes" if record.get("uncommitted_changes") else ""
         images = {
             f"{run['num_train']:,}" + (f" ({run['train_split']})" if "train_split" in run else "")
             for run in runs
@@ -164,10 +145,9 @@ def _details(records: Mapping[str, Record]) -> str:
         epochs = sorted({round(run["epochs"], 2) for run in runs})
         together = sorted({run["together"] for run in runs if run.get("together", 1) > 1})
         seconds = plus_minus([run["seconds"] for run in runs], 1) if runs else ""
-        if together:
-            seconds += f" ({_and(together)} networks in one program)"
+        seconds += f" ({_and(together)} networks in one program)" if together else ""
         versions = [record["versions"].get(package, "") for package in ("jax", "flax")]
-        rows.append([f"`{name}`", record["date"], commits, *versions, record["data"],
+        rows.append([f"`{name}`", record.get("date", ""), commits, *versions, record["data"],
                      _and(sorted(images)), _and(f"{e:g}" for e in epochs), seconds])  # fmt: skip
     return markdown_table(head, rows)
 

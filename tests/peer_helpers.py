@@ -1,8 +1,5 @@
 """What the tests of benchmarks.peers share: small networks of each kind, ours beside its spec."""
 
-import dataclasses
-
-from experiments.benchmarks import peers
 from experiments.benchmarks.peer_nets import specs
 from flax_resnet.models import BasicBlock, BottleneckBlock, DropBlockResNet, MiniModel, ResNet
 
@@ -25,12 +22,3 @@ SMALL = {
     ),
 }
 SIDE = 16
-
-
-def small_task(monkeypatch, peer, kind="basic"):
-    """What a peer is told, of a network of SMALL: it goes by the name of resnet20."""
-    spec, ours = SMALL[kind]
-    monkeypatch.setitem(specs.NETWORKS, "resnet20", specs.Network(spec, SIDE, 2))
-    monkeypatch.setattr("flax_resnet.create", lambda name, dtype: ours.clone(dtype=dtype))
-    settings = peers.Settings(("resnet20",), cores=1)
-    return dataclasses.asdict(settings.task("resnet20", peer))

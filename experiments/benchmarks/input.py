@@ -11,12 +11,12 @@ ours       Data.train_batches: simplejpeg, cykooz-resizer, Grain, put on the dev
            threads from a tfds set stored as ArrayRecord
 tf.data    decode_and_crop_jpeg with the fast DCT, then a bilinear resize, from files
 torch      DataLoader: Pillow decodes, crops and resizes, as torchvision does
-decoder    the library's decoder by itself, in one thread; and as it is with Pillow alone
+decoder    the library's decoder by itself, in one thread
 
 Ours and torch's resize with a triangle filter that antialiases. tf.data's takes the four nearest
 pixels by default: less work, and aliasing where a crop shrinks; in another row it antialiases too.
-All draw crops of 8 to 100 % of the area at an aspect of 3/4 to 4/3, tf.data's beforehand (its own
-op for that draws smaller ones).
+All draw crops of 8 to 100 % of the area at an aspect of 3/4 to 4/3; tf.data's and torch's are drawn
+beforehand (tf.data's own op for that draws smaller ones).
 
 There are rows for one core and for all. Processes and their children are held to the same cores.
 The ratios are to tf.data's crops/s a core, without and with antialiasing, on as many cores in the
@@ -38,29 +38,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from experiments.benchmarks import common, input_worker, workers
-from experiments.benchmarks.input_files import make_photographs, make_records
-from flax_resnet import flags
-from flax_resnet.errors import UserError, check_choices, check_range
-from flax_resnet.main import one_line_errors
+from experiments.benchmarks import common, driver, input_worker, workers
+from experiments.benchmarks.driver import Columns, Row, timing_cell
+from flax_resnet.errors import check_choices, check_range
 
-NEEDS = {
-    "tf.data": ("tensorflow", "prepare"),
-    "tf.data, antialias": ("tensorflow", "prepare"),
-    "torch": ("torch", "parity"),
-}
-"""A module and the extra that installs it."""
 REFERENCES = {"ratio_to_tf_data": "tf.data", "ratio_to_tf_data_antialias": "tf.data, antialias"}
 """By the fields that have ratios to them."""
-HEADER = ("way", "cores", "crops/s", "crops/s a core", "x tf.data", "x antialias")
-Row = dict[str, Any]
+RATE = "crops_per_second_per_core"
+COLUMNS: Columns = {
+    "way": lambda row: row["way"],
+    "cores": lambda row: str(row["cores"]),
+    "crops/s": lambda row: f"{row['crops_per_second']:,.0f}",
+    "crops/s a core": lambda row: "{median:,.0f} ({least:,.0f}-{most:,.0f})".format(**row[RATE]),
+    "x tf.data": timing_cell("ratio_to_tf_data"),
+    "x antialias": timing_cell("ratio_to_tf_data_antialias"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,19 +84,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name, least in {
-            "photographs": 2,
-            "long_side": 16,
-            "size": 1,
-            "batch_size": 1,
-            "batches": 1,
-            "rounds": 1,
-            "cores": 1,
-            "limit": 1,
-        }.items():
-            check_range("--" + name.replace("_", "-"), getattr(self, name), least)
-        if self.cores is not None and self.cores > workers.usable_cores():
-            raise UserError(f"--cores {self.cores}: there are {workers.usable_cores()}")
+        check_range("--photographs", self.photographs, 2)
+        check_range("--long-side", self.long_side, 16)
+        driver.check_least(self, 1, "size", "batch_size", "batches", "rounds", "limit")
+        driver.check_cores(self.cores)
 
     @property
     def core_counts(self) -> list[int]:
@@ -109,158 +96,76 @@ class Settings:
 
     def tasks(self, folder: Path) -> list[input_worker.Task]:
         """What is read, by each way on so many cores; a decoder by itself has one."""
-        return [
-            self.task(way, folder, 1 if _alone(way) else cores)
-            for cores in self.core_counts
-            for way in input_worker.WAYS
-            if not (_alone(way) and cores != self.core_counts[0])
-        ]
+        *ways, alone = input_worker.WAYS
+        pairs = [(way, cores) for cores in self.core_counts for way in ways]
+        pairs.insert(len(ways), (alone, 1))
+        return [self.task(way, folder, cores) for way, cores in pairs]
 
     def task(self, way: str, folder: Path, cores: int) -> input_worker.Task:
         """What a way is told to read; a decoder by itself reads nothing ahead."""
+        ahead = 0 if way == "decoder" else 8 * cores
         return input_worker.Task(
-            way,
-            str(folder),
-            self.size,
-            self.crop,
-            self.batch_size,
-            cores,
-            0 if _alone(way) else 8 * cores,
+            way, str(folder), self.size, self.crop, self.batch_size, cores, ahead
         )
 
 
-def _alone(way: str) -> bool:
-    """True of a decoder without a pipeline."""
-    return way.startswith("decoder")
-
-
-@dataclasses.dataclass
-class Way:
-    """What has come of one way to read."""
-
-    name: str
-    cores: int
-    worker: workers.Worker | None = None
-    error: str | None = None
-    """Why it is not measured."""
-    rates: list[float] = dataclasses.field(default_factory=list)
-    """Crops a second and core, of each round."""
-
-
-def started(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> list[Way]:
-    """All ways, ready to take turns; those that cannot say why."""
-    found = []
-    for task in settings.tasks(folder):
-        way = Way(task.way, task.cores)
-        found.append(way)
-        module, extra = NEEDS.get(task.way, ("numpy", ""))
-        if importlib.util.find_spec(module) is None:
-            way.error = f"{module} is not installed: pip install -e '.[{extra}]'"
-            continue
-        try:
-            way.worker = workers.Worker(
-                input_worker.__name__, dataclasses.asdict(task), "cpu", task.cores, settings.limit
+def measured(settings: Settings) -> Iterator[Row]:
+    """Makes the photographs, and times every way to read them."""
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        folder = Path(directory)
+        photographs = input_worker.make_photographs(
+            folder, settings.photographs, settings.long_side
+        )
+        input_worker.make_records(folder)
+        tasks = settings.tasks(folder)
+        ways = [
+            workers.Entrant.start(
+                stack, task.way, input_worker.__name__, dataclasses.asdict(task), "cpu",
+                task.cores, settings.limit,
             )
-        except workers.WorkerError as error:
-            way.error = str(error)
-            continue
-        stack.callback(way.worker.close)
-    return found
+            for task in tasks
+        ]  # fmt: skip
+        most = max(task.cores for task in tasks)
+        batches = [max(1, settings.batches * task.cores // most) for task in tasks]
+        workers.take_turns(list(zip(ways, batches, strict=True)), settings.rounds, settings.limit)
+        facts = {"photographs": photographs, "settings": dataclasses.asdict(settings)}
+        cores = [task.cores for task in tasks]
+        for row in rows(ways, cores, settings.batch_size):
+            yield {**row, **facts}
 
 
-def take_turns(ways: Sequence[Way], settings: Settings) -> None:
-    """Times all, one after another in each round; the first round is not counted."""
-    for number in range(1 + settings.rounds):
-        for way in ways:
-            if way.worker is None or way.error is not None:
-                continue
-            batches = max(1, settings.batches * way.cores // max(each.cores for each in ways))
-            try:
-                seconds = way.worker.ask(batches, settings.limit)["seconds"]
-            except workers.WorkerError as error:
-                way.error = str(error)
-                continue
-            if number:
-                way.rates.append(settings.batch_size / seconds / way.cores)
-
-
-def rows(ways: Sequence[Way]) -> list[Row]:
-    """A row for each: its figures, or why it has none."""
-    references = {(way.name, way.cores): way for way in ways}
+def rows(ways: Sequence[workers.Entrant], cores: Sequence[int], batch_size: int) -> list[Row]:
+    """A row for each way on so many cores: its figures, or why it has none."""
+    references = {(way.name, count): way for way, count in zip(ways, cores, strict=True)}
     found = []
-    for way in ways:
-        row: Row = {"way": way.name, "cores": way.cores, "error": way.error}
-        if way.worker is not None and way.error is None:
-            rate = common.Timing.of(way.rates)
+    for way, count in zip(ways, cores, strict=True):
+        row: Row = {"way": way.name, "cores": count, "error": way.error}
+        if way.error is None:
+            seconds = way.values("seconds")
+            rate = common.Timing.of([batch_size / each / count for each in seconds])
             row |= {
-                **way.worker.about,
-                "crops_per_second": rate.median * way.cores,
-                "crops_per_second_per_core": dataclasses.asdict(rate),
-                **{
-                    field: _ratio(way, references.get((name, way.cores)))
-                    for field, name in REFERENCES.items()
-                },
+                **way.about,
+                "crops_per_second": rate.median * count,
+                RATE: dataclasses.asdict(rate),
             }
+            for field, name in REFERENCES.items():
+                other = references.get((name, count))
+                row[field] = None
+                if other is not None and other.error is None:
+                    row[field] = common.ratio(other.values("seconds"), seconds)
         found.append(row)
     return found
 
 
-def _ratio(way: Way, reference: Way | None) -> dict[str, Any] | None:
-    if reference is None or reference.error:
-        return None
-    each = [own / theirs for own, theirs in zip(way.rates, reference.rates, strict=True)]
-    return dataclasses.asdict(common.Timing.of(each))
-
-
-def report(found: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> str:
     """The table for people."""
-    lines = []
-    for row in found:
-        cells = ["not run", "", "", ""]
-        if row["error"] is None:
-            ratios = [row[field] for field in REFERENCES]
-            cells = [
-                f"{row['crops_per_second']:,.0f}",
-                "{median:,.0f} ({least:,.0f}-{most:,.0f})".format(
-                    **row["crops_per_second_per_core"]
-                ),
-                *(str(common.Timing(**ratio)) if ratio else "" for ratio in ratios),
-            ]
-        lines.append([row["way"], str(row["cores"]), *cells])
-    failed = [f"{row['way']}: {row['error']}" for row in found if row["error"]]
-    return "\n".join([common.table(HEADER, lines), *failed])
-
-
-def measure(settings: Settings) -> tuple[dict[str, int], list[Row]]:
-    """Makes the photographs, and times every way to read them."""
-    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
-        folder = Path(directory)
-        photographs = make_photographs(folder, settings.photographs, settings.long_side)
-        make_records(folder)
-        ways = started(settings, folder, stack)
-        take_turns(ways, settings)
-        return photographs, rows(ways)
+    files = ", ".join(f"{name} {value}" for name, value in rows[0]["photographs"].items())
+    return f"{files}\nmedian (least-most)\n{driver.table(COLUMNS, rows, keys=2)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures; prints lines of JSON, then the table."""
-    with one_line_errors():
-        prog = "python -m experiments.benchmarks.input"
-        settings = flags.cli(Settings, argv, __doc__ or "", prog)
-        hardware = common.hardware()
-        photographs, found = measure(settings)
-        facts = {
-            "photographs": photographs,
-            "settings": dataclasses.asdict(settings),
-            "hardware": hardware,
-        }
-        for row in found:
-            common.print_json({"benchmark": "input", **row, **facts})
-        said = [
-            f"{name} {value}" for part in (photographs, hardware) for name, value in part.items()
-        ]
-        print(", ".join(said), file=sys.stderr)
-        print(f"median (least-most)\n{report(found)}", file=sys.stderr)
+    driver.run("input", Settings, __doc__ or "", argv, measured, report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The process of one way to read photographs: makes its batches anew each time it is asked.
+"""The photographs of the input benchmark, and the process of one way to read them.
+
+The files are real photographs, in a folder and as ArrayRecord. A way makes its batches anew each
+time it is asked.
 
 All read the same files and hand over batches of uint8 crops in main memory, in a shuffled order
 that does not end. Each imports its own framework and no other's. Nothing is kept from turn to turn,
@@ -21,8 +24,11 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments.benchmarks import workers
-from experiments.benchmarks.input_files import RECORDS
 
+QUALITIES = (80, 90, 95)
+"""Of the JPEG files."""
+RECORDS = "photographs"
+"""The name of the tfds set beside the folder's splits."""
 Crop = Literal["random", "centre"]
 CENTRE = 0.875
 """The centre crop's share of the shorter side."""
@@ -30,7 +36,7 @@ AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 """Of random crops (Szegedy et al. 2015)."""
 ATTEMPTS = 10
 WINDOWS = 8
-"""That tf.data takes of each photograph in turn."""
+"""That tf.data and torch take of each photograph."""
 Batches = Callable[[], Iterator[Any]]
 
 
@@ -95,13 +101,11 @@ def ours(
     return {"grain": grain.__version__, **versions(decode.PACKAGES)}, batches
 
 
-def decoder(task: Task, *, quick: bool = True) -> tuple[dict[str, str], Batches]:
+def decoder(task: Task) -> tuple[dict[str, str], Batches]:
     """The decoder by itself, in one thread."""
-    from flax_resnet.datasets import decode, jpeg
+    from flax_resnet.datasets import decode
     from flax_resnet.provenance import versions
 
-    if not quick:
-        jpeg.read_header = lambda data: None  # what Pillow is not for does not exist
     crop = decode.Decoder(3, task.size, CENTRE, random_crop=task.crop == "random")
 
     def batches() -> Iterator[np.ndarray]:
@@ -167,39 +171,27 @@ def tf_data(task: Task, *, antialias: bool = False) -> tuple[dict[str, str], Bat
 
 
 class Photographs:
-    """A torch data set: Pillow's decode, crop and resize."""
+    """A torch data set of crops: Pillow's decode, crop and resize, as torchvision does them."""
 
     def __init__(self, task: Task):
-        self._task, self._paths = task, task.paths
+        self._side, self._windows = (task.size, task.size), windows(task)
+        self._paths = np.repeat(task.paths, WINDOWS)
 
     def __len__(self) -> int:
-        """Number of photographs."""
+        """Number of crops."""
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Any:
-        """A crop, uint8 (3, size, size): torchvision's RandomResizedCrop, and PILToTensor."""
+        """A crop, uint8 (3, size, size)."""
         import torch
         from PIL import Image
 
         with Image.open(self._paths[index]) as stored:
             image = stored.convert("RGB")
-        box = self._box(*image.size)
-        image = image.crop(box).resize((self._task.size,) * 2, Image.Resampling.BILINEAR)
+        top, left, height, width = map(int, self._windows[index])
+        image = image.crop((left, top, left + width, top + height))
+        image = image.resize(self._side, Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-    def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        import torch
-
-        for _ in range(ATTEMPTS * (self._task.crop == "random")):
-            area = width * height * torch.empty(1).uniform_(*AREA).item()
-            aspect = torch.empty(1).uniform_(*map(float, np.log(ASPECT))).exp().item()
-            w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-            if 0 < w <= width and 0 < h <= height:
-                left, top = (int(torch.randint(most + 1, (1,))) for most in (width - w, height - h))
-                return left, top, left + w, top + h
-        side = round(CENTRE * min(width, height))
-        left, top = (width - side) // 2, (height - side) // 2
-        return left, top, left + side, top + side
 
 
 def torch_loader(task: Task) -> tuple[dict[str, str], Batches]:
@@ -225,7 +217,6 @@ WAYS: dict[str, Callable[[Task], tuple[dict[str, str], Batches]]] = {
     "tf.data, antialias": functools.partial(tf_data, antialias=True),
     "torch": torch_loader,
     "decoder": decoder,
-    "decoder, Pillow alone": functools.partial(decoder, quick=False),
 }
 """By the names that the benchmark gives them."""
 
@@ -250,5 +241,88 @@ def build(task: Mapping[str, Any]) -> workers.Built:
     return workers.Built({"versions": versions}, turn)
 
 
-if __name__ == "__main__":
-    workers.serve(build)
+def originals() -> list[Any]:
+    """Real photographs that are installed."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    found = list(load_sample_images().images)
+    with contextlib.suppress(ImportError):
+        from skimage import data
+
+        found += [data.astronaut(), data.coffee(), data.chelsea()]
+    return [Image.fromarray(pixels) for pixels in found]
+
+
+def make_photographs(folder: Path, count: int, long_side: int) -> dict[str, int]:
+    """Writes photographs of two classes as train/CLASS/NAME.jpg, and two as test.
+
+    One in four stands upright; one in three has its colours at full resolution.
+
+    Returns:
+      How many, of how many originals, and their mean size in bytes.
+    """
+    rng, sources = np.random.default_rng(0), originals()
+    sizes = []
+    for number in range(count + 2):
+        split = "train" if number < count else "test"
+        path = folder / split / f"class{number % 2}" / f"{number:05}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        width, height = long_side, 3 * long_side // 4
+        if number % 4 == 3:
+            width, height = height, width
+        image = _window(sources[number % len(sources)], width, height, rng)
+        quality = int(rng.choice(QUALITIES))
+        image.save(path, quality=quality, subsampling=2 if number % 3 else 0)
+        sizes.append(path.stat().st_size)
+    return {"count": count, "originals": len(sources), "mean_bytes": round(sum(sizes) / len(sizes))}
+
+
+def _window(image: Any, width: int, height: int, rng: np.random.Generator) -> Any:
+    """A random part of a photograph, perhaps mirrored; it is enlarged where it is too small."""
+    from PIL import Image
+
+    scale = max(1.0, width / image.width, height / image.height)
+    if scale > 1:
+        enlarged = [round(scale * side + 0.5) for side in image.size]
+        image = image.resize((enlarged[0], enlarged[1]), Image.Resampling.BICUBIC)
+    left = int(rng.integers(image.width - width + 1))
+    top = int(rng.integers(image.height - height + 1))
+    part = image.crop((left, top, left + width, top + height))
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else part
+
+
+def make_records(folder: Path) -> None:
+    """Writes the files of a folder, bit for bit, as a tfds set stored as ArrayRecord, in it."""
+    import tensorflow_datasets as tfds
+
+    class Photographs(
+        tfds.core.GeneratorBasedBuilder,
+        skip_registration=True,  # type: ignore[call-arg]
+    ):
+        """As tfds's ImageNet is: JPEG files of any size with their labels."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        name = RECORDS
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            image = tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
+            features = {"image": image, "label": tfds.features.ClassLabel(num_classes=2)}
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("image", "label"),
+            )
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return {split: self._generate_examples(split) for split in ("train", "test")}
+
+        def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+            for path in sorted((folder / split).glob("class*/*.jpg")):
+                label = int(path.parent.name.removeprefix("class"))
+                yield path.stem, {"image": path.read_bytes(), "label": label}
+
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(None):
+        Photographs(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    tfds.enable_progress_bar()

@@ -20,19 +20,23 @@ Published: none.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import optax
 
-from experiments.benchmarks import common, numbers_worker, workers
+import flax_resnet
+from experiments.benchmarks import common, driver, steps, workers
+from experiments.benchmarks.driver import Columns, Row
 from experiments.benchmarks.peer_nets.specs import NETWORKS
-from flax_resnet import flags
-from flax_resnet.errors import UserError, check_choices, check_range, did_you_mean
-from flax_resnet.main import one_line_errors
+from flax_resnet.augment import normalize
+from flax_resnet.errors import UserError, check_choices
 
 BOUNDS: Mapping[str, float] = {
     "logits": 1e-4,
@@ -43,12 +47,12 @@ BOUNDS: Mapping[str, float] = {
 """Of the relative differences of each part in float32. BatchNorm over a few images of noise
 amplifies what rounding leaves of a gradient."""
 PARTS = tuple(BOUNDS)
+NAME = "experiments.benchmarks.numbers"
 DTYPES = ("float32", "bfloat16")
 SLACK = 2.0
 """In another dtype a part may be so many times as far from float32 as the CPU's own is."""
 LIMIT = 600.0
 """Seconds for one process."""
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,29 +74,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for flag, words, known in (
-            ("--models", self.models, NETWORKS),
-            ("--dtypes", self.dtypes, DTYPES),
-        ):
-            if not words:
-                raise UserError(f"{flag}: expected one or more of {', '.join(known)}")
-            for word in words:
-                if word not in known:
-                    near = did_you_mean(word, known)
-                    raise UserError(f"{flag} {word!r}: expected some of {', '.join(known)}{near}")
-        for name in ("image_size", "batch_size"):
-            check_range("--" + name.replace("_", "-"), getattr(self, name), 2)
-
-    def task(self, network: str, dtype: str, path: Path) -> dict[str, Any]:
-        """What a process is told to compute, and where its arrays go."""
-        side = min(self.image_size, NETWORKS[network].image_size)
-        return {
-            "network": network,
-            "dtype": dtype,
-            "image_size": side,
-            "batch_size": self.batch_size,
-            "path": str(path),
-        }
+        driver.check_names("--models", self.models, NETWORKS)
+        driver.check_names("--dtypes", self.dtypes, DTYPES)
+        driver.check_least(self, 2, "image_size", "batch_size")
 
 
 def computed(
@@ -103,14 +87,18 @@ def computed(
     Raises:
       UserError: it could not.
     """
-    task, cores = settings.task(network, dtype, path), workers.usable_cores()
-    try:
-        worker = workers.Worker(numbers_worker.__name__, task, device, cores, LIMIT)
-    except workers.WorkerError as error:
-        raise UserError(f"{network} cannot be computed on the {device}: {error}") from None
-    worker.close()
+    task = {
+        "network": network,
+        "dtype": dtype,
+        "image_size": min(settings.image_size, NETWORKS[network].image_size),
+        "batch_size": settings.batch_size,
+        "path": str(path),
+    }
+    built = workers.Entrant.built(network, NAME, task, device, workers.usable_cores(), LIMIT)
+    if built.error:
+        raise UserError(f"{network} cannot be computed on the {device}: {built.error}")
     with np.load(path) as stored:
-        return dict(stored), worker.about["device_kind"]
+        return dict(stored), built.about["device_kind"]
 
 
 def differences(
@@ -149,46 +137,74 @@ def measure(settings: Settings, network: str, directory: Path) -> list[Row]:
                 part: max(BOUNDS[part], SLACK * each)
                 for part, each in differences(own, reference).items()
             }
-        rows.append(
-            {
-                "network": network,
-                "dtype": dtype,
-                "device_kind": kind,
-                "differences": apart,
-                "bound": bounds,
-                # What is not a number is beyond every bound.
-                "within": all(apart[part] <= bounds[part] for part in PARTS),
-            }
-        )
+        # What is not a number is beyond every bound.
+        within = all(apart[part] <= bounds[part] for part in PARTS)
+        about = {"network": network, "dtype": dtype, "device_kind": kind, "within": within}
+        rows.append({**about, "differences": apart, "bound": bounds})
     return rows
 
 
-def report(rows: Sequence[Row]) -> str:
-    """The table for people: differences, with their bounds."""
-    lines = [
-        [
-            row["network"],
-            row["dtype"],
-            *(f"{row['differences'][part]:.1e} ({row['bound'][part]:.0e})" for part in PARTS),
-            "yes" if row["within"] else "NO",
-        ]
-        for row in rows
-    ]
-    return common.table(["network", "dtype", *PARTS, "within"], lines)
+def outputs(task: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """{part/name: array} of a network on this process's first device."""
+    config = flax_resnet.TrainConfig(
+        model=flax_resnet.create(task["network"], dtype=task["dtype"]),
+        batch_size=task["batch_size"],
+        optimizer=steps.optimizer("sgd", 1e-3),
+    )
+    ready, batch = steps.noise_run(config, steps.one_device(), task["image_size"])
+    state = ready.state
+
+    @jax.jit
+    def logits(state: Any, images: Any) -> Any:
+        return state.apply_fn(state.variables(), normalize(images, state.normalization))
+
+    found = {"logits": np.asarray(logits(state, batch["image"]), np.float32)}
+    after, sums = jax.jit(functools.partial(ready.steps()[0]))(state, batch)
+    found["loss"] = np.asarray(sums["loss"] / sums["count"])
+    trees = {
+        "gradient": optax.tree.get(after.opt_state, "trace"),
+        "batch_stats": after.batch_stats,
+    }
+    for part, tree in trees.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            found[part + jax.tree_util.keystr(path)] = np.asarray(leaf, np.float32)
+    return found
+
+
+def build(task: Mapping[str, Any]) -> workers.Built:
+    """In a worker: computes, and leaves the arrays at the task's path."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    arrays: Any = outputs(task)
+    np.savez(task["path"], **arrays)
+    return workers.Built({"device_kind": jax.devices()[0].device_kind}, lambda steps: 0.0)
+
+
+def measured(settings: Settings) -> Iterator[Row]:
+    """Compares every network."""
+    with tempfile.TemporaryDirectory(prefix="flax_resnet_") as directory:
+        for network in settings.models:
+            for row in measure(settings, network, Path(directory)):
+                yield {**row, "strict": settings.strict, "hardware": common.machine()}
+
+
+def _part(part: str) -> Callable[[Row], str]:
+    """The cell of a part: its difference, with the bound."""
+    return lambda row: f"{row['differences'][part]:.1e} ({row['bound'][part]:.0e})"
+
+
+COLUMNS: Columns = {
+    "network": lambda row: row["network"],
+    "dtype": lambda row: row["dtype"],
+    **{part: _part(part) for part in PARTS},
+    "within": lambda row: "yes" if row["within"] else "NO",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compares every network; exits with 1 where one is beyond its bound."""
-    with one_line_errors(), tempfile.TemporaryDirectory(prefix="flax_resnet_") as directory:
-        prog = "python -m experiments.benchmarks.numbers"
-        settings = flags.cli(Settings, argv, __doc__ or "", prog)
-        rows = []
-        for network in settings.models:
-            for row in measure(settings, network, Path(directory)):
-                common.print_json({"benchmark": "numbers", **row})
-                rows.append(row)
-        print(report(rows), file=sys.stderr)
-    if settings.strict and not all(row["within"] for row in rows):
+    report = functools.partial(driver.table, COLUMNS)
+    rows = driver.run("numbers", Settings, __doc__ or "", argv, measured, report)
+    if any(row["strict"] and not row["within"] for row in rows):
         sys.exit(1)
 
 

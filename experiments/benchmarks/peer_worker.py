@@ -82,14 +82,9 @@ def plain_flax(task: Task) -> workers.Built:
     net = flax_nets.build(task.spec, task.dtype)
     images, labels = _jax_noise(task)
     variables = jax.jit(net.init)(jax.random.key(0), images[:1])
-    optimizers = {
-        "sgd": lambda: optax.sgd(task.learning_rate, MOMENTUM),
-        "adam": lambda: optax.adam(task.learning_rate),
-    }
-    state = flax_nets.TrainState.create(
-        apply_fn=net.apply, tx=optimizers[task.optimizer](), **variables
-    )
-
+    rate = task.learning_rate
+    tx = optax.sgd(rate, MOMENTUM) if task.optimizer == "sgd" else optax.adam(rate)
+    state = flax_nets.TrainState.create(apply_fn=net.apply, tx=tx, **variables)
     key = jax.random.key(1)
 
     def step(state: Any) -> Any:
@@ -109,12 +104,10 @@ def keras_jax(task: Task) -> workers.Built:
     if task.dtype == "bfloat16":
         keras.mixed_precision.set_global_policy("mixed_bfloat16")
     net = keras_nets.build(task.spec, task.image_size)
-    optimizers = {
-        "sgd": lambda: keras.optimizers.SGD(task.learning_rate, MOMENTUM),
-        "adam": lambda: keras.optimizers.Adam(task.learning_rate),
-    }
+    sgd, adam = keras.optimizers.SGD, keras.optimizers.Adam
+    rate = task.learning_rate
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    net.compile(optimizers[task.optimizer](), loss)
+    net.compile(sgd(rate, MOMENTUM) if task.optimizer == "sgd" else adam(rate), loss)
     images, labels = _jax_noise(task)
     net.train_on_batch(images, labels)  # makes the optimizer's variables and train_function
     batch = (images, labels, None)
@@ -173,7 +166,7 @@ def _about_jax(params: Any) -> dict[str, Any]:
 
 
 def torch_eager(task: Task, *, compiled: bool = False) -> workers.Built:
-    """PyTorch, channels last, with a fused optimizer; bfloat16 by autocast."""
+    """PyTorch, channels last, with a fused optimizer; bfloat16 by autocast; or torch.compile's."""
     import torch
 
     from experiments.benchmarks.peer_nets import torch_nets
@@ -187,11 +180,9 @@ def torch_eager(task: Task, *, compiled: bool = False) -> workers.Built:
     layout = torch.channels_last
     net: Any = torch_nets.build(task.spec, task.image_size).train()
     net.to(device, memory_format=layout)
-    optimizers: dict[str, Callable[..., Any]] = {
-        "sgd": functools.partial(torch.optim.SGD, momentum=MOMENTUM),
-        "adam": torch.optim.Adam,
-    }
-    optimizer = optimizers[task.optimizer](net.parameters(), lr=task.learning_rate, fused=True)
+    sgd, adam = functools.partial(torch.optim.SGD, momentum=MOMENTUM), torch.optim.Adam
+    make: Callable[..., Any] = sgd if task.optimizer == "sgd" else adam
+    optimizer = make(net.parameters(), lr=task.learning_rate, fused=True)
     shape = (task.batch_size, CHANNELS, task.image_size, task.image_size)
     images = torch.randn(shape, device=device).to(memory_format=layout)
     labels = torch.randint(task.spec.classes, shape[:1], device=device)
@@ -217,17 +208,12 @@ def torch_eager(task: Task, *, compiled: bool = False) -> workers.Built:
     return workers.Built(about, turn, torch.cuda.max_memory_allocated if gpu else lambda: None)
 
 
-def torch_compiled(task: Task) -> workers.Built:
-    """The same through torch.compile."""
-    return torch_eager(task, compiled=True)
-
-
 PEERS: Mapping[str, Callable[[Task], workers.Built]] = {
     "ours": ours,
     "flax": plain_flax,
     "keras": keras_jax,
     "torch": torch_eager,
-    "torch_compiled": torch_compiled,
+    "torch_compiled": functools.partial(torch_eager, compiled=True),
 }
 """By the names that the benchmark gives them."""
 
@@ -236,7 +222,3 @@ def build(task: Mapping[str, Any]) -> workers.Built:
     """In a worker: builds a peer."""
     found = Task(**task)
     return PEERS[found.peer](found)
-
-
-if __name__ == "__main__":
-    workers.serve(build)

@@ -40,24 +40,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import jax
 
-from experiments.benchmarks import common, peer_worker, steps, workers
+from experiments.benchmarks import common, driver, peer_worker, steps, workers
+from experiments.benchmarks.driver import Columns, Row, note, timing_cell
 from experiments.benchmarks.peer_nets.specs import NETWORKS
-from flax_resnet import flags, models
-from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range, did_you_mean
-from flax_resnet.main import one_line_errors
+from flax_resnet import models
+from flax_resnet.errors import POSITIVE, UserError, check_choices
 
 OURS, *OTHERS = peer_worker.PEERS
-PAUSE = 0.1
-"""Seconds before a turn: the threads of the one before may still spin."""
-Row = dict[str, Any]
-HEADER = ("network", "peer", "step s", "CPU s", "images/s", "x ours", "% of peak", "process MB")
+COLUMNS: Columns = {
+    "network": lambda row: row["network"],
+    "peer": lambda row: row["peer"],
+    "step s": timing_cell("step_seconds"),
+    "CPU s": lambda row: f"{row['step_cpu_seconds']['median']:.3g}",
+    "images/s": lambda row: f"{row['images_per_second']:,.0f}",
+    "x ours": timing_cell("ratio_to_ours"),
+    "% of peak": lambda row: f"{100 * row['peak_share']:.0f}",
+    "process MB": lambda row: steps.megabytes(row["peak_rss_bytes"]),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,27 +99,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for flag, words, known in (
-            ("--models", self.models, list(NETWORKS)),
-            ("--peers", self.peers, OTHERS),
-        ):
-            for word in words:
-                if word not in known:
-                    near = did_you_mean(word, known)
-                    raise UserError(f"{flag} {word!r}: expected some of {', '.join(known)}{near}")
-        if not self.models:
-            raise UserError("--models: expected one or more names of networks")
-        for name in ("cores", "image_size", "batch_size", "steps", "rounds", "peak_size"):
-            check_range("--" + name.replace("_", "-"), getattr(self, name), 1)
-        for name in ("learning_rate", "limit"):
-            check_range("--" + name.replace("_", "-"), getattr(self, name), POSITIVE)
+        driver.check_names("--models", self.models, list(NETWORKS))
+        if self.peers:
+            driver.check_names("--peers", self.peers, OTHERS)
+        sizes = ("image_size", "batch_size", "peak_size")
+        driver.check_least(self, 1, *sizes, "steps", "rounds")
+        driver.check_least(self, POSITIVE, "learning_rate", "limit")
+        driver.check_cores(self.cores)
         if self.image_size is not None and self.image_size % 8:
             raise UserError(
                 f"--image-size {self.image_size}: expected a multiple of 8, whose halves the "
                 f"frameworks pad alike, such as {-(-self.image_size // 8) * 8}"
             )
-        if self.cores is not None and self.cores > workers.usable_cores():
-            raise UserError(f"--cores {self.cores}: there are {workers.usable_cores()}")
 
     def task(self, network: str, peer: str) -> peer_worker.Task:
         """What a peer is told to build."""
@@ -144,28 +139,7 @@ class Settings:
         return self.cores or workers.usable_cores()
 
 
-@dataclasses.dataclass
-class Peer:
-    """What has come of a peer."""
-
-    name: str
-    worker: workers.Worker | None = None
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    """A step's, of each round."""
-    cpu_seconds: list[float] = dataclasses.field(default_factory=list)
-    """Likewise, of all its threads."""
-    held: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What the worker said last of its memory."""
-    error: str | None = None
-    """Why it is not measured."""
-
-    @property
-    def about(self) -> Mapping[str, Any]:
-        """What the worker said when it was built."""
-        return self.worker.about if self.worker else {}
-
-
-def started(settings: Settings, network: str, stack: contextlib.ExitStack) -> list[Peer]:
+def started(settings: Settings, network: str, stack: contextlib.ExitStack) -> list[workers.Entrant]:
     """The peers of a network, built one after another.
 
     Raises:
@@ -173,22 +147,10 @@ def started(settings: Settings, network: str, stack: contextlib.ExitStack) -> li
     """
     peers = []
     for name in (OURS, *settings.peers):
-        task = dataclasses.asdict(settings.task(network, name))
-        peer = Peer(name)
-        peers.append(peer)
         note(f"{network}: builds {name}")
-        try:
-            peer.worker = workers.Worker(
-                peer_worker.__name__,
-                task,
-                settings.device,
-                settings.threads,
-                settings.limit,
-            )
-        except workers.WorkerError as error:
-            peer.error = str(error)
-            continue
-        stack.callback(peer.worker.close)
+        task = dataclasses.asdict(settings.task(network, name))
+        worker = (peer_worker.__name__, task, settings.device, settings.threads, settings.limit)
+        peers.append(workers.Entrant.start(stack, name, *worker))
     check_parameters({p.name: p.about["parameters"] for p in peers if p.worker})
     return peers
 
@@ -200,27 +162,8 @@ def check_parameters(counts: Mapping[str, int]) -> None:
         raise AssertionError(f"the peers train networks of different sizes: {found} parameters")
 
 
-def take_turns(peers: Sequence[Peer], settings: Settings) -> None:
-    """Times all, one after another in each round; the first round is not counted."""
-    for number in range(1 + settings.rounds):
-        for peer in peers:
-            if peer.worker is None or peer.error is not None:
-                continue
-            time.sleep(PAUSE)
-            try:
-                answer = peer.worker.ask(settings.steps, settings.limit)
-            except workers.WorkerError as error:
-                peer.error = str(error)
-                continue
-            seconds, cpu_seconds = answer.pop("seconds"), answer.pop("cpu_seconds")
-            if number:
-                peer.seconds.append(seconds)
-                peer.cpu_seconds.append(cpu_seconds)
-            peer.held = answer
-
-
 def rows(
-    peers: Sequence[Peer], task: peer_worker.Task, gflop: float, best: steps.Peak
+    peers: Sequence[workers.Entrant], task: peer_worker.Task, gflop: float, best: steps.Peak
 ) -> list[Row]:
     """A row for each peer: its figures, or why it has none."""
     ours = next(peer for peer in peers if peer.name == OURS)
@@ -228,32 +171,18 @@ def rows(
     for peer in peers:
         row = {"network": task.network, "peer": peer.name, **peer.about}
         if peer.error is None:
-            timing = common.Timing.of(peer.seconds)
+            seconds = peer.values("seconds")
+            timing, cpu = map(common.Timing.of, (seconds, peer.values("cpu_seconds")))
+            ratio = None if ours.error else common.ratio(seconds, ours.values("seconds"))
             row |= {
                 "step_seconds": dataclasses.asdict(timing),
-                "step_cpu_seconds": dataclasses.asdict(common.Timing.of(peer.cpu_seconds)),
-                "ratio_to_ours": None if ours.error else ratio(peer.seconds, ours.seconds),
+                "step_cpu_seconds": dataclasses.asdict(cpu),
+                "ratio_to_ours": ratio,
                 **steps.speed(timing.median, gflop, task.batch_size, best),
-                **peer.held,
+                **{name: peer.answers[-1][name] for name in workers.MEMORY},
             }
         found.append({**row, "error": peer.error})
     return found
-
-
-def ratio(seconds: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
-    """A peer's seconds over ours, round by round."""
-    each = [theirs / own for theirs, own in zip(seconds, ours, strict=True)]
-    return dataclasses.asdict(common.Timing.of(each))
-
-
-def operations(settings: Settings, network: str) -> float:
-    """10^9 operations of a training step.
-
-    Raises:
-      UserError: the network does not take such images.
-    """
-    task = settings.task(network, OURS)
-    return steps.gflop(models.create(network), task.image_size, task.batch_size, "train")
 
 
 def measure(settings: Settings, network: str, gflop: float, best: steps.Peak) -> list[Row]:
@@ -261,64 +190,41 @@ def measure(settings: Settings, network: str, gflop: float, best: steps.Peak) ->
     with contextlib.ExitStack() as stack:
         peers = started(settings, network, stack)
         note(f"{network}: takes turns")
-        take_turns(peers, settings)
+        workers.take_turns([(p, settings.steps) for p in peers], settings.rounds, settings.limit)
         return rows(peers, settings.task(network, OURS), gflop, best)
 
 
-def note(text: str) -> None:
-    """Says what goes on, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+def measured(settings: Settings) -> Iterator[Row]:
+    """Measures the peak, then every network's peers."""
+    jax.config.update("jax_platforms", "cpu")  # a GPU is for the workers
+    work = {}
+    for name in settings.models:  # what is wrong is said before anything is measured
+        task = settings.task(name, OURS)
+        size, images = task.image_size, task.batch_size
+        work[name] = steps.gflop(models.create(name), size, images, "train")
+    note("measures the machine's peak")
+    best = steps.machine_peak(
+        settings.device, settings.computed, settings.threads, settings.peak_size
+    )
+    facts = {
+        "settings": dataclasses.asdict(settings),
+        "peak": dataclasses.asdict(best),
+        "hardware": common.machine(),
+    }
+    for network in settings.models:
+        for row in measure(settings, network, work[network], best):
+            task = settings.task(network, row["peer"])
+            yield {**dataclasses.asdict(task), **row, **facts}
 
 
-def report(found: Sequence[Row]) -> str:
-    """The table for people."""
-    lines = []
-    for row in found:
-        cells = ["not run"]
-        if row["error"] is None:
-            times = row["ratio_to_ours"]
-            cells = [
-                str(common.Timing(**row["step_seconds"])),
-                f"{row['step_cpu_seconds']['median']:.3g}",
-                f"{row['images_per_second']:,.0f}",
-                str(common.Timing(**times)) if times else "",
-                f"{100 * row['peak_share']:.0f}",
-                steps.megabytes(row["peak_rss_bytes"]),
-            ]
-        blank = [""] * (len(HEADER) - 2 - len(cells))
-        lines.append([row["network"], row["peer"], *cells, *blank])
-    failed = [f"{r['network']}, {r['peer']}: {r['error']}" for r in found if r["error"]]
-    return "\n".join([common.table(HEADER, lines), *failed])
+def report(rows: Sequence[Row]) -> str:
+    """The table for people, with the peak."""
+    return f"{steps.show_peak(rows[0]['peak'])}\n{driver.table(COLUMNS, rows, keys=2)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures the peak and every network's peers; prints lines of JSON, then the table."""
-    with one_line_errors():
-        prog = "python -m experiments.benchmarks.peers"
-        settings = flags.cli(Settings, argv, __doc__ or "", prog)
-        jax.config.update("jax_platforms", "cpu")  # a GPU is for the workers
-        work = {network: operations(settings, network) for network in settings.models}
-        note("measures the machine's peak")
-        best = steps.machine_peak(
-            settings.device, settings.computed, settings.threads, settings.peak_size
-        )
-        facts_of = ("processor", "cores", "jax", "glibc_tunables")
-        hardware = {name: common.hardware()[name] for name in facts_of}
-        facts = {
-            "settings": dataclasses.asdict(settings),
-            "peak": dataclasses.asdict(best),
-            "hardware": hardware,
-        }
-        found = []
-        for network in settings.models:
-            for row in measure(settings, network, work[network], best):
-                task = settings.task(network, row["peer"])
-                common.print_json(
-                    {"benchmark": "peers", **dataclasses.asdict(task), **row, **facts}
-                )
-                found.append(row)
-        note(", ".join(f"{name} {value}" for name, value in hardware.items()))
-        note(f"{steps.show_peak(best)}\nmedian (least-most)\n{report(found)}")
+    driver.run("peers", Settings, __doc__ or "", argv, measured, report)
 
 
 if __name__ == "__main__":

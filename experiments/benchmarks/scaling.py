@@ -31,40 +31,39 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import jax
 from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
-from experiments.benchmarks import common
+from experiments.benchmarks import common, driver
+from experiments.benchmarks.driver import Columns, Row, timing_cell
 from experiments.benchmarks.steps import noise_run, round_seconds
-from flax_resnet import distributed, flags, models, run
+from flax_resnet import distributed, models, run
 from flax_resnet.analysis import collectives
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.layers import check_bn_group
-from flax_resnet.main import one_line_errors
 from flax_resnet.step import Batch
-from flax_resnet.tables import markdown_table
 
-HEADER = (
-    "devices",
-    "images/s",
-    "efficiency %",
-    "step s",
-    "alone s",
-    "in collectives %",
-    "collectives",
-    "state MB a device",
-)
+COLUMNS: Columns = {
+    "devices": lambda row: str(row["number"]),
+    "images/s": lambda row: f"{row['images_per_second']:,.0f}",
+    "efficiency %": lambda row: f"{100 * row['efficiency']:.0f}",
+    "step s": timing_cell("step_seconds"),
+    "alone s": timing_cell("alone_step_seconds"),
+    "in collectives %": lambda row: f"{100 * row['collectives_share']:.0f}",
+    "collectives": lambda row: (
+        ", ".join(f"{n} {kind}" for kind, n in row["collectives"].items()) or "none"
+    ),
+    "state MB a device": lambda row: f"{row['state_bytes_a_device'] / 1e6:.3g}",
+}
 SHARED_CORES = (
     "These devices are virtual and share this machine's {cores} cores: no claim of speed, nor of "
     "scaling. The collectives are those of a CPU's program."
 )
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +92,8 @@ class Settings:
     """Rounds timed, after one that is not."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "images_per_device", "accum_steps", "steps", "rounds"):
-            check_range("--" + name.replace("_", "-"), getattr(self, name), 1)
+        sizes = ("image_size", "images_per_device", "accum_steps")
+        driver.check_least(self, 1, *sizes, "steps", "rounds")
         if self.images_per_device % self.accum_steps:
             raise UserError(
                 f"--images-per-device {self.images_per_device} does not divide into "
@@ -144,8 +143,8 @@ def set_up(settings: Settings, mesh: Mesh) -> tuple[run.Run, Batch]:
     return noise_run(config, mesh, settings.image_size)
 
 
-def compile_alone(ready: run.Run, batch: Batch) -> jax.stages.Compiled:
-    """The same step on the same devices, each with its own state and images: nothing is sent."""
+def compile_alone(ready: run.Run, state: Any, batch: Batch) -> jax.stages.Compiled:
+    """The same step on the same devices, each with the whole state and its images: none is sent."""
     config = dataclasses.replace(ready.config, sharding="replicated")
     step, _ = dataclasses.replace(ready, config=config).steps()
     whole, split = PartitionSpec(), PartitionSpec(distributed.DATA_AXIS)
@@ -153,13 +152,7 @@ def compile_alone(ready: run.Run, batch: Batch) -> jax.stages.Compiled:
     alone = jax.shard_map(
         step, mesh=ready.mesh, in_specs=(whole, split), out_specs=whole, check_vma=False
     )
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=distributed.replicated(ready.mesh)
-        ),
-        ready.state,
-    )
-    return jax.jit(alone, donate_argnums=0).lower(like, batch).compile()
+    return jax.jit(alone, donate_argnums=0).lower(state, batch).compile()
 
 
 def measure(settings: Settings, number: int) -> Row:
@@ -170,10 +163,10 @@ def measure(settings: Settings, number: int) -> Row:
     shapes = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in leaves]
     state_bytes = sum(math.prod(shape) * size for shape, size in shapes)
     compiled = cast(jax.stages.Compiled, ready.compile_step())
-    state, alone = ready.state, compile_alone(ready, batch)
+    state, own = ready.state, distributed.put_replicated(mesh, jax.device_get(ready.state))
+    alone = compile_alone(ready, own, batch)
     if sent := collectives(alone):
         raise AssertionError(f"the step of devices by themselves sends {sent}")
-    own = distributed.put_replicated(mesh, jax.device_get(state))
     together_seconds, alone_seconds = [], []
     for _ in range(1 + settings.rounds):
         state, seconds = round_seconds(compiled, state, batch, settings.steps)
@@ -182,7 +175,6 @@ def measure(settings: Settings, number: int) -> Row:
         alone_seconds.append(seconds)
     together, by_itself = (common.Timing.of(each[1:]) for each in (together_seconds, alone_seconds))
     return {
-        "benchmark": "scaling",
         "number": number,
         **{k: v for k, v in dataclasses.asdict(settings).items() if k != "devices"},
         "step_seconds": dataclasses.asdict(together),
@@ -195,46 +187,25 @@ def measure(settings: Settings, number: int) -> Row:
     }
 
 
-def with_efficiency(rows: Sequence[Row]) -> list[Row]:
-    """The rows with images/s a device over that of the first."""
-    first = rows[0]["images_per_second"] / rows[0]["number"]
-    return [{**row, "efficiency": row["images_per_second"] / row["number"] / first} for row in rows]
+def measured(settings: Settings) -> Iterator[Row]:
+    """Measures every number of devices; efficiency is images/s a device over that of the first."""
+    first = None
+    for number in settings.numbers():
+        row = measure(settings, number)
+        each = row["images_per_second"] / number
+        first = first or each
+        yield {**row, "efficiency": each / first}
 
 
 def report(rows: Sequence[Row]) -> str:
     """The table for people, in Markdown, and what it does not say."""
-    lines = []
-    for row in with_efficiency(rows):
-        lines.append(
-            [
-                str(row["number"]),
-                f"{row['images_per_second']:,.0f}",
-                f"{100 * row['efficiency']:.0f}",
-                str(common.Timing(**row["step_seconds"])),
-                str(common.Timing(**row["alone_step_seconds"])),
-                f"{100 * row['collectives_share']:.0f}",
-                ", ".join(f"{n} {kind}" for kind, n in row["collectives"].items()) or "none",
-                f"{row['state_bytes_a_device'] / 1e6:.3g}",
-            ]
-        )
-    text = markdown_table(HEADER, lines)
-    if any(row["virtual"] for row in rows):
-        text += f"\n{SHARED_CORES.format(cores=common.hardware()['cores'])}\n"
-    return text
+    shared = SHARED_CORES.format(cores=common.hardware()["cores"])
+    return driver.table(COLUMNS, rows) + shared * rows[0]["virtual"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures every number of devices; prints lines of JSON, then the table."""
-    with one_line_errors():
-        prog = "python -m experiments.benchmarks.scaling"
-        settings = flags.cli(Settings, argv, __doc__ or "", prog)
-        hardware, rows = common.hardware(), []
-        for number in settings.numbers():
-            row = measure(settings, number)
-            rows.append(row)
-            common.print_json({**with_efficiency(rows)[-1], "hardware": hardware})
-        print(", ".join(f"{name} {value}" for name, value in hardware.items()), file=sys.stderr)
-        print(report(rows), end="", file=sys.stderr)
+    driver.run("scaling", Settings, __doc__ or "", argv, measured, report)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments import digits
-from experiments.benchmarks import common
-from flax_resnet import distributed, flags, setup, together
+from experiments.benchmarks import common, driver
+from flax_resnet import distributed, setup, together
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.grids import replaced
-from flax_resnet.main import one_line_errors
 from flax_resnet.models import cifar_resnet
 from flax_resnet.run import Run
 
@@ -49,8 +48,7 @@ class Settings:
             raise UserError("--num-seeds: expected one or more")
         for value in self.num_seeds:
             check_range("--num-seeds", value, 1)
-        check_range("--steps", self.steps, 1)
-        check_range("--batch-size", self.batch_size, 1)
+        driver.check_least(self, 1, "steps", "batch_size")
 
 
 def configs(settings: Settings, num_seeds: int) -> list[TrainConfig]:
@@ -79,7 +77,7 @@ def step_seconds(ready: Run) -> list[float]:
     return seconds[1:]
 
 
-def measure(settings: Settings, num_seeds: int) -> dict[str, object]:
+def measure(settings: Settings, num_seeds: int) -> driver.Row:
     """Times both ways: together on as many devices as divide the seeds, in turn on all."""
     runs = configs(settings, num_seeds)
     with tempfile.TemporaryDirectory() as nowhere:
@@ -88,7 +86,6 @@ def measure(settings: Settings, num_seeds: int) -> dict[str, object]:
         all_at_once = together.set_up(runs, Path(nowhere))
         several = common.Timing.of(step_seconds(all_at_once))
     return {
-        "benchmark": "seeds",
         "num_seeds": num_seeds,
         "depth": settings.depth,
         "image_size": settings.image_size,
@@ -101,12 +98,11 @@ def measure(settings: Settings, num_seeds: int) -> dict[str, object]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures every number of seeds; prints lines of JSON."""
-    with one_line_errors():
-        settings = flags.cli(
-            Settings, argv, __doc__ or "", "python -m experiments.benchmarks.seeds"
-        )
-        for num_seeds in settings.num_seeds:
-            common.print_json({**measure(settings, num_seeds), "hardware": common.hardware()})
+
+    def measured(settings: Settings) -> Iterator[driver.Row]:
+        return (measure(settings, num_seeds) for num_seeds in settings.num_seeds)
+
+    driver.run("seeds", Settings, __doc__ or "", argv, measured)
 
 
 if __name__ == "__main__":

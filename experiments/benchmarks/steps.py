@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,12 +20,13 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from experiments.benchmarks import common, workers
+from experiments.benchmarks.driver import Columns, Row, check_least, table, timing_cell
+from experiments.benchmarks.driver import run as run_benchmark
 from experiments.benchmarks.peer_nets.specs import NETWORKS
-from flax_resnet import distributed, flags, models, optim, run
+from flax_resnet import distributed, models, optim, run
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
-from flax_resnet.main import one_line_errors
 from flax_resnet.step import Batch, create_state
 from flax_resnet.summary import FLOPS_A_MAC, summarize
 
@@ -34,7 +34,6 @@ Kind = Literal["train", "eval"]
 OptimizerName = Literal["sgd", "adam"]
 Turn = Callable[[int], float]
 """Does so many steps; seconds a step."""
-Row = dict[str, Any]
 CHANNELS = 3
 BATCH_SIZE = 32
 """Of networks that have no own in NETWORKS."""
@@ -43,18 +42,6 @@ PEAK_SIZES: Mapping[workers.Device, int] = {"cpu": 4096, "gpu": 16384}
 PEAK_TRIES = 7
 PEAK_LIMIT = 300.0
 """Seconds that one framework may take for its peak."""
-HEADER = (
-    "network",
-    "image",
-    "batch",
-    "step s",
-    "images/s",
-    "GFLOP a step",
-    "GFLOP/s",
-    "% of peak",
-    "program MB",
-    "process MB",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +71,8 @@ class Settings:
         check_choices(self)
         if not self.models:
             raise UserError("--models: expected one or more names of networks")
-        for name in ("image_size", "batch_size", "steps", "rounds", "peak_size",
-                     "steps_per_dispatch"):  # fmt: skip
-            check_range("--" + name.replace("_", "-"), getattr(self, name), 1)
+        sizes = ("image_size", "batch_size", "peak_size")
+        check_least(self, 1, *sizes, "steps", "rounds", "steps_per_dispatch")
 
     def config(self, name: str) -> TrainConfig:
         """What a run of a network is set up with.
@@ -107,15 +93,6 @@ class Settings:
     def side(self, config: TrainConfig) -> int:
         """Height and width of a network's images."""
         return self.image_size or models.default_shape(config.model)[0]
-
-    def gflop(self, name: str, kind: Kind) -> float:
-        """10^9 operations of a network's step.
-
-        Raises:
-          UserError: as ``config`` says, or the images are too small.
-        """
-        config = self.config(name)
-        return gflop(config.model, self.side(config), config.batch_size, kind)
 
 
 def optimizer(name: OptimizerName, learning_rate: float) -> optim.Optimizer:
@@ -203,12 +180,6 @@ def evaluation(ready: run.Run, batch: Batch) -> tuple[jax.stages.Compiled, Turn]
     return compiled, turn
 
 
-TURNS: Mapping[Kind, Callable[[run.Run, Batch], tuple[jax.stages.Compiled, Turn]]] = {
-    "train": training,
-    "eval": evaluation,
-}
-
-
 def gflop(module: nn.Module, image_size: int, images: int, kind: Kind) -> float:
     """10^9 operations of a step: two a multiply-add of convolutions and dense layers."""
     macs = summarize(module, (image_size, image_size, CHANNELS)).macs
@@ -229,9 +200,10 @@ def measure(kind: Kind, name: str, settings: Settings, best: Peak) -> Row:
     """Compiles and times the step of a network on this process's first device."""
     config = settings.config(name)
     image_size = settings.side(config)
+    work = gflop(config.model, image_size, config.batch_size, kind)
     ready, batch = noise_run(config, one_device(), image_size)
     parameters = sum(x.size for x in jax.tree.leaves(ready.state.params))
-    compiled, turn = TURNS[kind](ready, batch)
+    compiled, turn = (training if kind == "train" else evaluation)(ready, batch)
     turn(1)
     timing = common.Timing.of([turn(settings.steps) for _ in range(settings.rounds)])
     memory: Any = compiled.memory_analysis()
@@ -251,7 +223,7 @@ def measure(kind: Kind, name: str, settings: Settings, best: Peak) -> Row:
         "steps_per_dispatch": settings.steps_per_dispatch if kind == "train" else None,
         "parameters": parameters,
         "step_seconds": dataclasses.asdict(timing),
-        **speed(timing.median, settings.gflop(name, kind), config.batch_size, best),
+        **speed(timing.median, work, config.batch_size, best),
         "program_bytes": held,
         "process_peak_rss_bytes": workers.peak_rss(),
         "device_peak_bytes": common.device_peak(),
@@ -263,51 +235,46 @@ def megabytes(count: float | None) -> str:
     return "not known" if count is None else f"{count / 1e6:,.0f}"
 
 
-def report(rows: Sequence[Row]) -> str:
-    """The table for people."""
-    lines = [
-        [
-            row["model"],
-            str(row["image_size"]),
-            str(row["batch_size"]),
-            str(common.Timing(**row["step_seconds"])),
-            f"{row['images_per_second']:,.0f}",
-            f"{row['gflop_a_step']:.3g}",
-            f"{row['gflops']:,.0f}",
-            f"{100 * row['peak_share']:.0f}",
-            megabytes(row["program_bytes"]),
-            megabytes(row["process_peak_rss_bytes"]),
-        ]
-        for row in rows
-    ]
-    return common.table(HEADER, lines)
+COLUMNS: Columns = {
+    "network": lambda row: row["model"],
+    "image": lambda row: str(row["image_size"]),
+    "batch": lambda row: str(row["batch_size"]),
+    "step s": timing_cell("step_seconds"),
+    "images/s": lambda row: f"{row['images_per_second']:,.0f}",
+    "GFLOP a step": lambda row: f"{row['gflop_a_step']:.3g}",
+    "GFLOP/s": lambda row: f"{row['gflops']:,.0f}",
+    "% of peak": lambda row: f"{100 * row['peak_share']:.0f}",
+    "program MB": lambda row: megabytes(row["program_bytes"]),
+    "process MB": lambda row: megabytes(row["process_peak_rss_bytes"]),
+}
 
 
-def show_peak(best: Peak) -> str:
-    """A line for people."""
+def show_peak(peak: Mapping[str, Any]) -> str:
+    """A line for people on the fields of a Peak."""
     each = ", ".join(
         f"{framework} {value if isinstance(value, str) else format(value, ',.0f')}"
-        for framework, value in best.by.items()
+        for framework, value in peak["by"].items()
     )
-    return f"peak: {best.gflops:,.0f} GFLOP/s, {best.dtype} products of {best.size} rows ({each})"
+    best = f"{peak['gflops']:,.0f} GFLOP/s, {peak['dtype']} products of {peak['size']} rows"
+    return f"peak: {best} ({each})\nmedian (least-most)"
 
 
 def main(kind: Kind, about: str, argv: Sequence[str] | None) -> None:
     """Measures the peak and every network; prints lines of JSON, then the table."""
-    with one_line_errors():
-        benchmark = f"{kind}_step"
-        settings = flags.cli(Settings, argv, about, f"python -m experiments.benchmarks.{benchmark}")
+
+    def rows(settings: Settings) -> Iterator[Row]:
         for name in settings.models:
-            settings.gflop(name, kind)  # what is wrong is said before anything is measured
+            config = settings.config(name)  # what is wrong is said before anything is measured
+            gflop(config.model, settings.side(config), config.batch_size, kind)
         device: workers.Device = "gpu" if jax.default_backend() == "gpu" else "cpu"
         best = machine_peak(device, settings.dtype, workers.usable_cores(), settings.peak_size)
-        hardware, rows = common.hardware(), []
         for name in settings.models:
-            rows.append(measure(kind, name, settings, best))
-            facts = {"peak": dataclasses.asdict(best), "hardware": hardware}
-            common.print_json({"benchmark": benchmark, **rows[-1], **facts})
-        print(", ".join(f"{name} {value}" for name, value in hardware.items()), file=sys.stderr)
-        print(f"{show_peak(best)}\nmedian (least-most)\n{report(rows)}", file=sys.stderr)
+            yield {**measure(kind, name, settings, best), "peak": dataclasses.asdict(best)}
+
+    def report(rows: Sequence[Row]) -> str:
+        return f"{show_peak(rows[0]['peak'])}\n{table(COLUMNS, rows)}"
+
+    run_benchmark(f"{kind}_step", Settings, about, argv, rows, report)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,13 +304,9 @@ def machine_peak(device: workers.Device, dtype: str, cores: int, size: int | Non
     by: dict[str, float | str] = {}
     for framework in ("jax", "torch"):
         task = {"framework": framework, "device": device, "dtype": dtype, "size": size}
-        try:
-            worker = workers.Worker(__name__, {**task, "cores": cores}, device, cores, PEAK_LIMIT)
-        except workers.WorkerError as error:
-            by[framework] = str(error)
-            continue
-        worker.close()
-        by[framework] = worker.about["gflops"]
+        arguments = (__name__, {**task, "cores": cores}, device, cores, PEAK_LIMIT)
+        built = workers.Entrant.built(framework, *arguments)
+        by[framework] = built.error or built.about["gflops"]
     best = [value for value in by.values() if not isinstance(value, str)]
     if not best:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in by.items())
@@ -353,7 +316,7 @@ def machine_peak(device: workers.Device, dtype: str, cores: int, size: int | Non
     return Peak(max(best), dtype, size, by)
 
 
-def build_peak(task: Mapping[str, Any]) -> workers.Built:
+def build(task: Mapping[str, Any]) -> workers.Built:
     """In a worker: measures the matrix product of one framework."""
     size = task["size"]
     if task["framework"] == "jax":
@@ -379,7 +342,3 @@ def build_peak(task: Mapping[str, Any]) -> workers.Built:
     multiply()
     seconds = min(common.timed(multiply)[1] for _ in range(PEAK_TRIES))
     return workers.Built({"gflops": 2 * size**3 / seconds / 1e9}, lambda steps: 0.0)
-
-
-if __name__ == "__main__":
-    workers.serve(build_peak)

@@ -13,18 +13,26 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 Device = Literal["cpu", "gpu"]
 ROOT = Path(__file__).parents[2]
+PROGRAM = "from experiments.benchmarks.workers import serve; from {} import build; serve(build)"
 LONGEST = 240
 """Characters of a reason; compilers say more."""
 GRACE = 10.0
 """Seconds that a worker has to end by itself."""
+PAUSE = 0.1
+"""Seconds before a turn: the threads of the one before may still spin."""
+MEMORY = ("peak_rss_bytes", "device_peak_bytes")
+"""What a worker says of its memory with every answer."""
+EXTRAS = {"tensorflow": "prepare"}
+"""Extras that install a framework, where it is not [parity]."""
 NOT_INHERITED = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
 """Each worker has its framework's own: importing this library may have set what is for it alone."""
 
@@ -49,7 +57,7 @@ class Built:
 
 
 class Worker:
-    """A process that runs a module's ``serve``.
+    """A process that serves what a module's ``build`` makes.
 
     Attributes:
       about: what it said of itself when it was built, with "build_seconds", its first step
@@ -67,8 +75,8 @@ class Worker:
         """Starts it, and waits until it is built.
 
         Args:
-          module: run with -m; it calls ``serve``.
-          task: what ``serve`` hands on, as JSON values.
+          module: its ``build`` takes the task and returns a Built.
+          task: JSON values.
           device: what it computes on.
           cores: of this machine, for all its threads.
           limit: seconds that it may take.
@@ -77,7 +85,7 @@ class Worker:
           WorkerError: it failed, or took longer.
         """
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(cores), json.dumps(task)],
+            [sys.executable, "-c", PROGRAM.format(module), str(cores), json.dumps(task)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -152,6 +160,59 @@ class Worker:
             self._process.stderr.close()
 
 
+@dataclasses.dataclass
+class Entrant:
+    """A worker that takes turns with others, or why it does not."""
+
+    name: str
+    worker: Worker | None = None
+    error: str | None = None
+    """Why it is not measured."""
+    answers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """What it answered in each round that counts."""
+
+    @classmethod
+    def start(cls, stack: contextlib.ExitStack, name: str, *worker: Any) -> Entrant:
+        """Starts a worker with these arguments; the stack closes it."""
+        entrant = cls(name)
+        try:
+            entrant.worker = Worker(*worker)
+            stack.callback(entrant.worker.close)
+        except WorkerError as error:
+            entrant.error = str(error)
+        return entrant
+
+    @classmethod
+    def built(cls, name: str, *worker: Any) -> Entrant:
+        """One that has said all it has to say once it is built; its process has ended."""
+        with contextlib.ExitStack() as stack:
+            return cls.start(stack, name, *worker)
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """What the worker said when it was built."""
+        return self.worker.about if self.worker else {}
+
+    def values(self, field: str) -> list[float]:
+        """A figure of the answers, round by round."""
+        return [answer[field] for answer in self.answers]
+
+
+def take_turns(steps: Sequence[tuple[Entrant, int]], rounds: int, limit: float) -> None:
+    """Has each do its steps in each round, one after another; the first round is not counted."""
+    for number in range(1 + rounds):
+        for entrant, count in steps:
+            if entrant.worker is None or entrant.error is not None:
+                continue
+            time.sleep(PAUSE)
+            try:
+                answer = entrant.worker.ask(count, limit)
+            except WorkerError as error:
+                entrant.error = str(error)
+                continue
+            entrant.answers += [answer] if number else []
+
+
 def environment(own: Mapping[str, str], device: Device, cores: int) -> dict[str, str]:
     """A worker's environment, from this process's."""
     kept = {name: value for name, value in own.items() if name not in NOT_INHERITED}
@@ -201,18 +262,18 @@ def serve(build: Callable[[Mapping[str, Any]], Built]) -> None:
             cpu_start = time.process_time()
             seconds = built.turn(steps)
             cpu_seconds = (time.process_time() - cpu_start) / steps
-            held = {"peak_rss_bytes": peak_rss(), "device_peak_bytes": built.device_peak()}
+            held = dict(zip(MEMORY, (peak_rss(), built.device_peak()), strict=True))
             tell({"seconds": seconds, "cpu_seconds": cpu_seconds, **held})
     except ModuleNotFoundError as error:
-        tell({"error": f"{error.name} is not installed: pip install -e '.[parity]'"})
+        extra = EXTRAS.get(str(error.name), "parity")
+        tell({"error": f"{error.name} is not installed: pip install -e '.[{extra}]'"})
     except Exception as error:
         tell({"error": one_line(f"{type(error).__name__}: {error}")})
 
 
 def one_line(text: str) -> str:
     """The beginning of a text, in one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
+    return textwrap.shorten(text, LONGEST, placeholder="...")
 
 
 def peak_rss() -> int | None:

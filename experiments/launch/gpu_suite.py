@@ -24,18 +24,19 @@ import dataclasses
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks.driver import check_names
 from experiments.launch import pieces
 from flax_resnet import flags
 from flax_resnet.config import write_json
-from flax_resnet.errors import POSITIVE, UserError, check_range, did_you_mean
+from flax_resnet.errors import UserError
 from flax_resnet.main import one_line_errors
+from flax_resnet.provenance import git_state
 
 Rows = Sequence[Mapping[str, Any]]
 DATA = "DATA_DIR"
@@ -73,24 +74,26 @@ def speedrun(target: int, runs: int) -> Part:
     )
 
 
-SMALL_PEERS = "--image-size 8 --batch-size 4 --steps 1 --rounds 1 --peak-size 64 --peers flax"
+TINY = "--models resnet20 --image-size 8 --batch-size 4"
+TINY_STEPS = f"{TINY} --steps 2 --rounds 1 --peak-size 64"
+"""Flags of a benchmark's trial."""
 PARTS: Mapping[str, Part] = {
     "numbers": Part(
         "benchmarks.numbers",
         "--device gpu --models mini resnet20 resnet50 --no-strict",
-        "--device cpu --models resnet20 --image-size 8 --batch-size 4 --no-strict",
+        f"--device cpu --no-strict {TINY}",
     ),
     "resnet50": Part(
         "benchmarks.peers",
         "--device gpu --models resnet50 --batch-size 256 --peers flax torch torch_compiled "
         "--torch-compile-mode max-autotune --steps 10 --limit 420",
-        f"--models resnet20 {SMALL_PEERS}",
+        f"{TINY_STEPS} --peers flax",
     ),
     "small": Part(
         "benchmarks.peers",
         "--device gpu --models mini resnet20 --batch-size 512 --peers flax torch torch_compiled "
         "--steps 20 --limit 300",
-        f"--models resnet20 {SMALL_PEERS}",
+        f"{TINY_STEPS} --peers flax",
     ),
     "speedrun94": speedrun(94, runs=10),
     "airbench94": Part("benchmarks.airbench", f"--target 94 --runs 10 --data-dir {DATA}", None),
@@ -102,50 +105,32 @@ PARTS: Mapping[str, Part] = {
     "dispatch": Part(
         "benchmarks.train_step",
         "--models resnet20 --steps 128 --steps-per-dispatch 16",
-        "--models resnet20 --image-size 8 --batch-size 4 --steps 2 --steps-per-dispatch 2 "
-        "--rounds 1 --peak-size 64",
+        f"{TINY_STEPS} --steps-per-dispatch 2",
     ),
-    "train_step": Part(
-        "benchmarks.train_step",
-        "--models resnet20 --steps 128",
-        "--models resnet20 --image-size 8 --batch-size 4 --steps 1 --rounds 1 --peak-size 64",
-    ),
+    "train_step": Part("benchmarks.train_step", "--models resnet20 --steps 128", TINY_STEPS),
     "eval_step": Part(
         "benchmarks.eval_step",
         "--models resnet50 --dtype bfloat16 --batch-size 256",
-        "--models resnet20 --image-size 8 --batch-size 4 --steps 1 --rounds 1 --peak-size 64",
+        TINY_STEPS,
     ),
 }
 """In the order in which they are run."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(pieces.Settings):
     """What is run, and for how long."""
 
-    data_dir: str | None = None
-    """Directory that holds cifar10."""
     workdir: str = "runs/gpu_suite"
     """Gets record.json, and each part's lines, log and runs."""
-    minutes: float = 9.0
-    """End after this many."""
     only: tuple[str, ...] = tuple(PARTS)
     """Which parts."""
     retry: bool = False
     """Run parts again that failed."""
-    trial: bool = False
-    """Small, and on the CPU."""
 
     def __post_init__(self) -> None:
-        check_range("--minutes", self.minutes, POSITIVE)
-        for name in self.only:
-            if name not in PARTS:
-                raise UserError(
-                    f"--only {name!r}: expected some of {', '.join(PARTS)}"
-                    f"{did_you_mean(name, PARTS)}"
-                )
-        if self.data_dir is None and not self.trial:
-            raise UserError("--data-dir: name the directory that holds cifar10 (or --trial)")
+        super().__post_init__()
+        check_names("--only", self.only, PARTS)
 
     @property
     def parts(self) -> list[str]:
@@ -160,7 +145,7 @@ def command(name: str, settings: Settings) -> list[str]:
     assert words is not None
     places = {DATA: str(settings.data_dir), WORK: str(Path(settings.workdir) / name)}
     given = [places.get(word, word) for word in words.split()]
-    return [sys.executable, "-m", f"experiments.{part.module}", *given]
+    return ["python", "-m", f"experiments.{part.module}", *given]
 
 
 def part_file(name: str, settings: Settings) -> Path:
@@ -172,12 +157,7 @@ def ended(name: str, settings: Settings) -> dict[str, Any] | None:
     """What a part has left; None where it has not ended, or by another command."""
     path = part_file(name, settings)
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found if found.get("command") == shown(command(name, settings)) else None
-
-
-def shown(words: Sequence[str]) -> str:
-    """A command line for people."""
-    return shlex.join(["python", *words[1:]])
+    return found if found.get("command") == shlex.join(command(name, settings)) else None
 
 
 def launch(settings: Settings) -> bool:
@@ -187,27 +167,30 @@ def launch(settings: Settings) -> bool:
     workdir.mkdir(parents=True, exist_ok=True)
     # Each part is a process, and some have several: none may take the whole of the GPU's memory.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-    first = True
+    first = done = True
     for name in settings.parts:
         left = ended(name, settings)
         if left is not None and not (settings.retry and "failed" in left):
             continue
         words, log, out = command(name, settings), workdir / f"{name}.log", workdir / f"{name}.out"
         print(shlex.join(words), flush=True)
-        found: dict[str, Any] = {"command": shown(words), "commit": commit()}
+        found: dict[str, Any] = {"command": shlex.join(words), "commit": git_state()}
         try:
-            if not pieces.run(words, log, end, environment, output=out):
-                if first:  # the whole of the time was its own
-                    found["failed"] = f"it takes more than --minutes {settings.minutes:g}"
-                    write_json(part_file(name, settings), found)
+            program = [sys.executable, *words[1:]]
+            done = pieces.run(program, log, end, environment, output=out)
+            if done:
+                found["rows"] = rows(name, out, settings)
+            elif first:  # the whole of the time was its own
+                found["failed"] = f"it takes more than --minutes {settings.minutes:g}"
+            else:
                 return False
-            found["rows"] = rows(name, out, settings)
-            print(f"{name}: finished", flush=True)
         except UserError as error:
             found["failed"] = str(error)
-            print(f"{name}: {error}", flush=True)
+        print(f"{name}: {found.get('failed', 'finished')}", flush=True)
         write_json(part_file(name, settings), found)
         first = False
+        if not done:
+            return False
     return True
 
 
@@ -231,62 +214,46 @@ def record(settings: Settings) -> dict[str, Any]:
     }
 
 
-def commit() -> str | None:
-    """The commit that is checked out; None outside a repository."""
-    here = Path(__file__).parent
-    words = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
-
-
 def goals(found: Mapping[str, Rows]) -> list[dict[str, Any]]:
     """Each goal with what was measured, None where it was not, and whether that meets it."""
-    return [
-        {"goal": text, "measured": value, "met": None if value is None else meets(value)}
-        for text, value, meets in _judged(found)
-    ]
-
-
-def _at_least(bound: float) -> Callable[[float], bool]:
-    return lambda value: value >= bound
-
-
-def _judged(found: Mapping[str, Rows]) -> Iterator[tuple[str, Any, Callable[[Any], bool]]]:
     numbers = [row["within"] for row in found["numbers"]]
-    yield "the GPU's numbers are the CPU's", all(numbers) if numbers else None, bool
     peers = {row["peer"]: row for row in found["resnet50"] if row.get("error") is None}
-    compiled, ours = peers.get("torch_compiled", {}), peers.get("ours", {})
-    ratio = (compiled.get("ratio_to_ours") or {}).get("median")
-    text = "ResNet-50 at 224 in bfloat16: images/s over those of torch.compile, at least 1.15"
-    yield text, ratio, _at_least(1.15)
-    text = "ResNet-50: operations a second over those of the best matrix product, at least 0.5"
-    yield text, ours.get("peak_share"), _at_least(0.5)
-    for target in (94, 95, 96):
-        own = next(iter(found[f"speedrun{target}"]), None)
-        text = f"the speed run's mean top-1, at least {target} %"
-        mean = own and own["top1"]["mean"]
-        yield text, mean, _at_least(target / 100)
-    theirs = next(iter(found["airbench94"]), None)
-    own = next(iter(found["speedrun94"]), None)
-    text = "airbench94's seconds over those of the speed run to 94 %, at least 1"
-    both = None
-    if theirs and own:
-        taken = sum(own[f"{each}_seconds"]["mean"] for each in ("start", "train", "eval"))
-        both = theirs["seconds"]["mean"] / taken
-    yield text, both, _at_least(1)
-    together = {row["num_seeds"]: row["together_over_in_turn"] for row in found["seeds"]}
+    ratio = peers.get("torch_compiled", {}).get("ratio_to_ours") or {}
+    share = peers.get("ours", {}).get("peak_share")
+    top1 = {t: [row["top1"]["mean"] for row in found[f"speedrun{t}"]] for t in (94, 95, 96)}
+    seconds = [
+        theirs["seconds"]["mean"]
+        / sum(own[f"{each}_seconds"]["mean"] for each in ("start", "train", "eval"))
+        for theirs, own in zip(found["airbench94"], found["speedrun94"], strict=False)
+    ]
+    together = {row["num_seeds"]: row["together_over_in_turn"] for row in found["seeds"]}.get(16)
+    judged: list[tuple[str, Any, float]] = [
+        ("the GPU's numbers are the CPU's", all(numbers) if numbers else None, True),
+        ("ResNet-50 at 224 in bfloat16: images/s over those of torch.compile, at least 1.15",
+         ratio.get("median"), 1.15),
+        ("ResNet-50: operations a second over those of the best matrix product, at least 0.5",
+         share, 0.5),
+        *((f"the speed run's mean top-1, at least {target} %", next(iter(means), None),
+           target / 100) for target, means in top1.items()),
+        ("airbench94's seconds over those of the speed run to 94 %, at least 1",
+         next(iter(seconds), None), 1),
+    ]  # fmt: skip
+    found_goals = [
+        {"goal": text, "measured": value, "met": None if value is None else value >= least}
+        for text, value, least in judged
+    ]
     text = "16 seeds at once over one after another, seconds, below 1"
-    yield text, together.get(16), lambda value: value < 1
+    met = None if together is None else together < 1
+    return [*found_goals, {"goal": text, "measured": together, "met": met}]
 
 
 def report(made: Mapping[str, Any]) -> str:
     """The goals, a line each."""
     marks = {True: "met", False: "MISSED", None: "not measured"}
-    lines = [
-        f"{marks[goal['met']]}: {goal['goal']}"
-        + ("" if goal["measured"] is None else f" ({goal['measured']:.4g})")
-        for goal in made["goals"]
-    ]
+    lines = []
+    for goal in made["goals"]:
+        value = "" if goal["measured"] is None else f" ({goal['measured']:.4g})"
+        lines.append(f"{marks[goal['met']]}: {goal['goal']}{value}")
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from flax_resnet import flags
@@ -68,8 +68,10 @@ def environments(settings: Settings, environ: Mapping[str, str]) -> list[dict[st
     Raises:
       UserError: the GPUs cannot be split evenly.
     """
-    count, address = settings.processes, f"localhost:{free_port()}"
-    found = []
+    count, found = settings.processes, []
+    with socket.socket() as free:  # a port that nobody listens on
+        free.bind(("", 0))
+        address = f"localhost:{free.getsockname()[1]}"
     gpus = visible_gpus(environ) if settings.devices is None else []
     if environ.get("JAX_PLATFORMS") == "cpu":
         gpus = []
@@ -90,18 +92,10 @@ def environments(settings: Settings, environ: Mapping[str, str]) -> list[dict[st
     return found
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("", 0))
-        return found.getsockname()[1]
-
-
 def launch(
     command: Sequence[str],
     settings: Settings,
     environ: Mapping[str, str] = os.environ,
-    started: Callable[[list[subprocess.Popen[bytes]]], Any] | None = None,
 ) -> int:
     """Runs a command as several processes; the exit status of all.
 
@@ -109,7 +103,6 @@ def launch(
       command: what each process runs.
       settings: how many, and what happens when one fails.
       environ: of the processes.
-      started: gets the processes, each time that they have been started.
 
     Raises:
       UserError: the command cannot be started.
@@ -117,7 +110,7 @@ def launch(
     for left in range(settings.restart, -1, -1):
         stopping: list[int] = []
         with _signals_to(stopping):
-            status = _once(command, settings, environ, stopping, started)
+            status = _once(command, settings, environ, stopping)
         if status == 0 or stopping or not left or not (status in AGAIN or status > 128):
             break
         print(f"ended with status {status}: starts again ({left} times left)", flush=True)
@@ -129,7 +122,6 @@ def _once(
     settings: Settings,
     environ: Mapping[str, str],
     stopping: list[int],
-    started: Callable[[list[subprocess.Popen[bytes]]], Any] | None,
 ) -> int:
     children: list[subprocess.Popen[bytes]] = []
     readers = []
@@ -145,8 +137,6 @@ def _once(
                 thread = threading.Thread(target=_copy, args=[i, source, sink], daemon=True)
                 thread.start()
                 readers.append(thread)
-        if started is not None:
-            started(children)
         return _wait(children, settings.grace, stopping)
     except OSError as error:
         raise UserError(f"{command[0]} cannot be started: {error.strerror}") from None
@@ -201,9 +191,6 @@ def _send(children: list[subprocess.Popen[bytes]], number: int) -> None:
 @contextlib.contextmanager
 def _signals_to(stopping: list[int]) -> Iterator[None]:
     """SIGTERM and SIGINT are put into a list."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = {
         number: signal.signal(number, lambda number, _: stopping.append(number))
         for number in (signal.SIGTERM, signal.SIGINT)

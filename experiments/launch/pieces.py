@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import signal
@@ -13,11 +14,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_resnet.errors import UserError
+from flax_resnet.errors import POSITIVE, UserError, check_range
 
 EXIT_AGAIN = 75
 LEAST_SECONDS = 20
 GRACE_SECONDS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all of them are told."""
+
+    data_dir: str | None = None
+    """Directory that holds cifar10."""
+    minutes: float = 9.0
+    """End after this many."""
+    trial: bool = False
+    """Small networks, a few steps, and the bundled digits, on the CPU."""
+
+    def __post_init__(self) -> None:
+        check_range("--minutes", self.minutes, POSITIVE)
+        if self.data_dir is None and not self.trial:
+            raise UserError("--data-dir: name the directory that holds cifar10 (or --trial)")
 
 
 def run(

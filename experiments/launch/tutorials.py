@@ -26,9 +26,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import results
+from experiments.benchmarks.driver import check_names
 from experiments.launch import pieces
 from flax_resnet import flags
-from flax_resnet.errors import POSITIVE, UserError, check_range, did_you_mean
+from flax_resnet.errors import check_range
 from flax_resnet.main import one_line_errors
 
 ON_CPU = {"JAX_PLATFORMS": "cpu"}
@@ -72,15 +73,11 @@ SMALL = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(pieces.Settings):
     """What is run, and for how long."""
 
-    data_dir: str | None = None
-    """Directory that holds cifar10."""
     workdir: str = "runs/tutorials"
     """Each experiment's working directory is in it."""
-    minutes: float = 9.0
-    """End after this many."""
     seeds: int = 3
     """Of each experiment."""
     only: tuple[str, ...] = tuple(STUDIES)
@@ -89,20 +86,11 @@ class Settings:
     """What the records call the data, where it is not quite what its name says."""
     output: str | None = None
     """Directory that gets results/NAME.json and README.md: experiments; of a trial the workdir."""
-    trial: bool = False
-    """Small networks, two steps, and the bundled digits."""
 
     def __post_init__(self) -> None:
-        check_range("--minutes", self.minutes, POSITIVE)
+        super().__post_init__()
         check_range("--seeds", self.seeds, 1)
-        for name in self.only:
-            if name not in STUDIES:
-                raise UserError(
-                    f"--only {name!r}: expected some of {', '.join(STUDIES)}"
-                    f"{did_you_mean(name, STUDIES)}"
-                )
-        if self.data_dir is None and not self.trial:
-            raise UserError("--data-dir: name the directory that holds cifar10 (or --trial)")
+        check_names("--only", self.only, STUDIES)
 
 
 def command(name: str, settings: Settings) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -14,41 +15,18 @@ from experiments.benchmarks.peer_nets import specs
 
 
 class Layers:
-    """Convolutions, norms and dense layers with a network's constants."""
+    """Convolutions, norms, dense layers and dropout with a network's constants."""
 
     def __init__(self, norm: specs.Norm, bias: bool, dtype: Any, train: bool):
-        self._norm, self._bias, self._dtype, self._train = norm, bias, dtype, train
+        self._conv = functools.partial(nn.Conv, use_bias=bias, dtype=dtype)
+        about: dict[str, Any] = {"momentum": norm.momentum, "epsilon": norm.epsilon}
+        self.norm = functools.partial(nn.BatchNorm, not train, dtype=dtype, **about)
+        self.dense = functools.partial(nn.Dense, dtype=dtype)
+        self.dropout = functools.partial(nn.Dropout, deterministic=not train)
 
     def conv(self, filters: int, kernel: int, stride: int, name: str) -> nn.Conv:
         """A square convolution, padded evenly."""
-        pad = (kernel // 2, kernel // 2)
-        return nn.Conv(
-            filters,
-            (kernel, kernel),
-            (stride, stride),
-            padding=(pad, pad),
-            use_bias=self._bias,
-            dtype=self._dtype,
-            name=name,
-        )
-
-    def norm(self, name: str) -> nn.BatchNorm:
-        """Batch normalisation."""
-        return nn.BatchNorm(
-            not self._train,
-            momentum=self._norm.momentum,
-            epsilon=self._norm.epsilon,
-            dtype=self._dtype,
-            name=name,
-        )
-
-    def dense(self, features: int, name: str) -> nn.Dense:
-        """A dense layer."""
-        return nn.Dense(features, dtype=self._dtype, name=name)
-
-    def dropout(self, rate: float) -> nn.Dropout:
-        """Dropout."""
-        return nn.Dropout(rate, deterministic=not self._train)
+        return self._conv(filters, (kernel, kernel), stride, padding=kernel // 2, name=name)
 
 
 class Block(nn.Module):
@@ -66,11 +44,11 @@ class Block(nn.Module):
         for i, (channels, kernel, stride) in enumerate(self.spec.convs(self.filters, self.stride)):
             h = nn.relu(h) if i else h
             h = layers.conv(channels, kernel, stride, f"conv{i + 1}")(h)
-            h = layers.norm(f"norm{i + 1}")(h)
+            h = layers.norm(name=f"norm{i + 1}")(h)
         missing = h.shape[-1] - x.shape[-1]
         if missing and self.spec.imagenet:
             x = layers.conv(h.shape[-1], 1, self.stride, "shortcut_conv")(x)
-            x = layers.norm("shortcut_norm")(x)
+            x = layers.norm(name="shortcut_norm")(x)
         elif missing:
             half = missing // 2
             x = jnp.pad(
@@ -91,12 +69,12 @@ class ResNet(nn.Module):
         spec = self.spec
         layers = Layers(spec.norm, False, self.dtype, train)
         x = layers.conv(spec.filters, *((7, 2) if spec.imagenet else (3, 1)), "stem_conv")(x)
-        x = nn.relu(layers.norm("stem_norm")(x))
+        x = nn.relu(layers.norm(name="stem_norm")(x))
         if spec.imagenet:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for name, filters, stride in spec.blocks():
             x = Block(spec, filters, stride, layers, name=name)(x)
-        return layers.dense(spec.classes, "head")(jnp.mean(x, axis=(1, 2)))
+        return layers.dense(spec.classes, name="head")(jnp.mean(x, axis=(1, 2)))
 
 
 class Unit(nn.Module):
@@ -109,7 +87,7 @@ class Unit(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (N, H, W, C) to (N, H, W, filters)."""
         for i in (1, 2):
-            x = nn.relu(self.layers.norm(f"norm{i}")(x))
+            x = nn.relu(self.layers.norm(name=f"norm{i}")(x))
             x = self.layers.conv(self.filters, 3, 1, f"conv{i}")(x)
         return x
 
@@ -141,8 +119,8 @@ class Mini(nn.Module):
                 x = PooledUnit(filters, layers, name=name)(x)
             else:
                 x = x + Unit(filters, layers, name=name)(x)
-        x = layers.dropout(spec.dropout)(nn.relu(layers.norm("final_norm")(x)))
-        return layers.dense(spec.classes, "head")(jnp.mean(x, axis=(1, 2)))
+        x = layers.dropout(spec.dropout)(nn.relu(layers.norm(name="final_norm")(x)))
+        return layers.dense(spec.classes, name="head")(jnp.mean(x, axis=(1, 2)))
 
 
 def drop_block(key: jax.Array, x: jax.Array, rate: float, size: int) -> jax.Array:
@@ -175,8 +153,8 @@ class DropBlockNet(nn.Module):
             x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(spec.dense, start=1):
-            x = layers.dropout(spec.dropout)(nn.relu(layers.dense(width, f"dense{i}")(x)))
-        return layers.dense(spec.classes, "head")(x)
+            x = layers.dropout(spec.dropout)(nn.relu(layers.dense(width, name=f"dense{i}")(x)))
+        return layers.dense(spec.classes, name="head")(x)
 
 
 def build(spec: specs.Spec, dtype: Any = jnp.float32) -> nn.Module:

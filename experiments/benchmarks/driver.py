@@ -1,0 +1,100 @@
+"""What the benchmarks' commands share: checks of flags, lines of JSON, the table for people.
+
+The processes of other frameworks never import it: it imports this library.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from experiments.benchmarks import common, workers
+from flax_resnet import flags
+from flax_resnet.errors import UserError, check_range, did_you_mean
+from flax_resnet.main import one_line_errors
+from flax_resnet.tables import markdown_table
+
+Settings = TypeVar("Settings")
+Row = dict[str, Any]
+Columns = Mapping[str, Callable[[Row], str]]
+"""{heading: the cell of a row}."""
+
+
+def check_least(settings: Any, least: float, *names: str) -> None:
+    """Raises UserError unless these fields, where they are given, are ``least`` or more."""
+    for name in names:
+        check_range("--" + name.replace("_", "-"), getattr(settings, name), least)
+
+
+def check_names(flag: str, words: Sequence[str], known: Collection[str]) -> None:
+    """Raises UserError unless the words of a flag are one or more of the known ones."""
+    if not words:
+        raise UserError(f"{flag}: expected one or more of {', '.join(known)}")
+    for word in words:
+        if word not in known:
+            near = did_you_mean(word, known)
+            raise UserError(f"{flag} {word!r}: expected some of {', '.join(known)}{near}")
+
+
+def check_cores(cores: int | None) -> None:
+    """Raises UserError unless this process may use so many cores."""
+    check_range("--cores", cores, 1)
+    if cores is not None and cores > workers.usable_cores():
+        raise UserError(f"--cores {cores}: there are {workers.usable_cores()}")
+
+
+def note(text: str) -> None:
+    """Says what goes on, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def timing_cell(field: str) -> Callable[[Row], str]:
+    """The cell of a field that holds a Timing, or nothing."""
+    return lambda row: str(common.Timing(**row[field])) if row[field] else ""
+
+
+def table(columns: Columns, rows: Sequence[Row], keys: int = 1) -> str:
+    """The table for people; of a row with an "error" the first cells, and below why."""
+    lines, failed = [], ""
+    for row in rows:
+        cells = list(columns.values())[: keys if row.get("error") else None]
+        line = [cell(row) for cell in cells]
+        lines.append(line + [""] * (len(columns) - len(line)))
+        failed += f"{', '.join(line)}: {row['error']}\n" if row.get("error") else ""
+    return markdown_table(list(columns), lines) + failed
+
+
+def run(
+    name: str,
+    settings: type[Settings],
+    about: str,
+    argv: Sequence[str] | None,
+    measure: Callable[[Settings], Iterable[Row]],
+    report: Callable[[Sequence[Row]], str] | None = None,
+) -> list[Row]:
+    """A benchmark's command.
+
+    Args:
+      name: of its module.
+      settings: its flags.
+      about: what --help says.
+      argv: the flags; None: the process's.
+      measure: yields rows as they are measured.
+      report: what people are shown at the end; None: nothing but the lines.
+
+    Returns:
+      The rows as they were printed, each a line of JSON, with "hardware".
+    """
+    with one_line_errors():
+        chosen = flags.cli(settings, argv, about, f"python -m experiments.benchmarks.{name}")
+        rows = []
+        for row in measure(chosen):
+            # Of the devices nothing is asked before the first row: they are the workers' at times.
+            facts = {} if "hardware" in row else {"hardware": common.hardware()}
+            rows.append({"benchmark": name, **row, **facts})
+            common.print_json(rows[-1])
+        if report is not None:
+            note(", ".join(f"{name} {value}" for name, value in rows[-1]["hardware"].items()))
+            note(report(rows).rstrip())
+    return rows
