@@ -134,7 +134,6 @@ def test_the_record_says_what_ran_and_keeps_every_start(tmp_path, monkeypatch):
         {"dropblock_rise": 0.5},
         {"lookahead_steps": 5},
         {"seed": -1},
-        {"steps_per_dispatch": 0},
         {"seed": 2**32},
         {"num_epochs": float("nan")},
         {"num_epochs": float("inf")},
