@@ -316,14 +316,16 @@ class Checkpoints:
                 f"checkpoint {step} could not be written to {self.directory} ({reason(error)}); "
                 f"whole are steps {sorted(set(self._steps()) - {step})}: make room or mend the "
                 "place, and the same command goes on from there"
-            )
+            ),
+            jax.process_count(),
         )
 
     def _reading(self, path: epath.Path) -> contextlib.AbstractContextManager[None]:
         return error_as_one_line(
             lambda error: (
                 f"{path} cannot be read ({reason(error)}): mend it, or remove that directory"
-            )
+            ),
+            jax.process_count(),
         )
 
 

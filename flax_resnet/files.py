@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resnet.errors import UserError
+from flax_resnet.errors import TryAgain, UserError
 
 # Errors of a disk that is full, a quota that is used up, and a file larger than is allowed.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -32,14 +32,22 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def error_as_one_line(line: Callable[[Exception], str]) -> Iterator[None]:
-    """Turns whatever a library or the file system raises into a UserError of one line."""
+def error_as_one_line(line: Callable[[Exception], str], num_processes: int = 1) -> Iterator[None]:
+    """Turns whatever a library or the file system raises into a UserError of one line.
+
+    Args:
+      line: the message for an error.
+      num_processes: processes that take part. Where there are several, an error may come from the
+        death of another, so it is a TryAgain, unless a disk is full.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(line(error)) from error
+        full = reason(error) in map(os.strerror, FULL)
+        kind = TryAgain if num_processes > 1 and not full else UserError
+        raise kind(line(error)) from error
 
 
 @contextlib.contextmanager

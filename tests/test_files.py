@@ -1,7 +1,11 @@
+import errno
+import os
+
 import numpy as np
 import pytest
 
-from flax_resnet.files import digest, replacing
+from flax_resnet.errors import TryAgain, UserError
+from flax_resnet.files import digest, error_as_one_line, replacing
 
 
 def break_off(path):
@@ -43,3 +47,22 @@ def test_a_hash_tells_arrays_apart_by_dtype_shape_and_value():
     ]
     assert len({digest(part) for part in parts}) == len(parts)
     assert digest([a[::2]]) == digest([a[::2].copy()])
+
+
+@pytest.mark.parametrize(
+    ("error", "num_processes", "kind"),
+    [
+        (RuntimeError("barrier timed out\nat step 3"), 1, UserError),
+        (RuntimeError("barrier timed out\nat step 3"), 2, TryAgain),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, UserError),
+        (ValueError(f"FAILED_PRECONDITION: {os.strerror(errno.ENOSPC)} [fd 3]"), 2, UserError),
+        (UserError("as it was"), 2, UserError),
+    ],
+)
+def test_an_error_that_anothers_death_may_have_caused_may_be_tried_again(
+    error, num_processes, kind
+):
+    """Launchers give up on exit status 2 and start again on 1."""
+    with pytest.raises(UserError) as caught, error_as_one_line(str, num_processes):
+        raise error
+    assert type(caught.value) is kind
