@@ -57,6 +57,11 @@ class Predictions:
         right = self.predicted == self.labels
         return metrics.reliability(self.probabilities.max(axis=1), right)
 
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error (Guo et al. 2017), between 0 and 1."""
+        return self.reliability()[-1]
+
 
 def predictions(run: Inspected) -> Predictions:
     """Runs the network on the evaluation split, every example once.
