@@ -212,7 +212,7 @@ class Run:
     def _compile_training(self) -> Callable[..., Any]:
         if self.group == 1:
             return self.compile_step()
-        # After it has gone back to a checkpoint a run may need the other program too.
+        # What the run needs is compiled now; the other program when a batch of its kind comes.
         single, several = functools.cache(self.compile_step), functools.cache(self.compile_group)
         for count in set(self.taken):
             (several if count > 1 else single)()
