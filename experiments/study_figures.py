@@ -157,7 +157,7 @@ def error_by_depth(
         bar: dict[str, Any] = {"marker": "|", "ms": 10, "label": "standard deviation over seeds"}
         handles.append(Line2D([], [], color="black", lw=0, **bar))
     # Labels of neighbours would touch on an axis of some five inches.
-    crowded = len(depths) > 1 and np.diff(depths).min() < 0.07 * np.ptp(depths)
+    crowded = len(depths) > 1 and np.min(np.diff(depths)) < 0.07 * np.ptp(depths)
     axes.set_xticks(depths, list(map(str, depths)), rotation=90 if crowded else 0)
     _finish(axes, "depth (weighted layers)", "top-1 error at the end (%)")
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)

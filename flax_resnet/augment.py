@@ -66,7 +66,7 @@ def statistics(
         mean, mean_square = (s.mean(axis=(0, 1)) / count for s in (total, squares))
         return _stats(mean / 255, np.sqrt(mean_square - mean**2) / 255)
     mean, mean_square = total / count, squares / count
-    return _stats(mean.mean() / 255, np.sqrt(mean_square - mean**2) / 255)
+    return _stats(np.asarray(np.mean(mean)) / 255, np.sqrt(mean_square - mean**2) / 255)
 
 
 def statistics_shape(

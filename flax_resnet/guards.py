@@ -66,7 +66,7 @@ def check_loss(sums: Sequence[Mapping[str, Any]], step: int, limit: float) -> No
     if _good(mean, limit):
         return
     first = next((i for i, loss in enumerate(losses) if not _good(loss, limit)), len(sums) - 1)
-    shown = np.nanmax(losses[first]) if np.isfinite(losses[first]).any() else losses[first].max()
+    shown = np.nanmax(losses[first]) if np.isfinite(losses[first]).any() else np.max(losses[first])
     bad = step - len(sums) + 1 + first
     raise Diverged(f"the run diverged: the training loss is {shown:.4g} nats at step {bad}")
 

@@ -52,7 +52,7 @@ def traced(
     options.python_tracer_level = 0  # each Python call would be an event, and a slow one
     done, first, tracing = 0, None, False
 
-    def works(call: Callable[..., None], *arguments: Any, **named: Any) -> bool:
+    def works(call: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
         try:
             call(*arguments, **named)
         except (RuntimeError, OSError) as error:  # another trace is under way, or a full disk

@@ -38,7 +38,7 @@ def filters(kernel: np.ndarray, path: Path, title: str) -> None:
             continue
         one = kernel[..., index].astype(np.float64)
         if channels == 3:
-            low, high = one.min(), one.max()
+            low, high = np.min(one), np.max(one)
             canvas.tile(axes, (one - low) / max(high - low, 1e-12))
             continue
         one = one.mean(axis=-1)
