@@ -126,16 +126,6 @@ def test_devices_by_themselves_each_take_the_step_of_one_device(tiny_scaling, rn
 
 
 @pytest.mark.slow
-def test_the_cpus_numbers_are_the_cpus(capfd):
-    numbers.main(["--device", "cpu", "--models", "resnet20", "--batch-size", "4"])
-    (exact, rounded), text = lines(capfd)
-    assert set(exact["differences"].values()) == {0.0}
-    gradient = rounded["differences"]["gradient"]
-    assert 0 < gradient == pytest.approx(rounded["bound"]["gradient"] / 2)
-    assert text[-1].endswith(" yes |")
-
-
-@pytest.mark.slow
 def test_the_numbers_are_those_of_one_evaluation_and_one_step(monkeypatch):
     monkeypatch.setattr("flax_resnet.create", lambda name, dtype: tiny_resnet(dtype=dtype))
     task = {"network": "x", "dtype": "float32", "image_size": 8, "batch_size": 4}

@@ -6,7 +6,7 @@ import json
 import pytest
 from helpers import line_of_bad_input
 
-from experiments.benchmarks import steps
+from experiments.benchmarks import peers, steps
 from experiments.launch import gpu_suite, pieces
 from experiments.launch.gpu_suite import PARTS, Settings
 from flax_resnet import flags
@@ -110,5 +110,14 @@ def test_the_trial_runs_all_and_records_it(tmp_path, capsys):
     made = json.loads((tmp_path / "record.json").read_text())
     assert made["trial"]
     assert (made["missing"], made["failed"]) == ([], {})
-    assert all(part["rows"] for part in made["parts"].values())
+    rows = {name: part["rows"] for name, part in made["parts"].items()}
+    assert all(rows.values())
+    exact, rounded = rows["numbers"]
+    assert set(exact["differences"].values()) == {0.0}  # the CPU's beside the CPU's
+    gradient = rounded["differences"]["gradient"]
+    assert 0 < gradient == pytest.approx(rounded["bound"]["gradient"] / 2)
+    assert [row["peer"] for row in rows["small"]] == [peers.OURS, *peers.OTHERS]
+    assert {row["parameters"] for row in rows["small"][:4]} == {269_722}
+    # torch.compile needs a C++ compiler, which a machine may lack.
+    assert [row["error"] for row in rows["small"][:4]] == [None] * 4
     assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("not measured: ")

@@ -1,10 +1,6 @@
 """The networks of benchmarks.peers in Keras and torch are ours: sizes, outputs, a step of each."""
 
-import json
 import math
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -13,7 +9,6 @@ from helpers import drawn, shapes_of
 from parity_helpers import assert_close, channels_first, keras, torch, torch_layout
 from peer_helpers import SIDE, SMALL
 
-from experiments.benchmarks import peers
 from experiments.benchmarks.peer_nets import keras_nets, specs, torch_nets
 from flax_resnet import models
 
@@ -104,20 +99,3 @@ def test_drop_block_drops_as_much_in_each():
     for kept in (in_torch, in_keras):
         assert np.mean(kept == 0) == pytest.approx(0.18, abs=0.03)
         assert np.mean(kept) == pytest.approx(1, abs=1e-3)
-
-
-@pytest.mark.slow
-def test_all_peers_take_turns(clean_environment):
-    argv = ["--models", "resnet20", "--image-size", "8", "--batch-size", "2", "--steps", "1",
-            "--rounds", "1", "--peak-size", "64"]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmarks.peers", *argv],
-        cwd=pathlib.Path(__file__).parents[1], env=clean_environment, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["peer"] for row in rows] == [peers.OURS, *peers.OTHERS]
-    # torch.compile needs a C++ compiler, which a machine may lack.
-    assert [row["error"] for row in rows[:4]] == [None] * 4, done.stderr
-    assert {row["parameters"] for row in rows[:4]} == {269_722}
