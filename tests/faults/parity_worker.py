@@ -1,4 +1,4 @@
-"""Trains five steps in each of several ways, and keeps the numbers: python parity_worker.py OUT."""
+"""Trains five steps in each of some ways, and keeps the numbers: parity_worker.py OUT WAY ..."""
 
 import contextlib
 import os
@@ -67,13 +67,13 @@ def run(name: str, out: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Every way, in this process or as one of several."""
-    out = pathlib.Path(sys.argv[1])
+    """The named ways, in this process or as one of several."""
+    out, ways = pathlib.Path(sys.argv[1]), sys.argv[2:]
     with hosts.joined(hosts.Hosts()):
         own = np.full(2, jax.process_index(), np.float32)
         np.testing.assert_array_equal(distributed.leads(own), np.zeros(2, np.float32))
-        for name, (dtype, *_) in WAYS.items():
-            with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
+        for name in ways:
+            with jax.enable_x64(True) if WAYS[name][0] == "float64" else contextlib.nullcontext():
                 run(name, out)
 
 

@@ -30,14 +30,17 @@ def trained(environment):
     def train(workdir, *flags, processes=2, restart=0, act=None):
         command = [sys.executable, WORKER, "--workdir", str(workdir), "--num-steps", "60", *flags]
         settings = local.Settings(processes=processes, devices=1, restart=restart, grace=15)
-        threads = []
+        threads, wait = [], local._wait
 
-        def started(children):
+        def watched(children, *rest):
             if act is not None and not threads:  # the first time alone
                 threads.append(threading.Thread(target=act, args=[children]))
                 threads[0].start()
+            return wait(children, *rest)
 
-        status = local.launch(command, settings, environment, started)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(local, "_wait", watched)
+            status = local.launch(command, settings, environment)
         for thread in threads:
             thread.join()
         return status
