@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flax_resnet.errors import UserError
 from flax_resnet.pretrained import Pretrained
 from flax_resnet.pretrained.hub import client, is_address, parse
 
@@ -33,33 +32,34 @@ Flax, by flax_resnet. `config.json` has what is known of its images, its classes
 
 ## Use
 
+```bash
+flax-resnet pull {address} {name}
+flax-resnet predict photo.png --weights {address}
+```
+
 ```python
 from flax_resnet.pretrained import open_weights
 
 opened = open_weights("{address}")
 ```
 
-```bash
-{commands}
-```
-
 `{address}@COMMIT` stays the same when this repository changes.
-
-## Licence
-
-{license}
 """
+ACCURACY = """\
+| images | top-1 | top-5 | loss, nats |
+| --- | --- | --- | --- |
+| {images:,} of {data}, split {split} | {top1:.2%} | {top5:.2%} | {loss:.4f} |
 
+One run of seed {seed}, at step {step}{best}{views}. To measure it again{folder}:
 
-class License(NamedTuple):
-    """What others may do with the weights."""
-
-    id: str
-    """The hub's word for it, such as "apache-2.0", or "other"."""
-    name: str | None = None
-    """Of "other": what the licence is called."""
-    link: str | None = None
-    """Of "other": the address of its text."""
+```bash
+flax-resnet evaluate {flags}
+```"""
+METRICS = {
+    "top1": ("accuracy", "top-1 accuracy"),
+    "top5": ("accuracy", "top-5 accuracy"),
+    "loss": ("loss", "loss, nats"),
+}
 
 
 class Trained(NamedTuple):
@@ -82,59 +82,57 @@ class Trained(NamedTuple):
     def data_name(self) -> str:
         """Name of the data set, or of the folder without its parents."""
         data = self.config.data
-        return PurePath(data.folder).name or "images" if data.folder else data.name
+        return _line(PurePath(data.folder).name or "images" if data.folder else data.name)
 
 
 def model_card(
-    opened: Pretrained, repository: str, license: License, trained: Trained | None = None
+    opened: Pretrained, repository: str, license: str, trained: Trained | None = None
 ) -> str:
     """The README.md of a repository: YAML that the hub reads, and Markdown for people.
 
     Args:
       opened: the weights.
       repository: OWNER/NAME.
-      license: of the weights.
+      license: of the weights, by the hub's word for it.
       trained: the run they are of, where it is known.
 
     Raises:
-      UserError: huggingface_hub is not installed, or "other" has no name or link.
+      UserError: huggingface_hub is not installed.
     """
-    if license.id == "other" and not (license.name and license.link):
-        raise UserError("license 'other': expected the licence's name and a link to its text")
-    folder, address = repository.partition("/")[2], f"hf://{repository}"
-    commands = [f"flax-resnet pull {repository} {folder}"]
-    if opened.preprocessing is not None and getattr(opened.module, "include_top", True):
-        commands.insert(0, f"flax-resnet predict photo.png --weights {address}")
+    name, address = repository.partition("/")[2], f"hf://{repository}"
+    accuracy = "Not known: these weights were published without the record of a run."
+    if trained is not None:
+        accuracy = _accuracy(address, trained)
+        if (origin := trained.config.weights) is not None:
+            accuracy += f"\n\nTrained from {escaped(origin)}, whose licence counts as well."
     return CARD.format(
-        metadata=_metadata(folder, license, trained),
-        name=escaped(folder),
+        metadata=_metadata(name, license, trained),
+        name=name,
         architecture=escaped(opened.name),
         parameters=sum(x.size for x in jax.tree.leaves(opened.variables["params"])),
-        accuracy=_accuracy(repository, trained),
+        accuracy=accuracy,
         address=address,
-        commands="\n".join(commands),
-        license=_license(license, trained),
     )
 
 
-def line(value: Any) -> str:
+def _line(value: Any) -> str:
     """A text on one line."""
     return " ".join(str(value).split())
 
 
 def escaped(value: Any) -> str:
     """A text on one line that is no Markdown and no HTML."""
-    return re.sub(r"([\\`*_{}\[\]<>|#&@~$!])", r"\\\1", line(value))
+    return re.sub(r"([\\`*_{}\[\]<>|#&@~$!])", r"\\\1", _line(value))
 
 
-def _metadata(name: str, license: License, trained: Trained | None) -> str:
+def _metadata(name: str, license: str, trained: Trained | None) -> str:
     """YAML: what the hub files a model under, and the accuracy that its page shows."""
     client()  # raises where huggingface_hub is not installed
     from huggingface_hub import EvalResult, ModelCardData
 
     fields: dict[str, Any] = {}
     if trained is not None and is_address(trained.config.weights):
-        fields["base_model"] = parse(trained.config.weights).name
+        fields["base_model"] = parse(trained.config.weights)[0]
     if trained is not None and (scores := trained.scores) is not None:
         data = trained.config.data
         fields |= {"metrics": ["accuracy"], "model_name": name}
@@ -142,23 +140,17 @@ def _metadata(name: str, license: License, trained: Trained | None) -> str:
             EvalResult(
                 task_type="image-classification",
                 dataset_type="imagefolder" if data.folder else data.name,
-                dataset_name=line(trained.data_name),
-                dataset_split=line(data.eval_split),
+                dataset_name=trained.data_name,
+                dataset_split=_line(data.eval_split),
                 dataset_args={"images": trained.checkpoint["num_eval"]},
                 metric_type=kind,
                 metric_name=label,
                 metric_value=scores[key],
             )
-            for kind, label, key in (
-                ("accuracy", "top-1 accuracy", "top1"),
-                ("accuracy", "top-5 accuracy", "top5"),
-                ("loss", "loss, nats", "loss"),
-            )
+            for key, (kind, label) in METRICS.items()
         ]
     return ModelCardData(
-        license=license.id,
-        license_name=license.name and line(license.name),
-        license_link=license.link and line(license.link),
+        license=_line(license),
         library_name="flax_resnet",
         pipeline_tag="image-classification",
         tags=["jax", "flax", "resnet", "image-classification"],
@@ -166,40 +158,29 @@ def _metadata(name: str, license: License, trained: Trained | None) -> str:
     ).to_yaml()
 
 
-def _accuracy(repository: str, trained: Trained | None) -> str:
+def _accuracy(address: str, trained: Trained) -> str:
     """The figures of the run, and the command that measures them again."""
-    if trained is None:
-        return "Not known: these weights were published without the record of a run."
-    config, step, scores = trained.config, trained.checkpoint["step"], trained.scores
-    data = config.data
+    config, checkpoint, scores = trained.config, trained.checkpoint, trained.scores
+    data, top1 = config.data, [row["top1"] for row in trained.evaluations]
     if scores is None:
-        figures = f"Not known: the checkpoint of step {step} was not evaluated."
-    else:
-        images = f"{trained.checkpoint['num_eval']:,} of {escaped(trained.data_name)}, split "
-        figures = (
-            "| images | top-1 | top-5 | loss, nats |\n| --- | --- | --- | --- |\n"
-            f"| {images}{escaped(data.eval_split)} | {100 * scores['top1']:.2f} % | "
-            f"{100 * scores['top5']:.2f} % | {scores['loss']:.4f} |"
-        )
-    top1 = [row["top1"] for row in trained.evaluations]
-    chosen = scores is not None and len(top1) > 1 and scores["top1"] == max(top1)
-    best = f", the best of {len(top1)} evaluations on these images" if chosen else ""
-    views = "" if config.tta == "none" else f", the mean of the views of tta={config.tta}"
-    words = ["flax-resnet", "evaluate", "--weights", f"hf://{repository}"]
-    words += ["--data.folder", "DIR"] if data.folder else ["--data.name", data.name]
-    words += ["--data.train-split", data.train_split] if data.folder else []
-    words += ["--data.eval-split", data.eval_split]
-    words += ["--data.holdout-every", str(data.holdout_every)] if data.folder else []
-    words += ["--tta", config.tta] if config.tta != "none" else []
-    return (
-        f"{figures}\n\nOne run of seed {config.seed}, at step {step}{best}{views}. "
-        f"To measure it again{', DIR being the same folder' if data.folder else ''}:\n\n"
-        f"```bash\n{shlex.join(words)}\n```"
+        return f"Not known: the checkpoint of step {checkpoint['step']} was not evaluated."
+    chosen = len(top1) > 1 and scores["top1"] == max(top1)
+    flags = {"weights": address, "data.name": data.name, "data.eval-split": data.eval_split}
+    if data.folder:
+        del flags["data.name"]
+        flags |= {"data.folder": "DIR", "data.train-split": data.train_split,
+                  "data.holdout-every": str(data.holdout_every)}  # fmt: skip
+    if config.tta != "none":
+        flags["tta"] = config.tta
+    return ACCURACY.format(
+        images=checkpoint["num_eval"],
+        data=escaped(trained.data_name),
+        split=escaped(data.eval_split),
+        **{key: scores[key] for key in METRICS},
+        seed=config.seed,
+        step=checkpoint["step"],
+        best=f", the best of {len(top1)} evaluations on these images" if chosen else "",
+        views="" if config.tta == "none" else f", the mean of the views of tta={config.tta}",
+        folder=", DIR being the same folder" if data.folder else "",
+        flags=shlex.join(word for name, value in flags.items() for word in (f"--{name}", value)),
     )
-
-
-def _license(license: License, trained: Trained | None) -> str:
-    link = f": {escaped(license.link)}" if license.link else ""
-    origin = trained.config.weights if trained is not None else None
-    more = f" It was trained from {escaped(origin)}, whose licence counts as well."
-    return f"{escaped(license.name or license.id)}{link}.{more if origin is not None else ''}"

@@ -8,10 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from flax_resnet.card import License
 from flax_resnet.classify import flag
 from flax_resnet.hub import CARD, MESSAGE, push_to_hub, write_repository
-from flax_resnet.pretrained.hub import client, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +30,7 @@ class Settings:
     repository: Annotated[tyro.conf.Positional[str], flag("OWNER/NAME")]
     """Repository on the hub; it is made where it is not there."""
     license: Annotated[str, flag("ID")]
-    """Of the weights: apache-2.0, mit, cc-by-4.0, ..., or other."""
-    license_name: Annotated[str | None, flag("NAME")] = None
-    """Of "other": what the licence is called."""
-    license_link: Annotated[str | None, flag("URL")] = None
-    """Of "other": where its text is."""
+    """Of the weights, by the hub's word for it: apache-2.0, mit, cc-by-4.0, ..."""
     private: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
     """Make a new repository private."""
     revision: Annotated[str | None, flag("BRANCH", "main")] = None
@@ -49,17 +43,10 @@ class Settings:
 
 def main(given: Settings) -> None:
     """``flax-resnet push``."""
-    license = License(given.license, given.license_name, given.license_link)
+    source, repository, license = given.source, given.repository, given.license
     if given.dry_run is not None:
-        write_repository(given.source, given.repository, given.dry_run, license=license)
+        write_repository(source, repository, given.dry_run, license=license)
         print(f"card: {Path(given.dry_run).expanduser() / CARD}\nnothing was uploaded")
         return
-    address = push_to_hub(
-        given.source,
-        given.repository,
-        license=license,
-        private=given.private,
-        revision=given.revision,
-        message=given.message,
-    )
-    print(f"pushed: {address}\npage: {client().endpoint}/{parse(address).name}")
+    options = {"private": given.private, "revision": given.revision, "message": given.message}
+    print("pushed:", push_to_hub(source, repository, license=license, **options))

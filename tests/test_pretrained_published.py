@@ -121,8 +121,8 @@ def test_default_tags():
 @pytest.mark.parametrize(
     ("network", "tag", "message"),
     [
-        ("resnet50", "tv_v3", r"'tv_v3' of resnet50 .*mean 'tv_v[12]'.*imagenet \(which is tv_v2"),
-        ("resnet50", "a1", "tv_v2, hf, keras, timm/NAME, or the path of a file"),
+        ("resnet50", "tv_v3", r"'tv_v3' of resnet50 .*mean 'tv_v[12]'.*imagenet \(tv_v2"),
+        ("resnet50", "a1", "tv_v2, hf, keras, timm/NAME, or a path"),
         ("resnet56", "imagenet", "'resnet56' has no published weights.*ResNet50.*seresnet"),
         ("resnet5", "timm/a1", "unknown network 'resnet5'|'resnet5'"),
     ],

@@ -28,7 +28,7 @@ from flax_resnet.pretrained.keras_names import keras_name, layer_order
 from flax_resnet.pretrained.tensors import TensorFile, read_tensors
 from flax_resnet.pretrained.weights import (
     METADATA_KEY,
-    _interpret,
+    _foreign,
     open_file,
     read_weights,
     write_weights,
@@ -376,7 +376,7 @@ def test_mangled_files_are_taken_or_refused(tmp_path, name, fields, kind, cases)
     tensors, refused, rng = read_tensors(path).tensors, [], np.random.default_rng(0)
     for _ in range(cases):
         try:
-            _interpret(TensorFile(kind, mangled(rng, tensors), {}), {})
+            _foreign(TensorFile(kind, mangled(rng, tensors), {}), {})
         except UserError as error:
             refused.append(str(error))
     assert refused
@@ -449,7 +449,7 @@ def test_class_names_cannot_steer_a_terminal(tmp_path):
     describe(path, lambda about: about.update(class_names=["\x1b]0;x\x07", "a\nb", *"cdefg"]))
     assert open_file(path).class_names[:2] == ("?]0;x?", "a?b")
     describe(path, lambda about: about.update(class_names=7))
-    with pytest.raises(UserError, match="no list of texts"):
+    with pytest.raises(UserError, match="cannot be read"):
         open_file(path)
 
 

@@ -1,4 +1,4 @@
-"""Weights by tag, path or working directory; ``load``, which gives a network with them."""
+"""Weights by tag, path, working directory or hub address; ``load``, a network with its weights."""
 
 from __future__ import annotations
 
@@ -70,10 +70,9 @@ def load(
       UserError: an unknown name, tag or field, an input too small, weights that cannot be had,
         or that do not fit.
     """
-    if classes is not None:
-        if num_classes not in (None, classes):
-            raise UserError(f"num_classes={num_classes} and classes={classes}: give one of them")
-        num_classes = classes
+    if None not in (classes, num_classes) and classes != num_classes:
+        raise UserError(f"num_classes={num_classes} and classes={classes}: give one of them")
+    num_classes = classes if num_classes is None else num_classes
     top = {"include_top": include_top, "pooling": pooling}
     fields |= {key: value for key, value in top.items() if value not in (True, None)}
     opened = None
@@ -113,55 +112,35 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
     Raises:
       UserError: an unknown tag, no such file, one that cannot be read, or a download that fails.
     """
-    if hub.is_address(weights):
-        return _open_repository(str(weights))
-    path = Path(weights).expanduser()
-    if is_path(weights):
+    entry = None if is_path(weights) else published.find(network, str(weights))
+    address = weights if entry is None else entry.url
+    if hub.is_address(address):
+        path = hub.fetch_folder(str(address)) / hub.WEIGHTS
+        known = entry or published.find_source(str(address).partition("@")[0])
+    elif entry is not None:
+        path, known = fetch(entry), entry
+    else:
+        path = Path(weights).expanduser()
         if path.is_dir():
             return open_run(path)[0]
-        return _described(open_file(path), path, path.name)
-    if network is None:
-        kinds = "a weight file, a run's directory, or hf://OWNER/NAME"
-        if "/" in str(weights) and not published.is_tag(str(weights)):
-            raise UserError(f"weights {str(weights)!r}: no such file or run; expected {kinds}")
-        raise UserError(
-            f"weights {str(weights)!r}: a tag needs a network (--model NAME, in Python its name); "
-            f"or give {kinds}"
-        )
-    entry = published.find(network, str(weights))
-    if hub.is_address(entry.url):
-        opened = _open_repository(entry.url)
-    else:
-        path = fetch(entry)
-        opened = _described(open_file(path), path, path.name)
-    classes = getattr(opened.module, "num_classes", len(imagenet_classes()))
-    return dataclasses.replace(
-        opened,
-        module=models.create(entry.network, num_classes=classes),
-        network=entry.network,
-        certain=True,
-    )
+        known = published.find_source(path.name)
+    opened = _described(open_file(path), known, path)
+    if entry is None:
+        return opened
+    module = models.create(entry.network, num_classes=getattr(opened.module, "num_classes", 1000))
+    return dataclasses.replace(opened, module=module, network=entry.network, certain=True)
 
 
-def _open_repository(address: str) -> Pretrained:
-    """The weights of hf://OWNER/NAME[@REVISION]."""
-    repo = hub.parse(address)
-    path = hub.fetch_folder(repo) / hub.WEIGHTS
-    return _described(open_file(path), path, f"{hub.PREFIX}{repo.name}")
-
-
-def _described(opened: Pretrained, path: Path, source: str) -> Pretrained:
+def _described(opened: Pretrained, known: published.Published | None, path: Path) -> Pretrained:
     """``opened`` with the preprocessing and class names that its file does not say.
 
-    Published weights are known by the name of their file or their repository, timm's by the
-    config.json beside them.
+    Those of published weights are in their table, those of timm's in the config.json beside them.
     """
     if opened.class_names is not None:
         return opened
-    entry = published.find_source(source)
-    prepared = entry.preprocessing if entry is not None else None
+    prepared = known.preprocessing if known is not None else None
     prepared = prepared or published.timm_preprocessing(path.with_name(hub.CONFIG))
-    prepared = prepared or opened.preprocessing  # for want of better that of the file's kind
+    prepared = prepared or opened.preprocessing  # else the usual one of this kind of file
     classes, module = imagenet_classes(), opened.module
     imagenet = getattr(module, "include_top", True) and module.num_classes == len(classes)
     names = classes if imagenet and prepared is not None else None
@@ -169,18 +148,18 @@ def _described(opened: Pretrained, path: Path, source: str) -> Pretrained:
 
 
 def is_path(weights: str | Path) -> bool:
-    """True for what names a file rather than a tag, hf:// among them; ./imagenet is a path."""
+    """True for a path or an hf:// address, False for a tag; ./imagenet is a path."""
     text = str(weights)
-    if isinstance(weights, str) and published.is_tag(text):
-        return False
-    if hub.is_address(weights):
+    if isinstance(weights, Path) or hub.is_address(weights):
         return True
+    if published.is_tag(text):
+        return False
     looks = text.startswith((".", "/", "~")) or text.lower().endswith(SUFFIXES)
-    return isinstance(weights, Path) or looks or Path(text).expanduser().exists()
+    return looks or Path(text).expanduser().exists()
 
 
 def preprocessing(network: str, weights: str | Path = published.DEFAULT) -> Preprocessing:
-    """What weights want done to a photograph; of timm's tags only config.json is downloaded.
+    """How images are prepared for weights; of timm's tags only config.json is downloaded.
 
     Args:
       network: a name of ``names()``.
@@ -189,15 +168,12 @@ def preprocessing(network: str, weights: str | Path = published.DEFAULT) -> Prep
     Raises:
       UserError: an unknown tag, or a file that does not say.
     """
-    prepared: Preprocessing | None
-    if is_path(weights):
+    entry = None if is_path(weights) else published.find(network, str(weights))
+    if entry is None:
         prepared = open_weights(weights, network).preprocessing
-    else:
-        entry = published.find(network, str(weights))
-        prepared = entry.preprocessing
-        if prepared is None:
-            folder = hub.fetch_folder(hub.parse(entry.url), [hub.CONFIG])
-            prepared = published.timm_preprocessing(folder / hub.CONFIG)
+    elif (prepared := entry.preprocessing) is None:
+        config = hub.fetch_folder(entry.url, [hub.CONFIG]) / hub.CONFIG
+        prepared = published.timm_preprocessing(config)
     if prepared is None:
         raise UserError(f"{weights} does not say how to prepare images for it: write it yourself")
     return prepared
@@ -213,19 +189,18 @@ def check_same(opened: Pretrained, module: nn.Module, name: str) -> None:
     """
     if not opened.certain:
         return
-    if not (isinstance(module, ResNet) and isinstance(opened.module, ResNet)):
-        if type(module) is not type(opened.module):
-            raise UserError(
-                f"the weights are a {type(opened.module).__name__}'s, {name} is a "
-                f"{type(module).__name__}: ask for the other, or for other weights"
-            )
-        return
-    there, here = models.architecture(opened.module), models.architecture(module)
-    found = [f"{k}={there[k]!r} there, {here[k]!r} here" for k in here if there[k] != here[k]]
-    if found:
-        like = models.name_of(opened.module)
-        advice = f"ask for {like}" if like else "give these fields, or other weights"
-        raise UserError(f"the weights are not of {name} ({'; '.join(found)}): {advice}")
+    if isinstance(module, ResNet) and isinstance(opened.module, ResNet):
+        there, here = models.architecture(opened.module), models.architecture(module)
+        fields = [f"{k}={there[k]!r} there, {here[k]!r} here" for k in here if there[k] != here[k]]
+        if fields:
+            like = models.name_of(opened.module)
+            advice = f"ask for {like}" if like else "give these fields, or other weights"
+            raise UserError(f"the weights are not of {name} ({'; '.join(fields)}): {advice}")
+    elif type(module) is not type(opened.module):
+        raise UserError(
+            f"the weights are a {type(opened.module).__name__}'s, {name} is a "
+            f"{type(module).__name__}: ask for the other, or for other weights"
+        )
 
 
 def open_run(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
@@ -239,13 +214,11 @@ def open_run(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
     """
     state, meta = read_checkpoint(workdir)
     config = from_record(untracked(meta["config"]))
-    module = config.model
     stats, shape = state["normalization"], models.check_shape(meta["image_shape"])
-    decoder = config.data.decoder(shape[2])
-    opened = Pretrained(
-        module=module,
-        variables=saved_variables(module, state),
-        preprocessing=Preprocessing(
+    prepared = None  # rectangles: there is no way to bring a photograph to one without bending it
+    if shape[0] == shape[1]:
+        decoder = config.data.decoder(shape[2])
+        prepared = Preprocessing(
             size=decoder.side or shape[0],
             resize=None,
             channels=shape[2],
@@ -254,12 +227,9 @@ def open_run(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
             bgr="order" in stats,
             decoder=decoder,
         )
-        if shape[0] == shape[1]
-        else None,  # there is no way to bring a photograph to it without bending it
-        class_names=tuple(meta["class_names"]),
-        certain=True,
-    )
-    return opened, meta
+    variables = saved_variables(config.model, state)
+    names = tuple(meta["class_names"])
+    return Pretrained(config.model, variables, prepared, names, certain=True), meta
 
 
 def read_checkpoint(
