@@ -72,18 +72,6 @@ class Trained(NamedTuple):
     evaluations: Sequence[Mapping[str, Any]]
     """The evaluations of the run, with "step", "top1", "top5" and "loss"."""
 
-    @property
-    def scores(self) -> Mapping[str, Any] | None:
-        """The evaluation of these weights; None where there was none."""
-        step = self.checkpoint["step"]
-        return next((row for row in self.evaluations[::-1] if row["step"] == step), None)
-
-    @property
-    def data_name(self) -> str:
-        """Name of the data set, or of the folder without its parents."""
-        data = self.config.data
-        return _line(PurePath(data.folder).name or "images" if data.folder else data.name)
-
 
 def model_card(
     opened: Pretrained, repository: str, license: str, trained: Trained | None = None
@@ -99,14 +87,30 @@ def model_card(
     Raises:
       UserError: huggingface_hub is not installed.
     """
+    client()  # raises where huggingface_hub is not installed
+    from huggingface_hub import ModelCardData
+
     name, address = repository.partition("/")[2], f"hf://{repository}"
     accuracy = "Not known: these weights were published without the record of a run."
+    fields: dict[str, Any] = {}
     if trained is not None:
-        accuracy = _accuracy(address, trained)
-        if (origin := trained.config.weights) is not None:
+        results, accuracy = _measured(address, trained)
+        if results:
+            fields = {"metrics": ["accuracy"], "model_name": name, "eval_results": results}
+        origin = trained.config.weights
+        if origin is not None:
             accuracy += f"\n\nTrained from {escaped(origin)}, whose licence counts as well."
+        if is_address(origin):
+            fields["base_model"] = parse(origin)[0]
+    metadata = ModelCardData(
+        license=_line(license),
+        library_name="flax_resnet",
+        pipeline_tag="image-classification",
+        tags=["jax", "flax", "resnet", "image-classification"],
+        **fields,
+    )
     return CARD.format(
-        metadata=_metadata(name, license, trained),
+        metadata=metadata.to_yaml(),
         name=name,
         architecture=escaped(opened.name),
         parameters=sum(x.size for x in jax.tree.leaves(opened.variables["params"])),
@@ -125,46 +129,33 @@ def escaped(value: Any) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#&@~$!])", r"\\\1", _line(value))
 
 
-def _metadata(name: str, license: str, trained: Trained | None) -> str:
-    """YAML: what the hub files a model under, and the accuracy that its page shows."""
-    client()  # raises where huggingface_hub is not installed
-    from huggingface_hub import EvalResult, ModelCardData
+def _measured(address: str, trained: Trained) -> tuple[list[Any], str]:
+    """(the figures of the run for the YAML, these and the command that measures them again)."""
+    from huggingface_hub import EvalResult
 
-    fields: dict[str, Any] = {}
-    if trained is not None and is_address(trained.config.weights):
-        fields["base_model"] = parse(trained.config.weights)[0]
-    if trained is not None and (scores := trained.scores) is not None:
-        data = trained.config.data
-        fields |= {"metrics": ["accuracy"], "model_name": name}
-        fields["eval_results"] = [
-            EvalResult(
-                task_type="image-classification",
-                dataset_type="imagefolder" if data.folder else data.name,
-                dataset_name=trained.data_name,
-                dataset_split=_line(data.eval_split),
-                dataset_args={"images": trained.checkpoint["num_eval"]},
-                metric_type=kind,
-                metric_name=label,
-                metric_value=scores[key],
-            )
-            for key, (kind, label) in METRICS.items()
-        ]
-    return ModelCardData(
-        license=_line(license),
-        library_name="flax_resnet",
-        pipeline_tag="image-classification",
-        tags=["jax", "flax", "resnet", "image-classification"],
-        **fields,
-    ).to_yaml()
-
-
-def _accuracy(address: str, trained: Trained) -> str:
-    """The figures of the run, and the command that measures them again."""
-    config, checkpoint, scores = trained.config, trained.checkpoint, trained.scores
-    data, top1 = config.data, [row["top1"] for row in trained.evaluations]
+    config, step, images = (
+        trained.config,
+        trained.checkpoint["step"],
+        trained.checkpoint["num_eval"],
+    )
+    data = config.data
+    scores = next((row for row in trained.evaluations[::-1] if row["step"] == step), None)
     if scores is None:
-        return f"Not known: the checkpoint of step {checkpoint['step']} was not evaluated."
-    chosen = len(top1) > 1 and scores["top1"] == max(top1)
+        return [], f"Not known: the checkpoint of step {step} was not evaluated."
+    data_name = _line(PurePath(data.folder).name or "images" if data.folder else data.name)
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type="imagefolder" if data.folder else data.name,
+            dataset_name=data_name,
+            dataset_split=_line(data.eval_split),
+            dataset_args={"images": images},
+            metric_type=kind,
+            metric_name=label,
+            metric_value=scores[key],
+        )
+        for key, (kind, label) in METRICS.items()
+    ]
     flags = {"weights": address, "data.name": data.name, "data.eval-split": data.eval_split}
     if data.folder:
         del flags["data.name"]
@@ -172,13 +163,15 @@ def _accuracy(address: str, trained: Trained) -> str:
                   "data.holdout-every": str(data.holdout_every)}  # fmt: skip
     if config.tta != "none":
         flags["tta"] = config.tta
-    return ACCURACY.format(
-        images=checkpoint["num_eval"],
-        data=escaped(trained.data_name),
+    top1 = [row["top1"] for row in trained.evaluations]
+    chosen = len(top1) > 1 and scores["top1"] == max(top1)
+    return results, ACCURACY.format(
+        images=images,
+        data=escaped(data_name),
         split=escaped(data.eval_split),
         **{key: scores[key] for key in METRICS},
         seed=config.seed,
-        step=checkpoint["step"],
+        step=step,
         best=f", the best of {len(top1)} evaluations on these images" if chosen else "",
         views="" if config.tta == "none" else f", the mean of the views of tta={config.tta}",
         folder=", DIR being the same folder" if data.folder else "",

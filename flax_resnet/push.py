@@ -48,5 +48,12 @@ def main(given: Settings) -> None:
         write_repository(source, repository, given.dry_run, license=license)
         print(f"card: {Path(given.dry_run).expanduser() / CARD}\nnothing was uploaded")
         return
-    options = {"private": given.private, "revision": given.revision, "message": given.message}
-    print("pushed:", push_to_hub(source, repository, license=license, **options))
+    address = push_to_hub(
+        source,
+        repository,
+        license=license,
+        private=given.private,
+        revision=given.revision,
+        message=given.message,
+    )
+    print(f"pushed: {address}")

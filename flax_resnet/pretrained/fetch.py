@@ -15,6 +15,7 @@ from typing import Any
 from flax_resnet.errors import UserError
 from flax_resnet.pretrained.published import Published
 
+NOTHING_LEFT = 416
 CHUNK = 1 << 16
 """Bytes written at a time: the most that a download loses when its process is killed."""
 
@@ -81,7 +82,7 @@ def _download(published: Published, path: Path) -> None:
             try:
                 get(url, file, cache)
             except HTTPError as error:
-                if error.response.status_code != 416:  # nothing is left to download
+                if error.response is None or error.response.status_code != NOTHING_LEFT:
                     raise
         try:
             _check(published, partial, "it was removed")

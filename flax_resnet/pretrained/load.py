@@ -45,13 +45,11 @@ def load(
 
     Args:
       name: one of ``names()``; Keras's spellings (``ResNet152V2``) give Keras's networks.
-      weights: None starts afresh. "imagenet", or another of ``tags(name)`` such as "keras",
-        "tv_v1" or "timm/a1", fetches published weights. A path reads a file of any kind that
-        ``read_weights`` takes, or a run's working directory. "hf://OWNER/NAME" and
-        "hf://OWNER/NAME@REVISION" download model.safetensors of a repository on the Hugging Face
-        hub (needs [hub]). Variables ({"params", "batch_stats"}, of blocks stacked or not) are
-        taken as they are. A head in the weights is dropped where ``include_top`` is False.
-      include_top: end with the dense head; its output is logits.
+      weights: None starts afresh; "imagenet" or another of ``tags(name)`` fetches published
+        weights; a path reads a weight file or a run's working directory; "hf://OWNER/NAME" and
+        "hf://OWNER/NAME@REVISION" download from the Hugging Face hub (needs [hub]); variables
+        ({"params", "batch_stats"}, blocks stacked or not) are taken as they are.
+      include_top: end with the dense head; its output is logits. False drops that of the weights.
       pooling: without the top: None gives the last map (N, h, w, C), "avg" and "max" its
         global pool (N, C).
       num_classes: width of the head; by default that of the weights, else the network's own:

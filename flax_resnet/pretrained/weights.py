@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +109,12 @@ def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
     try:
         about = json.loads(file.metadata[METADATA_KEY])
         module = _described(about["module"], fields, len(file.tensors))
-        preprocessing = _checked(about.get("preprocessing"))
-        if not isinstance(preprocessing, Preprocessing | None):
-            raise ValueError("its preprocessing is of another class")
+        preprocessing = _built(about.get("preprocessing"), Preprocessing | None)
         names = about.get("class_names")
         if names is not None:  # without what a terminal would act on
             names = tuple("".join(c if c.isprintable() else "?" for c in name) for name in names)
         shape = models.check_shape(about["input_shape"])
-    except (
-        ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # a description of anyone's may fail in any way
         raise UserError(
             f"its description of the network cannot be read ({error}): write it again, or remove "
             f"the metadata {METADATA_KEY!r} to have the network inferred"
@@ -128,40 +124,32 @@ def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
 
 
 def _described(record: Mapping[str, Any], fields: Mapping[str, Any], count: int) -> Any:
-    """The network of a file's record.
-
-    Args:
-      record: of the network.
-      fields: taken in place of the record's, a block class of one's own for example.
-      count: tensors in the file; tracing a network of more layers would take long.
-    """
+    """The network of a record in a file of ``count`` tensors, with ``fields`` over the record's."""
     record = {name: value for name, value in record.items() if name not in fields}
     layers, hidden = sum(record.get("stage_sizes", ())), len(record.get("hidden_units", ()))
-    if torch_names.too_many(layers, count) or hidden > count:
+    if torch_names.too_many(layers, count) or hidden > count:  # they would take long to trace
         raise ValueError(f"it describes more layers than there are tensors, {count}")
     for name in ("dtype", "param_dtype"):
         check_dtype(record.get(name, "float32"))
-    return _checked(record).clone(**fields)
+    return _built(record, nn.Module).clone(**fields)
 
 
-def _checked(record: Any) -> Any:
+def _built(record: Any, kind: Any) -> Any:
     """``from_record``, of classes of this library only: a weight file may come from anyone."""
-    for name in _classes_in(record):
+
+    def check(part: dict[str, Any]) -> dict[str, Any]:
+        name = part["class" if "class" in part else "class_itself"]
         if MOVED_CLASSES.get(name, name) not in _CLASSES:
             raise ValueError(
                 f"{name!r:.80} is no network or block of flax_resnet.models; a block class of your "
                 "own has to be given, as block_cls"
             )
-    return from_record(record)
+        return part
 
-
-def _classes_in(record: Any) -> Iterator[Any]:
-    """The names of classes anywhere in a record."""
-    if isinstance(record, Mapping):
-        yield from (record[key] for key in ("class", "class_itself") if key in record)
-    if isinstance(record, (Mapping, list)):
-        for part in record.values() if isinstance(record, Mapping) else record:
-            yield from _classes_in(part)
+    value = from_record(json.loads(json.dumps(record), object_hook=check))
+    if not isinstance(value, kind):
+        raise ValueError(f"a {type(value).__name__} is in the place of another class")
+    return value
 
 
 def _naming(module: nn.Module, keras: bool = False) -> models.Naming:
