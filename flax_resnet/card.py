@@ -42,24 +42,17 @@ from flax_resnet.pretrained import open_weights
 
 opened = open_weights("{address}")
 ```
-
-`{address}@COMMIT` stays the same when this repository changes.
 """
 ACCURACY = """\
 | images | top-1 | top-5 | loss, nats |
 | --- | --- | --- | --- |
 | {images:,} of {data}, split {split} | {top1:.2%} | {top5:.2%} | {loss:.4f} |
 
-One run of seed {seed}, at step {step}{best}{views}. To measure it again{folder}:
+One run of seed {seed}, at step {step}{best}. To measure it again{folder}:
 
 ```bash
 flax-resnet evaluate {flags}
 ```"""
-METRICS = {
-    "top1": ("accuracy", "top-1 accuracy"),
-    "top5": ("accuracy", "top-5 accuracy"),
-    "loss": ("loss", "loss, nats"),
-}
 
 
 class Trained(NamedTuple):
@@ -103,7 +96,7 @@ def model_card(
         if is_address(origin):
             fields["base_model"] = parse(origin)[0]
     metadata = ModelCardData(
-        license=_line(license),
+        license=license,
         library_name="flax_resnet",
         pipeline_tag="image-classification",
         tags=["jax", "flax", "resnet", "image-classification"],
@@ -119,14 +112,9 @@ def model_card(
     )
 
 
-def _line(value: Any) -> str:
-    """A text on one line."""
-    return " ".join(str(value).split())
-
-
 def escaped(value: Any) -> str:
     """A text on one line that is no Markdown and no HTML."""
-    return re.sub(r"([\\`*_{}\[\]<>|#&@~$!])", r"\\\1", _line(value))
+    return re.sub(r"([\\`*_{}\[\]<>|#&@~$!])", r"\\\1", " ".join(str(value).split()))
 
 
 def _measured(address: str, trained: Trained) -> tuple[list[Any], str]:
@@ -142,20 +130,17 @@ def _measured(address: str, trained: Trained) -> tuple[list[Any], str]:
     scores = next((row for row in trained.evaluations[::-1] if row["step"] == step), None)
     if scores is None:
         return [], f"Not known: the checkpoint of step {step} was not evaluated."
-    data_name = _line(PurePath(data.folder).name or "images" if data.folder else data.name)
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type="imagefolder" if data.folder else data.name,
-            dataset_name=data_name,
-            dataset_split=_line(data.eval_split),
-            dataset_args={"images": images},
-            metric_type=kind,
-            metric_name=label,
-            metric_value=scores[key],
-        )
-        for key, (kind, label) in METRICS.items()
-    ]
+    data_name = PurePath(data.folder).name or "images" if data.folder else data.name
+    result = EvalResult(
+        task_type="image-classification",
+        dataset_type="imagefolder" if data.folder else data.name,
+        dataset_name=data_name,
+        dataset_split=data.eval_split,
+        dataset_args={"images": images},
+        metric_type="accuracy",
+        metric_name="top-1 accuracy",
+        metric_value=scores["top1"],
+    )
     flags = {"weights": address, "data.name": data.name, "data.eval-split": data.eval_split}
     if data.folder:
         del flags["data.name"]
@@ -165,15 +150,16 @@ def _measured(address: str, trained: Trained) -> tuple[list[Any], str]:
         flags["tta"] = config.tta
     top1 = [row["top1"] for row in trained.evaluations]
     chosen = len(top1) > 1 and scores["top1"] == max(top1)
-    return results, ACCURACY.format(
+    return [result], ACCURACY.format(
         images=images,
         data=escaped(data_name),
         split=escaped(data.eval_split),
-        **{key: scores[key] for key in METRICS},
+        top1=scores["top1"],
+        top5=scores["top5"],
+        loss=scores["loss"],
         seed=config.seed,
         step=step,
         best=f", the best of {len(top1)} evaluations on these images" if chosen else "",
-        views="" if config.tta == "none" else f", the mean of the views of tta={config.tta}",
         folder=", DIR being the same folder" if data.folder else "",
         flags=shlex.join(word for name, value in flags.items() for word in (f"--{name}", value)),
     )

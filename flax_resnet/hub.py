@@ -28,8 +28,6 @@ from flax_resnet.pretrained.load import open_run
 from flax_resnet.record import from_record, to_record, untracked
 
 CARD, RESULT = "README.md", "result.json"
-OURS = (WEIGHTS, CONFIG, CARD, RESULT)
-"""The files of a repository that a push writes, and a pull reads."""
 MESSAGE = "Weights, config and card, by flax_resnet"
 
 
@@ -61,8 +59,7 @@ def push_to_hub(
       "hf://OWNER/NAME@COMMIT", which ``load`` takes as weights.
 
     Raises:
-      UserError: bad arguments, weights that cannot be read, a licence that the hub does not know,
-        no token that may write, no network.
+      UserError: weights that cannot be read, or the hub refuses them or cannot be reached.
     """
     (name, given), api, variable = parse(repo_id), client(), offline()
     if given is not None:
@@ -78,8 +75,8 @@ def push_to_hub(
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(name, branch=revision, exist_ok=True)
             files: list[Any] = [CommitOperationAdd(path.name, str(path)) for path in paths]
-            if len(paths) < len(OURS) and api.file_exists(name, RESULT, revision=revision):
-                files.append(CommitOperationDelete(RESULT))  # that of another run
+            if api.file_exists(name, RESULT, revision=revision):
+                files.append(CommitOperationDelete(RESULT))  # of a version that pushed it apart
             # upload_folder makes several commits where hf_xet is installed.
             commit = api.create_commit(name, files, commit_message=message, revision=revision)
     return f"{PREFIX}{name}@{commit.oid}"
@@ -95,13 +92,12 @@ def write_repository(
       directory: made where it is not there; files of these names are replaced.
 
     Returns:
-      The files: model.safetensors, README.md (the card), config.json, and of a run result.json.
+      The files: model.safetensors, README.md (the card) and config.json.
     """
     name, directory = parse(repo_id)[0], Path(directory).expanduser()
     opened, trained, record, result = _opened(source)
-    prepared, shape = opened.preprocessing, opened.input_shape
-    if prepared is None and trained is not None:
-        shape = tuple(trained.checkpoint["image_shape"])
+    prepared = opened.preprocessing
+    shape = tuple(trained.checkpoint["image_shape"]) if trained else opened.input_shape
     config = {
         "library_name": "flax_resnet",
         "library_version": provenance.versions(["flax_resnet"])["flax_resnet"],
@@ -112,39 +108,36 @@ def write_repository(
         "preprocessing": None if prepared is None else to_record(prepared),
         "model": to_record(opened.module),
         "training": record,
+        "result": result,
     }
-    texts = {CARD: model_card(opened, name, license, trained)}
-    texts[CONFIG] = json.dumps(config, indent=2) + "\n"
-    if result is not None:
-        texts[RESULT] = json.dumps(result, indent=2) + "\n"
+    card = model_card(opened, name, license, trained)
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / RESULT).unlink(missing_ok=True)
-        for file, text in texts.items():
-            (directory / file).write_text(text, encoding="utf-8")
+        (directory / CARD).write_text(card, encoding="utf-8")
+        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     about: dict[str, Any] = {"preprocessing": prepared, "class_names": opened.class_names}
     write_weights(directory / WEIGHTS, opened.module, opened.variables, input_shape=shape, **about)
-    return [directory / file for file in (WEIGHTS, *texts)]
+    return [directory / file for file in (WEIGHTS, CARD, CONFIG)]
 
 
 def pull_from_hub(repo_id: str, directory: str | Path) -> Path:
     """Downloads a repository's weights, config, record and card, all of one commit.
 
-    They come through huggingface_hub's cache, and out of it alone where the network is not to be
-    used; each is compared with the hub's hash. The directory is written whole or not at all.
+    They come through huggingface_hub's cache, and each is compared with the hub's hash. The
+    directory is written whole or not at all.
 
     Args:
       repo_id: OWNER/NAME or OWNER/NAME@REVISION, with hf:// before it or not.
       directory: to make; it is not there yet, or empty.
 
     Returns:
-      The directory, with model.safetensors and what there is of config.json, result.json,
-      README.md and LICENSE.
+      The directory, with model.safetensors and what there is of config.json, README.md, LICENSE,
+      and result.json (of earlier versions).
 
     Raises:
       UserError: there is no such repository, revision or file, no network, or no disk space.
     """
-    directory, names = Path(directory).expanduser(), [*OURS, "LICENSE"]
+    directory, names = Path(directory).expanduser(), [WEIGHTS, CONFIG, CARD, RESULT, "LICENSE"]
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise UserError(f"{directory} is there already: name a directory that is not")
     folder = fetch_folder(f"{PREFIX}{repo_id.removeprefix(PREFIX)}", names)

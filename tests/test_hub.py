@@ -16,12 +16,13 @@ from test_pretrained_published import TIMM
 
 import flax_resnet
 from flax_resnet.errors import UserError
-from flax_resnet.hub import CARD, OURS, RESULT
+from flax_resnet.hub import CARD, RESULT
 from flax_resnet.predict import predict
 from flax_resnet.preprocess import TORCH
 from flax_resnet.pretrained import open_weights
 from flax_resnet.pretrained.hub import CONFIG, WEIGHTS, parse
 
+OURS = (WEIGHTS, CONFIG, CARD)
 pytest.importorskip("huggingface_hub", reason="needs [hub]")
 # The client's own: it sends large files by an argument that its HTTP library has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -38,8 +39,9 @@ def test_a_run_goes_there_and_comes_back_to_the_bit(hub, run, tmp_path):
     assert parse(address) == ("me/digits", hub.branches["me/digits", "main"])
     files = hub.files("me/digits")
     assert set(files) == {".gitattributes", *OURS}
-    assert json.loads(files[RESULT]) == json.loads((run / RESULT).read_text())
-    assert json.loads(files[CONFIG])["training"] == json.loads((run / CONFIG).read_text())
+    config = json.loads(files[CONFIG])
+    assert config["training"] == json.loads((run / CONFIG).read_text())
+    assert config["result"] == json.loads((run / RESULT).read_text())
 
     flax_resnet.pull_from_hub("me/digits", tmp_path / "deep" / "there")
     pulled = {p.name: p.read_bytes() for p in (tmp_path / "deep" / "there").iterdir()}
@@ -60,14 +62,14 @@ def test_a_run_goes_there_and_comes_back_to_the_bit(hub, run, tmp_path):
 
 def test_a_second_push_is_a_commit_and_the_first_one_stays(hub, run, net):
     first = flax_resnet.push_to_hub(run, "me/net", license="mit")
+    hub.add("me/net", hub.files("me/net") | {RESULT: b"{}"})  # of an earlier version
     second = flax_resnet.push_to_hub(net, "me/net", license="mit")
     # The record of the run is not that of the file.
-    assert set(hub.files("me/net")) == {".gitattributes", WEIGHTS, CONFIG, CARD}
+    assert set(hub.files("me/net")) == {".gitattributes", *OURS}
     for address, source in ((first, run), (second, net), ("hf://me/net", net)):
         assert_trees_equal(open_weights(address).variables, open_weights(source).variables)
     flax_resnet.push_to_hub(run, "me/net", license="mit", revision="trial")
     assert_trees_equal(open_weights("hf://me/net@trial").variables, open_weights(run).variables)
-    assert RESULT not in hub.files("me/net")
 
 
 def test_home_is_nobodys_business(hub, run, tmp_path, monkeypatch):
@@ -142,7 +144,7 @@ def test_offline_the_cache_is_enough(hub, net, tmp_path, call, monkeypatch, vari
     for weights in ("hf://me/net", address):
         assert_trees_equal(open_weights(weights).variables, open_weights(net).variables)
     second = flax_resnet.pull_from_hub("me/net", tmp_path / "second")
-    for name in (WEIGHTS, CONFIG, CARD):
+    for name in OURS:
         assert (first / name).read_bytes() == (second / name).read_bytes()
     said = f"hf://me/other cannot be downloaded{f', {variable} is set' if variable else ''} (Local"
     assert_one_line_error(call("pull", "me/other", tmp_path / "x"), said)
@@ -155,10 +157,11 @@ def test_a_repository_of_before_is_read(hub, net, tmp_path):
     """Its config.json and its card had more in them."""
     config = b'{"library_name": "flax_resnet", "architecture": "ResNet", "training": null}'
     card = b"---\nlicense: mit\n---\n\n# net\n\n## Network\n\n| | |\n| --- | --- |\n| a | b |\n"
-    hub.add("me/old", {WEIGHTS: net.read_bytes(), CONFIG: config, CARD: card})
+    files = {WEIGHTS: net.read_bytes(), CONFIG: config, CARD: card, RESULT: b'{"top1": 0.5}'}
+    hub.add("me/old", files)
     assert_trees_equal(open_weights("hf://me/old").variables, open_weights(net).variables)
     folder = flax_resnet.pull_from_hub("me/old", tmp_path / "old")
-    assert (folder / CARD).read_bytes() == card
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
 
 
 def test_a_push_and_its_dry_run(hub, net, tmp_path, call, monkeypatch):
@@ -172,7 +175,7 @@ def test_a_push_and_its_dry_run(hub, net, tmp_path, call, monkeypatch):
     assert out == f"pushed: hf://me/net@{hub.branches['me/net', 'main']}\n"
     assert hub.private == {"me/net"}
     files = hub.files("me/net")
-    assert wrote == {name: files[name] for name in (WEIGHTS, CONFIG, CARD)}
+    assert wrote == {name: files[name] for name in OURS}
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as where it is not installed
     for words in (dry, ("pull", "me/net", tmp_path / "x")):
         assert_one_line_error(call(*words), "pip install 'flax_resnet[hub]'")

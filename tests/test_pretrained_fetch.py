@@ -114,8 +114,7 @@ def test_what_cannot_be_downloaded_is_one_line(host, monkeypatch):
     assert "Connection refused" in said()
     with monkeypatch.context() as missing:
         missing.setitem(sys.modules, "pooch", None)
-        with pytest.raises(UserError, match=r"pip install 'flax_resnet\[hub\]'"):
-            fetch(entry(host))
+        assert "pip install 'flax_resnet[hub]', or get it elsewhere" in said()
     monkeypatch.setenv("FLAX_RESNET_OFFLINE", "1")
     assert "FLAX_RESNET_OFFLINE is set" in said()
     monkeypatch.delenv("FLAX_RESNET_OFFLINE")

@@ -326,31 +326,16 @@ def mangled(rng, tensors):
     """The tensors with one to three of them renamed, dropped, reshaped, cut or replaced."""
     tensors = dict(tensors)
     for _ in range(rng.integers(1, 4)):
-        name = rng.choice(sorted(tensors))
+        name = str(rng.choice(sorted(tensors)))
         tensor = tensors.pop(name)
         other = str(rng.choice(sorted(tensors)))
         shape = [max(1, int(n)) for n in rng.choice([*tensor.shape, 1, 2, 3, 7, 64], tensor.ndim)]
-        match rng.integers(8):
-            case 0:
-                tensors[name.replace("1", str(rng.choice(["0", "9", "99999", "x", ""])), 1)] = (
-                    tensor
-                )
-            case 1:
-                tensors[other] = tensor
-            case 2:
-                tensors[name] = np.ones(shape, np.float32)
-            case 3:
-                tensors[name] = tensor.reshape(-1)
-            case 4:
-                tensors[name] = tensor[:1]
-            case 5:
-                tensors[name] = np.broadcast_to(
-                    np.float32(1), (rng.choice([10**5, 10**9]), *shape[1:])
-                )
-            case 6:
-                tensors[f"{name}.{other}"] = tensor
-            case _:
-                pass
+        huge = (rng.choice([10**5, 10**9]), *shape[1:])
+        renamed = name.replace("1", str(rng.choice(["0", "9", "99999", "x", ""])), 1)
+        changes = [{}, {renamed: tensor}, {other: tensor}, {f"{name}.{other}": tensor},
+                   {name: np.ones(shape, np.float32)}, {name: tensor.reshape(-1)},
+                   {name: tensor[:1]}, {name: np.broadcast_to(np.float32(1), huge)}]  # fmt: skip
+        tensors |= changes[rng.integers(len(changes))]
     return tensors
 
 

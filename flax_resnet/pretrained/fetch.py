@@ -51,19 +51,17 @@ def fetch(published: Published) -> Path:
     if path.is_file():
         _check(published, path, f"delete it, or save {published.url} there")
         return path
-    problem = (
-        f"weights {published.tag!r} of {published.network} are not on this machine and "
-        f"{published.url} cannot be downloaded"
-    )
-    advice = f"get it elsewhere and save it as {path}, or give the path of a file"
-    if (variable := offline()) is not None:
-        raise UserError(f"{problem}, {variable} is set: {advice}")
     try:
+        if (variable := offline()) is not None:
+            raise OSError(f"{variable} is set")
         _download(published, path)
-    except ImportError as error:
-        raise UserError(f"{problem} ({error}): pip install 'flax_resnet[hub]'") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{problem} ({error}): {advice}") from error
+    except (ImportError, OSError, ValueError) as error:
+        install = "pip install 'flax_resnet[hub]', or " if isinstance(error, ImportError) else ""
+        raise UserError(
+            f"weights {published.tag!r} of {published.network} are not on this machine and "
+            f"{published.url} cannot be downloaded ({error}): {install}get it elsewhere and save "
+            f"it as {path}, or give the path of a file"
+        ) from error
     return path
 
 

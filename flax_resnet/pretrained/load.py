@@ -106,9 +106,6 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
       weights: a tag, a weight file, a run's working directory (its best checkpoint), or
         "hf://OWNER/NAME[@REVISION]".
       network: a name of ``names()``, which a tag needs.
-
-    Raises:
-      UserError: an unknown tag, no such file, one that cannot be read, or a download that fails.
     """
     entry = None if is_path(weights) else published.find(network, str(weights))
     address = weights if entry is None else entry.url
@@ -178,38 +175,24 @@ def preprocessing(network: str, weights: str | Path = published.DEFAULT) -> Prep
 
 
 def check_same(opened: Pretrained, module: nn.Module, name: str) -> None:
-    """Raises UserError where a file says, by more than its shapes, that it is of another network.
-
-    Args:
-      opened: the weights.
-      module: the network asked for.
-      name: what to call it.
-    """
+    """Raises UserError where a file says, by more than its shapes, that it is not of ``module``."""
     if not opened.certain:
         return
-    if isinstance(module, ResNet) and isinstance(opened.module, ResNet):
-        there, here = models.architecture(opened.module), models.architecture(module)
-        fields = [f"{k}={there[k]!r} there, {here[k]!r} here" for k in here if there[k] != here[k]]
-        if fields:
-            like = models.name_of(opened.module)
-            advice = f"ask for {like}" if like else "give these fields, or other weights"
-            raise UserError(f"the weights are not of {name} ({'; '.join(fields)}): {advice}")
-    elif type(module) is not type(opened.module):
-        raise UserError(
-            f"the weights are a {type(opened.module).__name__}'s, {name} is a "
-            f"{type(module).__name__}: ask for the other, or for other weights"
-        )
+    if not (isinstance(module, ResNet) and isinstance(opened.module, ResNet)):
+        if type(module) is not type(opened.module):
+            kinds = f"a {type(opened.module).__name__}'s, {name} is a {type(module).__name__}"
+            raise UserError(f"the weights are {kinds}: ask for the other, or for other weights")
+        return
+    there, here = models.architecture(opened.module), models.architecture(module)
+    fields = [f"{k}={there[k]!r} there, {here[k]!r} here" for k in here if there[k] != here[k]]
+    if fields:
+        like = models.name_of(opened.module)
+        advice = f"ask for {like}" if like else "give these fields, or other weights"
+        raise UserError(f"the weights are not of {name} ({'; '.join(fields)}): {advice}")
 
 
 def open_run(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
-    """The best checkpoint of a run, else its newest: what was evaluated.
-
-    Returns:
-      (its network, what the checkpoint says of itself: "step", "config", the data).
-
-    Raises:
-      UserError: there is no run, or its checkpoint cannot be read.
-    """
+    """The best checkpoint of a run, else its newest: (its network, what it says of itself)."""
     state, meta = read_checkpoint(workdir)
     config = from_record(untracked(meta["config"]))
     stats, shape = state["normalization"], models.check_shape(meta["image_shape"])
@@ -233,11 +216,7 @@ def open_run(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
 def read_checkpoint(
     workdir: Path, which: Literal["best", "latest"] = "best"
 ) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """(the state, what the checkpoint says of itself), from where the run's record has them.
-
-    Raises:
-      UserError: there is no run, or its checkpoint cannot be read.
-    """
+    """(the state, what the checkpoint says of itself), from where the run's record has them."""
     try:
         record = json.loads((workdir / "config.json").read_text())
         elsewhere = record["config"]["checkpoint"]["directory"]

@@ -30,9 +30,9 @@ class Published:
     url: str
     """https://... of the file, or hf://OWNER/NAME of the repository."""
     filename: str = ""
-    """Name of the file in the cache; empty where huggingface_hub keeps it."""
+    """Name of the file in the cache; of no repository."""
     checksum: str = ""
-    """ "md5:DIGEST", or "sha256:" and the first digits; empty where the hub knows it."""
+    """ "md5:DIGEST", or "sha256:" and the first digits; of no repository."""
     preprocessing: Preprocessing | None = None
     """How the publisher evaluated the weights; None where the repository's config.json says it."""
 
@@ -44,9 +44,6 @@ def find(network: str | None, tag: str = DEFAULT) -> Published:
       network: a name of ``models.names()``.
       tag: one of ``tags(network)``, any "timm/NAME", which stands for the repository
         timm/NETWORK.NAME_in1k of the hub, or "imagenet" for ``default_tag(network)``.
-
-    Raises:
-      UserError: the network has no published weights, or none of that tag.
     """
     if network is None:
         need = "a tag needs a network (--model NAME)" if is_tag(tag) else "no such file or run"
@@ -81,10 +78,7 @@ def tags(network: str) -> tuple[str, ...]:
 
 
 def default_tag(network: str) -> str | None:
-    """What "imagenet" means for a network; None where it has no published weights.
-
-    torchvision's newer weights, else its first, else Keras's, else timm's most accurate.
-    """
+    """torchvision's newer weights, else its first, else Keras's, else timm's best, else None."""
     entries = _all().get(network, {})
     return next((tag for tag in ("tv_v2", "tv_v1", "keras", *entries) if tag in entries), None)
 
@@ -98,10 +92,7 @@ def find_source(name: str) -> Published | None:
 
 
 def timm_preprocessing(config: Path) -> Preprocessing | None:
-    """How timm evaluates weights, as the config.json beside them says; None where it does not.
-
-    The test size and crop count where timm has them beside those of training.
-    """
+    """How timm evaluates weights, as the config.json beside them says; None where it does not."""
     if not config.exists():
         return None
     try:

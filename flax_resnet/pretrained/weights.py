@@ -105,10 +105,17 @@ def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
 
 
 def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
-    """The network that is described in a file of ``write_weights``."""
+    """The network that is described in a file of ``write_weights``, with ``fields`` over it."""
+    count = len(file.tensors)
     try:
         about = json.loads(file.metadata[METADATA_KEY])
-        module = _described(about["module"], fields, len(file.tensors))
+        record = {name: value for name, value in about["module"].items() if name not in fields}
+        layers, hidden = sum(record.get("stage_sizes", ())), len(record.get("hidden_units", ()))
+        if torch_names.too_many(layers, count) or hidden > count:  # they would take long to trace
+            raise ValueError(f"it describes more layers than there are tensors, {count}")
+        for name in ("dtype", "param_dtype"):
+            check_dtype(record.get(name, "float32"))
+        module = _built(record, nn.Module).clone(**fields)
         preprocessing = _built(about.get("preprocessing"), Preprocessing | None)
         names = about.get("class_names")
         if names is not None:  # without what a terminal would act on
@@ -121,17 +128,6 @@ def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
         ) from error
     variables = _fit(module, file.tensors, _naming(module), shape)
     return Pretrained(module, variables, preprocessing, names, certain=True)
-
-
-def _described(record: Mapping[str, Any], fields: Mapping[str, Any], count: int) -> Any:
-    """The network of a record in a file of ``count`` tensors, with ``fields`` over the record's."""
-    record = {name: value for name, value in record.items() if name not in fields}
-    layers, hidden = sum(record.get("stage_sizes", ())), len(record.get("hidden_units", ()))
-    if torch_names.too_many(layers, count) or hidden > count:  # they would take long to trace
-        raise ValueError(f"it describes more layers than there are tensors, {count}")
-    for name in ("dtype", "param_dtype"):
-        check_dtype(record.get(name, "float32"))
-    return _built(record, nn.Module).clone(**fields)
 
 
 def _built(record: Any, kind: Any) -> Any:
