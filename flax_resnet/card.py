@@ -141,13 +141,12 @@ def _measured(address: str, trained: Trained) -> tuple[list[Any], str]:
         metric_name="top-1 accuracy",
         metric_value=scores["top1"],
     )
-    flags = {"weights": address, "data.name": data.name, "data.eval-split": data.eval_split}
-    if data.folder:
-        del flags["data.name"]
-        flags |= {"data.folder": "DIR", "data.train-split": data.train_split,
-                  "data.holdout-every": str(data.holdout_every)}  # fmt: skip
-    if config.tta != "none":
-        flags["tta"] = config.tta
+    words = ["--weights", address]
+    words += ["--data.folder", "DIR", "--data.train-split", data.train_split] if data.folder else []
+    words += ["--data.holdout-every", str(data.holdout_every)] if data.folder else []
+    words += ["--data.name", data.name] if not data.folder else []
+    words += ["--data.eval-split", data.eval_split]
+    words += ["--tta", config.tta] if config.tta != "none" else []
     top1 = [row["top1"] for row in trained.evaluations]
     chosen = len(top1) > 1 and scores["top1"] == max(top1)
     return [result], ACCURACY.format(
@@ -161,5 +160,5 @@ def _measured(address: str, trained: Trained) -> tuple[list[Any], str]:
         step=step,
         best=f", the best of {len(top1)} evaluations on these images" if chosen else "",
         folder=", DIR being the same folder" if data.folder else "",
-        flags=shlex.join(word for name, value in flags.items() for word in (f"--{name}", value)),
+        flags=shlex.join(words),
     )

@@ -85,7 +85,7 @@ def test_a_wrong_hash_is_refused_and_nothing_is_left(host):
     assert names() == []
 
 
-@pytest.mark.parametrize("damaged", [DATA[:-1], b"", DATA[:-1] + b"x"])
+@pytest.mark.parametrize("damaged", [DATA[:-1], DATA[:-1] + b"x"])
 def test_a_file_in_the_cache_that_is_another_is_never_used(host, damaged):
     (cache_dir() / "weights").mkdir(parents=True)
     (cache_dir() / "weights" / "a.pth").write_bytes(damaged)

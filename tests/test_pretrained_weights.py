@@ -380,30 +380,24 @@ def describe(path, change):
 MODELS = "flax_resnet.models.resnet"
 STRANGERS = ("subprocess:Popen", "os:system", "flax_resnet.config:TrainConfig",
              f"{MODELS}:Layers", f"os.{MODELS}:ResNet")  # fmt: skip
-BAD_NETWORKS = [
-    {"class": 7}, {"block_cls": {"class_itself": f"{MODELS}:ResNet"}}, {"block_cls": {}},
-    {"stem": {"class": "flax_resnet.optim:SGD"}}, {"depth": 3}, {"dtype": "float64"},
-    *({"stage_sizes": v} for v in ([10**6], [1] * 10**5, [10**400], [-1], "x", [1e999], None,
-                                   [{"class": "flax_resnet.config:TrainConfig"}])),
-    *({"hidden_units": v} for v in ([1] * 10**5, ["x"])),
-    *({"num_filters": v} for v in (10**12, 10**400, 0)),
-    *({name: 10**30} for name in ("groups", "width_per_group", "num_classes", "se_reduction")),
-]  # fmt: skip
-BAD_IMAGES = [
-    *({"size": v} for v in (32.5, 10**400, "x", 10**6)),
-    *({"mean": v} for v in ([None] * 3, [1e999] * 3, "abc")), {"std": [0.0] * 3}, {"channels": 7},
-    *({"decoder": v} for v in ({}, "x", {"channels": 3, "pad": 10**9})),
-    {"interpolation": [1]}, {"unknown": 1},
+BAD = [
+    *(("module", change) for change in (
+        {"class": 7}, {"block_cls": {"class_itself": f"{MODELS}:ResNet"}}, {"block_cls": {}},
+        {"stem": {"class": "flax_resnet.optim:SGD"}}, {"depth": 3}, {"dtype": "float64"},
+        *({"stage_sizes": v} for v in ([10**6], [1] * 10**5, [10**400], [-1], "x", [1e999], None)),
+        *({"hidden_units": v} for v in ([1] * 10**5, ["x"])),
+        *({"num_filters": v} for v in (10**12, 10**400, 0)),
+        *({name: 10**30} for name in ("groups", "width_per_group", "num_classes", "se_reduction")),
+    )),
+    *(("preprocessing", change) for change in (
+        *({"size": v} for v in (32.5, 10**400, "x", 10**6)), {"class": f"{MODELS}:ResNet"},
+        *({"mean": v} for v in ([None] * 3, [1e999] * 3, "abc")), {"std": [0.0] * 3},
+        *({"decoder": v} for v in ({}, "x")), {"interpolation": [1]}, {"unknown": 1},
+    )),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("part", "change"),
-    [
-        *(("module", change) for change in BAD_NETWORKS),
-        *(("preprocessing", change) for change in BAD_IMAGES),
-    ],
-)
+@pytest.mark.parametrize(("part", "change"), BAD)
 def test_descriptions_of_what_cannot_be_are_refused(tmp_path, part, change):
     path, _ = saved(tmp_path, create("resnet20", **SMALL), preprocessing=TORCH)
     describe(path, lambda about: about[part].update(change))
@@ -414,7 +408,8 @@ def test_descriptions_of_what_cannot_be_are_refused(tmp_path, part, change):
 
 @pytest.mark.parametrize("name", STRANGERS)
 def test_descriptions_name_networks_of_this_library_only(tmp_path, name):
-    for change in ({"class": name}, {"block_cls": {"class_itself": name}}):
+    both = {"class": f"{MODELS}:ResNet", "class_itself": name}
+    for change in ({"class": name}, {"block_cls": {"class_itself": name}}, {"block_cls": both}):
         path, _ = saved(tmp_path, create("resnet20", **SMALL))
         describe(path, lambda about, change=change: about["module"].update(change))
         with pytest.raises(UserError, match=r"is no network or block of flax_resnet\.models"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -227,11 +228,8 @@ def read_checkpoint(
         raise UserError(
             f"{workdir} holds no run: expected its checkpoints in {directory}, or a weight file"
         )
-    reader = Checkpoints(directory)
-    try:
+    with contextlib.closing(Checkpoints(directory)) as reader:
         return reader.read(which)
-    finally:
-        reader.close()
 
 
 def saved_variables(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

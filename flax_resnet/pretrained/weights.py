@@ -134,12 +134,12 @@ def _built(record: Any, kind: Any) -> Any:
     """``from_record``, of classes of this library only: a weight file may come from anyone."""
 
     def check(part: dict[str, Any]) -> dict[str, Any]:
-        name = part["class" if "class" in part else "class_itself"]
-        if MOVED_CLASSES.get(name, name) not in _CLASSES:
-            raise ValueError(
-                f"{name!r:.80} is no network or block of flax_resnet.models; a block class of your "
-                "own has to be given, as block_cls"
-            )
+        for name in (part[key] for key in ("class", "class_itself") if key in part):
+            if MOVED_CLASSES.get(name, name) not in _CLASSES:
+                raise ValueError(
+                    f"{name!r:.80} is no network or block of flax_resnet.models; a block class of "
+                    "your own has to be given, as block_cls"
+                )
         return part
 
     value = from_record(json.loads(json.dumps(record), object_hook=check))
