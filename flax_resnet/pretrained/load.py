@@ -155,7 +155,7 @@ def is_path(weights: str | Path) -> bool:
 
 
 def preprocessing(network: str, weights: str | Path = published.DEFAULT) -> Preprocessing:
-    """How images are prepared for weights; of timm's tags only config.json is downloaded.
+    """How images are prepared for weights; those of a timm tag are downloaded, to say it.
 
     Args:
       network: a name of ``names()``.
@@ -165,11 +165,8 @@ def preprocessing(network: str, weights: str | Path = published.DEFAULT) -> Prep
       UserError: an unknown tag, or a file that does not say.
     """
     entry = None if is_path(weights) else published.find(network, str(weights))
-    if entry is None:
-        prepared = open_weights(weights, network).preprocessing
-    elif (prepared := entry.preprocessing) is None:
-        config = hub.fetch_folder(entry.url, [hub.CONFIG]) / hub.CONFIG
-        prepared = published.timm_preprocessing(config)
+    prepared = entry.preprocessing if entry is not None else None
+    prepared = prepared or open_weights(weights, network).preprocessing
     if prepared is None:
         raise UserError(f"{weights} does not say how to prepare images for it: write it yourself")
     return prepared
