@@ -80,7 +80,9 @@ def _download(published: Published, path: Path) -> None:
             try:
                 get(url, file, cache)
             except HTTPError as error:
-                if error.response is None or error.response.status_code != NOTHING_LEFT:
+                response: Any = error.response
+                response.close()
+                if response.status_code != NOTHING_LEFT:
                     raise
         try:
             _check(published, partial, "it was removed")
