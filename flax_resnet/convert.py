@@ -13,10 +13,8 @@ from flax_resnet.classify import PreparedFlags, flag
 from flax_resnet.errors import UserError
 from flax_resnet.pretrained import Pretrained, write_weights
 
-SUFFIXES = (".safetensors", ".weights.h5")
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(PreparedFlags):
     """Writes weights in another format: .safetensors has torchvision's names, .weights.h5 is
     Keras 3's, for the networks that Keras has.
@@ -29,43 +27,25 @@ class Settings(PreparedFlags):
       flax-resnet convert imagenet resnet50.weights.h5 --model ResNet50
     """
 
-    source: Annotated[tyro.conf.Positional[str], flag("SOURCE")] = ""
+    source: Annotated[tyro.conf.Positional[str], flag("SOURCE")]
     """A tag such as "imagenet" (with --model), a weight file, a run's working directory, or
     hf://OWNER/NAME[@REVISION]."""
-    dest: Annotated[tyro.conf.Positional[str], flag("DEST")] = ""
+    dest: Annotated[tyro.conf.Positional[str], flag("DEST")]
     """File to write; it ends in .safetensors or .weights.h5."""
     overwrite: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
     """Replace DEST where it is there already."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.source and self.dest):
-            raise UserError("expected two arguments, SOURCE and DEST: what to read, what to write")
 
 
 def main(settings: Settings) -> None:
     """``python -m flax_resnet convert``."""
     dest = Path(settings.dest).expanduser()
-    # What is wrong with these is said before anything is fetched.
-    if not dest.name.endswith(SUFFIXES):
-        raise UserError(f"{settings.dest}: expected a name that ends in {' or '.join(SUFFIXES)}")
-    if dest.is_dir():
-        raise UserError(f"{settings.dest} is a directory: name a file")
-    if dest.exists() and not settings.overwrite:
+    if dest.exists() and not settings.overwrite:  # said before anything is fetched
         raise UserError(f"{settings.dest} is there already: give another name, or --overwrite")
     print(convert(settings.open(settings.source), dest))
 
 
 def convert(opened: Pretrained, dest: str | Path) -> str:
-    """Writes an opened network's weights to a file; returns a line that says what was written.
-
-    Args:
-      opened: the network, such as ``classify.open_network`` gives.
-      dest: ends in .safetensors, or .weights.h5 of networks that Keras has.
-
-    Raises:
-      UserError: another ending, a network that Keras has not, or a path that cannot be written.
-    """
+    """``write_weights`` of an opened network; returns a line that says what was written."""
     write_weights(
         dest,
         opened.module,

@@ -10,24 +10,19 @@ from typing import Any
 
 from flax_resnet.files import digest
 
-GIT_SECONDS = 30
-
 
 def git_state() -> dict[str, Any] | None:
     """Commit of the checkout that this code runs from, and whether it was changed; else None."""
     root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        ask = ["git", "-C", str(root), *arguments]
-        said = subprocess.run(ask, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)
-        return said.stdout.strip()
-
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 30, "check": True}
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+        ask = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
+        top, commit = subprocess.run(ask, **options).stdout.splitlines()
+        ask = ["git", "-C", str(root), "status", "--porcelain"]
+        changed = bool(subprocess.run(ask, **options).stdout)
     except (OSError, subprocess.SubprocessError):
         return None
+    return {"commit": commit, "changed": changed} if Path(top).resolve() == root else None
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Weights uploaded to the Hugging Face hub."""
+"""The commands push and pull: weights to and from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from typing import Annotated
 
 import tyro
 
-from flax_resnet.card import License
 from flax_resnet.classify import flag
-from flax_resnet.hub import CARD, MESSAGE, push_to_hub, write_repository
-from flax_resnet.pretrained.hub import client, parse
+from flax_resnet.hub import CARD, pull_from_hub, push_to_hub, write_repository
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Uploads weights to the Hugging Face hub in one commit: model.safetensors, config.json, of
-    a run its result.json, and a model card written from its record. HF_TOKEN, or what `hf auth
-    login` has saved, has to allow it. What a run was started with (command line, config,
-    packages, devices) is published with it: look at it first with --dry-run.
+    """Uploads weights to the Hugging Face hub in one commit: model.safetensors, config.json with
+    the record and result of a run, and a model card. HF_TOKEN, or what `hf auth login` has saved,
+    has to allow it. What a run was started with (command line, config, packages, devices) is
+    published with it: look at it first with --dry-run.
 
     Examples:
       flax-resnet push runs/digits me/digits --license apache-2.0 --dry-run card
@@ -32,34 +30,45 @@ class Settings:
     repository: Annotated[tyro.conf.Positional[str], flag("OWNER/NAME")]
     """Repository on the hub; it is made where it is not there."""
     license: Annotated[str, flag("ID")]
-    """Of the weights: apache-2.0, mit, cc-by-4.0, ..., or other."""
-    license_name: Annotated[str | None, flag("NAME")] = None
-    """Of "other": what the licence is called."""
-    license_link: Annotated[str | None, flag("URL")] = None
-    """Of "other": where its text is."""
+    """Of the weights, by the hub's word for it: apache-2.0, mit, cc-by-4.0, ..."""
     private: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
     """Make a new repository private."""
     revision: Annotated[str | None, flag("BRANCH", "main")] = None
     """Add the commit to this branch, made where it is not there."""
-    message: Annotated[str, flag("TEXT")] = MESSAGE
-    """Of the commit."""
     dry_run: Annotated[str | None, flag("DIR")] = None
     """Write the files into this directory and upload nothing; needs no network."""
 
 
 def main(given: Settings) -> None:
     """``flax-resnet push``."""
-    license = License(given.license, given.license_name, given.license_link)
+    source, repository, license = given.source, given.repository, given.license
     if given.dry_run is not None:
-        write_repository(given.source, given.repository, given.dry_run, license=license)
+        write_repository(source, repository, given.dry_run, license=license)
         print(f"card: {Path(given.dry_run).expanduser() / CARD}\nnothing was uploaded")
         return
-    address = push_to_hub(
-        given.source,
-        given.repository,
-        license=license,
-        private=given.private,
-        revision=given.revision,
-        message=given.message,
+    private, revision = given.private, given.revision
+    print(
+        "pushed:",
+        push_to_hub(source, repository, license=license, private=private, revision=revision),
     )
-    print(f"pushed: {address}\npage: {client().endpoint}/{parse(address).name}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pull:
+    """Downloads weights, config and model card of a repository on the Hugging Face hub
+    into a directory, all of one commit. With HF_HUB_OFFLINE=1 they come from the cache alone.
+
+    Examples:
+      flax-resnet pull me/digits digits
+      flax-resnet predict PHOTO.png --weights digits/model.safetensors
+    """
+
+    repository: Annotated[tyro.conf.Positional[str], flag("OWNER/NAME[@REVISION]")]
+    """Repository on the hub, at a branch, a tag or a commit."""
+    dest: Annotated[tyro.conf.Positional[str], flag("DEST")]
+    """Directory to make."""
+
+
+def pull(given: Pull) -> None:
+    """``flax-resnet pull``."""
+    print(pull_from_hub(given.repository, given.dest))

@@ -17,7 +17,7 @@ import urllib.parse
 import yaml
 
 LARGE = (".safetensors", ".bin")
-LICENSES = {"apache-2.0", "mit", "other"}
+ME = "Bearer hf_me"
 
 
 def oid(name, data):
@@ -42,9 +42,10 @@ class Hub:
     """The server, in a thread; its attributes are what it holds and what goes wrong."""
 
     def __init__(self):
-        self.repositories = {}  # name: private, branches {name: commit}, commits {commit: files}
+        self.branches = {}  # (repository, branch): commit
+        self.commits = {}  # commit: {path: bytes}
+        self.private = set()  # repositories that "me" alone may see, and only its own
         self.uploaded = {}  # path on the host of large files: bytes
-        self.tokens = {"hf_me": "me", "hf_other": "other"}  # token: namespace it may write to
         self.seen = []  # of each request: method, path, authorization, range, sent
         self.flip = None  # index of the byte of large files that is sent wrong
         self.cuts = []  # bytes after which the next large downloads break off
@@ -61,27 +62,16 @@ class Hub:
             self.thread.join()
             self.server.server_close()
 
-    def add(self, name, files, branch="main", private=False):
+    def add(self, name, files, branch="main"):
         """Makes a commit of files {name: bytes}; returns its id."""
-        repo = self.repositories.setdefault(
-            name, types.SimpleNamespace(private=private, branches={}, commits={})
-        )
-        told = [
-            branch,
-            repo.branches.get(branch),
-            *sorted((k, oid(k, v)) for k, v in files.items()),
-        ]
+        told = [name, branch, *sorted((path, oid(path, data)) for path, data in files.items())]
         commit = hashlib.sha1(repr(told).encode()).hexdigest()
-        repo.commits[commit], repo.branches[branch] = dict(files), commit
+        self.commits[commit], self.branches[name, branch] = dict(files), commit
         self.uploaded |= {oid(k, v): v for k, v in files.items() if k.endswith(LARGE)}
         return commit
 
-    def files(self, name, revision="main"):
-        repo = self.repositories[name]
-        return repo.commits[repo.branches.get(revision, revision)]
-
-    def gets(self):
-        return [r for r in self.seen if r.method == "GET" and r.path.startswith("/files/")]
+    def files(self, name, branch="main"):
+        return self.commits[self.branches[name, branch]]
 
     def answer(self, request):
         path = urllib.parse.unquote(request.path.partition("?")[0])
@@ -91,48 +81,47 @@ class Hub:
                 act(self, request, *parts.groups())
         raise refused(404, f"no such endpoint: {request.method} {path}")
 
-    def repository(self, request, name, revision="main", write=False):
-        """(the repository, the commit): to who may see it."""
-        token, repo = request.authorization.removeprefix("Bearer "), self.repositories.get(name)
-        mine = self.tokens.get(token) == name.partition("/")[0]
-        if repo is None or (repo.private and not mine):
+    def find(self, request, name, revision="main", write=False):
+        """The commit, to who may see it."""
+        mine = request.authorization == ME and name.startswith("me/")
+        if (name, "main") not in self.branches or (name in self.private and not mine):
             raise refused(404, "RepoNotFound")
         if write and not mine:
             raise refused(403, "Forbidden")
-        commit = repo.branches.get(revision, revision)
-        if commit not in repo.commits:
+        commit = self.branches.get((name, revision), revision)
+        if commit not in self.commits:
             raise refused(404, "RevisionNotFound")
-        return repo, commit
+        return commit
 
     def create(self, request):
-        asked, owner = json.loads(request.body), self.tokens.get(request.authorization[7:])
-        if owner is None or asked["organization"] not in (None, owner):
-            raise refused(401 if owner is None else 403, "Unauthorized")
-        name = f"{owner}/{asked['name']}"
-        if name not in self.repositories:
-            private = asked.get("private") or asked.get("visibility") == "private"
-            self.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=bool(private))
+        asked = json.loads(request.body)
+        if request.authorization != ME or asked["organization"] not in (None, "me"):
+            raise refused(403, "Unauthorized")
+        name = f"me/{asked['name']}"
+        if (name, "main") not in self.branches:
+            self.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"})
+            if asked.get("private") or asked.get("visibility") == "private":
+                self.private.add(name)
         raise Answer(200, {"url": f"{self.url}/{name}", "id": name})
 
     def validate(self, request):
         about = yaml.safe_load(json.loads(request.body)["content"].split("---\n")[1])
-        wrong = [] if about.get("license") in LICENSES else [{"message": '"license" must be known'}]
+        known = about["license"] in ("apache-2.0", "mit")
+        wrong = [] if known else [{"message": '"license" must be known'}]
         raise Answer(400 if wrong else 200, {"errors": wrong, "warnings": []})
 
     def branch(self, request, name, branch):
-        repo, commit = self.repository(request, name, write=True)
-        repo.branches.setdefault(branch, commit)
+        self.branches.setdefault((name, branch), self.find(request, name, write=True))
         raise Answer(200, {})
 
     def info(self, request, name, revision="main"):
-        repo, commit = self.repository(request, name, revision)
-        siblings = [{"rfilename": path} for path in repo.commits[commit]]
+        commit = self.find(request, name, revision)
+        siblings = [{"rfilename": path} for path in self.commits[commit]]
         raise Answer(200, {"id": name, "sha": commit, "siblings": siblings})
 
     def tree(self, request, name, revision):
-        repo, commit = self.repository(request, name, revision)
         entries = []
-        for path, data in repo.commits[commit].items():
+        for path, data in self.commits[self.find(request, name, revision)].items():
             entry = {"type": "file", "path": path, "size": len(data), "oid": oid(path, data)}
             if path.endswith(LARGE):
                 entry["lfs"] = {"oid": oid(path, data), "size": len(data), "pointerSize": 130}
@@ -140,14 +129,12 @@ class Hub:
         raise Answer(200, entries)
 
     def preupload(self, request, name, revision):
-        self.repository(request, name, revision, write=True)
         paths = [asked["path"] for asked in json.loads(request.body)["files"]]
         modes = {path: "lfs" if path.endswith(LARGE) else "regular" for path in paths}
         told = [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]
         raise Answer(200, {"files": told})
 
     def batch(self, request, name):
-        self.repository(request, name, write=True)
         told = [
             {**wanted, "actions": {"upload": {"href": f"{self.files_url}/{wanted['oid']}"}}}
             for wanted in json.loads(request.body)["objects"]
@@ -155,7 +142,7 @@ class Hub:
         raise Answer(200, {"transfer": "basic", "objects": told})
 
     def commit(self, request, name, branch):
-        files = dict(self.files(name, self.repository(request, name, branch, write=True)[1]))
+        files = dict(self.commits[self.find(request, name, branch, write=True)])
         for line in map(json.loads, request.body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
@@ -165,16 +152,12 @@ class Hub:
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         commit = self.add(name, files, branch)
-        told = {
-            "success": True,
-            "commitOid": commit,
-            "commitUrl": f"{self.url}/{name}/commit/{commit}",
-        }
-        raise Answer(200, told)
+        url = f"{self.url}/{name}/commit/{commit}"
+        raise Answer(200, {"success": True, "commitOid": commit, "commitUrl": url})
 
     def resolve(self, request, name, revision, path):
-        repo, commit = self.repository(request, name, revision)
-        data = repo.commits[commit].get(path)
+        commit = self.find(request, name, revision)
+        data = self.commits[commit].get(path)
         if data is None:
             raise refused(404, "EntryNotFound")
         headers = {"X_Repo_Commit": commit, "ETag": f'"{oid(path, data)}"'}
@@ -243,7 +226,7 @@ def handler(hub):
                 self.send_header("Content-Length", str(len(answer.body)))
                 self.end_headers()
                 body = b"" if request.method == "HEAD" else answer.body
-                if hub.cuts and request in hub.gets():
+                if hub.cuts and request.method == "GET" and request.path.startswith("/files/"):
                     body = body[: hub.cuts.pop(0)]
                 request.sent = self.wfile.write(body)
 

@@ -45,19 +45,9 @@ def test_flags_change_what_is_kept(call, tmp_path):
 def test_keras_and_back(call, tmp_path):
     first, keras, last = (tmp_path / n for n in ("a.safetensors", "k.weights.h5", "b.safetensors"))
     variables = zero_weights(first, "ResNet50V2", num_classes=3, num_filters=1, stage_sizes=(2, 2))
-    code, out, err = call("convert", first, keras)
-    assert code == 0, err
-    assert " parameters, written to " in out
+    assert call("convert", first, keras)[0] == 0
     assert call("convert", keras, last)[0] == 0
     assert_trees_equal(open_weights(last).variables, dict(variables))
-
-
-def test_a_named_network_is_printed(call, tmp_path):
-    zero_weights(tmp_path / "a.safetensors", "resnet20")
-    arguments = ("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    code, out, _ = call(*arguments, "--model", "resnet20")
-    assert code == 0
-    assert out.startswith("resnet20, 269,722 parameters, written to ")
 
 
 def test_what_is_there_is_kept_unless_told(call, tmp_path):
@@ -74,8 +64,6 @@ def test_what_is_there_is_kept_unless_told(call, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected two arguments, SOURCE and DEST"),
-        (["{source}"], "expected two arguments, SOURCE and DEST"),
         (["{source}", "{tmp}/x.pth"], "x.pth: expected a name that ends in .safetensors or .weig"),
         (["{source}", "{tmp}/x.weights.h5"], "the network is not one of Keras's"),
         (["{source}", "{tmp}/none/x.safetensors"], "cannot be written"),

@@ -74,6 +74,9 @@ def test_preprocessing_is_the_publishers():
 )
 def test_timm_says_how_images_are_prepared(tmp_path, changes, size, resize, interpolation):
     path = tmp_path / "config.json"
+    assert published.timm_preprocessing(path) is None
+    path.write_text('{"model": {}}')
+    assert published.timm_preprocessing(path) is None
     content = {"architecture": "resnet50", "pretrained_cfg": TIMM | changes | {"mean": [0.5] * 3}}
     path.write_text(json.dumps(content))
     prepared = published.timm_preprocessing(path)
@@ -81,24 +84,11 @@ def test_timm_says_how_images_are_prepared(tmp_path, changes, size, resize, inte
     assert (prepared.mean, prepared.std) == ((0.5,) * 3, TORCH.std)
 
 
-def test_another_config_says_nothing(tmp_path):
-    path = tmp_path / "config.json"
-    assert published.timm_preprocessing(path) is None
-    path.write_text('{"model": {}}')
-    assert published.timm_preprocessing(path) is None
-
-
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"input_size": None, "test_input_size": None},
-        {"test_input_size": [3, 288, 320]},
-        {"crop_mode": "border"},
-        {"interpolation": "lanczos"},
-        {"std": [0, 0, 0]},
-        {"test_crop_pct": 1e-320},
-    ],
-)
+    [{"input_size": None, "test_input_size": None}, {"test_input_size": [3, 288, 320]},
+     {"crop_mode": "border"}, {"interpolation": "lanczos"}, {"std": [0, 0, 0]}],
+)  # fmt: skip
 def test_a_config_that_cannot_be_used_is_one_line(tmp_path, changes):
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": TIMM | changes}))
     with pytest.raises(UserError, match=r"config\.json: timm's pretrained_cfg cannot be used"):
@@ -121,8 +111,8 @@ def test_default_tags():
 @pytest.mark.parametrize(
     ("network", "tag", "message"),
     [
-        ("resnet50", "tv_v3", r"'tv_v3' of resnet50 .*mean 'tv_v[12]'.*imagenet \(which is tv_v2"),
-        ("resnet50", "a1", "tv_v2, hf, keras, timm/NAME, or the path of a file"),
+        ("resnet50", "tv_v3", r"'tv_v3' of resnet50 .*mean 'tv_v[12]'.*imagenet \(tv_v2"),
+        ("resnet50", "a1", "tv_v2, hf, keras, timm/NAME, or a path"),
         ("resnet56", "imagenet", "'resnet56' has no published weights.*ResNet50.*seresnet"),
         ("resnet5", "timm/a1", "unknown network 'resnet5'|'resnet5'"),
     ],

@@ -1,9 +1,7 @@
 """What a run's numbers come from: commit, versions, source."""
 
-import importlib.metadata
 import pathlib
 import shutil
-import subprocess
 
 import numpy as np
 
@@ -26,19 +24,10 @@ def test_without_git_there_is_no_commit(monkeypatch):
     assert provenance.git_state() is None
 
 
-def test_a_git_that_hangs_is_none(monkeypatch):
-    def run(command, **options):
-        raise subprocess.TimeoutExpired(command, options["timeout"])
-
-    monkeypatch.setattr(provenance.subprocess, "run", run)
-    assert provenance.git_state() is None
-
-
 def test_versions_of_packages():
     names = ("numpy", "no-such-package")
     expected = {"numpy": np.__version__, "no-such-package": "not installed"}
     assert provenance.versions(names) == expected
-    assert importlib.metadata.version("numpy") == np.__version__
 
 
 def test_the_source_hash_is_of_all_modules(tmp_path, monkeypatch):

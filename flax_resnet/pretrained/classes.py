@@ -17,9 +17,7 @@ def imagenet_classes() -> tuple[str, ...]:
     """
     rows = [names.split(", ") for _, names in _rows()]
     shared = collections.Counter(names[0] for names in rows)
-    return tuple(
-        names[1] if shared[names[0]] > 1 and len(names) > 1 else names[0] for names in rows
-    )
+    return tuple(names[1 if shared[names[0]] > 1 and len(names) > 1 else 0] for names in rows)
 
 
 def imagenet_ids() -> tuple[str, ...]:

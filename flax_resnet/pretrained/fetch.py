@@ -1,28 +1,23 @@
-"""Published weights on this machine: from the cache, or downloaded into it; checked at every use.
+"""Files of torchvision and Keras, in the cache or downloaded into it; checked at every use.
 
-pooch downloads the files of torchvision and Keras. It neither continues a download that broke off
-nor compares a part of a hash, and torchvision publishes no more than the first digits: these two
-are done here. huggingface_hub keeps the weights of the hub (``pretrained.hub``).
+pooch downloads them. It neither continues a download that broke off nor compares a part of a hash,
+and torchvision publishes no more than the first digits: these two are done here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
 from flax_resnet.errors import UserError
 from flax_resnet.pretrained.published import Published
 
-TIMEOUT = (10, 30)
-"""Seconds to wait for a connection, and for the next bytes."""
+NOTHING_LEFT = 416
 CHUNK = 1 << 16
 """Bytes written at a time: the most that a download loses when its process is killed."""
-RETRIES = 2
-"""Further attempts at a download that breaks off, or that gives the wrong bytes."""
-NOTHING_LEFT, PARTIAL = 416, 206
 
 
 def cache_dir() -> Path:
@@ -53,64 +48,42 @@ def fetch(published: Published) -> Path:
       UserError: the file cannot be downloaded or written, or is not the one that was published.
     """
     path = cache_dir() / "weights" / published.filename
-    if not path.is_file():
+    if path.is_file():
+        _check(published, path, f"delete it, or save {published.url} there")
+        return path
+    try:
+        if (variable := offline()) is not None:
+            raise OSError(f"{variable} is set")
         _download(published, path)
-    _check(published, path, f"delete it and it is downloaded again, or save {published.url} there")
+    except (ImportError, OSError, ValueError) as error:
+        install = "pip install 'flax_resnet[hub]', or " if isinstance(error, ImportError) else ""
+        raise UserError(
+            f"weights {published.tag!r} of {published.network} are not on this machine and "
+            f"{published.url} cannot be downloaded ({error}): {install}get it elsewhere and save "
+            f"it as {path}, or give the path of a file"
+        ) from error
     return path
 
 
 def _download(published: Published, path: Path) -> None:
-    problem = (
-        f"weights {published.tag!r} of {published.network} are not on this machine and "
-        f"{published.url} cannot be downloaded"
-    )
-    advice = f"get it elsewhere and save it as {path}, or give the path of a file"
-    if (variable := offline()) is not None:
-        raise UserError(f"{problem}, {variable} is set: {advice}")
-    try:
-        import filelock
-        import pooch
-    except ImportError as error:
-        raise UserError(
-            f"{problem} ({error}): pip install 'flax_resnet[hub]', or {advice}"
-        ) from error
-    pooch.get_logger().setLevel("WARNING")
-    name = path.name
-    cache = pooch.create(
-        path.parent, "", registry={name: None}, urls={name: published.url}, retry_if_failed=RETRIES
-    )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(cache_dir() / f"{name}.lock"):
-            cache.fetch(name, downloader=_continued(published, path.with_name(f"{name}.partial")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{problem} ({error}): {advice}") from error
+    """Downloads with pooch, on from what is in the file ``*.partial``."""
+    import filelock
+    import pooch
+    from requests import HTTPError
 
-
-def _continued(published: Published, partial: Path) -> Callable[[str, str, Any], None]:
-    """A downloader for pooch that goes on from what is in ``partial``."""
-    import requests
-    from tqdm import tqdm
+    partial = path.with_name(f"{path.name}.partial")
 
     def download(url: str, output_file: str, cache: Any) -> None:
-        done = partial.stat().st_size if partial.is_file() else 0
-        headers = {"Accept-Encoding": "identity"}
-        if done:
-            headers["Range"] = f"bytes={done}-"
-        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-            if response.status_code != NOTHING_LEFT:
-                response.raise_for_status()
-                continues = response.status_code == PARTIAL
-                done, mode = (done, "ab") if continues else (0, "wb")
-                total = done + int(response.headers.get("Content-Length", 0)) or None
-                with (
-                    partial.open(mode) as file,
-                    tqdm(desc=partial.stem, initial=done, total=total, unit="B", unit_scale=True,
-                         disable=None) as bar,
-                ):  # fmt: skip
-                    for chunk in response.iter_content(CHUNK):
-                        file.write(chunk)
-                        bar.update(len(chunk))
+        with partial.open("ab") as file:
+            headers = {"Accept-Encoding": "identity", "Range": f"bytes={file.tell()}-"}
+            get = pooch.HTTPDownloader(sys.stderr.isatty(), CHUNK, headers=headers, timeout=30)
+            try:
+                get(url, file, cache)
+            except HTTPError as error:
+                response: Any = error.response
+                response.close()
+                if response.status_code != NOTHING_LEFT:
+                    raise
         try:
             _check(published, partial, "it was removed")
         except UserError:
@@ -118,16 +91,18 @@ def _continued(published: Published, partial: Path) -> Callable[[str, str, Any],
             raise
         partial.replace(output_file)
 
-    return download
+    pooch.get_logger().setLevel("WARNING")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    where = {"registry": {path.name: None}, "urls": {path.name: published.url}}
+    with filelock.FileLock(cache_dir() / f"{path.name}.lock"):
+        files = pooch.create(path.parent, "", **where, retry_if_failed=2)
+        files.fetch(path.name, downloader=download)
 
 
 def _check(published: Published, path: Path, advice: str) -> None:
     """Raises UserError unless a file's hash is, or begins with, the published one."""
     algorithm, _, digest = published.checksum.partition(":")
-    try:
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, algorithm).hexdigest()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}): make it readable") from error
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, algorithm).hexdigest()
     if not actual.startswith(digest):
         raise UserError(f"{path} has the {algorithm} {actual}, not {digest}...: {advice}")

@@ -1,7 +1,8 @@
-"""Weights by tag, path or working directory; ``load``, which gives a network with them."""
+"""Weights by tag, path, working directory or hub address; ``load``, a network with its weights."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -45,13 +46,11 @@ def load(
 
     Args:
       name: one of ``names()``; Keras's spellings (``ResNet152V2``) give Keras's networks.
-      weights: None starts afresh. "imagenet", or another of ``tags(name)`` such as "keras",
-        "tv_v1" or "timm/a1", fetches published weights. A path reads a file of any kind that
-        ``read_weights`` takes, or a run's working directory. "hf://OWNER/NAME" and
-        "hf://OWNER/NAME@REVISION" download model.safetensors of a repository on the Hugging Face
-        hub (needs [hub]). Variables ({"params", "batch_stats"}, of blocks stacked or not) are
-        taken as they are. A head in the weights is dropped where ``include_top`` is False.
-      include_top: end with the dense head; its output is logits.
+      weights: None starts afresh; "imagenet" or another of ``tags(name)`` fetches published
+        weights; a path reads a weight file or a run's working directory; "hf://OWNER/NAME" and
+        "hf://OWNER/NAME@REVISION" download from the Hugging Face hub (needs [hub]); variables
+        ({"params", "batch_stats"}, blocks stacked or not) are taken as they are.
+      include_top: end with the dense head; its output is logits. False drops that of the weights.
       pooling: without the top: None gives the last map (N, h, w, C), "avg" and "max" its
         global pool (N, C).
       num_classes: width of the head; by default that of the weights, else the network's own:
@@ -70,10 +69,9 @@ def load(
       UserError: an unknown name, tag or field, an input too small, weights that cannot be had,
         or that do not fit.
     """
-    if classes is not None:
-        if num_classes not in (None, classes):
-            raise UserError(f"num_classes={num_classes} and classes={classes}: give one of them")
-        num_classes = classes
+    if None not in (classes, num_classes) and classes != num_classes:
+        raise UserError(f"num_classes={num_classes} and classes={classes}: give one of them")
+    num_classes = classes if num_classes is None else num_classes
     top = {"include_top": include_top, "pooling": pooling}
     fields |= {key: value for key, value in top.items() if value not in (True, None)}
     opened = None
@@ -109,59 +107,36 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
       weights: a tag, a weight file, a run's working directory (its best checkpoint), or
         "hf://OWNER/NAME[@REVISION]".
       network: a name of ``names()``, which a tag needs.
-
-    Raises:
-      UserError: an unknown tag, no such file, one that cannot be read, or a download that fails.
     """
-    if hub.is_address(weights):
-        return _open_repository(str(weights))
-    path = Path(weights).expanduser()
-    if is_path(weights):
+    entry = None if is_path(weights) else published.find(network, str(weights))
+    address = weights if entry is None else entry.url
+    if hub.is_address(address):
+        path = hub.fetch_folder(str(address)) / hub.WEIGHTS
+        known = entry or published.find_source(str(address).partition("@")[0])
+    elif entry is not None:
+        path, known = fetch(entry), entry
+    else:
+        path = Path(weights).expanduser()
         if path.is_dir():
             return open_run(path)[0]
-        return _described(open_file(path), path, path.name)
-    if network is None:
-        kinds = "a weight file, a run's directory, or hf://OWNER/NAME"
-        if "/" in str(weights) and not published.is_tag(str(weights)):
-            raise UserError(f"weights {str(weights)!r}: no such file or run; expected {kinds}")
-        raise UserError(
-            f"weights {str(weights)!r}: a tag needs a network (--model NAME, in Python its name); "
-            f"or give {kinds}"
-        )
-    entry = published.find(network, str(weights))
-    if hub.is_address(entry.url):
-        opened = _open_repository(entry.url)
-    else:
-        path = fetch(entry)
-        opened = _described(open_file(path), path, path.name)
-    classes = getattr(opened.module, "num_classes", len(imagenet_classes()))
-    return dataclasses.replace(
-        opened,
-        module=models.create(entry.network, num_classes=classes),
-        network=entry.network,
-        certain=True,
-    )
+        known = published.find_source(path.name)
+    opened = _described(open_file(path), known, path)
+    if entry is None:
+        return opened
+    module = models.create(entry.network, num_classes=getattr(opened.module, "num_classes", 1000))
+    return dataclasses.replace(opened, module=module, network=entry.network, certain=True)
 
 
-def _open_repository(address: str) -> Pretrained:
-    """The weights of hf://OWNER/NAME[@REVISION]."""
-    repo = hub.parse(address)
-    path = hub.fetch_folder(repo) / hub.WEIGHTS
-    return _described(open_file(path), path, f"{hub.PREFIX}{repo.name}")
-
-
-def _described(opened: Pretrained, path: Path, source: str) -> Pretrained:
+def _described(opened: Pretrained, known: published.Published | None, path: Path) -> Pretrained:
     """``opened`` with the preprocessing and class names that its file does not say.
 
-    Published weights are known by the name of their file or their repository, timm's by the
-    config.json beside them.
+    Those of published weights are in their table, those of timm's in the config.json beside them.
     """
     if opened.class_names is not None:
         return opened
-    entry = published.find_source(source)
-    prepared = entry.preprocessing if entry is not None else None
+    prepared = known.preprocessing if known is not None else None
     prepared = prepared or published.timm_preprocessing(path.with_name(hub.CONFIG))
-    prepared = prepared or opened.preprocessing  # for want of better that of the file's kind
+    prepared = prepared or opened.preprocessing  # else the usual one of this kind of file
     classes, module = imagenet_classes(), opened.module
     imagenet = getattr(module, "include_top", True) and module.num_classes == len(classes)
     names = classes if imagenet and prepared is not None else None
@@ -169,18 +144,18 @@ def _described(opened: Pretrained, path: Path, source: str) -> Pretrained:
 
 
 def is_path(weights: str | Path) -> bool:
-    """True for what names a file rather than a tag, hf:// among them; ./imagenet is a path."""
+    """True for a path or an hf:// address, False for a tag; ./imagenet is a path."""
     text = str(weights)
-    if isinstance(weights, str) and published.is_tag(text):
-        return False
-    if hub.is_address(weights):
+    if isinstance(weights, Path) or hub.is_address(weights):
         return True
+    if published.is_tag(text):
+        return False
     looks = text.startswith((".", "/", "~")) or text.lower().endswith(SUFFIXES)
-    return isinstance(weights, Path) or looks or Path(text).expanduser().exists()
+    return looks or Path(text).expanduser().exists()
 
 
 def preprocessing(network: str, weights: str | Path = published.DEFAULT) -> Preprocessing:
-    """What weights want done to a photograph; of timm's tags only config.json is downloaded.
+    """How images are prepared for weights; those of a timm tag are downloaded, to say it.
 
     Args:
       network: a name of ``names()``.
@@ -189,63 +164,40 @@ def preprocessing(network: str, weights: str | Path = published.DEFAULT) -> Prep
     Raises:
       UserError: an unknown tag, or a file that does not say.
     """
-    prepared: Preprocessing | None
-    if is_path(weights):
-        prepared = open_weights(weights, network).preprocessing
-    else:
-        entry = published.find(network, str(weights))
-        prepared = entry.preprocessing
-        if prepared is None:
-            folder = hub.fetch_folder(hub.parse(entry.url), [hub.CONFIG])
-            prepared = published.timm_preprocessing(folder / hub.CONFIG)
+    entry = None if is_path(weights) else published.find(network, str(weights))
+    prepared = entry.preprocessing if entry is not None else None
+    prepared = prepared or open_weights(weights, network).preprocessing
     if prepared is None:
         raise UserError(f"{weights} does not say how to prepare images for it: write it yourself")
     return prepared
 
 
 def check_same(opened: Pretrained, module: nn.Module, name: str) -> None:
-    """Raises UserError where a file says, by more than its shapes, that it is of another network.
-
-    Args:
-      opened: the weights.
-      module: the network asked for.
-      name: what to call it.
-    """
+    """Raises UserError where a file says, by more than its shapes, that it is not of ``module``."""
     if not opened.certain:
         return
     if not (isinstance(module, ResNet) and isinstance(opened.module, ResNet)):
         if type(module) is not type(opened.module):
-            raise UserError(
-                f"the weights are a {type(opened.module).__name__}'s, {name} is a "
-                f"{type(module).__name__}: ask for the other, or for other weights"
-            )
+            kinds = f"a {type(opened.module).__name__}'s, {name} is a {type(module).__name__}"
+            raise UserError(f"the weights are {kinds}: ask for the other, or for other weights")
         return
     there, here = models.architecture(opened.module), models.architecture(module)
-    found = [f"{k}={there[k]!r} there, {here[k]!r} here" for k in here if there[k] != here[k]]
-    if found:
+    fields = [f"{k}={there[k]!r} there, {here[k]!r} here" for k in here if there[k] != here[k]]
+    if fields:
         like = models.name_of(opened.module)
         advice = f"ask for {like}" if like else "give these fields, or other weights"
-        raise UserError(f"the weights are not of {name} ({'; '.join(found)}): {advice}")
+        raise UserError(f"the weights are not of {name} ({'; '.join(fields)}): {advice}")
 
 
 def open_run(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
-    """The best checkpoint of a run, else its newest: what was evaluated.
-
-    Returns:
-      (its network, what the checkpoint says of itself: "step", "config", the data).
-
-    Raises:
-      UserError: there is no run, or its checkpoint cannot be read.
-    """
+    """The best checkpoint of a run, else its newest: (its network, what it says of itself)."""
     state, meta = read_checkpoint(workdir)
     config = from_record(untracked(meta["config"]))
-    module = config.model
     stats, shape = state["normalization"], models.check_shape(meta["image_shape"])
-    decoder = config.data.decoder(shape[2])
-    opened = Pretrained(
-        module=module,
-        variables=saved_variables(module, state),
-        preprocessing=Preprocessing(
+    prepared = None  # rectangles: there is no way to bring a photograph to one without bending it
+    if shape[0] == shape[1]:
+        decoder = config.data.decoder(shape[2])
+        prepared = Preprocessing(
             size=decoder.side or shape[0],
             resize=None,
             channels=shape[2],
@@ -254,22 +206,15 @@ def open_run(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
             bgr="order" in stats,
             decoder=decoder,
         )
-        if shape[0] == shape[1]
-        else None,  # there is no way to bring a photograph to it without bending it
-        class_names=tuple(meta["class_names"]),
-        certain=True,
-    )
-    return opened, meta
+    variables = saved_variables(config.model, state)
+    names = tuple(meta["class_names"])
+    return Pretrained(config.model, variables, prepared, names, certain=True), meta
 
 
 def read_checkpoint(
     workdir: Path, which: Literal["best", "latest"] = "best"
 ) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """(the state, what the checkpoint says of itself), from where the run's record has them.
-
-    Raises:
-      UserError: there is no run, or its checkpoint cannot be read.
-    """
+    """(the state, what the checkpoint says of itself), from where the run's record has them."""
     try:
         record = json.loads((workdir / "config.json").read_text())
         elsewhere = record["config"]["checkpoint"]["directory"]
@@ -280,11 +225,8 @@ def read_checkpoint(
         raise UserError(
             f"{workdir} holds no run: expected its checkpoints in {directory}, or a weight file"
         )
-    reader = Checkpoints(directory)
-    try:
+    with contextlib.closing(Checkpoints(directory)) as reader:
         return reader.read(which)
-    finally:
-        reader.close()
 
 
 def saved_variables(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from flax_resnet import models
@@ -29,49 +30,46 @@ class Published:
     url: str
     """https://... of the file, or hf://OWNER/NAME of the repository."""
     filename: str = ""
-    """Name of the file in the cache; empty where huggingface_hub keeps it."""
+    """Name of the file in the cache; of no repository."""
     checksum: str = ""
-    """ "md5:DIGEST", or "sha256:" and the first digits; empty where the hub knows it."""
+    """ "md5:DIGEST", or "sha256:" and the first digits; of no repository."""
     preprocessing: Preprocessing | None = None
     """How the publisher evaluated the weights; None where the repository's config.json says it."""
 
 
-def find(network: str, tag: str = DEFAULT) -> Published:
+def find(network: str | None, tag: str = DEFAULT) -> Published:
     """The weights that a tag means for a network.
 
     Args:
-      network: a name of ``models.names()``. The tag "keras" of ``resnet50`` or ``resnet50_v1``
-        is that of ``ResNet50``, of ``resnet50_v2`` that of ``ResNet50V2``.
+      network: a name of ``models.names()``.
       tag: one of ``tags(network)``, any "timm/NAME", which stands for the repository
         timm/NETWORK.NAME_in1k of the hub, or "imagenet" for ``default_tag(network)``.
-
-    Raises:
-      UserError: the network has no published weights, or none of that tag.
     """
+    if network is None:
+        need = "a tag needs a network (--model NAME)" if is_tag(tag) else "no such file or run"
+        raise UserError(f"weights {tag!r}: {need}; or give a file, a run, or hf://OWNER/NAME")
     if _TIMM_TAG.fullmatch(tag):
         models.create(network)  # raises where there is no such network
         return _timm(network, tag.removeprefix("timm/"))
-    known = _all()
-    if network not in known:
+    entries = _all().get(network)
+    if entries is None:
+        near = did_you_mean(network, _all())
         raise UserError(
-            f"network {network!r} has no published weights{did_you_mean(network, known)}: those "
-            f"that have some are {', '.join(known)}"
+            f"network {network!r} has no published weights{near}: expected {', '.join(_all())}"
         )
-    entries = known[network]
     wanted = default_tag(network) if tag == DEFAULT else tag
     if wanted not in entries:
         raise UserError(
             f"weights {tag!r} of {network} are not known{did_you_mean(tag, entries)}: expected "
-            f"{DEFAULT} (which is {default_tag(network)}), {', '.join(entries)}, timm/NAME, or the "
-            "path of a file"
+            f"{DEFAULT} ({default_tag(network)}), {', '.join(entries)}, timm/NAME, or a path"
         )
     return entries[wanted]
 
 
 def is_tag(text: str) -> bool:
     """True for "imagenet", for timm/NAME, and for the tags that ``tags`` lists for any network."""
-    known = any(text in entries for entries in _all().values())
-    return text == DEFAULT or known or _TIMM_TAG.fullmatch(text) is not None
+    known = {DEFAULT, *(tag for entries in _all().values() for tag in entries)}
+    return text in known or _TIMM_TAG.fullmatch(text) is not None
 
 
 def tags(network: str) -> tuple[str, ...]:
@@ -80,19 +78,13 @@ def tags(network: str) -> tuple[str, ...]:
 
 
 def default_tag(network: str) -> str | None:
-    """What "imagenet" means for a network; None where it has no published weights.
-
-    torchvision's newer weights, else its first, else Keras's, else timm's most accurate.
-    """
+    """torchvision's newer weights, else its first, else Keras's, else timm's best, else None."""
     entries = _all().get(network, {})
     return next((tag for tag in ("tv_v2", "tv_v1", "keras", *entries) if tag in entries), None)
 
 
 def find_source(name: str) -> Published | None:
-    """The published weights that a file of this name holds, or the repository hf://OWNER/NAME.
-
-    A file has its name in the cache or the one on the web.
-    """
+    """The published weights of a file's name, in the cache or on the web, or of hf://OWNER/NAME."""
     for entry in (entry for entries in _all().values() for entry in entries.values()):
         if name in (entry.filename, entry.url, entry.url.rpartition("/")[2]):
             return entry
@@ -100,22 +92,18 @@ def find_source(name: str) -> Published | None:
 
 
 def timm_preprocessing(config: Path) -> Preprocessing | None:
-    """How timm evaluates weights, as the config.json beside them says; None where it does not.
-
-    The test size and crop count where timm has them beside those of training.
-
-    Raises:
-      UserError: the file cannot be read, or asks for what ``Preprocessing`` has not got.
-    """
+    """How timm evaluates weights, as the config.json beside them says; None where it does not."""
+    if not config.exists():
+        return None
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
-        if not (isinstance(content, dict) and "pretrained_cfg" in content):
+        if "pretrained_cfg" not in content:
             return None
         fields = content["pretrained_cfg"]
         channels, height, width = fields.get("test_input_size") or fields["input_size"]
         mode = fields.get("crop_mode") or "center"
         if height != width or mode not in ("center", "squash"):
-            raise UserError(f"images of {height}x{width} by crop_mode {mode!r}: expected squares")
+            raise ValueError(f"{height}x{width} by crop_mode {mode!r}: expected a square, centred")
         crop = fields.get("test_crop_pct") or fields.get("crop_pct") or 0.875
         return Preprocessing(
             size=height,
@@ -125,58 +113,19 @@ def timm_preprocessing(config: Path) -> Preprocessing | None:
             mean=tuple(fields["mean"]),
             std=tuple(fields["std"]),
         )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
-            RecursionError) as error:  # fmt: skip
-        raise UserError(
-            f"{config}: timm's pretrained_cfg cannot be used ({type(error).__name__}: {error}): "
-            "mend or remove the file, and say how images are prepared"
-        ) from error
+    except Exception as error:  # a config of anyone's may fail in any way
+        raise UserError(f"{config}: timm's pretrained_cfg cannot be used ({error!r})") from error
 
 
-@functools.cache
-def _all() -> dict[str, dict[str, Published]]:
-    """{network: {tag: its weights}}."""
-    table: dict[str, dict[str, Published]] = {}
-    timm = (_timm(network, name) for network, name in _TIMM.items())
-    for entry in [*_keras(), *_torchvision(), *timm, *_transformers()]:
-        table.setdefault(entry.network, {})[entry.tag] = entry
-    for depth in _KERAS:
-        table[f"resnet{depth}"]["keras"] = table[f"ResNet{depth}"]["keras"]
-        table[f"resnet{depth}_v1"] = table[f"ResNet{depth}"]
-        table[f"resnet{depth}_v2"] = table[f"ResNet{depth}V2"]
-    for depth in (18, 34):  # without bottlenecks v1 and v1.5 are one network
-        table[f"resnet{depth}_v1"] = table[f"resnet{depth}"]
-    return table
-
-
-# {depth: md5 of v1, of v2}; the files with the head, which hold all of those without it.
+# {network: md5}: the files with the head, which hold all of those without it.
 _KERAS = {
-    50: ("2cb95161c43110f7111970584f804107", "3ef43a0b657b3be2300d5770ece849e0"),
-    101: ("f1aeb4b969a6efcfb50fad2f0c20cfc5", "6343647c601c52e1368623803854d971"),
-    152: ("100835be76be38e30d865e96f2aaae62", "a49b44d1979771252814e80f8ec446f9"),
+    "ResNet50": "2cb95161c43110f7111970584f804107",
+    "ResNet101": "f1aeb4b969a6efcfb50fad2f0c20cfc5",
+    "ResNet152": "100835be76be38e30d865e96f2aaae62",
+    "ResNet50V2": "3ef43a0b657b3be2300d5770ece849e0",
+    "ResNet101V2": "6343647c601c52e1368623803854d971",
+    "ResNet152V2": "a49b44d1979771252814e80f8ec446f9",
 }
-
-
-def _keras() -> list[Published]:
-    base = "https://storage.googleapis.com/tensorflow/keras-applications/resnet/"
-    return [
-        Published(
-            network=f"ResNet{depth}{version}",
-            tag="keras",
-            url=f"{base}resnet{depth}{version.lower()}_weights_tf_dim_ordering_tf_kernels.h5",
-            filename=f"keras-ResNet{depth}{version}.h5",
-            checksum=f"md5:{md5}",
-            preprocessing=preprocessing,
-        )
-        for depth, digests in _KERAS.items()
-        for md5, version, preprocessing in zip(
-            digests, ("", "V2"), (KERAS_V1, KERAS_V2), strict=True
-        )
-    ]
-
-
 # {network: the sha256's first digits of the first weights, of the second}
 _TORCHVISION = {
     "resnet18": "f37072fd",
@@ -190,46 +139,49 @@ _TORCHVISION = {
     "wide_resnet50_2": "95faca4d 9ba9bcbe",
     "wide_resnet101_2": "32ee1156 d733dc28",
 }
-
-
-def _torchvision() -> list[Published]:
-    newer = dataclasses.replace(TORCH, resize=232)
-    return [
-        Published(
-            network=network,
-            tag=f"tv_v{version}",
-            url=f"https://download.pytorch.org/models/{network}-{sha256}.pth",
-            filename=f"tv_v{version}-{network}-{sha256}.pth",
-            checksum=f"sha256:{sha256}",
-            # The first weights of resnext101_64x4d are already of the newer recipe.
-            preprocessing=newer if version == 2 or network == "resnext101_64x4d" else TORCH,
-        )
-        for network, row in _TORCHVISION.items()
-        for version, sha256 in enumerate(row.split(), 1)
-    ]
-
-
 # {network that torchvision has no weights of: the most accurate of timm's on ImageNet's classes}
-_TIMM = {
-    "resnet18d": "ra2",
-    "resnet34d": "ra2",
-    "resnet50d": "a1",
-    "resnet101d": "ra2",
-    "resnet152d": "ra2",
-    "resnet200d": "ra2",
-    "seresnet50": "ra2",
-}
+_TIMM = {f"resnet{depth}d": "ra2" for depth in (18, 34, 101, 152, 200)}
+_TIMM |= {"resnet50d": "a1", "seresnet50": "ra2"}
 
 
 def _timm(network: str, name: str) -> Published:
     return Published(network, f"timm/{name}", f"hf://timm/{network}.{name}_in1k")
 
 
-def _transformers() -> list[Published]:
+def _entries() -> Iterator[Published]:
+    base = "https://storage.googleapis.com/tensorflow/keras-applications/resnet"
+    for network, md5 in _KERAS.items():
+        url = f"{base}/{network.lower()}_weights_tf_dim_ordering_tf_kernels.h5"
+        how = KERAS_V2 if network.endswith("V2") else KERAS_V1
+        yield Published(network, "keras", url, f"keras-{network}.h5", f"md5:{md5}", how)
+    for network, row in _TORCHVISION.items():
+        for version, sha256 in enumerate(row.split(), 1):
+            tag, name = f"tv_v{version}", f"{network}-{sha256}.pth"
+            url = f"https://download.pytorch.org/models/{name}"
+            # The first weights of resnext101_64x4d are already of the newer recipe.
+            newer = version == 2 or network == "resnext101_64x4d"
+            how = dataclasses.replace(TORCH, resize=232) if newer else TORCH
+            yield Published(network, tag, url, f"{tag}-{name}", f"sha256:{sha256}", how)
+    for network, name in _TIMM.items():
+        yield _timm(network, name)
     # As preprocessor_config.json says in repositories that are tuned from microsoft/resnet-50:
     # size 224, crop_pct 0.875, resample 3 (bicubic).
-    bicubic = dataclasses.replace(TORCH, interpolation="bicubic")
-    return [
-        Published(f"resnet{depth}", "hf", f"hf://microsoft/resnet-{depth}", preprocessing=bicubic)
-        for depth in (18, 34, 50, 101, 152)
-    ]
+    how = dataclasses.replace(TORCH, interpolation="bicubic")
+    for depth in (18, 34, 50, 101, 152):
+        url = f"hf://microsoft/resnet-{depth}"
+        yield Published(f"resnet{depth}", "hf", url, preprocessing=how)
+
+
+@functools.cache
+def _all() -> dict[str, dict[str, Published]]:
+    """{network: {tag: its weights}}."""
+    table: dict[str, dict[str, Published]] = {}
+    for entry in _entries():
+        table.setdefault(entry.network, {})[entry.tag] = entry
+    for depth in (50, 101, 152):
+        table[f"resnet{depth}"]["keras"] = table[f"ResNet{depth}"]["keras"]
+        table[f"resnet{depth}_v1"] = table[f"ResNet{depth}"]
+        table[f"resnet{depth}_v2"] = table[f"ResNet{depth}V2"]
+    for depth in (18, 34):  # without bottlenecks v1 and v1.5 are one network
+        table[f"resnet{depth}_v1"] = table[f"resnet{depth}"]
+    return table

@@ -1,4 +1,4 @@
-"""Weight files to networks and back; ``load``, which gives a network by name with its weights."""
+"""Weight files read as networks with their variables, and written from them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_resnet import models
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.errors import UserError
-from flax_resnet.files import replacing
+from flax_resnet.files import reason, replacing
 from flax_resnet.layers import check_dtype
-from flax_resnet.models import Block, ResNet, WeightsError
+from flax_resnet.models import ResNet, WeightsError
 from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.pretrained import keras_names, torch_names
 from flax_resnet.pretrained.tensors import TensorFile, read_tensors
-from flax_resnet.record import MOVED_CLASSES, find_class, from_record, to_record
+from flax_resnet.record import MOVED_CLASSES, class_name, from_record, to_record
 
 Variables = Mapping[str, Any]
-Path_ = tuple[str, ...]
 METADATA_KEY = "flax_resnet"
-# Layers of the top: dropped, wherever a network without its top is asked for.
-TOP = ("head", "hidden")
+_MODULES = [c for c in vars(models).values() if isinstance(c, type) and issubclass(c, nn.Module)]
+_CLASSES = {*map(class_name, (*_MODULES, Preprocessing, Decoder)), *MOVED_CLASSES.values()}
+"""The classes that the description in a weight file may name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Pretrained:
     module: nn.Module
     """The network."""
     variables: Variables
-    """{"params", "batch_stats"}, numpy arrays, of blocks not stacked."""
+    """{"params", "batch_stats"}: numpy arrays, blocks not stacked."""
     preprocessing: Preprocessing | None
-    """What the weights want done to a photograph; None where nobody said."""
+    """How images are prepared for the weights; None where it is not known."""
     class_names: tuple[str, ...] | None = None
     """Name of each class, where they are known."""
     network: str | None = None
-    """Of published weights, the name of the network."""
+    """Name of the network, of published weights."""
     certain: bool = False
     """The file says what network it is of by more than its shapes."""
 
@@ -61,25 +61,6 @@ class Pretrained:
         if self.preprocessing is not None:
             return self.preprocessing.shape
         return image_shape(self.module, self.variables)
-
-
-def _torch_naming(module: ResNet) -> models.Naming:
-    name = functools.partial(torch_names.torch_name, module)
-    return models.Naming(name, torch_names.from_torch, torch_names.to_torch)
-
-
-def _keras_naming(module: ResNet) -> models.Naming:
-    return models.Naming(functools.partial(keras_names.keras_name, module))
-
-
-# Of networks that are no ResNet and so have no names in torch: their own.
-_OWN_NAMING = models.Naming(".".join)
-# Networks and blocks that the description in a file may name.
-_CLASSES = {
-    cls.__name__: cls
-    for cls in vars(models).values()
-    if isinstance(cls, type) and issubclass(cls, nn.Module)
-}
 
 
 def open_file(path: str | Path, **fields: Any) -> Pretrained:
@@ -97,109 +78,84 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
     path = Path(path).expanduser()
     file = read_tensors(path)
     try:
-        return _interpret(file, fields)
+        return (_own if METADATA_KEY in file.metadata else _foreign)(file, fields)
     except WeightsError:
         raise
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _interpret(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
-    """The network that a file's tensors make."""
-    if METADATA_KEY in file.metadata:
-        return _own(file, fields)
-    if file.format == "safetensors" or file.format == "torch":
+def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
+    """The network that is inferred from the names and shapes of a file's tensors."""
+    keras = file.format.startswith("keras")
+    if keras:
+        tensors = keras_names.keras_layers(file.tensors, file.format)  # type: ignore[arg-type]
+        module = keras_names.infer_keras(tensors, keras_names.is_old(file.tensors), **fields)
+        stem = tensors["conv1_conv/0"]
+        channels = stem.shape[-2] if stem.ndim == 4 else 3
+        preprocessing = KERAS_V2 if module.block_cls.preactivation else KERAS_V1
+    else:
         tensors = torch_names.torchvision_names(file.tensors)
         module = torch_names.infer_resnet(tensors, **fields)
         channels, preprocessing = torch_names.input_channels(tensors), TORCH
-        naming = _torch_naming(module)
-    else:
-        tensors = dict(keras_names.keras_layers(file.tensors, file.format))
-        module = keras_names.infer_keras(tensors, keras_names.is_old(file.tensors), **fields)
-        channels = tensors["conv1_conv/0"].shape[-2] if tensors["conv1_conv/0"].ndim == 4 else 3
-        preprocessing = KERAS_V2 if module.block_cls.preactivation else KERAS_V1
-        naming = _keras_naming(module)
-    height, width, _ = models.default_shape(module)
-    variables = _fit(module, tensors, naming, (height, width, channels))
+    shape = (*models.default_shape(module)[:2], channels)
+    variables = _fit(module, tensors, _naming(module, keras), shape)
     known = module.stem != "cifar" and channels == 3
-    certain = file.format.startswith("keras")
-    return Pretrained(module, variables, preprocessing if known else None, certain=certain)
+    return Pretrained(module, variables, preprocessing if known else None, certain=keras)
 
 
 def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
-    """A file that ``write_weights`` wrote: it says what it holds."""
+    """The network that is described in a file of ``write_weights``, with ``fields`` over it."""
+    count = len(file.tensors)
     try:
         about = json.loads(file.metadata[METADATA_KEY])
-        module = _described(about["module"], fields, len(file.tensors))
-        preprocessing = _preprocessing(about.get("preprocessing"))
-        class_names = _class_names(about.get("class_names"))
+        record = {name: value for name, value in about["module"].items() if name not in fields}
+        layers, hidden = sum(record.get("stage_sizes", ())), len(record.get("hidden_units", ()))
+        if torch_names.too_many(layers, count) or hidden > count:  # they would take long to trace
+            raise ValueError(f"it describes more layers than there are tensors, {count}")
+        for name in ("dtype", "param_dtype"):
+            check_dtype(record.get(name, "float32"))
+        module = _built(record, nn.Module).clone(**fields)
+        preprocessing = _built(about.get("preprocessing"), Preprocessing | None)
+        names = about.get("class_names")
+        if names is not None:  # without what a terminal would act on
+            names = tuple("".join(c if c.isprintable() else "?" for c in name) for name in names)
         shape = models.check_shape(about["input_shape"])
-    except (
-        ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # a description of anyone's may fail in any way
         raise UserError(
             f"its description of the network cannot be read ({error}): write it again, or remove "
             f"the metadata {METADATA_KEY!r} to have the network inferred"
         ) from error
-    naming = _torch_naming(module) if isinstance(module, ResNet) else _OWN_NAMING
-    variables = _fit(module, file.tensors, naming, shape)
-    return Pretrained(module, variables, preprocessing, class_names, certain=True)
+    variables = _fit(module, file.tensors, _naming(module), shape)
+    return Pretrained(module, variables, preprocessing, names, certain=True)
 
 
-def _described(record: Mapping[str, Any], fields: Mapping[str, Any], count: int) -> Any:
-    """The network of a record, if it names those of this library only: a file is anyone's.
+def _built(record: Any, kind: Any) -> Any:
+    """``from_record``, of classes of this library only: a weight file may come from anyone."""
 
-    Args:
-      record: of the network.
-      fields: taken in place of the record's, a block class of one's own for example.
-      count: tensors in the file; a network of more blocks is not even tried.
-    """
-    record = {name: value for name, value in record.items() if name not in fields}
-    _check_class(record["class"], nn.Module)
-    for value in record.values():
-        inner = value if isinstance(value, list) else ()
-        if len(inner) > count or any(isinstance(v, (Mapping, list)) for v in inner):
-            raise ValueError(f"it describes more than a network of {count} tensors")
-        if isinstance(value, Mapping):
-            _check_class(value["class_itself"], Block)
-    if torch_names.too_many(sum(record.get("stage_sizes", ())), count):
-        raise ValueError(f"it describes more layers than there are tensors, {count}")
-    for name in ("dtype", "param_dtype"):
-        check_dtype(record.get(name, "float32"))
-    return from_record(record).clone(**fields)
+    def check(part: dict[str, Any]) -> dict[str, Any]:
+        for name in (part[key] for key in ("class", "class_itself") if key in part):
+            if MOVED_CLASSES.get(name, name) not in _CLASSES:
+                raise ValueError(
+                    f"{name!r:.80} is no network or block of flax_resnet.models; a block class of "
+                    "your own has to be given, as block_cls"
+                )
+        return part
+
+    value = from_record(json.loads(json.dumps(record), object_hook=check))
+    if not isinstance(value, kind):
+        raise ValueError(f"a {type(value).__name__} is in the place of another class")
+    return value
 
 
-def _check_class(name: str, kind: type) -> None:
-    """Raises ValueError unless a class is a network or block of this library."""
-    moved = name in MOVED_CLASSES or name in MOVED_CLASSES.values()
-    cls = find_class(name) if moved else _CLASSES.get(name.partition(":")[2])
-    if cls is None or not (moved or name.startswith("flax_resnet.models.")):
-        raise ValueError(
-            f"{name!r:.80} is no network or block of flax_resnet.models; a block class of your "
-            "own has to be given, as block_cls"
-        )
-    if not issubclass(cls, kind):
-        raise ValueError(f"{name!r:.80} is no {kind.__name__}")
-
-
-def _class_names(names: Any) -> tuple[str, ...] | None:
-    """Names of the classes; what a terminal would act on is taken out."""
-    if names is None:
-        return None
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError("the classes' names are no list of texts")
-    return tuple("".join(c if c.isprintable() else "?" for c in name) for name in names)
-
-
-def _preprocessing(record: Any) -> Preprocessing | None:
-    if record is None:
-        return None
-    values = {name: value for name, value in record.items() if name != "class"}
-    decoder = values.pop("decoder", None)
-    if decoder is not None:
-        decoder = Decoder(**{name: v for name, v in decoder.items() if name != "class"})
-    lists: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return Preprocessing(**lists, decoder=decoder)
+def _naming(module: nn.Module, keras: bool = False) -> models.Naming:
+    """How files name and lay out a network's variables; one that is no ResNet has its own names."""
+    if not isinstance(module, ResNet):
+        return models.Naming(".".join)
+    if keras:
+        return models.Naming(functools.partial(keras_names.keras_name, module))
+    name = functools.partial(torch_names.torch_name, module)
+    return models.Naming(name, torch_names.from_torch, torch_names.to_torch)
 
 
 def _fit(
@@ -208,25 +164,19 @@ def _fit(
     naming: models.Naming,
     shape: tuple[int, int, int],
 ) -> dict[str, Any]:
-    """A file's tensors as the variables of ``module`` on images of ``shape``, in its dtypes.
-
-    Raises:
-      WeightsError: with the file's names.
-    """
+    """A file's tensors as the variables of ``module`` on images of ``shape``, in its dtypes."""
     unrolled = module.clone(scan_blocks=False) if isinstance(module, ResNet) else module
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     what = f"a {type(module).__name__} of stages {getattr(module, 'stage_sizes', None)}"
     try:
         need = flatten_dict(dict(models.variable_shapes(unrolled, images)))
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(
-            f"the weights' shapes do not make {what}: {str(error).splitlines()[0]:.200}"
-        ) from error
+    except Exception as error:  # a network as a file describes it may fail in any way
+        raise UserError(f"the weights' shapes do not make {what}: {reason(error)}") from error
     if not getattr(module, "include_top", True):
-        top = ("fc.", "predictions/", *TOP)
+        top = ("fc.", "predictions/", "head", "hidden")
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(top)}
-    found = models.match(f"the weights do not make {what}", need, tensors, naming)
-    return unflatten_dict({p: np.ascontiguousarray(x, need[p].dtype) for p, x in found.items()})
+    values = models.match(f"the weights do not make {what}", need, tensors, naming)
+    return unflatten_dict({p: np.ascontiguousarray(x, need[p].dtype) for p, x in values.items()})
 
 
 def read_weights(path: str | Path, **fields: Any) -> tuple[nn.Module, Variables]:
@@ -254,7 +204,7 @@ def write_weights(
         what network it is; ".weights.h5" is Keras 3's, for networks of ``keras_resnet``.
       module: the network; one that is no ResNet is written under its own names.
       variables: its variables, of blocks stacked or not.
-      preprocessing: what the weights want done to a photograph.
+      preprocessing: how images are prepared for the weights.
       class_names: name of each class.
       input_shape: (H, W, C) of the images; by default the network's own size, and its stem's
         channels.
@@ -263,17 +213,12 @@ def write_weights(
       UserError: another ending, a network that Keras has not, or a path that cannot be written.
     """
     path = Path(path).expanduser()
-    kinds = {".safetensors": _write_safetensors, ".weights.h5": _write_keras}
-    kind = next((k for k in kinds if path.name.endswith(k)), None)
-    if kind is None:
-        raise UserError(f"{path}: expected a name that ends in {' or '.join(kinds)}")
+    if not path.name.endswith((".safetensors", ".weights.h5")):
+        raise UserError(f"{path}: expected a name that ends in .safetensors or .weights.h5")
     if isinstance(module, ResNet):
         variables = models.unstack_blocks(module, variables)
-    flat = {
-        path_: np.asarray(value)
-        for path_, value in flatten_dict(dict(variables)).items()
-        if path_[0] in ("params", "batch_stats")
-    }
+    kinds = {kind: variables[kind] for kind in ("params", "batch_stats") if kind in variables}
+    flat = {path_: np.asarray(value) for path_, value in flatten_dict(kinds).items()}
     about = {
         "module": to_record(module),
         "preprocessing": None if preprocessing is None else to_record(preprocessing),
@@ -282,7 +227,10 @@ def write_weights(
     }
     try:
         with replacing(path) as partial:
-            kinds[kind](partial, module, flat, about)
+            if path.suffix == ".h5":
+                _write_keras(partial, module, flat)
+            else:
+                _write_safetensors(partial, module, flat, about)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -298,11 +246,11 @@ def image_shape(module: nn.Module, variables: Variables | None = None) -> tuple[
 
 
 def _write_safetensors(
-    path: Path, module: Any, flat: Mapping[Path_, np.ndarray], about: Mapping[str, Any]
+    path: Path, module: Any, flat: Mapping[Any, np.ndarray], about: Mapping[str, Any]
 ) -> None:
     from safetensors.numpy import save
 
-    naming = _torch_naming(module) if isinstance(module, ResNet) else _OWN_NAMING
+    naming = _naming(module)
     tensors = {naming.name(p): np.ascontiguousarray(naming.write(p, v)) for p, v in flat.items()}
     # "format" is what torch's loaders look for.
     data = save(tensors, {"format": "pt", METADATA_KEY: json.dumps(about)})
@@ -317,28 +265,21 @@ def _write_safetensors(
         file.write(memoryview(data)[start:])
 
 
-def _write_keras(
-    path: Path, module: Any, flat: Mapping[Path_, np.ndarray], about: Mapping[str, Any]
-) -> None:
+def _write_keras(path: Path, module: Any, flat: Mapping[Any, np.ndarray]) -> None:
     import h5py
 
-    version = keras_names.version_of(module) if isinstance(module, ResNet) else "v1"
-    same = {name: getattr(module, name, None) for name in ("stage_sizes", "num_filters")}
-    if (
-        not isinstance(module, ResNet)
-        or module.hidden_units
-        or models.architecture(module)
-        != models.architecture(models.keras_resnet(50, version, **same))
-    ):
+    keras = None
+    if isinstance(module, ResNet) and not module.hidden_units:
+        version = keras_names.version_of(module)
+        sizes = {"stage_sizes": module.stage_sizes, "num_filters": module.num_filters}
+        keras = models.keras_resnet(50, version, **sizes)
+    if keras is None or models.architecture(module) != models.architecture(keras):
         raise UserError(
             "the network is not one of Keras's (its biases, strides and epsilon): write "
             ".safetensors, or train a keras_resnet such as ResNet50"
         )
     if wide := {str(v.dtype) for v in flat.values()} - {"float16", "float32", "float64"}:
-        raise UserError(
-            f"Keras's format with {', '.join(sorted(wide))}: expected float32; cast the variables, "
-            "or write .safetensors"
-        )
+        raise UserError(f"Keras's format with {', '.join(sorted(wide))}: write .safetensors")
     groups = keras_names.weights_groups(keras_names.layer_order(module.stage_sizes, version))
     with h5py.File(path, "w") as file:
         file.create_group("vars")
