@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TextIO
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 from flax import linen as nn
 
@@ -185,6 +186,12 @@ def not_finite(what: str = "the network's outputs") -> UserError:
     return UserError(
         f"{what} are not finite: the weights are damaged, or --mean and --std are not theirs"
     )
+
+
+def padded(values: Any, size: int) -> np.ndarray:
+    """Arrays of one shape, or an array, as a batch of ``size``: the last ones are zeros."""
+    batch = np.asarray(values)
+    return np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * (batch.ndim - 1)])
 
 
 @contextlib.contextmanager

@@ -120,9 +120,9 @@ def chosen_by(
     """
     module = sys.modules[(of or get_config).__module__]
     prog = f"python -m {module.__spec__.name}" if module.__spec__ else None
-    given, rest = flags.arguments(get_config, sys.argv[1:] if argv is None else argv)
+    given, rest, helps = flags.arguments(get_config, sys.argv[1:] if argv is None else argv)
     workdir = "-".join([workdir, *(f"{name}{value}" for name, value in given.items())])
-    about = f"{module.__doc__ or ''}\n{flags.arguments_help(get_config)}"
+    about = f"{module.__doc__ or ''}\n{helps}"
     return flags.parse(get_config(**given), workdir, rest, about, prog, ask)
 
 
