@@ -34,14 +34,11 @@ def flag(metavar: str, default: str = "") -> Any:
 
 
 def open_network(weights: str | Path, model: str | None = None) -> Pretrained:
-    """Weights with their network; where it is named, they are checked to be that network's.
+    """Weights with their network; weights of another network than ``model`` are a UserError.
 
     Args:
       weights: a tag, a weight file, a run's working directory or hf://OWNER/NAME[@REVISION].
       model: a name of ``names()``, which a tag needs; of others the network is inferred.
-
-    Raises:
-      UserError: an unknown name or tag, or weights that cannot be had or are of another network.
     """
     named = None if model is None else models.create(model)
     opened = open_weights(weights, model)
@@ -137,11 +134,7 @@ class Classifier:
 
     @classmethod
     def of(cls, opened: Pretrained) -> Classifier:
-        """Checks weights and puts them on the device.
-
-        Raises:
-          UserError: they do not say how to prepare an image, or give no logits for one.
-        """
+        """Puts weights on the device; those that give no logits for an image are a UserError."""
         prepared, module = opened.preprocessing, opened.module
         if prepared is None:
             raise UserError(
@@ -178,11 +171,7 @@ class Classifier:
 
 
 def not_finite(what: str = "the network's outputs") -> UserError:
-    """The error of outputs that are not finite.
-
-    Args:
-      what: the outputs, in the plural.
-    """
+    """The error of outputs (``what``, in the plural) that are not finite."""
     return UserError(
         f"{what} are not finite: the weights are damaged, or --mean and --std are not theirs"
     )
@@ -196,11 +185,7 @@ def padded(values: Any, size: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def writing(output: str | None) -> Iterator[TextIO]:
-    """The standard output, or a file that is written whole or not at all.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
+    """The standard output, or a file that is written whole or not at all."""
     if output is None:
         yield sys.stdout
         return

@@ -62,9 +62,8 @@ def evaluate(
         ``holdout_every`` of each class) rather than all of it.
 
     Returns:
-      "top1" and "top5" (shares of n), "loss" (mean cross-entropy, nats), "calibration_error" (of
-      15 bins, Guo et al. 2017, section 2), "brier" (Brier 1950: the squared distance of the
-      probabilities from the truth, 0 to 2), "n" and "seconds".
+      "top1" and "top5" (shares of n), "loss" (mean cross-entropy, nats), "calibration_error" (15
+      bins, Guo et al. 2017, section 2), "brier" (Brier 1950, 0 to 2), "n" and "seconds".
 
     Raises:
       UserError: data or weights that cannot be read or do not fit one another.
@@ -145,16 +144,14 @@ def class_order(
     """The network's output for each label of the data: int32 (labels,).
 
     The same names in another order are matched by name, and WordNet's ids with ImageNet's
-    classes; all else goes by position.
+    classes; all else goes by position. Another number of classes, or names of which some are the
+    same, raise UserError.
 
     Args:
       data: names of the data's classes.
       weights: names of the network's, where they are known.
       num_classes: the network's outputs.
       title: what to call the data.
-
-    Raises:
-      UserError: there are more classes on one side, or other WordNet ids than ImageNet's.
     """
     known = num_classes if weights is None else min(len(weights), num_classes)
     if len(data) != known:

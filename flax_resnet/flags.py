@@ -41,6 +41,8 @@ Settings = TypeVar("Settings")
 Asked = TypeVar("Asked", "Invocation", "SweepInvocation")
 REGISTRY = ConstructorRegistry()
 """What tyro is told of linen modules and of their block classes."""
+OPTIONS: dict[str, Any] = {"registry": REGISTRY, "config": (tyro.conf.AvoidSubcommands,)}
+"""Arguments of tyro.cli for what holds a TrainConfig."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +140,7 @@ def parse(
     lines = "; ".join(f"--{path} {names}" for path, names in choices.items())
     text, mark, examples = about.partition("\n\nExamples:")
     about = f"{text}\n\nChoose a class, with its defaults: {lines}.{mark}{examples}"
-    options = {"registry": REGISTRY, "config": (tyro.conf.AvoidSubcommands,)}
-    return cli(ask, argv, about, prog, default=ask(workdir, config), **options)
+    return cli(ask, argv, about, prog, default=ask(workdir, config), **OPTIONS)
 
 
 def cli(
@@ -181,18 +182,16 @@ def cli(
 
 def class_choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
     """{dotted field: {name: factory}} of the fields that hold one of several classes."""
-    found: dict[str, dict[str, Factory]] = {
-        "model": {name: functools.partial(models.create, name) for name in models.names()}
-    }
+    networks: dict[str, Factory] = {n: functools.partial(models.create, n) for n in models.names()}
+    found = {"model": networks}
 
     def visit(value: Any, prefix: str) -> None:
         for name, hint in typing.get_type_hints(type(value)).items():
-            classes: list[Any] = [
-                c
-                for c in typing.get_args(hint)
-                if dataclasses.is_dataclass(c) and not inspect.isabstract(c)
+            parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
+            classes = [
+                c for c in parts if dataclasses.is_dataclass(c) and not inspect.isabstract(c)
             ]
-            if isinstance(hint, types.UnionType) and len(classes) > 1:
+            if len(classes) > 1:
                 found[prefix + name] = {c.__name__.lower(): c for c in classes}
             inner = getattr(value, name)
             if dataclasses.is_dataclass(inner) and not isinstance(inner, nn.Module):
@@ -213,12 +212,10 @@ def _choose(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list
             continue
         name = given.name if path == "model" else given.name.lower()  # networks' names have cases
         if name not in choices:
-            names = ", ".join(choices)
-            if path == "model":
-                names = "the names that `python -m flax_resnet names` lists"
-            raise UserError(
-                f"--{path} {name!r}: expected one of {names}{did_you_mean(name, choices)}"
-            )
+            listed = "the names that `python -m flax_resnet names` lists"
+            expected = listed if path == "model" else ", ".join(choices)
+            near = did_you_mean(name, choices)
+            raise UserError(f"--{path} {name!r}: expected one of {expected}{near}")
         config = _replace(config, path.split("."), choices[name]())
     choosing = [f"--{path}" for path in class_choices(config)]
     for argument in rest:  # tyro does not know these flags, and names none of them as the nearest
@@ -282,13 +279,12 @@ def _module_class_rule(info: Any) -> PrimitiveConstructorSpec | None:
     if typing.get_origin(info.type) is not type:
         return None
 
-    def find(words: list[str]) -> type:
-        return find_class(words[0] if ":" in words[0] else f"{models.__name__}:{words[0]}")
-
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="CLASS",
-        instance_from_str=find,
+        instance_from_str=lambda words: find_class(
+            words[0] if ":" in words[0] else f"{models.__name__}:{words[0]}"
+        ),
         is_instance=lambda value: isinstance(value, type),
         str_from_instance=lambda cls: [class_name(cls)],
     )

@@ -41,24 +41,15 @@ def report(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """A run as an HTML page with everything in it.
-
-    What cannot be drawn (the data have gone, the network has no maps) is said in a line at its
-    place.
+    """A run as an HTML page with everything in it; a picture that fails is a line with the reason.
 
     Args:
-      workdir: of a run.
+      workdir: of a run; where there is none, UserError.
       checkpoint: "best" by evaluation top-1, or "latest".
       images: files and folders for feature maps and Grad-CAM; else images of the evaluation split.
       lr_finder: run the learning-rate finder too, which trains for up to 100 steps.
-      seed: of t-SNE.
-      say: is given a line for each picture that begins.
-
-    Returns:
-      The page.
-
-    Raises:
-      UserError: there is no run.
+      seed: seed of t-SNE.
+      say: called with a line for each picture that begins.
     """
     workdir = Path(workdir).expanduser()
     config, record = read_record(workdir)

@@ -104,13 +104,9 @@ def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
 def paired_test(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, float]:
     """Student's paired t-test over the seeds that {seed: value} a and b both have.
 
-    Pairing by seed takes out what a seed does to both: the order of the images, the draws of the
-    augmentation, and where the networks are alike, where they start.
-
     Returns:
       "n" pairs, "difference" (mean of a - b), "half_width" of its 95 % confidence interval, and
-      the two-sided "p"; the last two are NaN of fewer than two pairs, and where every pair
-      differs by the same.
+      the two-sided "p"; the last two are NaN where every pair differs by the same.
     """
     from scipy import stats
 
@@ -140,8 +136,7 @@ def markdown(rows: Sequence[Row], baseline: str | Mapping[str, str] | None = Non
 
     Args:
       rows: of runs.
-      baseline: the variant that the others are compared with, by evaluation error; or for each
-        variant that is compared, the one it is compared with.
+      baseline: the variant that the others are compared with, or {variant: its own baseline}.
     """
     variants = by_variant(rows)
     if not isinstance(baseline, Mapping):
@@ -199,14 +194,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def show(
     title: str, rows: Iterable[Sequence[Any]], header: Sequence[str] = (), numbers: int = 0
 ) -> None:
-    """Prints a table to the terminal.
-
-    Args:
-      title: heads the table.
-      rows: their cells.
-      header: names of the columns; none where it is empty.
-      numbers: how many of the last columns are aligned to the right.
-    """
+    """Prints a table to the terminal; the last ``numbers`` columns are aligned to the right."""
     table = Table(title=title, title_justify="left", show_header=bool(header))
     for i, name in enumerate(header):
         justify: Any = "right" if i >= len(header) - numbers else "left"

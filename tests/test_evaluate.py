@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from helpers import assert_one_line_error, tiny_resnet
 from inspection_helpers import tiny_config
-from PIL import Image
 from prediction_helpers import apply, damaged, make_weights, paint
 
 from flax_resnet import figures, metrics
@@ -87,24 +86,6 @@ def test_a_folder_against_brute_force(opened, folder):
     check(evaluate(opened, DataConfig(folder=str(root)), batch_size=8), wanted)
 
 
-def test_views_against_brute_force(opened, folder):
-    root, paths, labels = folder
-    pixels = np.stack([opened.preprocessing(x.read_bytes()) for x in paths])
-    images = np.asarray(normalize(pixels, opened.preprocessing.statistics()))
-    shifted = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
-    logits = sum(
-        share * np.asarray(apply(opened.module, opened.variables, view[:, :, ::way]))
-        for share, view in (
-            (0.25, images),
-            (0.125, shifted[:, :-2, :-2]),
-            (0.125, shifted[:, 2:, 2:]),
-        )
-        for way in (1, -1)
-    )
-    wanted = brute_force(np.asarray(jax.nn.softmax(logits), np.float64), labels)
-    check(evaluate(opened, DataConfig(folder=str(root)), batch_size=8, tta="flip_shift"), wanted)
-
-
 def test_what_of_a_folder_is_evaluated(opened, folder, tmp_path, rng):
     root, paths, labels = folder
     p = softmax(opened, np.stack([opened.preprocessing(x.read_bytes()) for x in paths]))
@@ -139,14 +120,9 @@ def test_classes_in_another_order_are_matched_by_name(opened, folder):
     order = [3, 0, 6, 1, 5, 2, 4]
     params = dict(opened.variables["params"])
     params["head"] = {k: v[..., order] for k, v in params["head"].items()}
-    turned = dataclasses.replace(
-        opened,
-        variables={**opened.variables, "params": params},
-        class_names=tuple(CLASSES[i] for i in order),
-    )
+    variables, names = {**opened.variables, "params": params}, tuple(CLASSES[i] for i in order)
+    turned = dataclasses.replace(opened, variables=variables, class_names=names)
     check(evaluate(turned, config), {k: wanted[k] for k in NUMBERS})
-    unnamed = dataclasses.replace(turned, class_names=None)
-    assert evaluate(unnamed, config)["loss"] != pytest.approx(wanted["loss"])
 
 
 def test_class_order():
@@ -200,16 +176,14 @@ def test_a_run_gives_its_own_top1(call, tmp_path, mesh, digits_dir, monkeypatch)
     arguments = ("evaluate", "--weights", workdir, "--data.eval-split", "train", "--output", file)
     assert call(*arguments)[0] == 0
     assert json.loads(file.read_text())["n"] == 1442
-    # The same images as files; and a network that says 8x8 takes one of another size.
+    # The same images as files.
     (test,) = sources.open_tfds("sklearn_digits", digits_dir, ("test",))
     encoded, labels = test.read(range(355))
     paths = [tmp_path / f"{i}.png" for i in range(355)]
     for path, data in zip(paths, encoded, strict=True):
         path.write_bytes(data)
-    Image.new("RGB", (30, 20)).save(tmp_path / "odd.png")
-    predicted = list(predict(open_network(workdir), [*paths, tmp_path / "odd.png"], batch_size=64))
-    assert len(predicted) == 356
-    hits = [p.classes[0] == label for p, label in zip(predicted, labels, strict=False)]
+    predicted = predict(open_network(workdir), paths, batch_size=64)
+    hits = [p.classes[0] == label for p, label in zip(predicted, labels, strict=True)]
     assert np.mean(hits) == recorded["top1"]
 
 
@@ -255,10 +229,6 @@ def test_sub_folders_for_splits_hold_out_nothing(call, folder_run, image_folder,
     (folder_run / "config.json").write_text(json.dumps(record))
     file = tmp_path / "numbers.json"
     assert call("evaluate", "--weights", folder_run, "--output", file)[0] == 0
-    assert json.loads(file.read_text())["n"] == 6
-    named = ("--data.folder", image_folder, "--data.train-split", "training")
-    weights = ("evaluate", "--weights", folder_run)
-    assert call(*weights, *named, "--data.holdout-every", "4", "--output", file)[0] == 0
     assert json.loads(file.read_text())["n"] == 6
 
 
