@@ -40,19 +40,22 @@ def open_network(weights: str | Path, model: str | None = None) -> Pretrained:
       weights: a tag, a weight file, a run's working directory or hf://OWNER/NAME[@REVISION].
       model: a name of ``names()``, which a tag needs; of others the network is inferred.
     """
-    named = None if model is None else models.create(model)
+    if model is None:
+        return open_weights(weights)
+    named = models.create(model)
     opened = open_weights(weights, model)
-    if named is not None and model is not None and opened.network is None:
-        kept = ("num_classes", "include_top", "pooling")
-        both = [name for name in kept if hasattr(opened.module, name) and hasattr(named, name)]
-        named = named.clone(**{name: getattr(opened.module, name) for name in both})
-        check_same(opened, named, model)
-        if not opened.certain:
-            shape = image_shape(named, opened.variables)
-            want = models.variable_shapes(named, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-            variables = models.match_variables(named, want, opened.variables)
-            opened = dataclasses.replace(opened, module=named, variables=variables)
-    return opened
+    if opened.network is not None:
+        return opened
+    kept = ("num_classes", "include_top", "pooling")
+    both = [name for name in kept if hasattr(opened.module, name) and hasattr(named, name)]
+    named = named.clone(**{name: getattr(opened.module, name) for name in both})
+    check_same(opened, named, model)
+    if opened.certain:
+        return opened
+    shape = image_shape(named, opened.variables)
+    want = models.variable_shapes(named, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+    variables = models.match_variables(named, want, opened.variables)
+    return dataclasses.replace(opened, module=named, variables=variables)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +93,11 @@ class PreparedFlags:
     def _prepared(self, opened: Pretrained, weights: str) -> Preprocessing | None:
         names = ("size", "resize", "interpolation", "mean", "std")
         given: dict[str, Any] = {n: v for n in names if (v := getattr(self, n)) is not None}
-        if not given:
-            return opened.preprocessing
         channels, old = opened.input_shape[2], opened.preprocessing
-        if "resize" in given:
-            given["resize"] = given["resize"] or None
+        if not given:
+            return old
+        if given.get("resize") == 0:
+            given["resize"] = None
         if len(given.get("std", ())) == 1:
             given["std"] *= channels
         if old is None:

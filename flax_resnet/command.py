@@ -43,14 +43,11 @@ Shell = Literal["bash", "zsh", "fish"]
 
 
 class Tool(NamedTuple):
-    """One command."""
+    """One command: what it does in a few words, the dataclass of its flags, its function."""
 
     what: str
-    """What it does, in a few words."""
     settings: Any
-    """The dataclass whose fields are its flags."""
     main: Callable[[Any], object]
-    """Does what the settings ask."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,6 @@ from flax_resnet.inspection import read_record, variants
 from flax_resnet.record import flatten, varying_fields
 
 RESULTS = ("top1", "loss", "train_top1", "train_loss", "step", "seconds")
-NOT_COMPARED = ("seed",)
-ABSENT = "-"
 
 
 def compare(paths: Sequence[str | Path]) -> str:
@@ -41,8 +39,8 @@ def compare(paths: Sequence[str | Path]) -> str:
     if len(set(names)) < len(names):
         names = [str(workdirs[0]) for _, workdirs in found]
     configs = [flatten(read_record(workdirs[0])[1]["config"]) for _, workdirs in found]
-    fields = [field for field in varying_fields(configs) if field not in NOT_COMPARED]
-    rows = [[f"`{f}`", *(str(own.get(f, ABSENT)) for own in configs)] for f in fields]
+    fields = [field for field in varying_fields(configs) if field != "seed"]
+    rows = [[f"`{f}`", *(str(own.get(f, "-")) for own in configs)] for f in fields]
     rows = rows or [["no field", *("the same" for _ in configs)]]
     results = [[_result(workdir) for workdir in workdirs] for _, workdirs in found]
     counts = [(sum(map(bool, own)), len(own)) for own in results]

@@ -32,7 +32,7 @@ from flax_resnet.errors import UserError, check_range
 from flax_resnet.inspection.opened import read_record
 from flax_resnet.pretrained import Pretrained, is_path
 from flax_resnet.pretrained.classes import imagenet_classes, imagenet_ids
-from flax_resnet.views import Views, averaged_logits, check_views
+from flax_resnet.views import Views, averaged_logits
 
 CROPS = 10
 
@@ -70,7 +70,6 @@ def evaluate(
     """
     for name, number in {"batch_size": batch_size, "limit": limit}.items():
         check_range(name, number, 1)
-    check_views(tta)
     began = time.perf_counter()
     of = Classifier.of(opened)
     prepared = of.preprocessing
@@ -160,16 +159,11 @@ def class_order(
             "data of the other number"
         )
     are_ids = all(re.fullmatch(r"n\d{8}", name) for name in data)
-    if weights is not None and tuple(weights) == imagenet_classes() and are_ids:
+    if are_ids := are_ids and tuple(weights or ()) == imagenet_classes():
         weights = imagenet_ids()
-        if odd := sorted(set(data) - set(weights)):
-            raise UserError(
-                f"{title} has classes that are not among ImageNet's 1000, such as {odd[0]}: take "
-                "weights of these classes"
-            )
     place = {name: index for index, name in enumerate(weights or ())}
     odd = sorted(set(data) - place.keys())
-    if odd and place.keys() & set(data):
+    if odd and (are_ids or place.keys() & set(data)):
         raise UserError(
             f"{title} and the weights share {len(data) - len(odd)} of {len(data)} classes; "
             f"{odd[0]!r} is not among the weights': take weights or data of the same classes"
@@ -231,8 +225,6 @@ class Settings(WeightFlags):
         super().__post_init__()
         check_range("--batch-size", self.batch_size, 1)
         check_range("--limit", self.limit, 1)
-        if None not in (self.data.name, self.data.folder):
-            raise UserError("expected one of --data.name NAME and --data.folder DIR, not both")
 
     def asked(self) -> tuple[DataConfig, dict[str, Any]]:
         """(the data, ``tta`` and ``holdout`` of ``evaluate``): those given, else the run's own.
@@ -243,13 +235,13 @@ class Settings(WeightFlags):
         given = {name: v for name, v in dataclasses.asdict(self.data).items() if v is not None}
         config, holdout = DataConfig(), self.data.holdout_every is not None
         tta: Views = self.tta or "none"
-        if not {"name", "folder"} & given.keys():
-            run = Path(self.weights).expanduser()
-            if not (is_path(self.weights) and run.is_dir()):
-                raise UserError(
-                    "expected one of --data.name NAME and --data.folder DIR: what images (weights "
-                    "that are a run's working directory need neither)"
-                )
+        named, run = {"name", "folder"} & given.keys(), Path(self.weights).expanduser()
+        if len(named) == 2 or not (named or (is_path(self.weights) and run.is_dir())):
+            raise UserError(
+                "expected one of --data.name NAME and --data.folder DIR: what images (weights that "
+                "are a run's working directory need neither)"
+            )
+        if not named:
             try:
                 recorded = read_record(run)[0]
             except UserError as error:

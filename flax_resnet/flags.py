@@ -46,34 +46,34 @@ OPTIONS: dict[str, Any] = {"registry": REGISTRY, "config": (tyro.conf.AvoidSubco
 
 
 @dataclasses.dataclass(frozen=True)
-class Invocation:
-    """What a command line asks for."""
-
+class _Asked:
     workdir: str
     """Directory of the run's record. The same command on the same directory resumes."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    hosts: Hosts = Hosts()
+
+
+@dataclasses.dataclass(frozen=True)
+class Invocation(_Asked):
+    """What a command line asks for."""
+
     num_seeds: int = 1
     """Train so many seeds, the config's and those after it, each in WORKDIR/seedN."""
     in_turn: bool = False
     """Train them one after another on accelerators too, where they would train together."""
     analyze: bool = False
     """Compile the steps, print what they cost and hold, and end; nothing is trained or written."""
-    hosts: Hosts = Hosts()
 
     def __post_init__(self) -> None:
         check_range("--num-seeds", self.num_seeds, 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class SweepInvocation:
+class SweepInvocation(_Asked):
     """What the command line of an ablation asks for."""
 
-    workdir: str
-    """Directory of the runs and of their table. The same command on it goes on."""
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     seeds: int = 3
     """Seeds of each variant, counted from 0."""
-    hosts: Hosts = Hosts()
 
     def __post_init__(self) -> None:
         check_range("--seeds", self.seeds, 1)
@@ -166,18 +166,17 @@ def cli(
     printed, about = io.StringIO(), about or inspect.getdoc(settings) or ""
     try:
         with contextlib.redirect_stderr(printed):
-            parsed = tyro.cli(settings, prog=prog, args=argv, description=about, **options)
+            return tyro.cli(settings, prog=prog, args=argv, description=about, **options)
     except SystemExit as stop:
-        # Tyro prints a UserError of a dataclass, a ValueError, in a box.
         cause: BaseException | None = stop
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__context__
-        if cause is not None:
-            raise cause from None
+        if cause is None:
+            raise
+        printed = io.StringIO()  # without the box of tyro, to which a UserError is a ValueError
+        raise cause from None
+    finally:
         sys.stderr.write(printed.getvalue())
-        raise
-    sys.stderr.write(printed.getvalue())
-    return parsed
 
 
 def class_choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:

@@ -74,7 +74,7 @@ def ablate(
     Args:
       get_config: as of ``main``.
       get_grid: (config, seeds) to named configs, as ``grid`` gives.
-      workdir: as of ``main``.
+      workdir: default of --workdir.
       argv: flags; by default the process's.
       baseline: the variant that the others are compared with, or {variant: its own reference}.
     """

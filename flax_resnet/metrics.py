@@ -191,8 +191,7 @@ class RunLog:
             self._events.flush()  # or a killed run would lose its last two minutes for good
         if self._follower is not None:
             self._follower.write(record)
-        text = " ".join(f"{k} {_short(k, v)}" for k, v in values.items())
-        self.message(f"step {step}/{self._num_steps} epoch {epoch:.2f} {split}: {text}")
+        self.message(f"step {step}/{self._num_steps} epoch {epoch:.2f} {split}: {_text(values)}")
 
     def message(self, text: str) -> None:
         """Prints a line."""
@@ -221,13 +220,7 @@ class RunLogs:
             if "images_per_second" in own:
                 own["images_per_second"] /= len(self._logs)  # its share
             log.write(split, step, epoch, own)
-        text = " ".join(
-            f"{name} {np.mean(v):.4g} ({np.min(v):.4g}-{np.max(v):.4g})"
-            if np.ndim(v)
-            else f"{name} {_short(name, v)}"
-            for name, v in values.items()
-        )
-        self.message(f"step {step}/{self._num_steps} epoch {epoch:.2f} {split}: {text}")
+        self.message(f"step {step}/{self._num_steps} epoch {epoch:.2f} {split}: {_text(values)}")
 
     def message(self, text: str) -> None:
         """Prints a line."""
@@ -239,8 +232,14 @@ class RunLogs:
             log.close()
 
 
-def _short(name: str, value: float) -> str:
-    return f"{value:.0f}" if name == "images_per_second" else f"{value:.4g}"
+def _text(values: Mapping[str, Any]) -> str:
+    """Each name and its value; of several networks' values the mean, the least and the largest."""
+    parts = []
+    for name, v in values.items():
+        digits = ".0f" if name == "images_per_second" else ".4g"
+        spread = f" ({np.min(v):.4g}-{np.max(v):.4g})" if np.ndim(v) else ""
+        parts.append(f"{name} {np.mean(v):{digits}}{spread}")
+    return " ".join(parts)
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

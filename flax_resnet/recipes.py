@@ -82,9 +82,8 @@ def finetuned(data: str, given: Given = Given()) -> TrainConfig:
     images, num_classes, _ = look_at(data, given.data_dir)
     config = finetuning(images, num_classes)
     weights = given.weights
-    if weights is None or given.model is not None:
-        return config
-    if not (is_path(weights) or hub.is_address(weights)):  # a tag fits any network that has it
+    is_tag = weights and not (is_path(weights) or hub.is_address(weights))
+    if weights is None or is_tag or given.model is not None:  # a tag fits any network that has it
         return config
     opened = open_weights(weights)
     own: Any = opened.module
