@@ -17,7 +17,7 @@ import tyro
 from flax import linen as nn
 
 from flax_resnet import models
-from flax_resnet.errors import UserError, check_choices, check_range
+from flax_resnet.errors import UserError, check_range
 from flax_resnet.files import replacing
 from flax_resnet.models import ResNet
 from flax_resnet.preprocess import Preprocessing
@@ -81,7 +81,6 @@ class PreparedFlags:
     """Divisor after that: one number, or one for each channel of the network."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
         check_range("--size", self.size, 1)
         check_range("--resize", self.resize, 0)
 

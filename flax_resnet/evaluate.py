@@ -221,11 +221,6 @@ class Settings(WeightFlags):
     output: Annotated[str | None, flag("FILE.json")] = None
     """Write the numbers to this file too."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("--batch-size", self.batch_size, 1)
-        check_range("--limit", self.limit, 1)
-
     def asked(self) -> tuple[DataConfig, dict[str, Any]]:
         """(the data, ``tta`` and ``holdout`` of ``evaluate``): those given, else the run's own.
 

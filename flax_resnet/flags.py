@@ -187,9 +187,8 @@ def class_choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
     def visit(value: Any, prefix: str) -> None:
         for name, hint in typing.get_type_hints(type(value)).items():
             parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
-            classes = [
-                c for c in parts if dataclasses.is_dataclass(c) and not inspect.isabstract(c)
-            ]
+            classes: list[Any] = [p for p in parts if dataclasses.is_dataclass(p)]
+            classes = [cls for cls in classes if not inspect.isabstract(cls)]
             if len(classes) > 1:
                 found[prefix + name] = {c.__name__.lower(): c for c in classes}
             inner = getattr(value, name)

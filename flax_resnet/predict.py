@@ -185,8 +185,6 @@ class Settings(WeightFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("--top", self.top, 1)
-        check_range("--batch-size", self.batch_size, 1)
         if not self.images:
             raise UserError("no images are given: expected files, or folders of them")
 

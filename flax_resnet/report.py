@@ -17,7 +17,7 @@ import tyro
 
 from flax_resnet import figures, metrics, tables
 from flax_resnet.classify import flag, writing
-from flax_resnet.errors import UserError, check_choices
+from flax_resnet.errors import UserError
 from flax_resnet.inspection import PARTS, Part, Session, open_run, read_record
 from flax_resnet.inspection.opened import Which
 from flax_resnet.models import network_name
@@ -171,9 +171,6 @@ class Settings:
     """Run the learning-rate finder too, which trains for up to 100 steps."""
     seed: int = 0
     """Of t-SNE."""
-
-    def __post_init__(self) -> None:
-        check_choices(self)
 
 
 def main(settings: Settings) -> None:
