@@ -212,8 +212,8 @@ def _choose(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list
         if name not in choices:
             listed = "the names that `python -m flax_resnet names` lists"
             expected = listed if path == "model" else ", ".join(choices)
-            near = did_you_mean(name, choices)
-            raise UserError(f"--{path} {name!r}: expected one of {expected}{near}")
+            hint = did_you_mean(name, choices)
+            raise UserError(f"--{path} {name!r}: expected one of {expected}{hint}")
         config = _replace(config, path.split("."), choices[name]())
     choosing = [f"--{path}" for path in class_choices(config)]
     for argument in rest:  # tyro does not know these flags, and names none of them as the nearest
