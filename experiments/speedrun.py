@@ -249,17 +249,13 @@ class Triangle(Shape):
 
     def __post_init__(self) -> None:
         check_shares("rise", [self.rise])
-        check_range("schedule.start", self.start, 0)
-        check_range("schedule.final", self.final, 0)
 
     def build(self, peak: float, num_steps: int) -> optax.Schedule:
         """The optax schedule, step (int) to learning rate, for a run of ``num_steps``."""
         top = int(self.rise * num_steps)
         fall = optax.linear_schedule(peak, self.final * peak, num_steps - top)
-        if not top:
-            return fall
         rise = optax.linear_schedule(self.start * peak, peak, top)
-        return optax.join_schedules([rise, fall], [top])
+        return optax.join_schedules([rise, fall], [top]) if top else fall
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,11 +39,10 @@ def statistics(
     Args:
       kind: "channel" is mean and deviation of each channel; "pixel" is the one mean of the
         whole set and the deviation of each pixel over the images (the CIFAR-10 tutorial's);
-        "imagenet" the published constants; "none" leaves the 0..1 scale. ("weights", what
-        pretrained weights want, is theirs to say.)
+        "imagenet" the published constants; "none" leaves the 0..1 scale.
       image_shape: (H, W, C).
-      batches: uint8 arrays (N, H, W, C); read only where the kind needs them. Sums are in
-        integers, so the result does not depend on how the images are batched.
+      batches: uint8 arrays (N, H, W, C). Sums are in integers, so the result does not depend on
+        how the images are batched.
 
     Returns:
       {"mean", "std"}: float32, (C,) or, for "pixel", a scalar mean and (H, W, C) std, on the
@@ -55,8 +54,7 @@ def statistics(
         return _stats(np.zeros(channels), np.ones(channels))
     if kind == "imagenet":
         return _stats(np.array(IMAGENET_MEAN), np.array(IMAGENET_STD))
-    total = np.zeros(image_shape, np.int64)
-    squares = np.zeros(image_shape, np.int64)
+    total, squares = np.zeros((2, *image_shape), np.int64)
     count = 0
     for images in batches:
         total += images.sum(axis=0, dtype=np.int64)
@@ -167,13 +165,7 @@ class Augment:
             )
 
     def pixels(self, key: jax.Array, images: jax.Array, stats: dict[str, jax.Array]) -> jax.Array:
-        """Changes uint8 images (N, H, W, C) before they are normalised, and gives uint8.
-
-        Args:
-          key: the one that the batch is augmented with; what is drawn here is drawn apart.
-          images: as they were decoded.
-          stats: what they will be normalised by; its mean is what a border is filled with.
-        """
+        """Applies RandAugment to uint8 images (N, H, W, C); borders are the mean of ``stats``."""
         if not self.randaugment_ops:
             return images
         return randaugment(
@@ -202,7 +194,14 @@ class Augment:
         images = batch["image"]
         move_key, flip_key, crop_key, cut_key, mix_key = jax.random.split(key, 5)
         if self.rotation or self.width_shift or self.height_shift:
-            images = self._rotate_and_shift(move_key, images)
+            n, height, width, _ = images.shape
+            draws = jax.random.uniform(move_key, (3, n), minval=-1.0, maxval=1.0)
+            angle = jnp.deg2rad(self.rotation) * draws[0]
+            rows, columns = (
+                self.height_shift * height * draws[1],
+                self.width_shift * width * draws[2],
+            )
+            images = rotate_and_shift(images, angle, rows, columns)
         if self.flip:
             images = random_flip(flip_key, images)
         if self.alternating_flip:
@@ -217,40 +216,25 @@ class Augment:
         if self.cutout:
             images = cutout(cut_key, images, self.cutout, self.cutout_inside)
         batch = {**batch, "image": images}
-        if not (self.mixup or self.cutmix):
-            return batch
-        if not (self.mixup and self.cutmix):
-            return (
-                mixup(mix_key, batch, self.mixup)
-                if self.mixup
-                else cutmix(mix_key, batch, self.cutmix)
+        if self.mixup and self.cutmix:
+            coin_key, mix_key = jax.random.split(mix_key)
+            return jax.lax.cond(
+                jax.random.bernoulli(coin_key),
+                lambda: mixup(mix_key, batch, self.mixup),
+                lambda: cutmix(mix_key, batch, self.cutmix),
             )
-        coin_key, mix_key = jax.random.split(mix_key)
-        return jax.lax.cond(
-            jax.random.bernoulli(coin_key),
-            lambda: mixup(mix_key, batch, self.mixup),
-            lambda: cutmix(mix_key, batch, self.cutmix),
-        )
-
-    def _rotate_and_shift(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        n, height, width, _ = images.shape
-        draws = jax.random.uniform(key, (3, n), minval=-1.0, maxval=1.0)
-        return rotate_and_shift(
-            images,
-            jnp.deg2rad(self.rotation) * draws[0],
-            self.height_shift * height * draws[1],
-            self.width_shift * width * draws[2],
-        )
+        if self.mixup:
+            return mixup(mix_key, batch, self.mixup)
+        return cutmix(mix_key, batch, self.cutmix) if self.cutmix else batch
 
 
 def rotate_and_shift(
     images: jax.Array, angle: jax.Array, rows: jax.Array, columns: jax.Array
 ) -> jax.Array:
-    """Rotates and shifts each image, as the Keras image generator does but for its swapped axes.
+    """Rotates and shifts each image, as Keras's image generator does but for its swapped axes.
 
-    Keras's height_shift_range moves columns, and its width_shift_range rows; here each moves
-    what it says. The output pixel at offset p from the centre is the bilinear sample of the
-    input at R(angle) (p + (rows, columns)), or the nearest edge pixel where that is outside.
+    The output pixel at offset p from the centre is the bilinear sample of the input at
+    R(angle) (p + (rows, columns)), or the nearest edge pixel where that is outside.
 
     Args:
       images: (N, H, W, C).
@@ -285,16 +269,13 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 def alternating_flip(
     key: jax.Array, images: jax.Array, rows: jax.Array, epochs: jax.Array
 ) -> jax.Array:
-    """Mirrors each image in every other epoch; in which ones follows from the key and its row.
-
-    So of any two epochs in a row each image shows both its sides, where independent draws show
-    one of them twice half of the time (K. Jordan 2024, arXiv:2404.00498, section 3.6).
+    """Mirrors each image of (N, H, W, C) in every other epoch (K. Jordan 2024, section 3.6).
 
     Args:
-      key: the same in all steps of a run.
+      key: the same in all steps of a run; with its row it decides whether an image begins mirrored.
       images: (N, H, W, C).
       rows: numbers of the images in the split, int (N,).
-      epochs: how often the order has come round, int (N,).
+      epochs: the epoch of each image, int (N,).
     """
     key = jax.random.fold_in(key, 2**32 - 1)  # steps fold in theirs, from 0
     first = jax.vmap(lambda row: jax.random.bernoulli(jax.random.fold_in(key, row)))(rows)

@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal, TextIO
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 from flax import linen as nn
 
 from flax_resnet import models
-from flax_resnet.errors import UserError, check_choices, check_range
+from flax_resnet.errors import UserError, check_range
 from flax_resnet.files import replacing
 from flax_resnet.models import ResNet
 from flax_resnet.preprocess import Preprocessing
@@ -33,28 +34,28 @@ def flag(metavar: str, default: str = "") -> Any:
 
 
 def open_network(weights: str | Path, model: str | None = None) -> Pretrained:
-    """Weights with their network; where it is named, they are checked to be that network's.
+    """Weights with their network; weights of another network than ``model`` are a UserError.
 
     Args:
       weights: a tag, a weight file, a run's working directory or hf://OWNER/NAME[@REVISION].
       model: a name of ``names()``, which a tag needs; of others the network is inferred.
-
-    Raises:
-      UserError: an unknown name or tag, or weights that cannot be had or are of another network.
     """
-    named = None if model is None else models.create(model)
+    if model is None:
+        return open_weights(weights)
+    named = models.create(model)
     opened = open_weights(weights, model)
-    if named is not None and model is not None and opened.network is None:
-        kept = ("num_classes", "include_top", "pooling")
-        both = [name for name in kept if hasattr(opened.module, name) and hasattr(named, name)]
-        named = named.clone(**{name: getattr(opened.module, name) for name in both})
-        check_same(opened, named, model)
-        if not opened.certain:
-            shape = image_shape(named, opened.variables)
-            want = models.variable_shapes(named, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-            variables = models.match_variables(named, want, opened.variables)
-            opened = dataclasses.replace(opened, module=named, variables=variables)
-    return opened
+    if opened.network is not None:
+        return opened
+    kept = ("num_classes", "include_top", "pooling")
+    both = [name for name in kept if hasattr(opened.module, name) and hasattr(named, name)]
+    named = named.clone(**{name: getattr(opened.module, name) for name in both})
+    check_same(opened, named, model)
+    if opened.certain:
+        return opened
+    shape = image_shape(named, opened.variables)
+    want = models.variable_shapes(named, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+    variables = models.match_variables(named, want, opened.variables)
+    return dataclasses.replace(opened, module=named, variables=variables)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,6 @@ class PreparedFlags:
     """Divisor after that: one number, or one for each channel of the network."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
         check_range("--size", self.size, 1)
         check_range("--resize", self.resize, 0)
 
@@ -92,11 +92,11 @@ class PreparedFlags:
     def _prepared(self, opened: Pretrained, weights: str) -> Preprocessing | None:
         names = ("size", "resize", "interpolation", "mean", "std")
         given: dict[str, Any] = {n: v for n in names if (v := getattr(self, n)) is not None}
-        if not given:
-            return opened.preprocessing
         channels, old = opened.input_shape[2], opened.preprocessing
-        if "resize" in given:
-            given["resize"] = given["resize"] or None
+        if not given:
+            return old
+        if given.get("resize") == 0:
+            given["resize"] = None
         if len(given.get("std", ())) == 1:
             given["std"] *= channels
         if old is None:
@@ -136,11 +136,7 @@ class Classifier:
 
     @classmethod
     def of(cls, opened: Pretrained) -> Classifier:
-        """Checks weights and puts them on the device.
-
-        Raises:
-          UserError: they do not say how to prepare an image, or give no logits for one.
-        """
+        """Puts weights on the device; those that give no logits for an image are a UserError."""
         prepared, module = opened.preprocessing, opened.module
         if prepared is None:
             raise UserError(
@@ -177,23 +173,21 @@ class Classifier:
 
 
 def not_finite(what: str = "the network's outputs") -> UserError:
-    """The error of outputs that are not finite.
-
-    Args:
-      what: the outputs, in the plural.
-    """
+    """The error of outputs (``what``, in the plural) that are not finite."""
     return UserError(
         f"{what} are not finite: the weights are damaged, or --mean and --std are not theirs"
     )
 
 
+def padded(values: Any, size: int) -> np.ndarray:
+    """Arrays of one shape, or an array, as a batch of ``size``: the last ones are zeros."""
+    batch = np.asarray(values)
+    return np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * (batch.ndim - 1)])
+
+
 @contextlib.contextmanager
 def writing(output: str | None) -> Iterator[TextIO]:
-    """The standard output, or a file that is written whole or not at all.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
+    """The standard output, or a file that is written whole or not at all."""
     if output is None:
         yield sys.stdout
         return

@@ -42,14 +42,11 @@ Shell = Literal["bash", "zsh", "fish"]
 
 
 class Tool(NamedTuple):
-    """One command."""
+    """One command: what it does in a few words, the dataclass of its flags, its function."""
 
     what: str
-    """What it does, in a few words."""
     settings: Any
-    """The dataclass whose fields are its flags."""
     main: Callable[[Any], object]
-    """Does what the settings ask."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,16 +156,13 @@ def _names(given: Names) -> None:
 
 
 def _summary(given: Summary) -> None:
-    fields: dict[str, Any] = {"dtype": given.dtype}
+    fields: dict[str, Any] = {"include_top": False} if given.no_top else {}
     if given.num_classes is not None:
         fields["num_classes"] = given.num_classes
-    if given.no_top:
-        fields["include_top"] = False
-    module = models.create(given.name, **fields)
+    module = models.create(given.name, dtype=given.dtype, **fields)
     shape = models.check_shape(given.input_shape or models.default_shape(module))
-    counted = summary.summarize(module, shape, given.batch_size)
-    size = "x".join(map(str, shape))
-    summary.show(f"{given.name}, input {size}", counted, parts=given.parts)
+    title = f"{given.name}, input {'x'.join(map(str, shape))}"
+    summary.show(title, summary.summarize(module, shape, given.batch_size), parts=given.parts)
 
 
 def _prepare(given: Prepare) -> None:
@@ -180,9 +174,9 @@ def _asked(command: str, argv: Sequence[str]) -> flags.Invocation:
     about, recipe = MAKES[command]
     prog = f"{PROG} {command} {DATA}"
     ending = "" if command == "train" else f"-{command}"
-    if {"-h", "--help"} & set(argv) and argv[0].startswith("-"):
-        flags.parse(recipes.digits(), f"runs/{DATA}{ending}", ["--help"], about, prog)
     if not argv or argv[0].startswith("-"):
+        if {"-h", "--help"} & set(argv):
+            flags.parse(recipes.digits(), f"runs/{DATA}{ending}", ["--help"], about, prog)
         raise UserError(
             f'{command} {" ".join(argv[:1])}: expected what to train on first: "digits", a tfds '
             f"name, or a folder; `{PROG} {command} --help` has examples"
@@ -204,15 +198,9 @@ def _completion(given: Completion) -> None:
         subcommand = tyro.conf.subcommand(name, description=tool.what, **known)
         commands.append(Annotated[tool.settings, subcommand])
     any_of: Any = Union[tuple(commands)]  # noqa: UP007
-    printed = io.StringIO()
+    printed, argv = io.StringIO(), ["--tyro-print-completion", given.shell]
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        tyro.cli(
-            any_of,
-            prog=PROG,
-            args=["--tyro-print-completion", given.shell],
-            registry=flags.REGISTRY,
-            config=(tyro.conf.AvoidSubcommands,),
-        )
+        flags.cli(any_of, argv, prog=PROG, **flags.OPTIONS)
     # In bash each line of a help is taken for a flag, and no answer for an empty one, not files.
     script = re.sub(
         r"(?m)^COMPLETION_SPEC = .*$",

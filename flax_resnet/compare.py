@@ -17,8 +17,6 @@ from flax_resnet.inspection import read_record, variants
 from flax_resnet.record import flatten, varying_fields
 
 RESULTS = ("top1", "loss", "train_top1", "train_loss", "step", "seconds")
-NOT_COMPARED = ("seed",)
-ABSENT = "-"
 
 
 def compare(paths: Sequence[str | Path]) -> str:
@@ -41,33 +39,32 @@ def compare(paths: Sequence[str | Path]) -> str:
     if len(set(names)) < len(names):
         names = [str(workdirs[0]) for _, workdirs in found]
     configs = [flatten(read_record(workdirs[0])[1]["config"]) for _, workdirs in found]
-    fields = [field for field in varying_fields(configs) if field not in NOT_COMPARED]
-    rows = [[f"`{f}`", *(str(own.get(f, ABSENT)) for own in configs)] for f in fields]
+    fields = [field for field in varying_fields(configs) if field != "seed"]
+    rows = [[f"`{f}`", *(str(own.get(f, "-")) for own in configs)] for f in fields]
     rows = rows or [["no field", *("the same" for _ in configs)]]
     results = [[_result(workdir) for workdir in workdirs] for _, workdirs in found]
-    counts = [(sum(result is not None for result in own), len(own)) for own in results]
+    counts = [(sum(map(bool, own)), len(own)) for own in results]
     finished = [str(n) if n == runs else f"{n} of {runs}" for n, runs in counts]
-    unfinished = [_latest(w) for _, workdirs in found for w in workdirs if _result(w) is None]
-    return "\n".join([
-        tables.markdown_table(["config", *names], rows),
-        tables.markdown_table(["result", *names], [["runs finished", *finished], *_means(results)]),
-        *(["".join(unfinished)] if unfinished else []),
-    ])  # fmt: skip
+    text = tables.markdown_table(["config", *names], rows) + "\n"
+    rows = [["runs finished", *finished], *_means(results)]
+    text += tables.markdown_table(["result", *names], rows)
+    unfinished = [_latest(w) for _, workdirs in found for w in workdirs if not _result(w)]
+    return text + "".join(["\n", *unfinished] if unfinished else [])
 
 
-def _result(workdir: Path) -> Mapping[str, Any] | None:
+def _result(workdir: Path) -> Mapping[str, Any]:
+    """What result.json holds; nothing of an unfinished run."""
     try:
         return json.loads((workdir / "result.json").read_text())
     except (OSError, ValueError):
-        return None
+        return {}
 
 
-def _means(results: Sequence[Sequence[Mapping[str, Any] | None]]) -> Iterator[list[str]]:
+def _means(results: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[list[str]]:
     """A row for each number that a variant has: its mean and deviation over the seeds."""
     for field in RESULTS:
         label, unit, times, digits = tables.MEASURES[field]
-        values = [[times * r[field] for r in own if r and r.get(field) is not None]
-                  for own in results]  # fmt: skip
+        values = [[times * r[field] for r in own if r.get(field) is not None] for own in results]
         if any(values):
             heading = f"{label} ({unit})" if unit else label
             yield [heading, *(tables.plus_minus(own, digits) for own in values)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import math
 import typing
 from collections.abc import Iterable
@@ -44,9 +45,8 @@ def check_range(name: str, value: float | None, least: float, below: float = mat
 
 def is_number(value: Any) -> bool:
     """True for a finite int or float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) < 1e30  # NaN is not
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and abs(value) < 1e30  # NaN is not
 
 
 def check_whole(name: str, value: Any, least: int, below: int) -> None:
@@ -73,11 +73,10 @@ def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
     """{field: its values} of the fields that are a Literal, or one or None."""
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
-        parts = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else (hint,)
-        literals = [p for p in parts if typing.get_origin(p) is typing.Literal]
-        if literals:
-            values = [v for p in literals for v in typing.get_args(p)]
-            found[name] = (*values, *([None] if type(None) in parts else []))
+        parts = (hint,) if typing.get_origin(hint) is typing.Literal else typing.get_args(hint)
+        values = [typing.get_args(p) for p in parts if typing.get_origin(p) is typing.Literal]
+        if values:
+            found[name] = (*itertools.chain(*values), *([None] if type(None) in parts else []))
     return found
 
 

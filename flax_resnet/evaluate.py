@@ -13,7 +13,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,14 +25,14 @@ from flax import linen as nn
 
 from flax_resnet import metrics, tables
 from flax_resnet.augment import normalize
-from flax_resnet.classify import Classifier, WeightFlags, flag, not_finite, writing
+from flax_resnet.classify import Classifier, WeightFlags, flag, not_finite, padded, writing
 from flax_resnet.data import DataConfig, open_sources
 from flax_resnet.datasets.rows import decode_chunks
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.inspection.opened import read_record
 from flax_resnet.pretrained import Pretrained, is_path
 from flax_resnet.pretrained.classes import imagenet_classes, imagenet_ids
-from flax_resnet.views import Views, averaged_logits, check_views
+from flax_resnet.views import Views, averaged_logits
 
 CROPS = 10
 
@@ -62,16 +62,14 @@ def evaluate(
         ``holdout_every`` of each class) rather than all of it.
 
     Returns:
-      "top1" and "top5" (shares of n), "loss" (mean cross-entropy, nats), "calibration_error" (of
-      15 bins, Guo et al. 2017, section 2), "brier" (Brier 1950: the squared distance of the
-      probabilities from the truth, 0 to 2), "n" and "seconds".
+      "top1" and "top5" (shares of n), "loss" (mean cross-entropy, nats), "calibration_error" (15
+      bins, Guo et al. 2017, section 2), "brier" (Brier 1950, 0 to 2), "n" and "seconds".
 
     Raises:
       UserError: data or weights that cannot be read or do not fit one another.
     """
-    check_range("batch_size", batch_size, 1)
-    check_range("limit", limit, 1)
-    check_views(tta)
+    for name, number in {"batch_size": batch_size, "limit": limit}.items():
+        check_range(name, number, 1)
     began = time.perf_counter()
     of = Classifier.of(opened)
     prepared = of.preprocessing
@@ -79,6 +77,7 @@ def evaluate(
         if tta != "none":
             raise UserError(f"--ten-crop with --tta {tta}: the crops are mirrored; leave one out")
         prepared.check_ten_crops()
+        batch_size = max(1, batch_size // CROPS)
     if config.folder is None:
         (source,) = open_sources(config, (config.eval_split,))
     else:  # images may differ in size, and one that is held out of each one is all of them
@@ -89,28 +88,24 @@ def evaluate(
     classes = class_order(source.class_names, of.class_names, of.num_classes, config.title)
     count = len(source) if limit is None else min(limit, len(source))
     rows = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
-    chunk = min(count, max(1, batch_size // CROPS) if ten_crop else batch_size)
 
     def decode(data: bytes, rng: None) -> np.ndarray:
         return prepared.ten_crops(data) if ten_crop else prepared(data)
 
-    def batches() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        for images, labels in decode_chunks(source, decode, rows, chunk):  # type: ignore[arg-type]
-            pad = chunk - len(labels)
-            images = np.pad(images, [(0, pad), *[(0, 0)] * (images.ndim - 1)])
-            yield images, np.pad(classes[labels], (0, pad)), np.arange(chunk) < len(labels)
+    def step(batch: tuple[np.ndarray, np.ndarray]) -> metrics.Sums:
+        images, labels = (padded(x, min(batch_size, count)) for x in batch)
+        return _scores(of.module, of.variables, of.stats, images, classes[labels], tta)
 
-    def step(batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> metrics.Sums:
-        return _sums(of.module, of.variables, of.stats, *batch, tta)
-
-    sums, examples = [], []
-    for (*_, mask), found in metrics.outputs(step, batches()):
-        examples.append([found.pop(name)[mask] for name in ("confidence", "correct")])
-        sums.append(found)
-    means = metrics.means(sums)
+    batches = decode_chunks(source, decode, rows, min(batch_size, count))  # type: ignore[arg-type]
+    parts = [
+        {name: values[: len(labels)] for name, values in scores.items()}
+        for (_, labels), scores in metrics.outputs(step, batches)
+    ]
+    scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    means = {name: float(values.mean(dtype=np.float64)) for name, values in scores.items()}
     if not math.isfinite(means["loss"]):
         raise not_finite()
-    *_, error = metrics.reliability(*map(np.concatenate, zip(*examples, strict=True)))
+    *_, error = metrics.reliability(scores["confidence"], scores["top1"])
     return {
         **{name: means[name] for name in ("top1", "top5", "loss")},
         "calibration_error": error,
@@ -121,35 +116,24 @@ def evaluate(
 
 
 @functools.partial(jax.jit, static_argnames=("module", "tta"))
-def _sums(
-    module: nn.Module,
-    variables: Any,
-    stats: Any,
-    images: jax.Array,
-    labels: jax.Array,
-    mask: jax.Array,
-    tta: Views = "none",
+def _scores(
+    module: nn.Module, variables: Any, stats: Any, images: jax.Array, labels: jax.Array, tta: Views
 ) -> metrics.Sums:
-    """Sums over a batch of images (N, H, W, C), or of their crops (N, 10, H, W, C).
-
-    "confidence" (the largest probability) and "correct" are of each example, (N,).
-    """
+    """Scores (N,) of each of the images (N, H, W, C), or of their crops (N, 10, H, W, C)."""
     pixels = images.reshape(-1, *images.shape[-3:])
     apply: Any = functools.partial(module.apply, variables)
-    logits: Any = averaged_logits(apply, normalize(pixels, stats), tta)
+    logits = averaged_logits(apply, normalize(pixels, stats), tta)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if images.ndim == 5:
-        crops = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
-        crops = crops.reshape(*images.shape[:2], -1)
+        crops = jax.nn.log_softmax(logits).reshape(*images.shape[:2], -1)
         logits = jax.nn.logsumexp(crops, axis=1) - math.log(images.shape[1])
     targets = jax.nn.one_hot(labels, logits.shape[-1])
-    losses = metrics.cross_entropy(logits, targets)
-    sums = metrics.classification_sums(logits, labels, losses, mask)
-    p = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    losses, p = metrics.cross_entropy(logits, targets), jax.nn.softmax(logits)
+    examples = [x[:, None] for x in (logits, labels, losses)]
     return {
-        **sums,
-        "brier": jnp.sum(jnp.where(mask, jnp.sum((p - targets) ** 2, axis=-1), 0)),
+        **jax.vmap(metrics.classification_sums)(*examples),
+        "brier": jnp.sum((p - targets) ** 2, axis=-1),
         "confidence": jnp.max(p, axis=-1),
-        "correct": jnp.argmax(logits, axis=-1) == labels,
     }
 
 
@@ -159,16 +143,14 @@ def class_order(
     """The network's output for each label of the data: int32 (labels,).
 
     The same names in another order are matched by name, and WordNet's ids with ImageNet's
-    classes; all else goes by position.
+    classes; all else goes by position. Another number of classes, or names of which some are the
+    same, raise UserError.
 
     Args:
       data: names of the data's classes.
       weights: names of the network's, where they are known.
       num_classes: the network's outputs.
       title: what to call the data.
-
-    Raises:
-      UserError: there are more classes on one side, or other WordNet ids than ImageNet's.
     """
     known = num_classes if weights is None else min(len(weights), num_classes)
     if len(data) != known:
@@ -177,25 +159,18 @@ def class_order(
             "data of the other number"
         )
     are_ids = all(re.fullmatch(r"n\d{8}", name) for name in data)
-    if weights is not None and tuple(weights) == imagenet_classes() and are_ids:
+    if are_ids := are_ids and tuple(weights or ()) == imagenet_classes():
         weights = imagenet_ids()
-        if set(data) != set(weights):
-            odd = sorted(set(data) - set(weights))
-            raise UserError(
-                f"{title} has classes that are not among ImageNet's 1000, such as {odd[0]}: take "
-                "weights of these classes"
-            )
     place = {name: index for index, name in enumerate(weights or ())}
-    shared = place.keys() & set(data)
-    if shared and shared != set(data):
-        odd = sorted(set(data) - shared)
+    odd = sorted(set(data) - place.keys())
+    if odd and (are_ids or place.keys() & set(data)):
         raise UserError(
-            f"{title} and the weights share {len(shared)} of {len(data)} classes; {odd[0]!r} is "
-            "not among the weights': take weights or data of the same classes"
+            f"{title} and the weights share {len(data) - len(odd)} of {len(data)} classes; "
+            f"{odd[0]!r} is not among the weights': take weights or data of the same classes"
         )
-    if len(place) == len(data) and place.keys() == set(data):
-        return np.array([place[name] for name in data], np.int32)
-    return np.arange(len(data), dtype=np.int32)
+    if odd or len(place) != len(data):
+        return np.arange(len(data), dtype=np.int32)
+    return np.array([place[name] for name in data], np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,58 +221,41 @@ class Settings(WeightFlags):
     output: Annotated[str | None, flag("FILE.json")] = None
     """Write the numbers to this file too."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("--batch-size", self.batch_size, 1)
-        check_range("--limit", self.limit, 1)
-        if None not in (self.data.name, self.data.folder):
-            raise UserError("expected one of --data.name NAME and --data.folder DIR, not both")
-
-    def check(self) -> None:
-        """Raises UserError where nothing says what images; what is parsed need not be there yet."""
-        if {self.data.name, self.data.folder, self._run()} == {None}:
-            raise UserError(
-                "expected one of --data.name NAME and --data.folder DIR: what images (weights that "
-                "are a run's working directory need neither)"
-            )
-
-    def _run(self) -> Path | None:
-        """The run's working directory, where the weights are one."""
-        path = Path(self.weights).expanduser()
-        return path if is_path(self.weights) and path.is_dir() else None
-
     def asked(self) -> tuple[DataConfig, dict[str, Any]]:
         """(the data, ``tta`` and ``holdout`` of ``evaluate``): those given, else the run's own.
 
         Raises:
-          UserError: the record of the run cannot be read.
+          UserError: nothing says what images, or the record of the run cannot be read.
         """
         given = {name: v for name, v in dataclasses.asdict(self.data).items() if v is not None}
         config, holdout = DataConfig(), self.data.holdout_every is not None
         tta: Views = self.tta or "none"
-        run = self._run()
-        if run is not None and not {"name", "folder"} & given.keys():
+        named, run = {"name", "folder"} & given.keys(), Path(self.weights).expanduser()
+        if len(named) == 2 or not (named or (is_path(self.weights) and run.is_dir())):
+            raise UserError(
+                "expected one of --data.name NAME and --data.folder DIR: what images (weights that "
+                "are a run's working directory need neither)"
+            )
+        if not named:
             try:
                 recorded = read_record(run)[0]
             except UserError as error:
                 advice = "or give --data.name NAME or --data.folder DIR"
                 raise UserError(f"{error}; {advice}") from None
-            config, views = recorded.data, recorded.tta
+            config = recorded.data
             # With sub-folders for its splits a folder has nothing to hold out.
             holdout = config.folder is not None
-            tta = self.tta or ("none" if self.ten_crop else views)
+            tta = self.tta or ("none" if self.ten_crop else recorded.tta)
         return dataclasses.replace(config, **given), {"tta": tta, "holdout": holdout}
 
 
 def main(settings: Settings) -> None:
     """``python -m flax_resnet evaluate``."""
-    settings.check()
-    opened = settings.open(settings.weights)
     config, how = settings.asked()
-
+    opened = settings.open(settings.weights)
     with contextlib.ExitStack() as stack:  # a file that cannot be written is said at once
         file = settings.output and stack.enter_context(writing(settings.output))
-        found = evaluate(
+        numbers = evaluate(
             opened,
             config,
             batch_size=settings.batch_size,
@@ -311,7 +269,7 @@ def main(settings: Settings) -> None:
             asked["data"] = {
                 name: None if unused.get(name) else getattr(config, name) for name in asked["data"]
             }
-            print(json.dumps({**asked, **found}, indent=2), file=file)
+            print(json.dumps({**asked, **numbers}, indent=2), file=file)
     split = "" if config.folder else f" {config.eval_split}"
     about = {"weights": settings.weights, "data": f"{config.title}{split}"}
-    tables.show(opened.name, [*about.items(), *tables.result_rows(found).items()])
+    tables.show(opened.name, [*about.items(), *tables.result_rows(numbers).items()])

@@ -6,6 +6,7 @@ config's own checks refuse is a UserError of one line, as it is everywhere else.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -40,37 +41,39 @@ Settings = TypeVar("Settings")
 Asked = TypeVar("Asked", "Invocation", "SweepInvocation")
 REGISTRY = ConstructorRegistry()
 """What tyro is told of linen modules and of their block classes."""
+OPTIONS: dict[str, Any] = {"registry": REGISTRY, "config": (tyro.conf.AvoidSubcommands,)}
+"""Arguments of tyro.cli for what holds a TrainConfig."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Invocation:
-    """What a command line asks for."""
-
+class _Asked:
     workdir: str
     """Directory of the run's record. The same command on the same directory resumes."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    hosts: Hosts = Hosts()
+
+
+@dataclasses.dataclass(frozen=True)
+class Invocation(_Asked):
+    """What a command line asks for."""
+
     num_seeds: int = 1
     """Train so many seeds, the config's and those after it, each in WORKDIR/seedN."""
     in_turn: bool = False
     """Train them one after another on accelerators too, where they would train together."""
     analyze: bool = False
     """Compile the steps, print what they cost and hold, and end; nothing is trained or written."""
-    hosts: Hosts = Hosts()
 
     def __post_init__(self) -> None:
         check_range("--num-seeds", self.num_seeds, 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class SweepInvocation:
+class SweepInvocation(_Asked):
     """What the command line of an ablation asks for."""
 
-    workdir: str
-    """Directory of the runs and of their table. The same command on it goes on."""
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     seeds: int = 3
     """Seeds of each variant, counted from 0."""
-    hosts: Hosts = Hosts()
 
     def __post_init__(self) -> None:
         check_range("--seeds", self.seeds, 1)
@@ -78,39 +81,32 @@ class SweepInvocation:
 
 def arguments(
     get_config: Callable[..., TrainConfig], argv: Sequence[str]
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict[str, Any], list[str], str]:
     """Takes the flags that are parameters of ``get_config`` out of a command line.
 
     Args:
-      get_config: its parameters have defaults; a module of ``experiments`` has it.
+      get_config: its parameters are an int or a Literal of texts, and have defaults.
       argv: flags.
 
     Returns:
-      ({parameter: value} of the flags that ``argv`` has, the other flags).
+      ({parameter: value} of those in ``argv``, the other flags, what --help says of them).
     """
-    if not inspect.signature(get_config).parameters:
-        return {}, list(argv)
-
-    @functools.wraps(get_config)
-    def parameters(**values: Any) -> dict[str, Any]:
-        return values
-
-    values, rest = tyro.cli(
-        parameters, args=list(argv), return_unknown_args=True, add_help=False, description=""
-    )
-    words = {word.partition("=")[0].replace("_", "-") for word in argv}
-    return {n: v for n, v in values.items() if "--" + n.replace("_", "-") in words}, rest
-
-
-def arguments_help(get_config: Callable[..., Any]) -> str:
-    """What --help says of the flags that ``arguments`` takes out; "" where there are none."""
-    hints = typing.get_type_hints(get_config)
-    parts = []
+    parser, helps, hints = _parser(), [], typing.get_type_hints(get_config)
     for name, parameter in inspect.signature(get_config).parameters.items():
-        choices = ",".join(typing.get_args(hints[name]))
-        values = f"{{{choices}}}" if choices else "INT"
-        parts.append(f"--{name.replace('_', '-')} {values} (default: {parameter.default})")
-    return f"Flags of this experiment alone: {'; '.join(parts)}." if parts else ""
+        choices = typing.get_args(hints[name]) or None
+        parser.add_argument(f"--{name}", type=str if choices else int, choices=choices)
+        values = f"{{{','.join(choices)}}}" if choices else "INT"
+        helps.append(f"--{name} {values} (default: {parameter.default})")
+    given, rest = parser.parse_known_args(argv)
+    text = f"Flags of this experiment alone: {'; '.join(helps)}." if helps else ""
+    return vars(given), rest, text
+
+
+def _parser() -> argparse.ArgumentParser:
+    """A parser that holds the flags it finds, and leaves all others alone."""
+    return argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
 
 
 def parse(
@@ -124,13 +120,13 @@ def parse(
     """Applies flags to a config.
 
     ``--model NAME``, ``--optimizer NAME`` and ``--optimizer.schedule NAME`` choose a class, with
-    its defaults; every other flag sets a field of what is chosen.
+    its defaults; every other flag sets a field of the chosen class.
 
     Args:
       config: the defaults.
       workdir: default of --workdir.
       argv: flags, in dashes or underscores.
-      about: what --help says first.
+      about: first lines of --help.
       prog: the command that --help shows.
       ask: Invocation or SweepInvocation.
 
@@ -138,17 +134,13 @@ def parse(
       UserError: a value that the config refuses.
       SystemExit: tyro has printed what is wrong with a flag.
     """
-    config, argv = _choose(config, list(argv))
+    config, argv = _choose(config, argv)
+    choices = {path: "|".join(names) for path, names in class_choices(config).items()}
+    choices["model"] = "NAME (python -m flax_resnet names lists them)"
+    lines = "; ".join(f"--{path} {names}" for path, names in choices.items())
     text, mark, examples = about.partition("\n\nExamples:")
-    return cli(
-        ask,
-        argv,
-        f"{text}\n\n{_choices_help(config)}{mark}{examples}",
-        prog,
-        default=ask(workdir, config),
-        registry=REGISTRY,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    about = f"{text}\n\nChoose a class, with its defaults: {lines}.{mark}{examples}"
+    return cli(ask, argv, about, prog, default=ask(workdir, config), **OPTIONS)
 
 
 def cli(
@@ -158,14 +150,14 @@ def cli(
     prog: str | None = None,
     **options: Any,
 ) -> Settings:
-    """A dataclass whose fields are flags, from a command line.
+    """Parses a command line (by default the process's) into a dataclass.
 
     Args:
-      settings: the dataclass.
+      settings: the dataclass; its fields are the flags.
       argv: flags; None reads the process's.
-      about: what --help says first; by default the dataclass's docstring.
+      about: first lines of --help; by default the dataclass's docstring.
       prog: the command that --help shows.
-      **options: tyro.cli's others.
+      **options: other arguments of tyro.cli.
 
     Raises:
       UserError: a value that ``settings`` refuses.
@@ -174,34 +166,30 @@ def cli(
     printed, about = io.StringIO(), about or inspect.getdoc(settings) or ""
     try:
         with contextlib.redirect_stderr(printed):
-            parsed = tyro.cli(settings, prog=prog, args=argv, description=about, **options)
+            return tyro.cli(settings, prog=prog, args=argv, description=about, **options)
     except SystemExit as stop:
-        # Tyro takes a ValueError of a dataclass for a mistake in a flag, and prints a box.
-        cause = stop.__context__
+        cause: BaseException | None = stop
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__context__
-        if cause is not None:
-            raise cause from None
+        if cause is None:
+            raise
+        printed = io.StringIO()  # without the box of tyro, to which a UserError is a ValueError
+        raise cause from None
+    finally:
         sys.stderr.write(printed.getvalue())
-        raise
-    sys.stderr.write(printed.getvalue())
-    return parsed
 
 
 def class_choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
     """{dotted field: {name: factory}} of the fields that hold one of several classes."""
-    found: dict[str, dict[str, Factory]] = {
-        "model": {name: functools.partial(models.create, name) for name in models.names()}
-    }
+    networks: dict[str, Factory] = {n: functools.partial(models.create, n) for n in models.names()}
+    found = {"model": networks}
 
     def visit(value: Any, prefix: str) -> None:
         for name, hint in typing.get_type_hints(type(value)).items():
-            classes: list[Any] = [
-                c
-                for c in typing.get_args(hint)
-                if dataclasses.is_dataclass(c) and not inspect.isabstract(c)
-            ]
-            if isinstance(hint, types.UnionType) and len(classes) > 1:
+            parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
+            classes: list[Any] = [p for p in parts if dataclasses.is_dataclass(p)]
+            classes = [cls for cls in classes if not inspect.isabstract(cls)]
+            if len(classes) > 1:
                 found[prefix + name] = {c.__name__.lower(): c for c in classes}
             inner = getattr(value, name)
             if dataclasses.is_dataclass(inner) and not isinstance(inner, nn.Module):
@@ -211,39 +199,28 @@ def class_choices(config: TrainConfig) -> dict[str, dict[str, Factory]]:
     return found
 
 
-def _choices_help(config: TrainConfig) -> str:
-    choices = {path: "|".join(names) for path, names in class_choices(config).items()}
-    choices["model"] = "NAME (python -m flax_resnet names lists them)"
-    lines = [f"--{path} {names}" for path, names in choices.items()]
-    return "Choose a class, with its defaults: " + "; ".join(lines) + "."
-
-
-def _choose(config: TrainConfig, argv: list[str]) -> tuple[TrainConfig, list[str]]:
+def _choose(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     """Takes ``--FIELD NAME`` out of argv for the fields that hold one of several classes."""
+    rest = list(argv)
     for path, choices in class_choices(config).items():  # outer fields come before inner ones
-        for i, argument in enumerate(argv):
-            flag, equals, name = argument.partition("=")
-            if flag != f"--{path}":
-                continue
-            name = name if equals else (argv[i + 1] if i + 1 < len(argv) else "")
-            if path != "model":  # networks' names have cases
-                name = name.lower()
-            if name not in choices:
-                names = ", ".join(choices)
-                if path == "model":
-                    names = "the names that `python -m flax_resnet names` lists"
-                raise UserError(
-                    f"--{path} {name!r}: expected one of {names}{did_you_mean(name, choices)}"
-                )
-            config = _replace(config, path.split("."), choices[name]())
-            argv = argv[:i] + argv[i + (1 if equals else 2) :]
-            break
+        parser = _parser()
+        parser.add_argument(f"--{path}", dest="name", nargs="?", const="")
+        given, rest = parser.parse_known_args(rest)
+        if "name" not in given:
+            continue
+        name = given.name if path == "model" else given.name.lower()  # networks' names have cases
+        if name not in choices:
+            listed = "the names that `python -m flax_resnet names` lists"
+            expected = listed if path == "model" else ", ".join(choices)
+            hint = did_you_mean(name, choices)
+            raise UserError(f"--{path} {name!r}: expected one of {expected}{hint}")
+        config = _replace(config, path.split("."), choices[name]())
     choosing = [f"--{path}" for path in class_choices(config)]
-    for argument in argv:  # tyro does not know these flags, and names none of them as the nearest
+    for argument in rest:  # tyro does not know these flags, and names none of them as the nearest
         near = difflib.get_close_matches(argument.partition("=")[0], choosing, 1, 0.85)
         if near and near[0].count(".") == argument.count("."):
             raise UserError(f"{argument}: there is no such flag (did you mean {near[0]}?)")
-    return config, argv
+    return config, rest
 
 
 def _replace(config: Any, path: list[str], value: Any) -> Any:
@@ -259,7 +236,7 @@ def _replace(config: Any, path: list[str], value: Any) -> Any:
 
 
 def _kept(old: nn.Module, new: nn.Module) -> dict[str, Any]:
-    """What an experiment says of any network of its: classes, the top, what is frozen, dtypes."""
+    """Fields that an experiment sets on any network: classes, top, frozen stages, dtypes."""
     names = ("num_classes", "hidden_units", "norm_kind", "frozen_stages", "dtype", "param_dtype")
     kept = {n: getattr(old, n) for n in names if hasattr(old, n) and hasattr(new, n)}
     stages: tuple[int, ...] = getattr(old, "stage_sizes", ())
@@ -287,9 +264,9 @@ def _module_rule(info: Any) -> StructConstructorSpec | None:
 
 
 def _clone(module: nn.Module, **values: Any) -> nn.Module:
-    for name, value in values.items():
+    for name in values:
         if name.endswith("dtype"):
-            check_dtype(value)
+            check_dtype(values[name])
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return module.clone(**values)
 
@@ -300,13 +277,12 @@ def _module_class_rule(info: Any) -> PrimitiveConstructorSpec | None:
     if typing.get_origin(info.type) is not type:
         return None
 
-    def find(words: list[str]) -> type:
-        return find_class(words[0] if ":" in words[0] else f"{models.__name__}:{words[0]}")
-
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="CLASS",
-        instance_from_str=find,
+        instance_from_str=lambda words: find_class(
+            words[0] if ":" in words[0] else f"{models.__name__}:{words[0]}"
+        ),
         is_instance=lambda value: isinstance(value, type),
         str_from_instance=lambda cls: [class_name(cls)],
     )

@@ -27,8 +27,7 @@ def main(
 ) -> list[dict[str, Any]]:
     """Runs an experiment: its config, changed by flags, through train_and_evaluate.
 
-    Bad input ends the process with status 2 and one line on stderr. Of several processes
-    (``hosts.joined``) all end when one does.
+    Bad input ends the process with status 2 and one line on stderr.
 
     Args:
       get_config: gives the experiment's config; its parameters are flags too, ``--depth 110``,
@@ -44,14 +43,7 @@ def main(
 
 
 def start(chosen: flags.Invocation) -> list[dict[str, Any]]:
-    """Does what a command line asks of an experiment.
-
-    Args:
-      chosen: what it asks.
-
-    Returns:
-      As ``main``.
-    """
+    """Does what a command line asks of an experiment; returns what ``main`` does."""
     with hosts.joined(chosen.hosts), preemption.restartable():
         if chosen.analyze:  # without the cache: it says how long compiling takes
             analysis.show(chosen.config)
@@ -82,7 +74,7 @@ def ablate(
     Args:
       get_config: as of ``main``.
       get_grid: (config, seeds) to named configs, as ``grid`` gives.
-      workdir: as of ``main``.
+      workdir: default of --workdir.
       argv: flags; by default the process's.
       baseline: the variant that the others are compared with, or {variant: its own reference}.
     """
@@ -113,16 +105,16 @@ def chosen_by(
 
     Args:
       get_config: as of ``main``.
-      workdir: as of ``main``.
+      workdir: default of --workdir.
       argv: flags; by default the process's.
-      ask: what to return, a flags.Invocation or a flags.SweepInvocation.
-      of: its module is what is run; by default ``get_config``.
+      ask: the class to return, flags.Invocation or flags.SweepInvocation.
+      of: the function whose module is run; by default ``get_config``.
     """
     module = sys.modules[(of or get_config).__module__]
     prog = f"python -m {module.__spec__.name}" if module.__spec__ else None
-    given, rest = flags.arguments(get_config, sys.argv[1:] if argv is None else argv)
+    given, rest, helps = flags.arguments(get_config, sys.argv[1:] if argv is None else argv)
     workdir = "-".join([workdir, *(f"{name}{value}" for name, value in given.items())])
-    about = f"{module.__doc__ or ''}\n{flags.arguments_help(get_config)}"
+    about = f"{module.__doc__ or ''}\n{helps}"
     return flags.parse(get_config(**given), workdir, rest, about, prog, ask)
 
 

@@ -6,8 +6,8 @@ size, shard or padding add up to the exact mean.
 
 from __future__ import annotations
 
+import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flax_resnet.files import replacing
 from flax_resnet.tracking import Follower
@@ -88,11 +86,7 @@ def reliability(
 
 
 def means(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Adds up sums on the host, in float64, and divides by "count".
-
-    "loss" is the mean loss in nats, "top1" and "top5" shares in 0..1: floats, or arrays (S,) of
-    the sums of S networks that train together.
-    """
+    """``totals``, divided by "count": "loss" in nats, "top1" and "top5" in 0..1."""
     total = totals(sums)
     count = total.pop("count")
     means = {name: value / count for name, value in total.items()}
@@ -100,36 +94,31 @@ def means(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def totals(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Adds up sums on the host, one after the other in float64: floats, or arrays (S,)."""
+    """Adds up sums on the host, one after the other in float64.
+
+    Floats, or arrays (S,) for the sums of S networks that train together. A list is fetched from
+    the device at once.
+    """
     total: dict[str, Any] = {}
-    for one in jax.device_get(list(sums)):
-        _add(total, one)
+    for one in jax.device_get(sums) if isinstance(sums, list) else sums:
+        for name, value in one.items():
+            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)[()]
     return total
-
-
-def _add(total: dict[str, Any], one: Mapping[str, Any]) -> None:
-    for name, value in one.items():
-        total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)[()]
 
 
 def outputs(step: Callable[[Any], Any], batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     """(batch, what ``step`` gives for it, on the host); the step after it runs meanwhile."""
     running = None
-    for batch in batches:
-        started = batch, step(batch)
+    for batch in itertools.chain(batches, [None]):
+        started = None if batch is None else (batch, step(batch))
         if running is not None:
             yield running[0], jax.device_get(running[1])
         running = started
-    if running is not None:
-        yield running[0], jax.device_get(running[1])
 
 
 def evaluated(step: Callable[[Any], Mapping[str, Any]], batches: Iterable[Any]) -> dict[str, Any]:
     """Adds up, as ``totals`` does, the sums that a step gives for each of the batches."""
-    total: dict[str, Any] = {}
-    for _, sums in outputs(step, batches):
-        _add(total, sums)
-    return total
+    return totals(sums for _, sums in outputs(step, batches))
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -150,7 +139,16 @@ class RunLog:
     """Writes one run's metrics: lines of JSON, TensorBoard events, a tracker and the terminal.
 
     Opened again at a step, it drops the lines after it, so that a resumed run leaves the file
-    of an unbroken one. A process that does not lead writes nothing.
+    of an unbroken one.
+
+    Args:
+      workdir: gets metrics.jsonl and tensorboard/.
+      start_step: lines after it are dropped.
+      num_steps: optimizer steps of the whole run.
+      lead: False, in every process but process 0, writes nothing.
+      quiet: True writes nothing to the terminal.
+      events: False leaves out tensorboard/.
+      follower: sends the lines to a tracker; whoever made it ends it.
     """
 
     def __init__(
@@ -164,41 +162,28 @@ class RunLog:
         events: bool = True,
         follower: Follower | None = None,
     ):
-        """Opens the log.
-
-        Args:
-          workdir: gets metrics.jsonl and tensorboard/.
-          start_step: lines after it are dropped.
-          num_steps: of the whole run.
-          lead: False writes nothing.
-          quiet: True writes nothing to the terminal.
-          events: False leaves out tensorboard/.
-          follower: sends the lines to a tracker; it starts here, and whoever made it ends it.
-        """
-        self._quiet = quiet
-        self._writes_events, self._follower = events, follower
-        self._path = workdir / "metrics.jsonl"
-        self._lead = lead
-        self._num_steps = num_steps
-        self._progress: Progress | None = None
+        self._lead, self._quiet, self._num_steps = lead, quiet, num_steps
+        self._follower, self._events = follower, None
         if not lead:
             return
-        self._keep_to(start_step)
-        self._console = Console(highlight=False)
-        if self._console.is_terminal and not quiet:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(TextColumn("{task.description}"), *columns)
-            self._task = self._progress.add_task("", total=num_steps, completed=start_step)
-            self._progress.start()
+        if events:
+            from flax_resnet.tracking.events import Events  # imports torch if it is installed
+
+            self._events = Events(workdir / "tensorboard", start_step + 1)
+        kept = [record for record in read_metrics(workdir) if record["step"] <= start_step]
+        path = workdir / "metrics.jsonl"
+        with replacing(path) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a")
         if follower is not None:
-            follower.follow(read_metrics(workdir), self.message)
+            follower.follow(kept, self.message)
 
     def write(self, split: str, step: int, epoch: float, values: Mapping[str, float]) -> None:
-        """Records ``values`` of a split ("train" or "eval") after ``step`` optimizer steps."""
+        """Writes one line: the metrics of a split at a step, ``epoch`` epochs into the run."""
         if not self._lead:
             return
         record = {"step": step, "epoch": round(epoch, 4), "split": split, **values}
-        self._file.write(_line(record))
+        self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in values.items():
@@ -206,41 +191,17 @@ class RunLog:
             self._events.flush()  # or a killed run would lose its last two minutes for good
         if self._follower is not None:
             self._follower.write(record)
-        if self._quiet:
-            return
-        text = " ".join(f"{k} {_short(k, v)}" for k, v in values.items())
-        line = f"step {step}/{self._num_steps} epoch {epoch:.2f} {split}: {text}"
-        if self._progress is None:
-            print(line, flush=True)
-        elif split == "train":
-            shown = f"loss {values['loss']:.3f} top1 {values['top1']:.3f}"
-            self._progress.update(self._task, completed=step, description=shown)
-        else:
-            self._progress.console.print(line)
-
-    def _keep_to(self, step: int) -> None:
-        self._events = None
-        if self._writes_events:
-            from flax_resnet.tracking.events import Events  # imports torch if it is installed
-
-            self._events = Events(self._path.parent / "tensorboard", step + 1)
-        kept = [record for record in read_metrics(self._path.parent) if record["step"] <= step]
-        with replacing(self._path) as partial:
-            partial.write_text("".join(_line(record) for record in kept))
-        self._file = self._path.open("a")
+        self.message(f"step {step}/{self._num_steps} epoch {epoch:.2f} {split}: {_text(values)}")
 
     def message(self, text: str) -> None:
-        """Prints a line, above the progress bar where there is one."""
+        """Prints a line."""
         if self._lead and not self._quiet:
-            (print if self._progress is None else self._progress.console.print)(text)
-            sys.stdout.flush()
+            print(text, flush=True)
 
     def close(self) -> None:
-        """Ends the progress bar and closes the files."""
+        """Closes the files."""
         if not self._lead:
             return
-        if self._progress is not None:
-            self._progress.stop()
         self._file.close()
         if self._events is not None:
             self._events.close()
@@ -259,13 +220,7 @@ class RunLogs:
             if "images_per_second" in own:
                 own["images_per_second"] /= len(self._logs)  # its share
             log.write(split, step, epoch, own)
-        text = " ".join(
-            f"{name} {np.mean(v):.4g} ({np.min(v):.4g}-{np.max(v):.4g})"
-            if np.ndim(v)
-            else f"{name} {_short(name, v)}"
-            for name, v in values.items()
-        )
-        self.message(f"step {step}/{self._num_steps} epoch {epoch:.2f} {split}: {text}")
+        self.message(f"step {step}/{self._num_steps} epoch {epoch:.2f} {split}: {_text(values)}")
 
     def message(self, text: str) -> None:
         """Prints a line."""
@@ -277,21 +232,20 @@ class RunLogs:
             log.close()
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record) + "\n"
-
-
-def _short(name: str, value: float) -> str:
-    return f"{value:.0f}" if name == "images_per_second" else f"{value:.4g}"
+def _text(values: Mapping[str, Any]) -> str:
+    """Each name and its value; of several networks' values the mean, the least and the largest."""
+    parts = []
+    for name, v in values.items():
+        digits = ".0f" if name == "images_per_second" else ".4g"
+        spread = f" ({np.min(v):.4g}-{np.max(v):.4g})" if np.ndim(v) else ""
+        parts.append(f"{name} {np.mean(v):{digits}}{spread}")
+    return " ".join(parts)
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """The records of a workdir's metrics.jsonl; a last line cut off by a crash is left out."""
-    path = workdir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
+    path, records = workdir / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -303,7 +257,7 @@ class Timer:
     """Seconds of an interval, the share of them spent waiting for data, and images a second.
 
     Attributes:
-      images: of the interval so far, to be added up by whoever trains on them.
+      images: images trained on in the interval; its user adds them up.
     """
 
     def __init__(self) -> None:
@@ -311,11 +265,9 @@ class Timer:
 
     def reset(self) -> None:
         """Starts a new interval."""
-        self._start = time.perf_counter()
-        self._waited = 0.0
-        self.images = 0
+        self._start, self._waited, self.images = time.perf_counter(), 0.0, 0
 
-    def waiting(self, batches: Iterable[Any]) -> Iterable[Any]:
+    def waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Passes batches on, counting the time until each is there."""
         iterator, end = iter(batches), object()
         while True:
@@ -329,7 +281,5 @@ class Timer:
     def summary(self) -> dict[str, float]:
         """ "images_per_second" and "data_wait" (share of the time) since the last reset."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        return {
-            "images_per_second": self.images / seconds,
-            "data_wait": min(self._waited / seconds, 1.0),
-        }
+        wait = min(self._waited / seconds, 1.0)
+        return {"images_per_second": self.images / seconds, "data_wait": wait}

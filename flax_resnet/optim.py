@@ -55,12 +55,10 @@ class _Optimizer:
     their learning rate over the others' (64 in K. Jordan 2024). Adam takes no notice."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "weight_decay"):
+        for name in ("learning_rate", "weight_decay", "stage_decay", "norm_bias_scale"):
             check_range(f"optimizer.{name}", getattr(self, name), 0)
         if self.max_grad_norm != math.inf:  # clips nothing, as None does
             check_range("optimizer.max_grad_norm", self.max_grad_norm, POSITIVE)
-        check_range("optimizer.stage_decay", self.stage_decay, 0)
-        check_range("optimizer.norm_bias_scale", self.norm_bias_scale, 0)
         check_shares("unfreeze", self.unfreeze, "optimizer")
         if list(self.unfreeze) != sorted(self.unfreeze):
             raise UserError(
@@ -70,33 +68,18 @@ class _Optimizer:
     def build(
         self, num_steps: int, steps_per_epoch: int
     ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
-        """Builds the transformation and the schedule that it follows.
+        """(transformation, schedule) for a run of so many steps, and steps an epoch.
 
-        Args:
-          num_steps: optimizer steps in the run.
-          steps_per_epoch: optimizer steps an epoch.
-
-        Returns:
-          (transformation, schedule). ``transformation.update`` takes ``value=``, the loss,
-          which only ReduceOnPlateau reads.
+        ``transformation.update`` takes ``value=``, the loss, which only ReduceOnPlateau reads.
         """
-        schedule = self.schedule.build(self.learning_rate, num_steps)
-        parts = (
-            [] if self.max_grad_norm is None else [optax.clip_by_global_norm(self.max_grad_norm)]
-        )
+        schedule, parts = self.schedule.build(self.learning_rate, num_steps), []
+        if self.max_grad_norm is not None:
+            parts.append(optax.clip_by_global_norm(self.max_grad_norm))
         if self.norm_bias_scale != 1:
             parts.append(scale_where(is_norm_bias, self.norm_bias_scale))
         parts += self._core(schedule, True if self.decay_norm_and_bias else is_kernel)
         if isinstance(self.schedule, ReduceOnPlateau):
-            parts.append(
-                optax.contrib.reduce_on_plateau(
-                    factor=self.schedule.factor,
-                    patience=self.schedule.patience,
-                    rtol=self.schedule.min_improvement,
-                    accumulation_size=steps_per_epoch,
-                    min_scale=self.schedule.min_scale,
-                )
-            )
+            parts.append(self.schedule.reductions(steps_per_epoch))
         if self.stage_decay != 1 or self.unfreeze:
             starts = tuple(round(share * num_steps) for share in self.unfreeze)
             parts.append(scale_by_stage(self.stage_decay, starts))
@@ -147,11 +130,8 @@ class AdamW(Adam):
     """Decoupled decay, multiplied by the learning rate; kernels only."""
 
     def _core(self, schedule: optax.Schedule, mask: Any) -> list[optax.GradientTransformation]:
-        return [
-            optax.adamw(
-                schedule, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=mask
-            )
-        ]
+        decay: Any = {"weight_decay": self.weight_decay, "mask": mask}
+        return [optax.adamw(schedule, self.b1, self.b2, self.eps, **decay)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +144,7 @@ class LARS(SGD):
     def _core(self, schedule: optax.Schedule, mask: Any) -> list[optax.GradientTransformation]:
         return [
             optax.lars(
-                schedule,
-                self.weight_decay,
-                mask,
-                self.trust_coefficient,
+                *(schedule, self.weight_decay, mask, self.trust_coefficient),
                 trust_ratio_mask=is_kernel,
                 momentum=self.momentum,
                 nesterov=self.nesterov,
@@ -235,11 +212,10 @@ Optimizer = SGD | Adam | AdamW | LARS | LAMB | Muon
 def decoupled(
     learning_rate: float, weight_decay: float, momentum: float, batch_size: int
 ) -> dict[str, Any]:
-    """SGD's fields for a step and a decay that do not depend on momentum, batch or one another.
+    """SGD's fields for airbench's rate and decay (K. Jordan 2024; Page 2019).
 
-    In airbench (K. Jordan 2024; Page 2019) the two are those of 1024 examples, of which the loss
-    is the sum, and Nesterov's momentum, which makes steps 1 + 1 / (1 - momentum) times as long, is
-    divided out. The decay there is added to the gradient, as SGD's here, over the learning rate.
+    Both are for a sum of losses over 1024 examples. Nesterov's momentum, which makes steps
+    1 + 1 / (1 - momentum) times as long, is divided out.
 
     Args:
       learning_rate: of 1024 examples.
@@ -275,13 +251,10 @@ def is_kernel(params: Any) -> Any:
 
 def learning_rate_at(schedule: optax.Schedule, opt_state: Any, step: int) -> jax.Array:
     """The rate that the update from ``step`` to ``step + 1`` uses, plateau reductions included."""
-    states = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_plateau) if _is_plateau(leaf)]
-    scale = states[0].scale if states else 1.0
+    kind = optax.contrib.ReduceLROnPlateauState
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
+    scale = next((node.scale for node in nodes if isinstance(node, kind)), 1.0)
     return jnp.asarray(schedule(step)) * scale
-
-
-def _is_plateau(node: Any) -> bool:
-    return isinstance(node, optax.contrib.ReduceLROnPlateauState)
 
 
 def _l2(weight_decay: float, mask: Any) -> list[optax.GradientTransformation]:

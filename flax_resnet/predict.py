@@ -8,11 +8,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from PIL import UnidentifiedImageError
 
 from flax_resnet import metrics
 from flax_resnet.augment import normalize
-from flax_resnet.classify import Classifier, WeightFlags, flag, not_finite, writing
+from flax_resnet.classify import Classifier, WeightFlags, flag, not_finite, padded, writing
 from flax_resnet.datasets.decode import DECODE_ERRORS
 from flax_resnet.datasets.rows import ahead
 from flax_resnet.datasets.sources import IMAGE_SUFFIXES, unreadable
@@ -53,17 +54,12 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
       UserError: there is no such file or folder, or a folder holds no images.
     """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        path = path.expanduser()
+    files: list[Path] = []
+    for path in (Path(path).expanduser() for path in paths):
         if not path.exists():
-            raise UserError(
-                f"{shown(path)}: no such file or folder: give images, or folders of them"
-            )
+            raise UserError(f"{shown(path)}: no such file or folder: give images or folders")
         if not path.is_dir():
-            if not path.is_file():
-                raise UserError(f"{shown(path)} is no file or folder: give images, or folders")
-            found.append(path)
+            files.append(path)
             continue
         inside = sorted(
             file
@@ -75,8 +71,8 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         if not inside:
             endings = " ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(f"{shown(path)} holds no images: expected files that end in {endings}")
-        found.extend(inside)
-    return found
+        files.extend(inside)
+    return files
 
 
 def predict(
@@ -108,17 +104,18 @@ def predict(
 
 
 def _predictions(
-    of: Classifier, files: Sequence[Path], top: int, batch_size: int, on_error: OnError | None
+    of: Classifier, files: Sequence[Path], top: int, size: int, on_error: OnError | None
 ) -> Iterator[Prediction]:
-    top = min(top, of.num_classes)
+    decoded = _decoded(of, files, 2 * size, on_error)
+    batches = iter(lambda: list(itertools.islice(decoded, size)), [])
 
-    def step(batch: tuple[list[Path], np.ndarray]) -> Any:
-        return best_classes(of.module, of.variables, of.stats, batch[1], top)
+    def step(batch: Sequence[tuple[Path, np.ndarray]]) -> Any:
+        images = padded([image for _, image in batch], size)
+        return best_classes(of.module, of.variables, of.stats, images, min(top, of.num_classes))
 
-    batches = _batches(files, of.preprocessing, batch_size, on_error)
-    for (paths, _), best in metrics.outputs(step, batches):
+    for batch, best in metrics.outputs(step, batches):
         # The last batch is padded: zip leaves its padding out.
-        for path, classes, p in zip(paths, *best, strict=False):
+        for (path, _), classes, p in zip(batch, *best, strict=False):
             if not np.isfinite(p).all():
                 raise not_finite(f"the network's outputs for {shown(path)}")
             names = tuple(of.name(index) for index in classes)
@@ -136,29 +133,17 @@ def best_classes(
     return classes, jnp.take_along_axis(jax.nn.softmax(logits), classes, axis=-1)
 
 
-def _batches(
-    files: Sequence[Path],
-    decode: Callable[[bytes], np.ndarray],
-    size: int,
-    on_error: OnError | None,
-) -> Iterator[tuple[list[Path], np.ndarray]]:
-    """Batches of images that could be read, the last one padded with zeros."""
-    paths: list[Path] = []
-    images: list[np.ndarray] = []
-    for path, work in ahead(lambda path: decode(path.read_bytes()), files, 2 * size):
+def _decoded(
+    of: Classifier, files: Sequence[Path], most: int, on_error: OnError | None
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """The images that can be read, up to ``most`` decoded ahead."""
+    for path, work in ahead(lambda path: of.preprocessing(path.read_bytes()), files, most):
         try:
-            images.append(work.result())
+            yield path, work.result()
         except DECODE_ERRORS as error:
             if on_error is None:
                 raise unreadable(shown(path), error) from error
             on_error(path, error)
-            continue
-        paths.append(path)
-        if len(paths) == size:
-            yield paths, np.stack(images)
-            paths, images = [], []
-    if paths:
-        yield paths, np.stack([*images, *[np.zeros_like(images[0])] * (size - len(images))])
 
 
 def shown(path: str | Path) -> str:
@@ -200,8 +185,6 @@ class Settings(WeightFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("--top", self.top, 1)
-        check_range("--batch-size", self.batch_size, 1)
         if not self.images:
             raise UserError("no images are given: expected files, or folders of them")
 
@@ -216,33 +199,18 @@ def main(settings: Settings) -> None:
 
     found = predict(opened, files, top=settings.top, batch_size=settings.batch_size, on_error=skip)
     with writing(settings.output) as out:
-        for read, prediction in enumerate(found, 1):
-            _FORMATS[settings.format](out, prediction, read == 1)
+        rows = csv.writer(out, lineterminator="\n")
+        if settings.format == "csv":
+            rows.writerow(["path", "rank", "class", "name", "probability"])
+        for one in found:
+            read += 1
+            columns = zip(one.classes, one.names, one.probabilities, strict=True)
+            if settings.format == "json":
+                print(json.dumps({**dataclasses.asdict(one), "path": str(one.path)}), file=out)
+            elif settings.format == "csv":
+                rows.writerows([shown(one.path), i, *row] for i, row in enumerate(columns, 1))
+            else:
+                lines = [f"  {p:.4f}  {name}" for _, name, p in columns]
+                print(shown(one.path), *lines, sep="\n", file=out)
         if not read:
             raise UserError(f"none of {len(files)} images could be read: give others")
-
-
-def _text(out: TextIO, found: Prediction, first: bool) -> None:
-    rows = zip(found.probabilities, found.names, strict=True)
-    lines = [shown(found.path), *(f"  {p:.4f}  {name}" for p, name in rows)]
-    print(*lines, sep="\n", file=out)
-
-
-def _json(out: TextIO, found: Prediction, first: bool) -> None:
-    print(json.dumps({**dataclasses.asdict(found), "path": str(found.path)}), file=out)
-
-
-def _csv(out: TextIO, found: Prediction, first: bool) -> None:
-    writer = csv.writer(out, lineterminator="\n")
-    if first:
-        writer.writerow(["path", "rank", "class", "name", "probability"])
-    columns = (found.classes, found.names, found.probabilities)
-    for rank, row in enumerate(zip(*columns, strict=True), 1):
-        writer.writerow([shown(found.path), rank, *row])
-
-
-_FORMATS: Mapping[str, Callable[[TextIO, Prediction, bool], None]] = {
-    "text": _text,
-    "json": _json,
-    "csv": _csv,
-}

@@ -48,10 +48,9 @@ class Preprocessing:
         check_choices(self)
         for name in ("size", "resize", "channels"):
             check_whole(f"preprocessing.{name}", getattr(self, name), 1, LARGEST)
-        if self.channels not in PIL_MODES:
-            raise UserError(f"preprocessing.channels={self.channels}: expected 1, 3 or 4")
-        if self.bgr and self.channels != 3:
-            raise UserError(f"preprocessing.bgr with {self.channels} channels: it is for 3")
+        if self.channels not in ((3,) if self.bgr else PIL_MODES):
+            expected = "3, as bgr is set" if self.bgr else "1, 3 or 4"
+            raise UserError(f"preprocessing.channels={self.channels}: expected {expected}")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(is_number(v) for v in values):
@@ -84,9 +83,7 @@ class Preprocessing:
         if self.decoder is not None:
             return self.decoder(data)
         image = self._resized(data)
-        if self.resize is None:
-            return _pixels(image)
-        return _pixels(_crop(image, self.size, *_centre(image.size, self.size)))
+        return self._crop(image, *self._centre(image))
 
     def check_ten_crops(self) -> None:
         """Raises UserError where ten crops would all be the same part of an image."""
@@ -110,11 +107,9 @@ class Preprocessing:
         image = self._resized(data)
         width, height = image.size
         right, low = width - self.size, height - self.size
-        corners = [(0, 0), (right, 0), (0, low), (right, low), _centre(image.size, self.size)]
+        corners = [(0, 0), (right, 0), (0, low), (right, low), self._centre(image)]
         mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.stack(
-            [_pixels(_crop(i, self.size, *at)) for i in (image, mirrored) for at in corners]
-        )
+        return np.stack([self._crop(i, *at) for i in (image, mirrored) for at in corners])
 
     def statistics(self) -> Statistics:
         """What augment.normalize takes: {"mean", "std"}, with ``bgr`` also {"order"}."""
@@ -137,20 +132,13 @@ class Preprocessing:
             raise ValueError(f"at {width}x{height} it is too long and thin to resize")
         return image if new == image.size else image.resize(new, how)
 
+    def _centre(self, image: Image.Image) -> tuple[int, int]:
+        """(left, top) of a centred crop; halves round to even, as torchvision's do."""
+        return round((image.width - self.size) / 2.0), round((image.height - self.size) / 2.0)
 
-def _centre(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(left, top) of a centred crop; halves round to even, as torchvision's do."""
-    width, height = size
-    return round((width - side) / 2.0), round((height - side) / 2.0)
-
-
-def _crop(image: Image.Image, side: int, left: int, top: int) -> Image.Image:
-    return image.crop((left, top, left + side, top + side))
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    pixels = np.asarray(image)
-    return pixels if pixels.ndim == 3 else pixels[..., None]
+    def _crop(self, image: Image.Image, left: int, top: int) -> np.ndarray:
+        pixels = np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+        return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 TORCH = Preprocessing()

@@ -20,7 +20,7 @@ from flax_resnet.datasets import prepare, sources
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet, cifar_resnet, imagenet_resnet
 from flax_resnet.optim import SGD, Cosine
-from flax_resnet.pretrained import Pretrained, hub, is_path, open_weights
+from flax_resnet.pretrained import hub, is_path, open_weights
 
 SMALL = 96
 """Sides up to which images are taken by a CIFAR network, as they are."""
@@ -30,27 +30,13 @@ HELD_OUT = ("train[:80%]", "train[80%:]")
 """Of a set that has a training split alone."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """What decides a first config."""
-
-    data: DataConfig
-    """Where they are."""
-    num_classes: int
-    """How many classes they have."""
-    shape: tuple[int | None, int | None, int]
-    """(H, W, C); None where they differ."""
-
-    @property
-    def small(self) -> bool:
-        """True where a CIFAR network takes them as they are."""
-        height, width, _ = self.shape
-        return height is not None and width is not None and max(height, width) <= SMALL
+Shape = tuple[int | None, int | None, int]
+"""(H, W, C) of the images; None where they differ."""
 
 
 def digits() -> TrainConfig:
     """ResNet-20 on scikit-learn's digits: SGD with Nesterov momentum, one cosine, small moves."""
-    return _on_small(Images(DataConfig(name=sources.DIGITS), 10, (8, 8, 1)))
+    return _scratch(DataConfig(name=sources.DIGITS), 10, (8, 8, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +63,14 @@ def scratch(data: str, given: Given = Given()) -> TrainConfig:
     Raises:
       UserError: there are no such images.
     """
-    images = look_at(data, given.data_dir)
-    return _on_small(images) if images.small else _on_large(images)
+    return _scratch(*look_at(data, given.data_dir))
 
 
 def finetuned(data: str, given: Given = Given()) -> TrainConfig:
-    """A config that trains a ResNet-50 on from ImageNet's weights, for ten epochs.
+    """A config that fine-tunes a ResNet-50 from ImageNet's weights, for ten epochs.
 
-    Every layer trains, the head at the full learning rate and each stage below at half that of the
-    next; BatchNorm stays as the weights left it. Of weights in a file, or a run's, it is their
-    network, and images get the size and the channels that they were trained on.
+    The head has the full learning rate, each stage below half that of the next; BatchNorm stays as
+    the weights left it. Weights in a file, or a run's, bring their network and their image size.
 
     Args:
       data: as of ``scratch``.
@@ -95,38 +79,27 @@ def finetuned(data: str, given: Given = Given()) -> TrainConfig:
     Raises:
       UserError: there are no such images, or no such weights.
     """
-    images = look_at(data, given.data_dir)
-    config = finetuning(images.data, images.num_classes)
+    images, num_classes, _ = look_at(data, given.data_dir)
+    config = finetuning(images, num_classes)
     weights = given.weights
-    if weights is None or given.model is not None:
+    is_tag = weights and not (is_path(weights) or hub.is_address(weights))
+    if weights is None or is_tag or given.model is not None:  # a tag fits any network that has it
         return config
-    if not (is_path(weights) or hub.is_address(weights)):  # a tag fits any network that has it
-        return config
-    return _as_trained(config, open_weights(weights))
-
-
-def _as_trained(config: TrainConfig, opened: Pretrained) -> TrainConfig:
-    """A config of fine-tuning, with the network of opened weights, on images as theirs were."""
+    opened = open_weights(weights)
     own: Any = opened.module
-    fields: dict[str, Any] = {"num_classes": getattr(config.model, "num_classes", None)}
+    fields: dict[str, Any] = {"num_classes": num_classes}
     if isinstance(own, ResNet):
-        fields |= {"include_top": True, "norm_kind": "frozen" if own.norm_kind == "batch" else
-                   own.norm_kind}  # fmt: skip
+        kind = "frozen" if own.norm_kind == "batch" else own.norm_kind
+        fields |= {"include_top": True, "norm_kind": kind}
     config = dataclasses.replace(config, model=own.clone(**fields))
-    prepared = opened.preprocessing
+    prepared: Any = opened.preprocessing
     if prepared is None:
         return config
     pad = prepared.decoder.pad if prepared.decoder else 0
-    size = prepared.shape[0] - 2 * pad
-    channels: Any = prepared.channels
-    data = dataclasses.replace(
-        config.data,
-        image_size=size,
-        pad=pad,
-        channels=channels,
-        random_resized_crop=size > SMALL,
-    )
-    return dataclasses.replace(config, data=data, augment=Augment(flip=prepared.channels != 1))
+    size, channels = prepared.shape[0] - 2 * pad, prepared.channels
+    shape = {"image_size": size, "pad": pad, "channels": channels}
+    images = dataclasses.replace(config.data, **shape, random_resized_crop=size > SMALL)
+    return dataclasses.replace(config, data=images, augment=Augment(flip=channels != 1))
 
 
 def finetuning(data: DataConfig, num_classes: int) -> TrainConfig:
@@ -144,68 +117,54 @@ def finetuning(data: DataConfig, num_classes: int) -> TrainConfig:
     )
 
 
-def look_at(data: str, data_dir: str | None = None) -> Images:
-    """Where images are, how many classes they have, and how large they are; none is decoded.
+def look_at(data: str, data_dir: str | None = None) -> tuple[DataConfig, int, Shape]:
+    """(where images are, number of classes, their shape); none is decoded.
 
     Args:
-      data: as of ``scratch``.
+      data: as of ``scratch``; where there are no such images, UserError.
       data_dir: directory that holds NAME/VERSION of a tfds set.
-
-    Raises:
-      UserError: there are no such images.
     """
-    is_folder = Path(data).expanduser().is_dir()
-    if not is_folder and data.startswith((".", "/", "~")):
-        raise UserError(f"{data}: no such folder; expected one with a sub-folder for each class")
-    if data != "digits" and not is_folder and difflib.get_close_matches(data, ["digits"], 1, 0.8):
-        raise UserError(f"unknown data {data!r} (did you mean 'digits'?)")
-    if is_folder:
+    if Path(data).expanduser().is_dir():
         folder = DataConfig(folder=data)
         splits = (folder.train_split, folder.eval_split)
         source = sources.open_folder(data, splits, LARGE_SIZE, folder.holdout_every)[0]
-        return Images(folder, len(source.class_names), source.image_shape)
+        return folder, len(source.class_names), source.image_shape
+    if data.startswith((".", "/", "~")):
+        raise UserError(f"{data}: no such folder; expected one with a sub-folder for each class")
+    if data != "digits" and difflib.get_close_matches(data, ["digits"], 1, 0.8):
+        raise UserError(f"unknown data {data!r} (did you mean 'digits'?)")
     name = sources.DIGITS if data == "digits" else data
     if name == sources.DIGITS:
         prepare.prepare(name, data_dir)
     train = sources.open_tfds(name, data_dir, [TRAIN_SPLIT])[0]
     there = sources.split_names(name, data_dir)
-    evaluated = next((split for split in sources.EVAL_NAMES if split in there), None)
-    splits = HELD_OUT if evaluated is None else (TRAIN_SPLIT, evaluated)
-    config = DataConfig(name=name, data_dir=data_dir, train_split=splits[0], eval_split=splits[1])
-    return Images(config, len(train.class_names), train.image_shape)
+    evaluated = [(TRAIN_SPLIT, split) for split in sources.EVAL_NAMES if split in there]
+    first, second = [*evaluated, HELD_OUT][0]
+    config = DataConfig(name=name, data_dir=data_dir, train_split=first, eval_split=second)
+    return config, len(train.class_names), train.image_shape
 
 
-def _on_small(images: Images) -> TrainConfig:
-    grey = images.shape[2] == 1
-    return TrainConfig(
-        model=cifar_resnet(20, num_classes=images.num_classes),
-        data=images.data,
+def _scratch(data: DataConfig, num_classes: int, shape: Shape) -> TrainConfig:
+    *sides, channels = shape
+    sgd = SGD(0.1, Cosine(warmup=0.05), weight_decay=5e-4, nesterov=True)
+    if max(side or SMALL + 1 for side in sides) <= SMALL:
         # Grey images are often signs, which have no mirror image.
-        augment=Augment(rotation=10.0, width_shift=1 / 8, height_shift=1 / 8, flip=not grey),
-        optimizer=_sgd(weight_decay=5e-4),
-        batch_size=64,
-        num_epochs=30,
-        eval_every_epochs=5,
-    )
-
-
-def _sgd(weight_decay: float) -> SGD:
-    return SGD(
-        learning_rate=0.1,
-        schedule=Cosine(warmup=0.05),
-        weight_decay=weight_decay,
-        nesterov=True,
-    )
-
-
-def _on_large(images: Images) -> TrainConfig:
+        move = Augment(rotation=10.0, width_shift=1 / 8, height_shift=1 / 8, flip=channels != 1)
+        return TrainConfig(
+            model=cifar_resnet(20, num_classes=num_classes),
+            data=data,
+            augment=move,
+            optimizer=sgd,
+            batch_size=64,
+            num_epochs=30,
+            eval_every_epochs=5,
+        )
+    crops = {"image_size": LARGE_SIZE, "random_resized_crop": True, "crop_ratio": 0.875}
     return TrainConfig(
-        model=imagenet_resnet(18, num_classes=images.num_classes),
-        data=dataclasses.replace(
-            images.data, image_size=LARGE_SIZE, random_resized_crop=True, crop_ratio=0.875
-        ),
+        model=imagenet_resnet(18, num_classes=num_classes),
+        data=dataclasses.replace(data, **crops),  # type: ignore[arg-type]
         augment=Augment(flip=True),
-        optimizer=_sgd(weight_decay=1e-4),
+        optimizer=dataclasses.replace(sgd, weight_decay=1e-4),
         batch_size=64,
         eval_batch_size=64,
         num_epochs=60,

@@ -9,7 +9,7 @@ import html
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ import tyro
 
 from flax_resnet import figures, metrics, tables
 from flax_resnet.classify import flag, writing
-from flax_resnet.errors import UserError, check_choices
+from flax_resnet.errors import UserError
 from flax_resnet.inspection import PARTS, Part, Session, open_run, read_record
 from flax_resnet.inspection.opened import Which
 from flax_resnet.models import network_name
@@ -25,15 +25,9 @@ from flax_resnet.record import flatten
 
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1100px; padding: 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-top: 1px solid #ccc; }
-table { border-collapse: collapse; margin: 1em 0; }
+table { border-collapse: collapse; } img { max-width: 100%; } nav a { margin-right: 1em; }
 th, td { border: 1px solid #ccc; padding: 0.2em 0.6em; text-align: left; overflow-wrap: anywhere; }
-th { font-weight: normal; background: #f4f4f4; }
-img { max-width: 100%; height: auto; } figure { margin: 1em 0; }
-.absent { color: #777; font-style: italic; } nav a { margin-right: 1em; }
 """
-
-
 Section = tuple[str, str, str]
 """(anchor, heading, HTML) of one part of a page."""
 
@@ -47,24 +41,15 @@ def report(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """A run as an HTML page with everything in it.
-
-    What cannot be drawn (the data have gone, the network has no maps) is said in a line at its
-    place.
+    """A run as an HTML page with everything in it; a picture that fails is a line with the reason.
 
     Args:
-      workdir: of a run.
+      workdir: of a run; where there is none, UserError.
       checkpoint: "best" by evaluation top-1, or "latest".
       images: files and folders for feature maps and Grad-CAM; else images of the evaluation split.
       lr_finder: run the learning-rate finder too, which trains for up to 100 steps.
-      seed: of t-SNE.
-      say: is given a line for each picture that begins.
-
-    Returns:
-      The page.
-
-    Raises:
-      UserError: there is no run.
+      seed: seed of t-SNE.
+      say: called with a line for each picture that begins.
     """
     workdir = Path(workdir).expanduser()
     config, record = read_record(workdir)
@@ -85,22 +70,19 @@ def report(
         say(part.heading)
         return part.draw(session(), path)
 
-    pictures = [
-        _picture(anchor, part.heading, functools.partial(draw, part))
-        for anchor, part in PARTS.items()
-        if anchor != "lr" or lr_finder
+    starts = [_start(number, one) for number, one in enumerate(record.get("starts", ()), 1)]
+    sections = [
+        ("result", "Result", _result(workdir)),
+        _picture("curves", "Curves", draw_curves),
+        *(
+            _picture(anchor, part.heading, functools.partial(draw, part))
+            for anchor, part in PARTS.items()
+            if anchor != "lr" or lr_finder
+        ),
+        ("config", "Config", _table(flatten(record["config"]))),
+        ("environment", "Environment", "\n".join(starts)),
     ]
-    return _page(
-        name,
-        workdir,
-        [
-            ("result", "Result", _result(workdir)),
-            _picture("curves", "Curves", draw_curves),
-            *pictures,
-            ("config", "Config", _table(flatten(record["config"]).items())),
-            ("environment", "Environment", "\n".join(_starts(record.get("starts", [])))),
-        ],
-    )
+    return _page(name, workdir, sections)
 
 
 def _picture(name: str, heading: str, draw: Callable[[Path], str]) -> Section:
@@ -110,15 +92,11 @@ def _picture(name: str, heading: str, draw: Callable[[Path], str]) -> Section:
         try:
             caption = html.escape(draw(path))
         except UserError as error:
-            return name, heading, _absent(error)
+            return name, heading, f"<p>{html.escape(f'Not drawn: {error}')}</p>"
         data = base64.b64encode(path.read_bytes()).decode()
     image = f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">'
     figure = f"<figure>{image}\n<figcaption>{caption}</figcaption></figure>"
     return name, heading, figure
-
-
-def _absent(reason: object, what: str = "Not drawn") -> str:
-    return f'<p class="absent">{html.escape(f"{what}: {reason}")}</p>'
 
 
 def _page(name: str, workdir: Path, sections: Sequence[Section]) -> str:
@@ -144,30 +122,28 @@ def _page(name: str, workdir: Path, sections: Sequence[Section]) -> str:
 
 def _result(workdir: Path) -> str:
     try:
-        found = json.loads((workdir / "result.json").read_text())
-        rows = tables.result_rows(found) | {"training images": found["num_train"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = "the run is not finished" if isinstance(error, OSError) else repr(error)
-        return _absent(f"{reason}.", "No result")
-    return _table(rows.items())
+        result = json.loads((workdir / "result.json").read_text())
+        return _table(tables.result_rows(result) | {"training images": result["num_train"]})
+    except OSError:
+        return "<p>No result: the run is not finished.</p>"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"<p>{html.escape(f'No result: {error!r}.')}</p>"
 
 
-def _starts(starts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for number, start in enumerate(starts, 1):
-        rows: dict[str, Any] = {}
-        for name, value in start.items():
-            if isinstance(value, Mapping):
-                rows |= {f"{name}: {inner}": v for inner, v in value.items()}
-            else:
-                rows[name] = " ".join(map(str, value)) if isinstance(value, list) else value
-        yield f"<h3>Start {number}</h3>\n{_table(rows.items())}"
+def _start(number: int, start: Mapping[str, Any]) -> str:
+    """What was installed at one start of the run, on what, and by which command."""
+    rows: dict[str, Any] = {}
+    for name, value in start.items():
+        if isinstance(value, Mapping):
+            rows |= {f"{name}: {inner}": v for inner, v in value.items()}
+        else:
+            rows[name] = " ".join(map(str, value)) if isinstance(value, list) else value
+    return f"<h3>Start {number}</h3>\n{_table(rows)}"
 
 
-def _table(rows: Iterable[tuple[str, Any]]) -> str:
-    lines = (
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
-        for name, value in rows
-    )
+def _table(rows: Mapping[str, Any]) -> str:
+    cells = ((html.escape(name), html.escape(str(value))) for name, value in rows.items())
+    lines = (f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in cells)
     return "\n".join(["<table>", *lines, "</table>"])
 
 
@@ -196,22 +172,13 @@ class Settings:
     seed: int = 0
     """Of t-SNE."""
 
-    def __post_init__(self) -> None:
-        check_choices(self)
-
 
 def main(settings: Settings) -> None:
     """``python -m flax_resnet report``."""
     read_record(settings.workdir)  # before the output is opened
-    output = settings.output or str(Path(settings.workdir) / "report.html")
+    options = dataclasses.asdict(settings)
+    workdir, output = options.pop("workdir"), options.pop("output")
+    output = output or str(Path(workdir) / "report.html")
     with writing(output) as file:
-        page = report(
-            settings.workdir,
-            checkpoint=settings.checkpoint,
-            images=settings.images,
-            lr_finder=settings.lr_finder,
-            seed=settings.seed,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-        file.write(page)
+        file.write(report(workdir, say=lambda line: print(line, file=sys.stderr), **options))
     print(f"report: {output}")

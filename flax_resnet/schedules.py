@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import optax
+import optax.contrib
 
 from flax_resnet.errors import UserError
 
@@ -107,11 +108,7 @@ class OneCycle(Shape):
 
 @dataclasses.dataclass(frozen=True)
 class ReduceOnPlateau(Constant):
-    """Multiplied by ``factor`` when the training loss, averaged over an epoch, stops falling.
-
-    The decision is taken inside the compiled step from optimizer state, so it is resumed with
-    the rest and works under vmap. It watches the training loss, not an evaluation.
-    """
+    """Multiplied by ``factor`` when the training loss, averaged over an epoch, stops falling."""
 
     factor: float = 0.1
     """What the rate is multiplied by."""
@@ -121,6 +118,16 @@ class ReduceOnPlateau(Constant):
     """Relative fall of the loss that counts as improvement."""
     min_scale: float = 1e-4
     """The product of all reductions stops here."""
+
+    def reductions(self, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+        """The transformation that reduces updates when the loss, ``value=``, stops falling."""
+        return optax.contrib.reduce_on_plateau(
+            self.factor,
+            self.patience,
+            rtol=self.min_improvement,
+            accumulation_size=steps_per_epoch,
+            min_scale=self.min_scale,
+        )
 
 
 Schedule = Constant | Piecewise | Cosine | OneCycle | ReduceOnPlateau | Shape

@@ -102,19 +102,11 @@ def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
 
 
 def paired_test(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, float]:
-    """Student's paired t-test over the seeds that both have.
-
-    Pairing by seed takes out what a seed does to both: the order of the images, the draws of the
-    augmentation, and where the networks are alike, where they start.
-
-    Args:
-      a: {seed: value}.
-      b: {seed: value} of what it is compared with.
+    """Student's paired t-test over the seeds that {seed: value} a and b both have.
 
     Returns:
       "n" pairs, "difference" (mean of a - b), "half_width" of its 95 % confidence interval, and
-      the two-sided "p"; the last two are NaN of fewer than two pairs, and where every pair
-      differs by the same.
+      the two-sided "p"; the last two are NaN where every pair differs by the same.
     """
     from scipy import stats
 
@@ -144,26 +136,33 @@ def markdown(rows: Sequence[Row], baseline: str | Mapping[str, str] | None = Non
 
     Args:
       rows: of runs.
-      baseline: the variant that the others are compared with, by evaluation error; or for each
-        variant that is compared, the one it is compared with.
+      baseline: the variant that the others are compared with, or {variant: its own baseline}.
     """
     variants = by_variant(rows)
-    if isinstance(baseline, str):
-        baseline = {name: baseline for name in variants if name != baseline}
-    tests = _tests(variants, baseline or {})
+    if not isinstance(baseline, Mapping):
+        baseline = {name: baseline for name in variants if baseline not in (None, name)}
+    pairs = {name: of for name, of in baseline.items() if {name, of} <= variants.keys()}
+    tests = {
+        name: paired_test(*(errors(variants[v], "top1", True) for v in (name, of)))
+        for name, of in pairs.items()
+    }
+    corrected = dict(zip(tests, holm([test["p"] for test in tests.values()]), strict=True))
     header = ["variant", "n", *(heading for heading, *_ in SHOWN)]
     lines = []
     for name, own in variants.items():
-        runs = [row for row in own if row["state"] == FINISHED]
-        count = str(len(runs)) if len(runs) == len(own) else f"{len(runs)} of {len(own)}"
+        finished = sum(row["state"] == FINISHED for row in own)
+        count = str(finished) if finished == len(own) else f"{finished} of {len(own)}"
         cells = [plus_minus(errors(own, f, share).values(), d) for _, f, share, d in SHOWN]
-        compared = _compared(*tests[name]) if name in tests else ["", "", ""]
-        lines.append([name, count, *cells, *(compared if tests else [])])
+        if name in tests:
+            cells += [pairs[name], *_compared(tests[name], corrected[name])]
+        elif tests:
+            cells += ["", "", ""]
+        lines.append([name, count, *cells])
     notes = ["Mean ± standard deviation over n seeds. Training error is that of the last interval, "
              "of augmented images."]  # fmt: skip
     if tests:
         header += ["against", "difference", "p"]
-        counted = sum(not math.isnan(test["p"]) for _, test in tests.values())
+        counted = sum(not math.isnan(p) for p in corrected.values())
         notes.append(
             "Differences of evaluation error in percentage points with a 95 % confidence interval; "
             "p of Student's test paired by seed, corrected by Holm for so many comparisons: "
@@ -176,20 +175,13 @@ def markdown(rows: Sequence[Row], baseline: str | Mapping[str, str] | None = Non
     return markdown_table(header, lines) + "\n" + "\n".join(notes) + "\n"
 
 
-def _tests(
-    variants: Mapping[str, Sequence[Row]], baseline: Mapping[str, str]
-) -> dict[str, tuple[str, dict[str, float]]]:
-    """{variant: (what it is compared with, the test)}, p corrected for their number."""
-    pairs = {name: of for name, of in baseline.items() if name in variants and of in variants}
-    found = [
-        paired_test(errors(variants[name], "top1", True), errors(variants[of], "top1", True))
-        for name, of in pairs.items()
-    ]
-    corrected = holm([test["p"] for test in found])
-    return {
-        name: (of, {**test, "p": p})
-        for (name, of), test, p in zip(pairs.items(), found, corrected, strict=True)
-    }
+def _compared(test: Mapping[str, float], p: float) -> list[str]:
+    """The cells of a difference and of its p."""
+    if not test["n"]:
+        return ["-", "-"]
+    width = "" if math.isnan(test["half_width"]) else f" ± {test['half_width']:.2f}"
+    shown = "-" if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+    return [f"{test['difference']:+.2f}{width}", shown]
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -202,14 +194,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def show(
     title: str, rows: Iterable[Sequence[Any]], header: Sequence[str] = (), numbers: int = 0
 ) -> None:
-    """Prints a table to the terminal.
-
-    Args:
-      title: heads the table.
-      rows: their cells.
-      header: names of the columns; none where it is empty.
-      numbers: how many of the last columns are aligned to the right.
-    """
+    """Prints a table to the terminal; the last ``numbers`` columns are aligned to the right."""
     table = Table(title=title, title_justify="left", show_header=bool(header))
     for i, name in enumerate(header):
         justify: Any = "right" if i >= len(header) - numbers else "left"
@@ -227,15 +212,6 @@ def plus_minus(values: Iterable[float], digits: int = 2) -> str:
         return "-"
     mean, deviation = mean_and_deviation(values)
     return f"{mean:.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
-
-
-def _compared(of: str, test: Mapping[str, float]) -> list[str]:
-    if not test["n"]:
-        return [of, "-", "-"]
-    width = "" if math.isnan(test["half_width"]) else f" ± {test['half_width']:.2f}"
-    p = test["p"]
-    shown = "-" if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
-    return [of, f"{test['difference']:+.2f}{width}", shown]
 
 
 def write(

@@ -16,13 +16,12 @@ LAST = 10**6
 
 
 def scale_by_stage(decay: float, starts: Sequence[int] = ()) -> optax.GradientTransformation:
-    """Scales the updates of a stage by its distance from the head; last in a chain.
+    """Scales the updates of a stage by ``decay ** d``; last in a chain.
 
     Args:
-      decay: the scale is decay ** d, with d 0 for the head, 1 for the last stage (and a last
-        norm), and so on to the stem.
+      decay: d is 0 for the head, 1 for the last stage (and a last norm), and so on to the stem.
       starts: steps from which d = 1, 2, ... are updated; those beyond the end never are. Empty:
-        all from the start. Moments are gathered before that too.
+        all from the start.
     """
 
     def init(params: Any) -> Any:
@@ -50,8 +49,7 @@ def scale_by_stage(decay: float, starts: Sequence[int] = ()) -> optax.GradientTr
 
 def _stage(path: Any) -> int | None:
     """Stage of a parameter: 0 the stem, None the top; a last norm is past every stage."""
-    for key in path:
-        name = str(getattr(key, "key", ""))
+    for name in _names(path):
         if found := re.match(r"stage(\d+)_", name):
             return int(found[1])
         if name.startswith("stem_"):
@@ -61,22 +59,20 @@ def _stage(path: Any) -> int | None:
     return None
 
 
+def _names(path: Any) -> list[str]:
+    return [str(getattr(key, "key", "")) for key in path]
+
+
 def is_norm_bias(path: Any) -> bool:
     """True for the offset of a norm."""
-    return len(path) > 1 and "norm" in _name(path[-2]) and _name(path[-1]) == "bias"
-
-
-def _name(key: Any) -> str:
-    return str(getattr(key, "key", ""))
+    *_, owner, name = ["", *_names(path)]
+    return "norm" in owner and name == "bias"
 
 
 def is_hidden_kernel(params: Any) -> Any:
     """A tree of bools: True at the kernels of layers before the head."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: (
-            _name(path[-1]) == "kernel" and not any(_name(key) == "head" for key in path)
-        ),
-        params,
+        lambda path, _: _names(path)[-1] == "kernel" and "head" not in _names(path), params
     )
 
 

@@ -11,10 +11,8 @@ import jax.numpy as jnp
 from flax_resnet.errors import UserError
 
 Views = Literal["none", "flip", "flip_shift"]
-
-
 NUMBER: Mapping[Views, int] = {"none": 1, "flip": 2, "flip_shift": 6}
-"""Of views of an image, by kind."""
+"""Number of views of an image, by kind."""
 
 
 def check_views(kind: str) -> None:
@@ -34,9 +32,6 @@ def views(images: jax.Array, kind: Views) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       ((N, V, H, W, C), float32 (V,) that sum to one), V is NUMBER[kind].
-
-    Raises:
-      UserError: there is no such kind.
     """
     check_views(kind)
     shifts, shares = [images], [1.0]
@@ -59,8 +54,8 @@ def averaged_logits(
 
     Args:
       apply: images (N, H, W, C) to logits (N, K).
-      images: as of ``views``; with "none" anything that ``apply`` takes.
-      kind: likewise.
+      images: as for ``views``; with "none" anything that ``apply`` takes.
+      kind: a kind of views.
     """
     if kind == "none":
         return apply(images)

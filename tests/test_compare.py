@@ -7,7 +7,7 @@ import pytest
 from helpers import assert_one_line_error
 
 from experiments import digits
-from flax_resnet import SGD, UserError, replaced
+from flax_resnet import SGD, replaced
 from flax_resnet.compare import compare
 from flax_resnet.config import write_record
 
@@ -71,13 +71,6 @@ def test_runs_of_one_name_are_told_apart_by_their_places(runs):
     assert text.count("before its first log line") == 2
 
 
-def test_one_run_alone_is_one_line(runs, tmp_path):
-    with pytest.raises(UserError, match="one run alone; expected two or more"):
-        compare([runs("a", digits.get_config())])
-    with pytest.raises(UserError, match="holds no run"):
-        compare([tmp_path / "nowhere", tmp_path / "a"])
-
-
 def test_the_command(call, runs, tmp_path):
     base = digits.get_config()
     places = runs("a", base), runs("b", replaced(base, "seed", 1))
@@ -85,3 +78,5 @@ def test_the_command(call, runs, tmp_path):
     assert call("compare", *places, "--output", tmp_path / "t.md") == (0, "", "")
     assert (tmp_path / "t.md").read_text() == compare(places)
     assert_one_line_error(call("compare"), "no runs are given: expected two or more")
+    assert_one_line_error(call("compare", places[0]), "one run alone; expected two or more")
+    assert_one_line_error(call("compare", tmp_path / "nowhere", places[0]), "holds no run")

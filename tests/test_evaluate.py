@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from helpers import assert_one_line_error, tiny_resnet
 from inspection_helpers import tiny_config
-from PIL import Image
 from prediction_helpers import apply, damaged, make_weights, paint
 
 from flax_resnet import figures, metrics
@@ -57,21 +56,17 @@ def softmax(opened, pixels):
 
 
 def brute_force(p, labels):
-    """The numbers that evaluate gives, one example at a time."""
-    found = dict.fromkeys(NUMBERS, 0.0) | {"n": len(p)}
-    bins = [[] for _ in range(15)]
-    for one, label in zip(p, labels, strict=True):
-        order = sorted(range(len(one)), key=lambda k: (-one[k], k))
-        found["top1"] += order[0] == label
-        found["top5"] += label in order[:5]
-        found["loss"] -= np.log(one[label])
-        found["brier"] += sum((one[k] - (k == label)) ** 2 for k in range(len(one)))
-        (m,) = [m for m in range(15) if m / 15 < one.max() <= (m + 1) / 15]
-        bins[m].append((one.max(), order[0] == label))
-    for inside in filter(None, bins):
-        confidence, correct = np.mean(inside, axis=0)
-        found["calibration_error"] += len(inside) * abs(correct - confidence)
-    return {k: v / (1 if k == "n" else len(p)) for k, v in found.items()}
+    """The numbers that evaluate gives."""
+    n, order = len(p), np.argsort(-p, axis=1, kind="stable")
+    surplus, bins = p.max(axis=1) - (order[:, 0] == labels), np.ceil(15 * p.max(axis=1))
+    return {
+        "top1": np.mean(order[:, 0] == labels),
+        "top5": np.mean([label in best for label, best in zip(labels, order[:, :5], strict=True)]),
+        "loss": -np.mean(np.log(p[np.arange(n), labels])),
+        "calibration_error": sum(abs(surplus[bins == m].sum()) for m in range(1, 16)) / n,
+        "brier": np.mean(np.sum((p - np.eye(p.shape[1])[labels]) ** 2, axis=1)),
+        "n": n,
+    }
 
 
 def check(found, wanted):
@@ -85,24 +80,6 @@ def test_a_folder_against_brute_force(opened, folder):
     assert len(set(p.argmax(1))) > 2
     assert 0 < wanted["top5"] < 1
     check(evaluate(opened, DataConfig(folder=str(root)), batch_size=8), wanted)
-
-
-def test_views_against_brute_force(opened, folder):
-    root, paths, labels = folder
-    pixels = np.stack([opened.preprocessing(x.read_bytes()) for x in paths])
-    images = np.asarray(normalize(pixels, opened.preprocessing.statistics()))
-    shifted = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
-    logits = sum(
-        share * np.asarray(apply(opened.module, opened.variables, view[:, :, ::way]))
-        for share, view in (
-            (0.25, images),
-            (0.125, shifted[:, :-2, :-2]),
-            (0.125, shifted[:, 2:, 2:]),
-        )
-        for way in (1, -1)
-    )
-    wanted = brute_force(np.asarray(jax.nn.softmax(logits), np.float64), labels)
-    check(evaluate(opened, DataConfig(folder=str(root)), batch_size=8, tta="flip_shift"), wanted)
 
 
 def test_what_of_a_folder_is_evaluated(opened, folder, tmp_path, rng):
@@ -139,14 +116,9 @@ def test_classes_in_another_order_are_matched_by_name(opened, folder):
     order = [3, 0, 6, 1, 5, 2, 4]
     params = dict(opened.variables["params"])
     params["head"] = {k: v[..., order] for k, v in params["head"].items()}
-    turned = dataclasses.replace(
-        opened,
-        variables={**opened.variables, "params": params},
-        class_names=tuple(CLASSES[i] for i in order),
-    )
+    variables, names = {**opened.variables, "params": params}, tuple(CLASSES[i] for i in order)
+    turned = dataclasses.replace(opened, variables=variables, class_names=names)
     check(evaluate(turned, config), {k: wanted[k] for k in NUMBERS})
-    unnamed = dataclasses.replace(turned, class_names=None)
-    assert evaluate(unnamed, config)["loss"] != pytest.approx(wanted["loss"])
 
 
 def test_class_order():
@@ -159,7 +131,7 @@ def test_class_order():
     ids = [line.split("\t")[0] for line in text.splitlines()]
     assert class_order(ids, imagenet_classes(), 1000, "x").tolist() == list(range(1000))
     assert class_order(ids[::-1], imagenet_classes(), 1000, "x").tolist() == [*range(999, -1, -1)]
-    with pytest.raises(UserError, match="not among ImageNet's 1000, such as n99999999"):
+    with pytest.raises(UserError, match="share 999 of 1000 classes; 'n99999999' is not among"):
         class_order([*ids[:-1], "n99999999"], imagenet_classes(), 1000, "x")
     with pytest.raises(UserError, match="share 2 of 3 classes; 'ant' is not among"):
         class_order(["ant", "cat", "dog"], ["cat", "dog", "fox"], 3, "d")
@@ -200,16 +172,14 @@ def test_a_run_gives_its_own_top1(call, tmp_path, mesh, digits_dir, monkeypatch)
     arguments = ("evaluate", "--weights", workdir, "--data.eval-split", "train", "--output", file)
     assert call(*arguments)[0] == 0
     assert json.loads(file.read_text())["n"] == 1442
-    # The same images as files; and a network that says 8x8 takes one of another size.
+    # The same images as files.
     (test,) = sources.open_tfds("sklearn_digits", digits_dir, ("test",))
     encoded, labels = test.read(range(355))
     paths = [tmp_path / f"{i}.png" for i in range(355)]
     for path, data in zip(paths, encoded, strict=True):
         path.write_bytes(data)
-    Image.new("RGB", (30, 20)).save(tmp_path / "odd.png")
-    predicted = list(predict(open_network(workdir), [*paths, tmp_path / "odd.png"], batch_size=64))
-    assert len(predicted) == 356
-    hits = [p.classes[0] == label for p, label in zip(predicted, labels, strict=False)]
+    predicted = predict(open_network(workdir), paths, batch_size=64)
+    hits = [p.classes[0] == label for p, label in zip(predicted, labels, strict=True)]
     assert np.mean(hits) == recorded["top1"]
 
 
@@ -256,10 +226,6 @@ def test_sub_folders_for_splits_hold_out_nothing(call, folder_run, image_folder,
     file = tmp_path / "numbers.json"
     assert call("evaluate", "--weights", folder_run, "--output", file)[0] == 0
     assert json.loads(file.read_text())["n"] == 6
-    named = ("--data.folder", image_folder, "--data.train-split", "training")
-    weights = ("evaluate", "--weights", folder_run)
-    assert call(*weights, *named, "--data.holdout-every", "4", "--output", file)[0] == 0
-    assert json.loads(file.read_text())["n"] == 6
 
 
 def test_a_directory_that_does_not_say_its_data_is_one_line(call, folder_run, tmp_path):
@@ -279,8 +245,8 @@ def test_a_directory_that_does_not_say_its_data_is_one_line(call, folder_run, tm
         (["--data.folder", "{root}/kind 1"], "holds 0 class sub-folders"),
         (["--data.folder", "{root}", "--data.holdout-every", "1"], "holdout_every=1: expected 2"),
         (["--data.folder", "{root}", "--data.holdout-every", "9"], "at least 9 are needed"),
-        (["--data.folder", "{root}", "--limit", "0"], "--limit=0: expected 1 or more"),
-        (["--data.folder", "{root}", "--batch-size", "0"], "--batch-size=0: expected 1 or more"),
+        (["--data.folder", "{root}", "--limit", "0"], "limit=0: expected 1 or more"),
+        (["--data.folder", "{root}", "--batch-size", "0"], "batch_size=0: expected 1 or more"),
         (["--data.folder", "{root}", "--ten-crop", "--resize", "0"], "set resize (--resize) above"),
         (["--data.folder", "{root}", "--ten-crop", "--tta", "flip"], "leave one out"),
         (["--data.folder", "{root}", "--mean", "nan"], "expected finite numbers"),

@@ -77,13 +77,9 @@ def test_an_evaluation_adds_up_its_steps_and_runs_one_ahead():
     assert metrics.evaluated(step, []) == {}
 
 
-def test_losses_equal_their_formulas(rng):
+def test_binary_cross_entropy_is_the_mean_over_classes(rng):
     logits = rng.normal(size=(5, 3)).astype(np.float32)
     targets = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1]] * 0.9 + 0.1 / 3
-    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    np.testing.assert_allclose(
-        metrics.cross_entropy(logits, targets), -(targets * log_p).sum(1), rtol=1e-5
-    )
     p = 1 / (1 + np.exp(-logits))
     want = -(targets * np.log(p) + (1 - targets) * np.log(1 - p)).mean(1)
     np.testing.assert_allclose(metrics.binary_cross_entropy(logits, targets), want, rtol=1e-5)

@@ -25,7 +25,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.ids, self.links, self.images, self.cells = [], [], [], [], []
+        self.open, self.ids, self.links, self.images = [], [], [], []
         self.text = {}
         self.feed(text)
         self.close()
@@ -34,12 +34,9 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         assert tag not in ("script", "link", "iframe")
-        if "id" in attrs:
-            self.ids.append(attrs["id"])
-        if "href" in attrs:
-            self.links.append(attrs["href"])
-        if "src" in attrs:
-            self.images.append((attrs["alt"], attrs["src"]))
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.links += [attrs["href"]] if "href" in attrs else []
+        self.images += [(attrs["alt"], attrs["src"])] if "src" in attrs else []
         if tag not in VOID:
             self.open.append(tag)
 
@@ -130,12 +127,8 @@ def test_command_writes_the_file_whole(call, workdir, tmp_path, monkeypatch):
     assert (code, out) == (0, f"report: {workdir / 'report.html'}\n")
     assert (workdir / "report.html").read_text() == "page\n"
     del asked["say"]
-    assert asked == {
-        "checkpoint": "latest",
-        "images": ("a.png", "b"),
-        "lr_finder": False,
-        "seed": 0,
-    }
+    wanted = {"checkpoint": "latest", "images": ("a.png", "b"), "lr_finder": False, "seed": 0}
+    assert asked == wanted
     code, _, error = call("report", tmp_path / "nowhere", "--output", tmp_path / "x.html")
     assert (code, error.count("\n")) == (2, 1)
     assert "holds no run" in error

@@ -16,23 +16,6 @@ def rows(values, state="finished"):
     ]
 
 
-def test_mean_and_deviation_are_those_of_a_sample():
-    assert tables.mean_and_deviation([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(7)))
-    mean, deviation = tables.mean_and_deviation([4.0])
-    assert mean == 4.0
-    assert math.isnan(deviation)
-
-
-def test_the_paired_test_is_scipys(rng):
-    a, b = rng.normal(size=7), rng.normal(0.5, size=7)
-    got = tables.paired_test(dict(enumerate(a)), dict(enumerate(b)))
-    want = stats.ttest_rel(a, b)
-    assert got["p"] == pytest.approx(want.pvalue)
-    low, high = want.confidence_interval(0.95)
-    assert got["difference"] - got["half_width"] == pytest.approx(low)
-    assert got["difference"] + got["half_width"] == pytest.approx(high)
-
-
 def test_pairs_are_by_seed_and_what_has_no_pair_is_left_out():
     got = tables.paired_test({0: 1.0, 1: 5.0, 7: 9.0}, {1: 4.0, 0: 3.0, 2: 0.0})
     assert (got["n"], got["difference"]) == (2, -0.5)
