@@ -1,15 +1,15 @@
-"""The processes of a run, as the environment names them: Slurm, Open MPI, Cloud TPU, or variables.
+"""Which process of how many this one is, as its launcher's environment variables say.
 
-``jax.distributed.initialize`` detects these launchers too. But it gives a task of Slurm or Open MPI
-one GPU, however many the task has, it starts no run where JAX_NUM_PROCESSES is all there is, and it
-crashes where two steps of a Slurm job take the same port: so the port is named here, and tried.
+``jax.distributed.initialize`` detects Slurm, Open MPI, Cloud TPU and Kubernetes. This module adds
+what it does not: whether there are several processes at all, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
+and all the GPUs of a task that has several, where JAX gives each task of Slurm or Open MPI one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import re
+import platform
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,10 @@ from flax_resnet.errors import UserError
 
 OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Variables that name a process where no launcher does."""
-METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+TPU_HOSTS = (
+    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+    "worker-network-endpoints"
+)
 
 
 class Cluster(NamedTuple):
@@ -37,12 +40,14 @@ class Cluster(NamedTuple):
     process_id: int | None = None
     local_device_ids: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        if self.process_id is None:
+            return f"process on {platform.node()}"
+        return f"process {self.process_id} of {self.num_processes}"
+
 
 def detect(environ: Mapping[str, str]) -> Cluster | None:
     """This process as its environment describes it; None for a run of one process.
-
-    Args:
-      environ: environment variables. JAX_COORDINATOR_ADDRESS wins over a launcher's address.
 
     Raises:
       UserError: a variable is missing or is no whole number.
@@ -51,18 +56,14 @@ def detect(environ: Mapping[str, str]) -> Cluster | None:
     if OURS[1] in environ:
         count = _number(environ, OURS[1])
         this = _number(environ, OURS[2], "JOB_COMPLETION_INDEX") if count > 1 else 0
-    elif "SLURM_STEP_NODELIST" in environ:  # srun has started it; a batch script has it not
-        count = _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
-        tasks = -(-count // _number(environ, "SLURM_STEP_NUM_NODES", "SLURM_NNODES"))
-        this, local = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_LOCALID")
-        first = re.match(r"([^,\[]+)(?:\[(\d+))?", environ["SLURM_STEP_NODELIST"])
-        if coordinator is None and first is not None:  # as JAX has it
-            port = 61440 + _number(environ, "SLURM_JOB_ID") % 4096
-            coordinator = f"{first[1]}{first[2] or ''}:{environ.get('JAX_COORDINATOR_PORT', port)}"
+    elif "SLURM_STEP_NODELIST" in environ:  # set by srun; a batch script does not have it
+        names = ("STEP_NUM_TASKS", "STEP_NUM_NODES", "PROCID", "LOCALID")
+        count, nodes, this, local = (_number(environ, f"SLURM_{name}") for name in names)
+        tasks = -(-count // nodes)
     elif "OMPI_COMM_WORLD_SIZE" in environ:
         names = ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
         count, this, local, tasks = (_number(environ, f"OMPI_COMM_WORLD_{n}") for n in names)
-    elif OURS[0] in environ or OURS[2] in environ or _tpu_hosts(environ) > 1:
+    elif OURS[0] in environ or OURS[2] in environ or _has_several_tpu_hosts(environ):
         return Cluster(coordinator)
     else:
         return None
@@ -75,10 +76,10 @@ def detect(environ: Mapping[str, str]) -> Cluster | None:
 def _number(environ: Mapping[str, str], *names: str) -> int:
     """The first of several variables that is set."""
     name = next((name for name in names if name in environ), names[0])
-    if not environ.get(name, "").strip().isdecimal():
-        said = f"{name}={environ[name]!r}" if name in environ else f"{name} is not set"
-        raise UserError(f"{said}: expected a whole number")
-    return int(environ[name])
+    text = environ.get(name, "")
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r}: expected a whole number")
+    return int(text)
 
 
 def visible_gpus(environ: Mapping[str, str]) -> list[str]:
@@ -94,14 +95,10 @@ def is_tpu_machine() -> bool:
     return bool(devices) and importlib.util.find_spec("libtpu") is not None
 
 
-def _tpu_hosts(environ: Mapping[str, str]) -> int:
-    """Number of hosts of this machine's TPU slice, 2 where there are several slices."""
-    if "MEGASCALE_COORDINATOR_ADDRESS" in environ:
-        return 2
+def _has_several_tpu_hosts(environ: Mapping[str, str]) -> bool:
     hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", ""))
     if not hosts and is_tpu_machine():
-        name = METADATA + "worker-network-endpoints"
-        request = urllib.request.Request(name, headers={"Metadata-Flavor": "Google"})
+        request = urllib.request.Request(TPU_HOSTS, headers={"Metadata-Flavor": "Google"})
         with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
             hosts = answer.read().decode()
-    return len(hosts.split(","))
+    return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environ

@@ -60,19 +60,18 @@ def check_loss(sums: Sequence[Mapping[str, Any]], step: int, limit: float) -> No
     Raises:
       Diverged: the mean is not good; of several networks, that of none is.
     """
-    losses = [np.asarray(one["loss"], np.float64) / np.asarray(one["count"]) for one in sums]
-    counts = [np.asarray(one["count"], np.float64) for one in sums]
-    mean = np.sum([x * n for x, n in zip(losses, counts, strict=True)], 0) / np.sum(counts, 0)
-    if _good(mean, limit):
-        return
-    first = next((i for i, loss in enumerate(losses) if not _good(loss, limit)), len(sums) - 1)
-    shown = np.nanmax(losses[first]) if np.isfinite(losses[first]).any() else np.max(losses[first])
-    bad = step - len(sums) + 1 + first
-    raise Diverged(f"the run diverged: the training loss is {shown:.4g} nats at step {bad}")
+    totals = np.array([one["loss"] for one in sums], np.float64)
+    counts = np.array([one["count"] for one in sums], np.float64)
 
+    def is_good(loss: np.ndarray) -> bool:
+        return bool(np.any(np.isfinite(loss) & (loss <= limit)))
 
-def _good(loss: np.ndarray, limit: float) -> bool:
-    return bool(np.any(np.isfinite(loss) & (loss <= limit)))
+    if not is_good(totals.sum(0) / counts.sum(0)):
+        losses = totals / counts
+        first = next((i for i, loss in enumerate(losses) if not is_good(loss)), len(sums) - 1)
+        bad = step - len(sums) + 1 + first
+        shown = np.max(losses[first])
+        raise Diverged(f"the run diverged: the training loss is {shown:.4g} nats at step {bad}")
 
 
 @jax.jit
@@ -111,16 +110,9 @@ def step_advice(batch_size: int, accum_steps: int, num_devices: int) -> str:
       accum_steps: parts that it is cut into.
       num_devices: that it is split over.
     """
-    each = batch_size // num_devices
-    more = next((k for k in range(accum_steps + 1, each + 1) if each % k == 0), None)
-    levers = [
-        *([f"--accum-steps {more} (the same step in smaller parts)"] if more else []),
-        "--model.remat (computes blocks again)",
-        "--model.dtype bfloat16",
-        *(["--sharding fsdp"] if num_devices > 1 else []),
-        "a smaller --batch-size",
-    ]
     return (
-        f"batch_size={batch_size}, {each // accum_steps} images at once on each of {num_devices} "
-        f"devices; set {', '.join(levers[:-1])} or {levers[-1]}"
+        f"batch_size={batch_size}, {batch_size // num_devices // accum_steps} images at once on "
+        f"each of {num_devices} devices; set a larger --accum-steps (the same step in smaller "
+        "parts), --model.remat (computes blocks again), --model.dtype bfloat16, --sharding fsdp "
+        "(on several devices) or a smaller --batch-size"
     )

@@ -9,9 +9,8 @@ from flax_resnet.clusters import Cluster, detect
 from flax_resnet.errors import UserError
 
 SLURM = {
-    "SLURM_JOB_ID": "4096", "SLURM_STEP_NUM_TASKS": "6", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
-    "SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_NODELIST": "node[001,003-004]",
-    "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+    "SLURM_STEP_NUM_TASKS": "6", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_NODELIST": "n[1-3]", "CUDA_VISIBLE_DEVICES": "0,1,2,3",
 }  # fmt: skip
 ONE_EACH = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}
 MPI = {
@@ -26,13 +25,10 @@ TPU = {"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1"}
     ("environ", "expected"),
     [
         ({}, None),
-        (SLURM, Cluster("node001:61440", 6, 5, (2, 3))),
+        (SLURM, Cluster(None, 6, 5, (2, 3))),
         # One GPU is bound to each task, and is the only one that the task sees.
-        (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, Cluster("node001:61440", 6, 5)),
-        (SLURM | ONE_EACH, Cluster("node001:61440", 3, 2)),
-        (SLURM | {"JAX_COORDINATOR_PORT": "77"}, Cluster("node001:77", 6, 5, (2, 3))),
-        (SLURM | {"SLURM_STEP_NODELIST": "n1,n2,n3"}, Cluster("n1:61440", 6, 5, (2, 3))),
-        (SLURM | {"SLURM_STEP_NODELIST": "n[9-11]"}, Cluster("n9:61440", 6, 5, (2, 3))),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, Cluster(None, 6, 5)),
+        (SLURM | ONE_EACH, Cluster(None, 3, 2)),
         (SLURM | {"JAX_COORDINATOR_ADDRESS": "h:5"}, Cluster("h:5", 6, 5, (2, 3))),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
         # In the batch script itself.
@@ -69,7 +65,7 @@ def test_a_tpu_machines_metadata(endpoints, expected, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        (OURS, "JAX_PROCESS_ID is not set: expected a whole number"),
+        (OURS, "JAX_PROCESS_ID='': expected a whole number"),
         (OURS | {"JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID='x': expected a whole number"),
         (SLURM | {"SLURM_STEP_NUM_NODES": ""}, "SLURM_STEP_NUM_NODES='': expected a whole number"),
     ],
