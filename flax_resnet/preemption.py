@@ -64,9 +64,9 @@ class Signals:
     a signal to any of them stops all at one step.
     """
 
-    def __init__(self, stop: Callable[[], bool] = lambda: False):
+    def __init__(self, stop: Callable[[], bool] | None = None):
         """``stop`` is asked too."""
-        self._stop = stop
+        self._stop = stop or (lambda: False)
         self._told = self._sent = False
         self._came: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}

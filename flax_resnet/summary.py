@@ -99,9 +99,10 @@ def _kind(layer: Any) -> str:
     """Such as "Dense", "Conv 3x3 /2 groups 32"."""
     if not isinstance(layer, nn.Conv):
         return type(layer).__name__
-    others = {" /": layer.strides[0], " groups ": layer.feature_group_count,
-              " dilation ": layer.kernel_dilation[0]}  # fmt: skip
-    kind = "Conv " + "x".join(map(str, layer.kernel_size))
+    conv: Any = layer
+    others = {" /": conv.strides[0], " groups ": conv.feature_group_count,
+              " dilation ": conv.kernel_dilation[0]}  # fmt: skip
+    kind = "Conv " + "x".join(map(str, conv.kernel_size))
     return kind + "".join(f"{label}{value}" for label, value in others.items() if value != 1)
 
 
