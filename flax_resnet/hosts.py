@@ -3,7 +3,9 @@
 ``jax.distributed`` brings the processes together, and aborts them when one of them dies or falls
 silent. This module adds what it does not do: one line in place of a C++ stack trace when the
 processes cannot come together, the name of what differs between them, and an end of all of them
-when one of them fails.
+when one of them fails. It detects Slurm, Open MPI, Cloud TPU and Kubernetes; ``find`` adds whether
+there are several processes at all, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and all the GPUs of a task
+that has several, where JAX gives each task one.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -20,21 +23,28 @@ import socket
 import sys
 import time
 import traceback
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flax_resnet.clusters import OURS, Cluster, detect
 from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_range
 from flax_resnet.preemption import EXIT_PREEMPTED
 from flax_resnet.provenance import source_hash, versions
 from flax_resnet.record import varying_fields
 from flax_resnet.watch import Watch
 
+OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+"""Variables that name a process where no launcher does."""
+TPU_HOSTS = (
+    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+    "worker-network-endpoints"
+)
 COMMON_ENDS = (None, 0, EXIT_PREEMPTED)
 """Exit statuses with which all processes end together."""
 EXIT_INTERRUPTED = 130
@@ -72,6 +82,27 @@ class Hosts:
             check_range(f"hosts.{name}", getattr(self, name), POSITIVE)
 
 
+class Cluster(NamedTuple):
+    """One process of several; ``jax.distributed.initialize`` detects what is None.
+
+    Attributes:
+      coordinator: HOST:PORT on which process 0 listens.
+      num_processes: number of processes of the run.
+      process_id: number of this process, from 0.
+      local_device_ids: GPUs of this process; empty for all that it sees.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    local_device_ids: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        if self.process_id is None:
+            return f"process on {platform.node()}"
+        return f"process {self.process_id} of {self.num_processes}"
+
+
 # As JAX's own runtime: a process joins one run, and can do so once.
 _joined: tuple[Hosts, Cluster] | None = None
 
@@ -84,14 +115,62 @@ def find(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> Cluster | Non
       environ: environment variables.
 
     Raises:
-      UserError: the environment is unclear, or the coordinator is not HOST:PORT.
+      UserError: a number is missing or none, or the coordinator is not HOST:PORT.
     """
     fields = zip(OURS, (hosts.coordinator, hosts.num_processes, hosts.process_id), strict=True)
-    chosen = {name: str(value) for name, value in fields if value is not None}
-    cluster = detect({**environ, **chosen})
-    if cluster is not None and not re.fullmatch(r".+:\d{1,5}", cluster.coordinator or "jax's:0"):
-        raise UserError(f"coordinator {cluster.coordinator!r}: expected HOST:PORT, of process 0")
-    return cluster
+    environ = {**environ, **{name: str(value) for name, value in fields if value is not None}}
+    coordinator, local, tasks = environ.get(OURS[0]), 0, 1
+    if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
+        raise UserError(f"coordinator {coordinator!r}: expected HOST:PORT, of process 0")
+    if OURS[1] in environ:
+        count = _number(environ, OURS[1])
+        this = _number(environ, OURS[2], "JOB_COMPLETION_INDEX") if count > 1 else 0
+    elif "SLURM_STEP_NODELIST" in environ:  # set by srun; a batch script does not have it
+        names = ("STEP_NUM_TASKS", "STEP_NUM_NODES", "PROCID", "LOCALID")
+        count, nodes, this, local = (_number(environ, f"SLURM_{name}") for name in names)
+        tasks = -(-count // nodes)
+    elif "OMPI_COMM_WORLD_SIZE" in environ:
+        names = ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
+        count, this, local, tasks = (_number(environ, f"OMPI_COMM_WORLD_{n}") for n in names)
+    elif OURS[0] in environ or OURS[2] in environ or _has_several_tpu_hosts(environ):
+        return Cluster(coordinator)
+    else:
+        return None
+    # An equal share of the GPUs for each task of a node; all where a task sees its own alone.
+    share = len(visible_gpus(environ)) // tasks if tasks > 1 else 0
+    gpus = tuple(range(local * share, (local + 1) * share))
+    return Cluster(coordinator, count, this, gpus) if count > 1 else None
+
+
+def _number(environ: Mapping[str, str], *names: str) -> int:
+    """The first of several variables that is set."""
+    name = next((name for name in names if name in environ), names[0])
+    text = environ.get(name, "")
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r}: expected a whole number")
+    return int(text)
+
+
+def visible_gpus(environ: Mapping[str, str]) -> list[str]:
+    """Names of the NVIDIA GPUs that a process with this environment sees."""
+    if (named := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
+def is_tpu_machine() -> bool:
+    """True on a machine with TPUs: their library is installed, and a device is there."""
+    devices = (*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*"))
+    return bool(devices) and importlib.util.find_spec("libtpu") is not None
+
+
+def _has_several_tpu_hosts(environ: Mapping[str, str]) -> bool:
+    hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", ""))
+    if not hosts and is_tpu_machine():
+        request = urllib.request.Request(TPU_HOSTS, headers={"Metadata-Flavor": "Google"})
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+            hosts = answer.read().decode()
+    return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environ
 
 
 @contextlib.contextmanager

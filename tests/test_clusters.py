@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from flax_resnet import clusters
-from flax_resnet.clusters import Cluster, detect
+from flax_resnet import hosts
 from flax_resnet.errors import UserError
+from flax_resnet.hosts import Cluster, Hosts, find
 
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "6", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
@@ -46,7 +46,7 @@ TPU = {"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1"}
     ],
 )
 def test_what_an_environment_names(environ, expected):
-    assert detect(environ) == expected
+    assert find(Hosts(), environ) == expected
 
 
 @pytest.mark.parametrize(("endpoints", "expected"), [("n:1:a,n:2:b", Cluster()), ("a", None)])
@@ -57,9 +57,9 @@ def test_a_tpu_machines_metadata(endpoints, expected, monkeypatch, tmp_path):
         assert request.full_url.endswith("/worker-network-endpoints")
         return (tmp_path / "answer").open("rb")
 
-    monkeypatch.setattr(clusters, "is_tpu_machine", lambda: True)
-    monkeypatch.setattr(clusters.urllib.request, "urlopen", answer)
-    assert detect({}) == expected
+    monkeypatch.setattr(hosts, "is_tpu_machine", lambda: True)
+    monkeypatch.setattr(hosts.urllib.request, "urlopen", answer)
+    assert find(Hosts(), {}) == expected
 
 
 @pytest.mark.parametrize(
@@ -72,4 +72,4 @@ def test_a_tpu_machines_metadata(endpoints, expected, monkeypatch, tmp_path):
 )
 def test_an_unclear_environment(environ, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        detect(environ)
+        find(Hosts(), environ)

@@ -12,9 +12,8 @@ import pytest
 
 from experiments.launch import local
 from flax_resnet import hosts
-from flax_resnet.clusters import OURS, Cluster
 from flax_resnet.errors import TryAgain, UserError
-from flax_resnet.hosts import Hosts, find
+from flax_resnet.hosts import OURS, Cluster, Hosts, find
 
 WORKER = str(pathlib.Path(__file__).with_name("hosts_worker.py"))
 

@@ -10,9 +10,8 @@ import yaml
 
 from experiments import imagenet_resnet
 from flax_resnet import main
-from flax_resnet.clusters import Cluster
 from flax_resnet.errors import UserError
-from flax_resnet.hosts import Hosts, find
+from flax_resnet.hosts import Cluster, Hosts, find
 from flax_resnet.preemption import EXIT_PREEMPTED
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "experiments" / "launch"
