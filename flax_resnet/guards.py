@@ -33,11 +33,8 @@ class Guard:
     def limit(self, loss: str, num_classes: int, first: float | None) -> float:
         """The largest mean loss that does not count as diverged, in nats.
 
-        Args:
-          loss: its name.
-          num_classes: guessing is among.
-          first: the mean loss of the run's first log interval, which may be large with a fresh
-            head on features of any size; None: that is this one, of which anything is good.
+        ``first`` is the mean loss of the run's first log interval, which may be large with a fresh
+        head on features of any size; None: this is that interval, and any loss is good.
         """
         if first is None:
             return math.inf
@@ -50,15 +47,13 @@ class Diverged(UserError):
 
 
 def check_loss(sums: Sequence[Mapping[str, Any]], step: int, limit: float) -> None:
-    """Makes sure of the steps of a log interval.
+    """Raises Diverged where the mean loss of a log interval is above ``limit``, or no number.
 
     Args:
-      sums: of each step, on the host; of networks that train together with a leading axis.
+      sums: of each step, on the host; of networks that train together with a leading axis. They
+        diverge when all do.
       step: the last of them.
       limit: the largest good mean loss, in nats.
-
-    Raises:
-      Diverged: the mean is not good; of several networks, that of none is.
     """
     totals = np.array([one["loss"] for one in sums], np.float64)
     counts = np.array([one["count"] for one in sums], np.float64)
@@ -83,11 +78,7 @@ def all_finite(tree: Any) -> jax.Array:
 
 @contextlib.contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Turns running out of memory into one line.
-
-    Args:
-      advice: what took a device's memory and what helps, after "out of memory: ".
-    """
+    """Turns running out of memory into one line, which ends with what helps."""
     try:
         yield
     except MemoryError as error:
@@ -103,13 +94,7 @@ def memory_advice(advice: str) -> Iterator[None]:
 
 
 def step_advice(batch_size: int, accum_steps: int, num_devices: int) -> str:
-    """What helps where a training step takes too much memory.
-
-    Args:
-      batch_size: of the optimizer step, over all devices.
-      accum_steps: parts that it is cut into.
-      num_devices: that it is split over.
-    """
+    """What helps where a training step takes too much memory; batch_size is that of all devices."""
     return (
         f"batch_size={batch_size}, {batch_size // num_devices // accum_steps} images at once on "
         f"each of {num_devices} devices; set a larger --accum-steps (the same step in smaller "

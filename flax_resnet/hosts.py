@@ -27,7 +27,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -45,16 +45,12 @@ TPU_HOSTS = (
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
     "worker-network-endpoints"
 )
-COMMON_ENDS = (None, 0, EXIT_PREEMPTED)
-"""Exit statuses with which all processes end together."""
-EXIT_INTERRUPTED = 130
+Process = tuple[str | None, int | None, int | None, tuple[int, ...]]
 LAST_SECONDS = 2
 """Seconds for the others to say why they end: when process 0 is gone, JAX aborts them."""
 LOOPBACK = ("localhost:", "127.0.0.1:", "[::1]:")
 MOST_BYTES = 2**16
 """Length of a config as JSON."""
-COMPUTING = ("jax", "jaxlib", "flax", "optax", "numpy")
-"""Packages that must have the same version in all processes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,37 +78,18 @@ class Hosts:
             check_range(f"hosts.{name}", getattr(self, name), POSITIVE)
 
 
-class Cluster(NamedTuple):
-    """One process of several; ``jax.distributed.initialize`` detects what is None.
-
-    Attributes:
-      coordinator: HOST:PORT on which process 0 listens.
-      num_processes: number of processes of the run.
-      process_id: number of this process, from 0.
-      local_device_ids: GPUs of this process; empty for all that it sees.
-    """
-
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-    local_device_ids: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        if self.process_id is None:
-            return f"process on {platform.node()}"
-        return f"process {self.process_id} of {self.num_processes}"
-
-
 # As JAX's own runtime: a process joins one run, and can do so once.
-_joined: tuple[Hosts, Cluster] | None = None
+_joined: tuple[Hosts, str] | None = None
 
 
-def find(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> Cluster | None:
+def find(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> Process | None:
     """This process among those of its run; None for a run of one process.
 
-    Args:
-      hosts: its coordinator, num_processes and process_id win over the environment.
-      environ: environment variables.
+    The fields of ``hosts`` win over the environment variables.
+
+    Returns:
+      (coordinator, number of processes, number of this one, its GPUs or () for all that it sees);
+      ``jax.distributed.initialize`` detects what is None.
 
     Raises:
       UserError: a number is missing or none, or the coordinator is not HOST:PORT.
@@ -133,13 +110,13 @@ def find(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> Cluster | Non
         names = ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
         count, this, local, tasks = (_number(environ, f"OMPI_COMM_WORLD_{n}") for n in names)
     elif OURS[0] in environ or OURS[2] in environ or _has_several_tpu_hosts(environ):
-        return Cluster(coordinator)
+        return coordinator, None, None, ()
     else:
         return None
     # An equal share of the GPUs for each task of a node; all where a task sees its own alone.
     share = len(visible_gpus(environ)) // tasks if tasks > 1 else 0
     gpus = tuple(range(local * share, (local + 1) * share))
-    return Cluster(coordinator, count, this, gpus) if count > 1 else None
+    return (coordinator, count, this, gpus) if count > 1 else None
 
 
 def _number(environ: Mapping[str, str], *names: str) -> int:
@@ -158,15 +135,9 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str]:
     return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
-def is_tpu_machine() -> bool:
-    """True on a machine with TPUs: their library is installed, and a device is there."""
-    devices = (*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*"))
-    return bool(devices) and importlib.util.find_spec("libtpu") is not None
-
-
 def _has_several_tpu_hosts(environ: Mapping[str, str]) -> bool:
     hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", ""))
-    if not hosts and is_tpu_machine():
+    if not hosts and importlib.util.find_spec("libtpu"):  # a Cloud TPU machine
         request = urllib.request.Request(TPU_HOSTS, headers={"Metadata-Flavor": "Google"})
         with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
             hosts = answer.read().decode()
@@ -187,36 +158,38 @@ def joined(hosts: Hosts) -> Iterator[None]:
       UserError: as of ``find``.
     """
     global _joined
-    cluster = find(hosts)
-    if cluster is None:
+    process = find(hosts)
+    if process is None:
         yield
         return
-    _joined = hosts, cluster
+    _, number, this, _ = process
+    who = f"process on {platform.node()}" if this is None else f"process {this} of {number}"
+    _joined = hosts, who
     end: SystemExit | None = None
     try:
-        _start(hosts, cluster)
+        _start(hosts, process)
         try:
             yield
         except SystemExit as error:
-            if error.code not in COMMON_ENDS:
+            if error.code not in (None, 0, EXIT_PREEMPTED):
                 raise
             end = error
         jax.distributed.shutdown()  # waits for the others, for step_timeout at most
     except BaseException as error:
-        _end(error, cluster)
+        _end(error, who, is_first=this in (0, None))
     _joined = None
     if end is not None:
         raise end
 
 
-def _start(hosts: Hosts, cluster: Cluster) -> None:
+def _start(hosts: Hosts, process: Process) -> None:
     """Brings the processes together.
 
     Raises:
       UserError: the description of the processes is wrong.
       TryAgain: a process has not come in time, or the coordinator's port is taken.
     """
-    coordinator, number, this, gpus = cluster
+    coordinator, number, this, gpus = process
     if coordinator is not None and this == 0:
         _check_port(coordinator)
     is_local = coordinator is not None and coordinator.startswith(LOOPBACK)
@@ -257,7 +230,7 @@ def _check_port(coordinator: str) -> None:
         ) from None
 
 
-def _end(error: BaseException, cluster: Cluster) -> NoReturn:
+def _end(error: BaseException, who: str, *, is_first: bool) -> NoReturn:
     """Prints one line and ends this process; the others end with it.
 
     Python's own end would wait for the others, who wait for this process.
@@ -269,47 +242,42 @@ def _end(error: BaseException, cluster: Cluster) -> NoReturn:
         elif isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else 1
         elif isinstance(error, KeyboardInterrupt):
-            status = EXIT_INTERRUPTED
+            status = 130
         elif "Gloo" in str(error):  # the collectives of CPUs
             name = "another process has probably died"
         else:
             traceback.print_exception(error)
-        print(f"{cluster}: {name}: {error}".splitlines()[0], file=sys.stderr, flush=True)
+        print(f"{who}: {name}: {error}".splitlines()[0], file=sys.stderr, flush=True)
         sys.stdout.flush()
-        if cluster.process_id in (0, None):
+        if is_first:
             time.sleep(LAST_SECONDS)
     finally:
         os._exit(status)
 
 
 def watching(report_after: float = 60) -> Watch:
-    """A watch over this process's loop; of several processes one that ends it when it is stuck.
-
-    Args:
-      report_after: seconds without progress after which stderr says so, in each process.
-    """
+    """A watch over this process's loop; of several processes one that ends it when it is stuck."""
     if _joined is None:
         return Watch(None, report_after)
-    return Watch(_joined[0].step_timeout, report_after, str(_joined[1]))
+    return Watch(_joined[0].step_timeout, report_after, _joined[1])
 
 
 def check_alike(facts: Mapping[str, Any]) -> None:
-    """Checks that all processes run the same: devices, versions, code, and some facts.
+    """Raises UserError, in all processes, where their devices, versions, code or facts differ.
 
-    Collective: every process must call it. With one process there is nothing to do.
-
-    Args:
-      facts: what each process is to have alike, as JSON values: {"config.seed": 0}.
-
-    Raises:
-      UserError: processes differ; the same error in all of them.
+    Collective: every process must call it. Facts are JSON values, such as {"config.seed": 0}.
     """
     if jax.process_count() == 1:
         return
     devices = Counter(device.process_index for device in jax.devices())
     _check_equal([{"devices": devices[i]} for i in sorted(devices)])  # or a gather would hang
-    kind, python = jax.local_devices()[0].device_kind, platform.python_version()
-    own = {**facts, "device": kind, "python": python, **versions(COMPUTING), "code": source_hash()}
+    own = {
+        **facts,
+        "device": jax.local_devices()[0].device_kind,
+        "python": platform.python_version(),
+        **versions(("jax", "jaxlib", "flax", "optax", "numpy")),
+        "code": source_hash(),
+    }
     text = json.dumps(own, sort_keys=True, default=repr).encode()
     padded = np.frombuffer(text.ljust(MOST_BYTES), np.uint8)
     _check_equal([json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)])

@@ -66,10 +66,7 @@ def set_up(
 ) -> Run:
     """Checks and opens everything that the runs need; writes nothing.
 
-    Args:
-      configs: of the runs.
-      directory: of their common checkpoints.
-      devices: to run on, by default all; the most that divide the runs evenly are used.
+    Of ``devices``, by default all, the most that divide the runs evenly are used.
 
     Raises:
       NotTogether: they have to be trained in turn.

@@ -13,14 +13,14 @@ import pytest
 from experiments.launch import local
 from flax_resnet import hosts
 from flax_resnet.errors import TryAgain, UserError
-from flax_resnet.hosts import OURS, Cluster, Hosts, find
+from flax_resnet.hosts import OURS, Hosts, find
 
 WORKER = str(pathlib.Path(__file__).with_name("hosts_worker.py"))
 
 
 def test_explicit_fields_win_over_the_environment():
     environ = dict(zip(OURS, ("a:1", "2", "0"), strict=True))
-    assert find(Hosts("h:5", 3, 2), environ) == Cluster("h:5", 3, 2)
+    assert find(Hosts("h:5", 3, 2), environ) == ("h:5", 3, 2, ())
     assert find(Hosts("h:5", 1, 0), environ) is None
 
 
