@@ -21,13 +21,6 @@ STEP = "in a training step"
 EVALUATING = "evaluating"
 SAVING = "saving a checkpoint"
 RECORDING = "writing the record"
-CAUSES = {
-    WAITING: "the input pipeline is stalled: a slow disk, too few workers, or a blocked reader",
-    STEP: "the device is stuck, or another process keeps it waiting",
-    EVALUATING: "the evaluation's input or the device is stalled",
-    SAVING: "the storage is stalled",
-}
-"""What a phase that takes too long may mean; the other phases may take long."""
 
 
 def print_report(text: str) -> None:
@@ -81,8 +74,6 @@ class Watch:
             elif not is_reported and (seconds := time.monotonic() - since) > self.report_after:
                 is_reported = True
                 phase, step = seen
-                who, cause = self.who and f"{self.who}: ", CAUSES.get(phase, "")
+                who = self.who and f"{self.who}: "
                 with contextlib.suppress(OSError):  # the terminal may be gone; the watch stays
-                    print_report(
-                        f"{who}{phase} for {seconds:.0f} s (step {step}){cause and ': '}{cause}"
-                    )
+                    print_report(f"{who}{phase} for {seconds:.0f} s (step {step})")
