@@ -1,11 +1,11 @@
 """Several processes as one run: how they start together, agree, and end together.
 
-``jax.distributed`` brings the processes together, and aborts them when one of them dies or falls
-silent. This module adds what it does not do: one line in place of a C++ stack trace when the
+``jax.distributed`` detects Slurm, Open MPI, Cloud TPU and Kubernetes, brings the processes
+together, and aborts them when one of them dies or falls silent. This module adds what it does not
+do: whether there are several processes at all, JAX_NUM_PROCESSES and JAX_PROCESS_ID, all the GPUs
+of a task that has several (JAX takes one), one line in place of a C++ stack trace when the
 processes cannot come together, the name of what differs between them, and an end of all of them
-when one of them fails. It detects Slurm, Open MPI, Cloud TPU and Kubernetes; ``find`` adds whether
-there are several processes at all, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and all the GPUs of a task
-that has several, where JAX gives each task one.
+when one of them fails.
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ def check_alike(facts: Mapping[str, Any]) -> None:
         **versions(("jax", "jaxlib", "flax", "optax", "numpy")),
         "code": source_hash(),
     }
-    text = json.dumps(own, sort_keys=True, default=repr).encode()
+    text = json.dumps(own, default=repr).encode()
     padded = np.frombuffer(text.ljust(MOST_BYTES), np.uint8)
     _check_equal([json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)])
 

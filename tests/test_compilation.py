@@ -85,9 +85,7 @@ def numbers(workdir):
 
 
 @pytest.mark.slow
-def test_a_warm_start_equals_a_cold_one_and_a_damaged_entry_is_no_error(
-    fresh, digits_dir, tmp_path, mesh, monkeypatch
-):
+def test_a_warm_start_equals_a_cold_one(fresh, digits_dir, tmp_path, mesh, monkeypatch):
     for name in ("curves", "confusion"):
         monkeypatch.setattr(figures, name, lambda *_: None)
     place = compilation.use_cache()
@@ -103,13 +101,8 @@ def test_a_warm_start_equals_a_cold_one_and_a_damaged_entry_is_no_error(
 
     entries = start("cold")
     assert start("warm") == entries != {}
-    for path in entries:
-        path.write_bytes(path.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match="Error reading persistent compilation cache"):
-        start("damaged")
-    for name in ("warm", "damaged"):
-        assert numbers(tmp_path / name) == numbers(tmp_path / "cold")
-        assert_trees_equal(saved(tmp_path / name)[0], saved(tmp_path / "cold")[0])
+    assert numbers(tmp_path / "warm") == numbers(tmp_path / "cold")
+    assert_trees_equal(saved(tmp_path / "warm")[0], saved(tmp_path / "cold")[0])
 
 
 def test_what_comes_from_the_cache_still_takes_its_argument_over(fresh, mesh):

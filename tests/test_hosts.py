@@ -134,9 +134,8 @@ def test_differing_configs_are_named_in_one_line(run):
     assert statuses == [2, 2], printed
     for i, text in enumerate(printed):
         assert text.endswith(
-            f"process {i} of 2: error: the processes differ: config.model is 'resnet0' in "
-            "process 0 and 'resnet1' in process 1; so do config.seed: start all with the same "
-            "command, code and devices\n"
+            f"process {i} of 2: error: the processes differ: config.seed is 0 in process 0 and 1 "
+            "in process 1; so do config.model: start all with the same command, code and devices\n"
         )
 
 
