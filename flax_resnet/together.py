@@ -23,7 +23,7 @@ from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.errors import UserError
 from flax_resnet.files import digest
-from flax_resnet.record import to_record
+from flax_resnet.record import flatten, to_record, varying_fields
 from flax_resnet.resume import check_current, restore
 from flax_resnet.run import Run
 from flax_resnet.setup import fitted, measure_statistics, prepare
@@ -37,18 +37,9 @@ class NotTogether(UserError):
 
 def why_not(configs: Sequence[TrainConfig]) -> str | None:
     """What keeps runs from training together, for a message; None where nothing does."""
-
-    def without_seed(config: TrainConfig) -> str:
-        """The record but for what may differ: the seed, and where the run's own record goes."""
-        checkpoint = dataclasses.replace(config.checkpoint, directory=None)
-        alike: dict[str, Any] = {
-            "seed": 0,
-            "checkpoint": checkpoint,
-            "tracking": tracking.TensorBoard(),
-        }
-        return repr(to_record(dataclasses.replace(config, **alike)))
-
-    if len(set(map(without_seed, configs))) > 1:
+    varies = varying_fields([flatten(to_record(config)) for config in configs])
+    own = ("checkpoint.directory", "tracking")  # where a run's record goes
+    if any(name != "seed" and not name.startswith(own) for name in varies):
         return "they differ in more than their seed"
     first = configs[0]
     for name in ("cache_features", "measure_norms"):
