@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
+import math
 import re
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from flax_resnet.errors import UserError
 from flax_resnet.setup import check_batch, prepare
 from flax_resnet.summary import FLOPS_A_MAC, summarize
 
-UNKNOWN = "not known"
 COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
@@ -34,63 +32,24 @@ MEMORY = {
 """Row of the table: field of jax's ``memory_analysis``."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Analysis:
-    """One compiled step, as one device runs it.
-
-    Attributes:
-      name: "train" or "eval".
-      images: images of the batch on this device.
-      counted: FLOP of convolutions and dense layers, from the network's multiply-adds: two each,
-        and in training two more for the inputs' and two for the weights' gradients.
-      compiled: the program; ``memory_analysis()`` and ``cost_analysis()`` are jax's.
-      seconds: time of tracing and compiling.
-    """
-
-    name: str
-    images: int
-    counted: float
-    compiled: jax.stages.Compiled
-    seconds: float
-
-    def cells(self) -> dict[str, str]:
-        """The rows of a table: {what: its value}."""
-        cost: Any = self.compiled.cost_analysis() or {}
-        memory = self.compiled.memory_analysis()
-        flops, moved = cost.get("flops"), cost.get("bytes accessed")
-        kinds = collectives(self.compiled).items()
-        return {
-            "images": f"{self.images:,}",
-            "GFLOP, by XLA": _scaled(flops, 1e9),
-            "GFLOP, by the network's multiply-adds": _scaled(self.counted, 1e9),
-            "MB accessed": _scaled(moved, 1e6),
-            "arithmetic intensity, FLOP a byte": _scaled(flops, moved),
-            **{
-                f"MB of {what}": _scaled(getattr(memory, field, None), 1e6)
-                for what, field in MEMORY.items()
-            },
-            "collectives": ", ".join(f"{count} {kind}" for kind, count in kinds) or "none",
-            "seconds to compile": f"{self.seconds:.1f}",
-        }
-
-
-def _scaled(value: float | None, unit: float | None) -> str:
-    return UNKNOWN if value is None or not unit else f"{value / unit:,.4g}"
-
-
 def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
     """{kind: number of operations between devices in a program's text}; a loop's body once."""
     return dict(collections.Counter(COLLECTIVE.findall(compiled.as_text() or "")))
 
 
-def analyze(config: TrainConfig, mesh: Mesh | None = None) -> list[Analysis]:
-    """Compiles a run's training and evaluation step, and reads what they cost.
+def analyze(config: TrainConfig, mesh: Mesh | None = None) -> dict[str, dict[str, Any]]:
+    """Compiles a run's training and evaluation step, and reads what they cost on one device.
 
     The data is opened, since the programs have its shapes. The working directory is not touched.
+    The network's multiply-adds are those of convolutions and dense layers, two FLOP each; in
+    training there are two more for the inputs' and two for the weights' gradients.
 
     Args:
       config: the run.
       mesh: devices to compile for; by default all.
+
+    Returns:
+      {"train", "eval": {what: a number, NaN where the backend does not say, or text}}.
 
     Raises:
       UserError: bad input, as of ``train_and_evaluate``.
@@ -105,19 +64,32 @@ def analyze(config: TrainConfig, mesh: Mesh | None = None) -> list[Analysis]:
     with tempfile.TemporaryDirectory(prefix="flax_resnet_") as nowhere:
         run = prepare(config, Path(nowhere), mesh)
 
-    data, eval_views = run.data, views.NUMBER[config.tta]
-    steps: tuple[tuple[str, int, tuple[int, ...], int, Callable[[], Any]], ...] = (
-        ("train", config.batch_size, data.batch_shape, 1, run.compile_step),
-        ("eval", config.eval_batch_size, data.eval_shape, eval_views, run.compile_evaluation),
-    )
-    analyses = []
-    for name, batch, shape, per_image, make in steps:
-        macs = summarize(config.model, (shape[0], shape[1], shape[2])).macs
-        images = batch // mesh.size
-        counted = float(FLOPS_A_MAC[name] * per_image * macs * images)
+    def costs(batch: int, shape: tuple[int, ...], flops_a_mac: int, make: Any) -> dict[str, Any]:
         began = time.perf_counter()
-        analyses.append(Analysis(name, images, counted, make(), time.perf_counter() - began))
-    return analyses
+        compiled = make()
+        seconds = time.perf_counter() - began
+        cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+        flops, moved = cost.get("flops", math.nan), cost.get("bytes accessed", math.nan)
+        images = batch // mesh.size
+        macs = summarize(config.model, (shape[0], shape[1], shape[2])).macs
+        kinds = collectives(compiled).items()
+        return {
+            "images": images,
+            "GFLOP, by XLA": flops / 1e9,
+            "GFLOP, by the network's multiply-adds": flops_a_mac * macs * images / 1e9,
+            "MB accessed": moved / 1e6,
+            "arithmetic intensity, FLOP a byte": flops / (moved or math.nan),
+            **{f"MB of {what}": getattr(memory, field) / 1e6 for what, field in MEMORY.items()},
+            "collectives": ", ".join(f"{count} {kind}" for kind, count in kinds) or "none",
+            "seconds to compile": seconds,
+        }
+
+    seen, data = views.NUMBER[config.tta], run.data
+    sizes, shapes = (config.batch_size, config.eval_batch_size), (data.batch_shape, data.eval_shape)
+    return {
+        "train": costs(sizes[0], shapes[0], FLOPS_A_MAC["train"], run.compile_step),
+        "eval": costs(sizes[1], shapes[1], FLOPS_A_MAC["eval"] * seen, run.compile_evaluation),
+    }
 
 
 def show(config: TrainConfig) -> None:
@@ -128,10 +100,13 @@ def show(config: TrainConfig) -> None:
         return
     kind = mesh.devices.flat[0].device_kind
     each = f"each of {mesh.size} x {kind}" if mesh.size > 1 else f"one {kind}"
-    columns = [one.cells() for one in analyses]
-    rows = [[what, *(cells[what] for cells in columns)] for what in columns[0]]
+    columns = list(analyses.values())
+    rows = [
+        [what, *(x if isinstance(x, str) else f"{x:,.4g}" for x in (c[what] for c in columns))]
+        for what in columns[0]
+    ]
     title = f"a step of {type(config.model).__name__} on {each}"
-    tables.show(title, rows, ["", *(one.name for one in analyses)], numbers=len(analyses))
+    tables.show(title, rows, ["", *analyses], numbers=2)
     print(
         "XLA counts what it has made of the program, a loop's body once; the network's multiply-"
         "adds are those of convolutions and dense layers, two FLOP each, thrice in training."

@@ -37,7 +37,7 @@ def use_cache() -> Path | None:
     A cached program is trusted: whoever can write to the directory can run code as its user.
 
     Returns:
-      ``default_directory()``; None where nothing was changed.
+      The directory of this kind of machine; None where nothing was changed.
     """
     config: Any = jax.config  # its attributes are made at run time
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
@@ -45,7 +45,8 @@ def use_cache() -> Path | None:
     if jax.distributed.is_initialized() and jax.default_backend() != "cpu":
         return None
     try:
-        directory = default_directory()
+        kind = f"{platform.machine() or 'unknown'}-{usable_cores()}-cores"
+        directory = cache_dir() / "xla" / kind
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK | os.X_OK):
             raise PermissionError(f"{directory} is not writable")
@@ -60,12 +61,3 @@ def use_cache() -> Path | None:
         if getattr(config, name) == default:
             config.update(name, ours)
     return directory
-
-
-def default_directory() -> Path:
-    """The directory of this kind of machine, in $FLAX_RESNET_CACHE or the user's cache.
-
-    Raises:
-      RuntimeError: there is none of these, nor a home directory.
-    """
-    return cache_dir() / "xla" / f"{platform.machine() or 'unknown'}-{usable_cores()}-cores"

@@ -15,14 +15,10 @@ import numpy as np
 
 
 class Group(NamedTuple):
-    """What several steps get.
-
-    Attributes:
-      batch: of a resident set which rows, as ``Data.train_rows`` says it, int32 (n, B); else a
-        batch of (n, B, ...). Networks that train together have theirs as a second axis.
-    """
+    """What n steps get; networks that train together have a second axis of their own."""
 
     batch: Any
+    """Rows of a resident set, int32 (n, B), as ``Data.train_rows`` says; else (n, B, ...)."""
 
 
 def num_steps(batch: Any) -> int:
@@ -31,13 +27,9 @@ def num_steps(batch: Any) -> int:
 
 
 def lengths(first: int, end: int, size: int, pauses: Sequence[int]) -> Iterator[int]:
-    """Steps of each dispatch: ``size``, or 1.
+    """Steps of each dispatch, ``size`` or 1, from step ``first`` to ``end``.
 
-    Args:
-      first: steps done.
-      end: steps of the run.
-      size: steps of a group.
-      pauses: the loop does something after the steps that one of these divides.
+    The loop does something after the steps that one of ``pauses`` divides.
     """
     while first < end:
         after = first + size
@@ -57,7 +49,7 @@ def grouped(
     """(state, held, batch of a Group) to (state, sums with an axis of steps): to be jitted.
 
     Args:
-      step: of one batch.
+      step: the step of one batch.
       place: fixes how the state lies on the devices between two steps.
       rows_of: (held, rows) to a batch; None: the rows are the batch.
       unroll: write the steps behind one another, and no loop.
@@ -74,16 +66,14 @@ def grouped(
 
 
 def by_step(sums: Iterable[Mapping[str, Any]], axes: int) -> list[dict[str, Any]]:
-    """The sums of each step, on the host.
+    """The sums of each step, on the host, from those of steps and of groups.
 
-    Args:
-      sums: of steps and of groups.
-      axes: that those of a step have: 1 of networks that train together, else 0.
+    The sums of one step have ``axes`` axes: 1 when networks train together, else 0.
     """
-    found: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
     for one in jax.device_get(list(sums)):
         if np.ndim(one["loss"]) == axes:
-            found.append(dict(one))
+            steps.append(dict(one))
         else:
-            found += [{name: x[i] for name, x in one.items()} for i in range(len(one["loss"]))]
-    return found
+            steps += [{name: x[i] for name, x in one.items()} for i in range(len(one["loss"]))]
+    return steps

@@ -8,84 +8,60 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import jax
-import tyro
 
 from flax_resnet.classify import flag
 from flax_resnet.datasets import sources
-from flax_resnet.errors import UserError
+from flax_resnet.errors import TryAgain
 from flax_resnet.provenance import git_state, versions
 
 PACKAGE = "flax_resnet"
-State = Literal["ok", "absent", "wrong"]
-MARKS = {"ok": " ", "absent": "-", "wrong": "!"}
+OK, ABSENT, WRONG = " ", "-", "!"
+"""Marks: not everybody needs what is absent; something does not work without what is wrong."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One fact about this machine."""
-
-    topic: str
-    """What the fact is about."""
-    text: str
-    """The fact."""
-    state: State = "ok"
-    """"absent": not everybody needs it; "wrong": something does not work without it."""
-    advice: str | None = None
-    """A command, or what else to do."""
-
-
-def findings(data_dir: str | None = None) -> Iterator[Finding]:
+def findings(data_dir: str | None = None) -> Iterator[tuple[str, str, str]]:
     """Looks at this machine; nothing is downloaded or written.
 
     Args:
       data_dir: directory of tfds sets; None is tfds's default.
+
+    Yields:
+      (mark, what the fact is about, the fact and, after an arrow, what to do).
     """
     git = git_state()
     commit = f", commit {git['commit'][:10]}{' and changes' * git['changed']}" if git else ""
-    version = versions([PACKAGE])[PACKAGE]
-    yield Finding(PACKAGE, f"{version} in {Path(__file__).parent}{commit}")
-    facts = jax.print_environment_info(return_string=True) or ""
-    for line in facts.splitlines():
+    yield OK, PACKAGE, f"{versions([PACKAGE])[PACKAGE]} in {Path(__file__).parent}{commit}"
+    for line in (jax.print_environment_info(return_string=True) or "").splitlines():
         topic, colon, text = line.partition(": ")
         if colon:
-            yield Finding(topic, text.strip())
-    yield _requirements()
-    gpu = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")
-    if gpu and jax.default_backend() == "cpu":
-        text = "there is an NVIDIA GPU, and jax has no CUDA"
-        yield Finding("GPU", text, "wrong", 'pip install "jax[cuda13]"')
+            yield OK, topic, text.strip()
+    check = [sys.executable, "-m", "pip", "check"]
+    done = subprocess.run(check, capture_output=True, text=True, check=False)
+    text = "; ".join((done.stdout or done.stderr).splitlines())
+    is_ours = PACKAGE in text.replace("-", "_")
+    yield OK if done.returncode == 0 else WRONG if is_ours else ABSENT, "pip check", text
+    if shutil.which("nvidia-smi") and jax.default_backend() == "cpu":
+        text = 'there is an NVIDIA GPU, and jax has no CUDA   -> pip install "jax[cuda13]"'
+        yield WRONG, "GPU", text
     root = Path(sources.data_root(data_dir))
     infos = [*root.glob("*/*/dataset_info.json"), *root.glob("*/*/*/dataset_info.json")]
-    sets = sorted(str(info.parent.relative_to(root)) for info in infos)
-    advice = None if sets else f"flax-resnet prepare NAME --data-dir {root}"
-    text = ", ".join(sets) or "no tfds sets (digits need none)"
-    yield Finding("data", f"{text} in {root}", "ok" if sets else "absent", advice)
-    yield from _extras(from_checkout=git is not None)
+    if sets := ", ".join(sorted(str(info.parent.relative_to(root)) for info in infos)):
+        yield OK, "data", f"{sets} in {root}"
+    else:
+        advice = f"flax-resnet prepare NAME --data-dir {root}"
+        yield ABSENT, "data", f"no tfds sets (digits need none) in {root}   -> {advice}"
+    yield from _extras("pip install " + ("-e '.[{}]'" if git else f"'{PACKAGE}[{{}}]'"))
 
 
-def _requirements() -> Finding:
-    """What ``pip check`` says of the installed packages."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False
-    )
-    lines = (done.stdout or done.stderr).splitlines()
-    if done.returncode == 0:
-        return Finding("pip check", "; ".join(lines))
-    ours = any(line.replace("-", "_").startswith(PACKAGE) for line in lines)
-    advice = "pip install what it names" if done.stdout else "python -m ensurepip"
-    return Finding("pip check", "; ".join(lines), "wrong" if ours else "absent", advice)
-
-
-def _extras(from_checkout: bool) -> Iterator[Finding]:
+def _extras(command: str) -> Iterator[tuple[str, str, str]]:
     """What each extra of this library needs, and what of it is not installed."""
     from packaging.requirements import Requirement
 
@@ -95,18 +71,17 @@ def _extras(from_checkout: bool) -> Iterator[Finding]:
         return
     lines = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
     for extra in metadata.get_all("Provides-Extra") or []:
-        needed = [r for r in lines if r.marker and r.marker.evaluate({"extra": extra})
-                  and not r.marker.evaluate({"extra": ""})]  # fmt: skip
-        there = versions([r.name for r in needed])
-        lacking = [r for r in needed if there[r.name] == "not installed"
-                   or not r.specifier.contains(there[r.name], prereleases=True)]  # fmt: skip
+        needed = [one for one in lines if one.marker and one.marker.evaluate({"extra": extra})
+                  and not one.marker.evaluate({"extra": ""})]  # fmt: skip
+        there = versions([one.name for one in needed])
+        lacking = [f"{one.name} ({there[one.name]})" for one in needed
+                   if there[one.name] == "not installed"
+                   or not one.specifier.contains(there[one.name], prereleases=True)]  # fmt: skip
         if lacking:
-            text = ", ".join(f"{r.name} ({there[r.name]})" for r in lacking)
-            what = f"-e '.[{extra}]'" if from_checkout else f"'{PACKAGE}[{extra}]'"
-            yield Finding(f"[{extra}]", f"not here: {text}", "absent", f"pip install {what}")
+            text = f"not here: {', '.join(lacking)}   -> {command.format(extra)}"
+            yield ABSENT, f"[{extra}]", text
         else:
-            text = ", ".join(f"{name} {version}" for name, version in there.items())
-            yield Finding(f"[{extra}]", text)
+            yield OK, f"[{extra}]", ", ".join(f"{n} {version}" for n, version in there.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,28 +92,19 @@ class Settings:
 
     Examples:
       flax-resnet doctor
-      flax-resnet doctor --data-dir ~/data --json
+      flax-resnet doctor --data-dir ~/data
     """
 
     data_dir: Annotated[str | None, flag("DIR", "$TFDS_DATA_DIR or ~/tensorflow_datasets")] = None
     """Directory of tfds sets to look into."""
-    json: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
-    """Print JSON, for a bug report."""
 
 
 def main(settings: Settings) -> None:
     """``flax-resnet doctor``."""
-    found = list(findings(settings.data_dir))
-    if settings.json:
-        print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2))
-    else:
-        for finding in found:
-            advice = f"   -> {finding.advice}" if finding.advice else ""
-            print(f"{MARKS[finding.state]} {finding.topic:16} {finding.text}{advice}")
-        print("(! is wrong; - is absent, and not everybody needs it; -> what to do)")
-    if wrong := [finding.topic for finding in found if finding.state == "wrong"]:
-        error = UserError(
-            f"{len(wrong)} wrong: {', '.join(wrong)}; the lines with ! say what to do"
-        )
-        error.status = 1
-        raise error
+    wrong = []
+    for mark, topic, text in findings(settings.data_dir):
+        print(f"{mark} {topic:16} {text}")
+        wrong += [topic] * (mark == WRONG)
+    print("(! is wrong; - is absent, and not everybody needs it; -> what to do)")
+    if wrong:
+        raise TryAgain(f"{len(wrong)} wrong: {', '.join(wrong)}; the lines with ! say what it is")

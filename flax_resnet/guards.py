@@ -33,11 +33,8 @@ class Guard:
     def limit(self, loss: str, num_classes: int, first: float | None) -> float:
         """The largest mean loss that does not count as diverged, in nats.
 
-        Args:
-          loss: its name.
-          num_classes: guessing is among.
-          first: the mean loss of the run's first log interval, which may be large with a fresh
-            head on features of any size; None: that is this one, of which anything is good.
+        ``first`` is the mean loss of the run's first log interval, which may be large with a fresh
+        head on features of any size; None: this is that interval, and any loss is good.
         """
         if first is None:
             return math.inf
@@ -50,29 +47,26 @@ class Diverged(UserError):
 
 
 def check_loss(sums: Sequence[Mapping[str, Any]], step: int, limit: float) -> None:
-    """Makes sure of the steps of a log interval.
+    """Raises Diverged where the mean loss of a log interval is above ``limit``, or no number.
 
     Args:
-      sums: of each step, on the host; of networks that train together with a leading axis.
+      sums: of each step, on the host; of networks that train together with a leading axis. They
+        diverge when all do.
       step: the last of them.
       limit: the largest good mean loss, in nats.
-
-    Raises:
-      Diverged: the mean is not good; of several networks, that of none is.
     """
-    losses = [np.asarray(one["loss"], np.float64) / np.asarray(one["count"]) for one in sums]
-    counts = [np.asarray(one["count"], np.float64) for one in sums]
-    mean = np.sum([x * n for x, n in zip(losses, counts, strict=True)], 0) / np.sum(counts, 0)
-    if _good(mean, limit):
-        return
-    first = next((i for i, loss in enumerate(losses) if not _good(loss, limit)), len(sums) - 1)
-    shown = np.nanmax(losses[first]) if np.isfinite(losses[first]).any() else np.max(losses[first])
-    bad = step - len(sums) + 1 + first
-    raise Diverged(f"the run diverged: the training loss is {shown:.4g} nats at step {bad}")
+    totals = np.array([one["loss"] for one in sums], np.float64)
+    counts = np.array([one["count"] for one in sums], np.float64)
 
+    def is_good(loss: np.ndarray) -> bool:
+        return bool(np.any(np.isfinite(loss) & (loss <= limit)))
 
-def _good(loss: np.ndarray, limit: float) -> bool:
-    return bool(np.any(np.isfinite(loss) & (loss <= limit)))
+    if not is_good(totals.sum(0) / counts.sum(0)):
+        losses = totals / counts
+        first = next((i for i, loss in enumerate(losses) if not is_good(loss)), len(sums) - 1)
+        bad = step - len(sums) + 1 + first
+        shown = np.max(losses[first])
+        raise Diverged(f"the run diverged: the training loss is {shown:.4g} nats at step {bad}")
 
 
 @jax.jit
@@ -84,11 +78,7 @@ def all_finite(tree: Any) -> jax.Array:
 
 @contextlib.contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Turns running out of memory into one line.
-
-    Args:
-      advice: what took a device's memory and what helps, after "out of memory: ".
-    """
+    """Turns running out of memory into one line, which ends with what helps."""
     try:
         yield
     except MemoryError as error:
@@ -104,23 +94,10 @@ def memory_advice(advice: str) -> Iterator[None]:
 
 
 def step_advice(batch_size: int, accum_steps: int, num_devices: int) -> str:
-    """What helps where a training step takes too much memory.
-
-    Args:
-      batch_size: of the optimizer step, over all devices.
-      accum_steps: parts that it is cut into.
-      num_devices: that it is split over.
-    """
-    each = batch_size // num_devices
-    more = next((k for k in range(accum_steps + 1, each + 1) if each % k == 0), None)
-    levers = [
-        *([f"--accum-steps {more} (the same step in smaller parts)"] if more else []),
-        "--model.remat (computes blocks again)",
-        "--model.dtype bfloat16",
-        *(["--sharding fsdp"] if num_devices > 1 else []),
-        "a smaller --batch-size",
-    ]
+    """What helps where a training step takes too much memory; batch_size is that of all devices."""
     return (
-        f"batch_size={batch_size}, {each // accum_steps} images at once on each of {num_devices} "
-        f"devices; set {', '.join(levers[:-1])} or {levers[-1]}"
+        f"batch_size={batch_size}, {batch_size // num_devices // accum_steps} images at once on "
+        f"each of {num_devices} devices; set a larger --accum-steps (the same step in smaller "
+        "parts), --model.remat (computes blocks again), --model.dtype bfloat16, --sharding fsdp "
+        "(on several devices) or a smaller --batch-size"
     )

@@ -1,7 +1,9 @@
 """Several processes as one run: how they start together, agree, and end together.
 
-``jax.distributed`` brings the processes together, and aborts them when one of them dies or falls
-silent. This module adds what it does not do: one line in place of a C++ stack trace when the
+``jax.distributed`` detects Slurm, Open MPI, Cloud TPU and Kubernetes, brings the processes
+together, and aborts them when one of them dies or falls silent. This module adds what it does not
+do: whether there are several processes at all, JAX_NUM_PROCESSES and JAX_PROCESS_ID, all the GPUs
+of a task that has several (JAX takes one), one line in place of a C++ stack trace when the
 processes cannot come together, the name of what differs between them, and an end of all of them
 when one of them fails.
 """
@@ -11,40 +13,44 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
 import platform
+import re
 import socket
 import sys
 import time
 import traceback
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flax_resnet.clusters import OURS, Cluster, detect
 from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_range
 from flax_resnet.preemption import EXIT_PREEMPTED
 from flax_resnet.provenance import source_hash, versions
 from flax_resnet.record import varying_fields
 from flax_resnet.watch import Watch
 
-COMMON_ENDS = (None, 0, EXIT_PREEMPTED)
-"""Exit statuses with which all processes end together."""
-EXIT_INTERRUPTED = 130
+OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+"""Variables that name a process where no launcher does."""
+TPU_HOSTS = (
+    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+    "worker-network-endpoints"
+)
+Process = tuple[str | None, int | None, int | None, tuple[int, ...]]
 LAST_SECONDS = 2
 """Seconds for the others to say why they end: when process 0 is gone, JAX aborts them."""
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOOPBACK = ("localhost:", "127.0.0.1:", "[::1]:")
 MOST_BYTES = 2**16
 """Length of a config as JSON."""
-MOST_DIFFERENCES = 3
-COMPUTING = ("jax", "jaxlib", "flax", "optax", "numpy")
-"""Packages that must have the same version in all processes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,235 +67,230 @@ class Hosts:
     """Which of them this is, from 0."""
     start_timeout: float = 300
     """Seconds for all processes to come together."""
-    heartbeat_timeout: float = 60
+    heartbeat_timeout: float = 10
     """A process that is silent for so many seconds counts as dead, and all end."""
     step_timeout: float = 1800
     """Seconds without progress, or between the first that finishes and the last, after which a
     process of several ends, and all with it."""
 
     def __post_init__(self) -> None:
-        check_range("hosts.num_processes", self.num_processes, 1)
-        check_range("hosts.process_id", self.process_id, 0)
-        check_range("hosts.start_timeout", self.start_timeout, POSITIVE)
-        check_range("hosts.heartbeat_timeout", self.heartbeat_timeout, 1)
-        check_range("hosts.step_timeout", self.step_timeout, POSITIVE)
+        for name in ("start_timeout", "heartbeat_timeout", "step_timeout"):
+            check_range(f"hosts.{name}", getattr(self, name), POSITIVE)
 
 
 # As JAX's own runtime: a process joins one run, and can do so once.
-_joined: tuple[Hosts, Cluster] | None = None
+_joined: tuple[Hosts, str] | None = None
 
 
-def find(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> Cluster | None:
+def find(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> Process | None:
     """This process among those of its run; None for a run of one process.
 
-    Args:
-      hosts: its coordinator, num_processes and process_id win over the environment.
-      environ: environment variables.
+    The fields of ``hosts`` win over the environment variables.
+
+    Returns:
+      (coordinator, number of processes, number of this one, its GPUs or () for all that it sees);
+      ``jax.distributed.initialize`` detects what is None.
 
     Raises:
-      UserError: the environment is unclear, or the coordinator is not HOST:PORT.
+      UserError: a number is missing or none, or the coordinator is not HOST:PORT.
     """
-    given = zip(OURS, (hosts.coordinator, hosts.num_processes, hosts.process_id), strict=True)
-    fields = {name: str(value) for name, value in given if value is not None}
-    cluster = detect({**environ, **fields})
-    if cluster is not None and cluster.coordinator is not None:
-        _address(cluster.coordinator)
-    return cluster
-
-
-def _address(coordinator: str) -> tuple[str, int]:
-    """(host, port) of "HOST:PORT"."""
-    host, _, port = coordinator.rpartition(":")
-    if not host.strip("[]") or not port.isdecimal() or not 0 < int(port) < 65536:
+    fields = zip(OURS, (hosts.coordinator, hosts.num_processes, hosts.process_id), strict=True)
+    environ = {**environ, **{name: str(value) for name, value in fields if value is not None}}
+    coordinator, local, tasks = environ.get(OURS[0]), 0, 1
+    if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
         raise UserError(f"coordinator {coordinator!r}: expected HOST:PORT, of process 0")
-    return host.strip("[]"), int(port)
+    if OURS[1] in environ:
+        count = _number(environ, OURS[1])
+        this = _number(environ, OURS[2], "JOB_COMPLETION_INDEX") if count > 1 else 0
+    elif "SLURM_STEP_NODELIST" in environ:  # set by srun; a batch script does not have it
+        names = ("STEP_NUM_TASKS", "STEP_NUM_NODES", "PROCID", "LOCALID")
+        count, nodes, this, local = (_number(environ, f"SLURM_{name}") for name in names)
+        tasks = -(-count // nodes)
+    elif "OMPI_COMM_WORLD_SIZE" in environ:
+        names = ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
+        count, this, local, tasks = (_number(environ, f"OMPI_COMM_WORLD_{n}") for n in names)
+    elif OURS[0] in environ or OURS[2] in environ or _has_several_tpu_hosts(environ):
+        return coordinator, None, None, ()
+    else:
+        return None
+    # An equal share of the GPUs for each task of a node; all where a task sees its own alone.
+    share = len(visible_gpus(environ)) // tasks if tasks > 1 else 0
+    gpus = tuple(range(local * share, (local + 1) * share))
+    return (coordinator, count, this, gpus) if count > 1 else None
 
 
-def _who() -> str:
-    """What this process is called in messages."""
-    assert _joined is not None
-    _, number, this, _ = _joined[1]
-    return f"process on {platform.node()}" if this is None else f"process {this} of {number}"
+def _number(environ: Mapping[str, str], *names: str) -> int:
+    """The first of several variables that is set."""
+    name = next((name for name in names if name in environ), names[0])
+    text = environ.get(name, "")
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r}: expected a whole number")
+    return int(text)
 
 
-def start(hosts: Hosts) -> bool:
-    """Brings the processes of a run together; False for a run of one process.
-
-    Call it once, before anything that touches devices. Where the processes do not come together
-    within ``hosts.start_timeout``, each prints one line and ends with status 1.
-
-    Raises:
-      UserError: the description of the processes is wrong.
-      TryAgain: the coordinator's port is taken.
-    """
-    global _joined
-    cluster = find(hosts)
-    if cluster is None:
-        return False
-    coordinator, local = cluster.coordinator, list(cluster.local_device_ids)
-    if coordinator is not None and cluster.process_id == 0:
-        _check_port(coordinator)
-    _joined = hosts, cluster
-    inside = coordinator is not None and _address(coordinator)[0] in LOOPBACK
-    is_whole = None not in cluster
-    # In a thread, since it can't be interrupted, and aborts the process at its own timeout.
-    starting = concurrent.futures.ThreadPoolExecutor(1).submit(
-        jax.distributed.initialize,
-        coordinator,
-        cluster.num_processes,
-        cluster.process_id,
-        # [] keeps JAX from taking one GPU of a task that has several.
-        local or (None if is_whole else []),
-        cluster_detection_method="deactivate" if is_whole else None,
-        initialization_timeout=math.ceil(hosts.start_timeout) + 60,
-        heartbeat_timeout_seconds=math.ceil(hosts.heartbeat_timeout),
-        shutdown_timeout_seconds=math.ceil(hosts.step_timeout),
-        coordinator_bind_address=coordinator if inside else None,
-    )
-    try:
-        starting.result(hosts.start_timeout)
-    except KeyboardInterrupt as error:
-        _end(error)
-    except (ValueError, RuntimeError) as error:
-        _joined = None
-        raise UserError(
-            f"jax.distributed does not start: {error}; where JAX does not find the processes by "
-            f"itself, set {', '.join(OURS)} in each"
-        ) from error
-    except TimeoutError:
-        late = (
-            f"not all processes have come to {coordinator or 'process 0'} in "
-            f"{hosts.start_timeout:g} s: see that all run, with the same coordinator and "
-            "num_processes, and that the port is open; hosts.start_timeout gives them longer"
-        )
-        _end(TryAgain(late))
-    return True
+def visible_gpus(environ: Mapping[str, str]) -> list[str]:
+    """Names of the NVIDIA GPUs that a process with this environment sees."""
+    if (named := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
-def _check_port(coordinator: str) -> None:
-    """Raises TryAgain where process 0 cannot listen; JAX would end with a segmentation fault."""
-    port = _address(coordinator)[1]
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    try:
-        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
-    except OSError as error:
-        why = os.strerror(error.errno or 0)
-        raise TryAgain(
-            f"process 0 cannot listen on {coordinator} ({why}): another run may have the port; "
-            "give all processes another one"
-        ) from None
+def _has_several_tpu_hosts(environ: Mapping[str, str]) -> bool:
+    hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", ""))
+    if not hosts and importlib.util.find_spec("libtpu"):  # a Cloud TPU machine
+        request = urllib.request.Request(TPU_HOSTS, headers={"Metadata-Flavor": "Google"})
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+            hosts = answer.read().decode()
+    return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environ
 
 
 @contextlib.contextmanager
 def joined(hosts: Hosts) -> Iterator[None]:
     """Starts the processes of a run, and ends them together.
 
-    With one process errors pass as they are. With several none does: the process prints one line,
-    after the traceback of what is unexpected, and ends with a UserError's or a SystemExit's own
-    status, 130 for an interruption, and 1 for anything else; the others end with it. A
-    SystemExit with 0 or 75 (preempted: start me again) is an end that all come to.
+    Enter it once, before anything that touches devices. With one process errors pass as they are.
+    With several none does: the process prints one line, after the traceback of what is unexpected,
+    and ends with a UserError's or a SystemExit's own status, 130 for an interruption, and 1 for
+    anything else; the others end with it. A SystemExit with 0 or 75 (preempted: start me again) is
+    an end that all come to.
 
     Raises:
-      UserError: as of ``start``.
+      UserError: as of ``find``.
     """
     global _joined
-    if not start(hosts):
+    process = find(hosts)
+    if process is None:
         yield
         return
+    _, number, this, _ = process
+    who = f"process on {platform.node()}" if this is None else f"process {this} of {number}"
+    _joined = hosts, who
     end: SystemExit | None = None
     try:
+        _start(hosts, process)
         try:
             yield
         except SystemExit as error:
-            if error.code not in COMMON_ENDS:
+            if error.code not in (None, 0, EXIT_PREEMPTED):
                 raise
             end = error
         jax.distributed.shutdown()  # waits for the others, for step_timeout at most
     except BaseException as error:
-        _end(error)
+        _end(error, who, is_first=this in (0, None))
     _joined = None
     if end is not None:
         raise end
 
 
-def _end(error: BaseException) -> NoReturn:
+def _start(hosts: Hosts, process: Process) -> None:
+    """Brings the processes together.
+
+    Raises:
+      UserError: the description of the processes is wrong.
+      TryAgain: a process has not come in time, or the coordinator's port is taken.
+    """
+    coordinator, number, this, gpus = process
+    if coordinator is not None and this == 0:
+        _check_port(coordinator)
+    is_local = coordinator is not None and coordinator.startswith(LOOPBACK)
+    # In a thread, since it can't be interrupted, and aborts the process at its own timeout.
+    starting = concurrent.futures.ThreadPoolExecutor(1).submit(
+        jax.distributed.initialize,
+        coordinator,
+        number,
+        this,
+        list(gpus),  # [] keeps JAX from taking one GPU of a task that has several
+        initialization_timeout=math.ceil(hosts.start_timeout) + 60,
+        heartbeat_timeout_seconds=math.ceil(hosts.heartbeat_timeout),
+        shutdown_timeout_seconds=math.ceil(hosts.step_timeout),
+        coordinator_bind_address=coordinator if is_local else None,
+    )
+    try:
+        starting.result(hosts.start_timeout)
+    except TimeoutError:
+        raise TryAgain(
+            f"not all processes have come to {coordinator or 'process 0'} in "
+            f"{hosts.start_timeout:g} s: see that all run, with the same coordinator and "
+            "num_processes, and that the port is open; hosts.start_timeout gives them longer"
+        ) from None
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"jax.distributed does not start: {error}; where JAX does not find the processes by "
+            f"itself, set {', '.join(OURS)} in each"
+        ) from error
+
+
+def _check_port(coordinator: str) -> None:
+    """Raises TryAgain where process 0 cannot listen; JAX may end with a segmentation fault."""
+    try:
+        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+    except (OSError, OverflowError) as error:
+        raise TryAgain(
+            f"process 0 cannot listen on {coordinator} ({error}): another run may have the port"
+        ) from None
+
+
+def _end(error: BaseException, who: str, *, is_first: bool) -> NoReturn:
     """Prints one line and ends this process; the others end with it.
 
     Python's own end would wait for the others, who wait for this process.
     """
     name, status = type(error).__name__, 1
-    has_lost_another = "Gloo" in str(error)  # the collectives of CPUs
-    if isinstance(error, UserError):
-        name, status = "error", error.status
-    elif isinstance(error, KeyboardInterrupt):
-        status = EXIT_INTERRUPTED
-    elif isinstance(error, SystemExit):
-        status = error.code if isinstance(error.code, int) else 1
-    elif not has_lost_another:
-        traceback.print_exception(error)
-    line = f"{_who()}: {name}: {error}".splitlines()[0]
-    line += " (another process has probably died)" if has_lost_another else ""
-    with contextlib.suppress(OSError, ValueError):  # nobody reads any more
-        print(line, file=sys.stderr, flush=True)
+    try:
+        if isinstance(error, UserError):
+            name, status = "error", error.status
+        elif isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else 1
+        elif isinstance(error, KeyboardInterrupt):
+            status = 130
+        elif "Gloo" in str(error):  # the collectives of CPUs
+            name = "another process has probably died"
+        else:
+            traceback.print_exception(error)
+        print(f"{who}: {name}: {error}".splitlines()[0], file=sys.stderr, flush=True)
         sys.stdout.flush()
-    if _joined is None or _joined[1].process_id in (0, None):
-        time.sleep(LAST_SECONDS)
-    os._exit(status)
+        if is_first:
+            time.sleep(LAST_SECONDS)
+    finally:
+        os._exit(status)
 
 
 def watching(report_after: float = 60) -> Watch:
-    """A watch over this process's loop; of several processes one that ends it when it is stuck.
-
-    Args:
-      report_after: seconds without progress after which stderr says so, in each process.
-    """
+    """A watch over this process's loop; of several processes one that ends it when it is stuck."""
     if _joined is None:
         return Watch(None, report_after)
-    return Watch(_joined[0].step_timeout, report_after, _who())
+    return Watch(_joined[0].step_timeout, report_after, _joined[1])
 
 
 def check_alike(facts: Mapping[str, Any]) -> None:
-    """Checks that all processes run the same: devices, versions, code, and some facts.
+    """Raises UserError, in all processes, where their devices, versions, code or facts differ.
 
-    Collective: every process must call it. With one process there is nothing to do.
-
-    Args:
-      facts: what each process is to have alike, as JSON values: {"config.seed": 0}.
-
-    Raises:
-      UserError: processes differ; the same error in all of them.
+    Collective: every process must call it. Facts are JSON values, such as {"config.seed": 0}.
     """
     if jax.process_count() == 1:
         return
-    devices = [Counter[str]() for _ in range(jax.process_count())]
-    for device in jax.devices():
-        devices[device.process_index][device.device_kind] += 1
-    _check_equal([{"devices": dict(kinds)} for kinds in devices])  # or collectives would hang
-    own = {"python": platform.python_version(), **versions(COMPUTING), "code": source_hash()}
-    _check_equal(_gather({**facts, **own}))
-
-
-def _gather(value: Any) -> list[Any]:
-    """The values of all processes, which pass as JSON; collective."""
-    text = json.dumps(value, sort_keys=True, default=repr).encode()
-    padded = np.frombuffer(text.ljust(MOST_BYTES, b" "), np.uint8)
-    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+    devices = Counter(device.process_index for device in jax.devices())
+    _check_equal([{"devices": devices[i]} for i in sorted(devices)])  # or a gather would hang
+    own = {
+        **facts,
+        "device": jax.local_devices()[0].device_kind,
+        "python": platform.python_version(),
+        **versions(("jax", "jaxlib", "flax", "optax", "numpy")),
+        "code": source_hash(),
+    }
+    text = json.dumps(own, default=repr).encode()
+    padded = np.frombuffer(text.ljust(MOST_BYTES), np.uint8)
+    _check_equal([json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)])
 
 
 def _check_equal(values: list[dict[str, Any]]) -> None:
     """Raises UserError where what a process has differs from what process 0 has."""
-    differences = [
-        f"{name} is {first:.60} in process 0 and {other:.60} in process {i}"
-        for name in varying_fields(values)
-        for first, *others in [[repr(one[name]) if name in one else "absent" for one in values]]
-        for i, other in enumerate(others, 1)
-        if other != first
-    ]
-    if differences:
-        more = len(differences) - MOST_DIFFERENCES
+    if names := varying_fields(values):
+        texts = [repr(value.get(names[0], "absent")) for value in values]
+        other = next(i for i, text in enumerate(texts) if text != texts[0])
         raise UserError(
-            f"the processes differ: {'; '.join(differences[:MOST_DIFFERENCES])}"
-            + (f"; and {more} more" if more > 0 else "")
+            f"the processes differ: {names[0]} is {texts[0]:.60} in process 0 and "
+            f"{texts[other]:.60} in process {other}"
+            + (f"; so do {', '.join(names[1:4])}" if names[1:] else "")
             + ": start all with the same command, code and devices"
         )

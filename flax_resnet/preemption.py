@@ -13,14 +13,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-# EX_TEMPFAIL of sysexits.h: "try again later". Launchers restart on it.
 EXIT_PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h, "try again later": launchers restart on it."""
 # As many times as this process has asked: jax's agreement between processes wants a number that
 # rises, and is itself one a process.
 _asked = itertools.count(1)
@@ -38,23 +37,23 @@ def restartable() -> Iterator[None]:
     in a compilation that is when it is done. There is nothing to save then.
     """
 
-    def take(number: int, frame: FrameType | None) -> None:
+    def end(*_: Any) -> None:
         # No exception: one that leaves the middle of JAX's tracing takes the process down with it.
         os.write(2, b"SIGTERM outside of the training loop: stops, and nothing is lost\n")
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
             sys.stdout.flush()
         os._exit(EXIT_PREEMPTED)
 
-    alone = not jax.distributed.is_initialized()
-    takes = alone and threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, take) if takes else None
+    before = signal.getsignal(signal.SIGTERM)
+    if not jax.distributed.is_initialized():
+        signal.signal(signal.SIGTERM, end)
     try:
         yield
     except Preempted:
         sys.exit(EXIT_PREEMPTED)
     finally:
-        if takes:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, before)
 
 
 class Signals:
@@ -67,9 +66,8 @@ class Signals:
 
     def __init__(self, stop: Callable[[], bool] | None = None):
         """``stop`` is asked too."""
-        self._stop = stop
-        self._told = False
-        self._sent = False
+        self._stop = stop or (lambda: False)
+        self._told = self._sent = False
         self._came: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -79,34 +77,31 @@ class Signals:
             self._before = {kind: signal.signal(kind, self._take) for kind in kinds}
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for kind_, handler in self._before.items():
-            signal.signal(kind_, handler or signal.SIG_DFL)
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
         if self._came is not None and not self._told and error is None:
             signal.raise_signal(self._came)  # too late for this run; not for what comes after it
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _take(self, number: int, _: Any) -> None:
         again, self._came = self._came is not None, signal.Signals(number)
-        if again and self._came is signal.SIGINT:
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt
-        line = f"{self._came.name}: stops after this step, and saves (Ctrl-C again: at once)\n"
         # Not print: a signal may come while the same stream is being written.
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())
+        line = f"{self._came.name}: stops after this step, and saves (Ctrl-C again: at once)\n"
+        os.write(2, line.encode())
 
     def __call__(self) -> bool:
         """Whether to stop here; once it is so it stays so.
 
         With several processes each has to ask equally often, and all hear the same.
         """
-        if self._told:
-            return True
-        asked = self._came is not None or (self._stop is not None and self._stop())
-        if jax.process_count() > 1:
-            if asked and not self._sent:
-                self._sent = True
-                os.kill(os.getpid(), signal.SIGTERM)  # jax's service passes it on
-            asked = bool(multihost_utils.reached_preemption_sync_point(next(_asked)))
-        self._told = asked
-        return asked
+        if not self._told:
+            asks = self._came is not None or self._stop()
+            if jax.process_count() > 1:
+                if asks and not self._sent:
+                    self._sent = True
+                    os.kill(os.getpid(), signal.SIGTERM)  # jax's service passes it on
+                asks = bool(multihost_utils.reached_preemption_sync_point(next(_asked)))
+            self._told = asks
+        return self._told

@@ -17,6 +17,8 @@ FIRST_STEPS = 5
 """Steps at the start that are not traced: buffers are allocated, input and queues fill."""
 ANNOTATION = "train"
 """Name of the event that marks each step, with its number among the traced steps."""
+SAID = """profile of {0} steps in {1}: tensorboard --logdir {1} (pip install tensorboard xprof), \
+or open its plugins/profile/*/*.trace.json.gz in ui.perfetto.dev"""
 
 Step = Callable[..., Any]
 
@@ -34,7 +36,7 @@ def traced(
     The trace begins after the first FIRST_STEPS steps, when the computation before is done, and
     covers whole calls until ``steps`` steps are done or the context ends. Each of several processes
     traces into ``directory/processI``: the slow process, for which the others wait in a collective,
-    is seldom process 0. A trace that cannot be made is one line, and training goes on.
+    is seldom process 0.
 
     Args:
       step: takes and returns anything.
@@ -50,48 +52,25 @@ def traced(
         directory = directory / f"process{jax.process_index()}"
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # each Python call would be an event, and a slow one
-    done, first, tracing = 0, None, False
-
-    def works(call: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
-        try:
-            call(*arguments, **named)
-        except (RuntimeError, OSError) as error:  # another trace is under way, or a full disk
-            say(f"no profile: {error}")
-            return False
-        return True
-
-    def end() -> None:
-        nonlocal tracing
-        tracing = False
-        if works(jax.profiler.stop_trace):
-            say(
-                f"profile of {done - (first or 0)} steps in {directory}: tensorboard --logdir "
-                f"{directory} (pip install tensorboard xprof), or open its "
-                "plugins/profile/*/*.trace.json.gz in ui.perfetto.dev"
-            )
+    done, first, is_over = 0, None, False
 
     def traced_step(*arguments: Any) -> Any:
-        nonlocal done, first, tracing
+        nonlocal done, first, is_over
         if first is None and done >= FIRST_STEPS:
             first = done
             jax.block_until_ready(arguments)
-            tracing = works(jax.profiler.start_trace, directory, profiler_options=options)
-        number = done - (first or FIRST_STEPS) + 1
-        done += steps_of(*arguments)
-        with jax.profiler.StepTraceAnnotation(ANNOTATION, step_num=number):
+            trace.callback(lambda: say(SAID.format(done - first, directory)))
+            trace.enter_context(jax.profiler.trace(directory, profiler_options=options))
+        with jax.profiler.StepTraceAnnotation(ANNOTATION, step_num=done - (first or 0) + 1):
             result = step(*arguments)
-        if tracing and done - (first or 0) >= steps:
+        done += steps_of(*arguments)
+        if first is not None and not is_over and done - first >= steps:
+            is_over = True
             jax.block_until_ready(result)
-            end()
+            trace.close()
         return result
 
-    try:
+    with contextlib.ExitStack() as trace:
         yield traced_step
-    finally:
-        if tracing:
-            end()
-        elif first is None:
-            say(
-                f"no profile: this start ended at its step {done}, and the first {FIRST_STEPS} "
-                "are not traced"
-            )
+    if first is None:
+        say(f"no profile: the run ended at step {done}, and the first {FIRST_STEPS} are left out")

@@ -7,9 +7,10 @@ convolutions and dense layers, which are counted here, without computing anythin
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,7 @@ FLOPS_A_MAC = {"train": 6, "eval": 2}
 """A multiply-add is two operations; the backward pass has one of each for inputs and weights."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One layer, or the sum over the layers of one part.
 
     Attributes:
@@ -70,13 +70,21 @@ def summarize(module: nn.Module, input_shape: tuple[int, int, int], batch_size: 
       input_shape: (H, W, C).
       batch_size: images in the batch whose ``output_bytes`` are counted.
     """
-    plain = module
     if isinstance(module, ResNet):
-        plain = module.clone(scan_blocks=False, remat=False)
+        module = module.clone(scan_blocks=False, remat=False)
     images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     rows: list[Row] = []
-    with nn.intercept_methods(_recorder(rows)):
-        variables = jax.eval_shape(lambda x: plain.init(jax.random.key(0), x, train=False), images)
+
+    def record(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        out, layer = call(*args, **kwargs), context.module
+        if isinstance(layer, COUNTED) and context.method_name == "__call__":
+            params, shape = layer.variables["params"], out.shape[1:]
+            macs = params["kernel"].size * math.prod(shape[:-1]) if "kernel" in params else 0
+            rows.append(Row(".".join(layer.path), _kind(layer), shape, _size(params), macs))
+        return out
+
+    with nn.intercept_methods(record):
+        variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), images)
     itemsize = jnp.dtype(getattr(module, "dtype", None) or "float32").itemsize
     return Summary(
         rows=tuple(rows),
@@ -87,64 +95,34 @@ def summarize(module: nn.Module, input_shape: tuple[int, int, int], batch_size: 
     )
 
 
-def _recorder(rows: list[Row]) -> Callable[..., Any]:
-    """An interceptor that appends a row for each call of a layer."""
-
-    def record(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        out = call(*args, **kwargs)
-        layer = context.module
-        if isinstance(layer, COUNTED) and context.method_name == "__call__":
-            params, shape, macs = layer.variables["params"], out.shape[1:], 0
-            if "kernel" in params:
-                macs = math.prod(params["kernel"].shape) * math.prod(shape[:-1])
-            kind = _conv_kind(layer) if isinstance(layer, nn.Conv) else type(layer).__name__
-            name = ".".join(layer.path)
-            rows.append(Row(name, kind, shape, _size(params), macs))
-        return out
-
-    return record
-
-
-def _conv_kind(conv: Any) -> str:
-    """Such as "Conv 3x3 /2 groups 32"."""
-    fields = {
-        " /": conv.strides[0],
-        " groups ": conv.feature_group_count,
-        " dilation ": conv.kernel_dilation[0],
-    }
-    others = "".join(f"{label}{value}" for label, value in fields.items() if value != 1)
-    return "Conv {}x{}".format(*conv.kernel_size) + others
+def _kind(layer: Any) -> str:
+    """Such as "Dense", "Conv 3x3 /2 groups 32"."""
+    if not isinstance(layer, nn.Conv):
+        return type(layer).__name__
+    conv: Any = layer
+    others = {" /": conv.strides[0], " groups ": conv.feature_group_count,
+              " dilation ": conv.kernel_dilation[0]}  # fmt: skip
+    kind = "Conv " + "x".join(map(str, conv.kernel_size))
+    return kind + "".join(f"{label}{value}" for label, value in others.items() if value != 1)
 
 
 def _size(tree: Any) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def by_part(rows: tuple[Row, ...]) -> tuple[Row, ...]:
     """One row for each part of the network (a block, the head, ...) in place of its layers."""
-    parts: dict[str, list[Row]] = {}
-    for row in rows:
-        parts.setdefault(row.name.partition(".")[0], []).append(row)
-    return tuple(
-        Row(
-            name,
-            group[0].kind if len(group) == 1 else f"{len(group)} layers",
-            group[-1].shape,
-            sum(row.parameters for row in group),
-            sum(row.macs for row in group),
-        )
-        for name, group in parts.items()
-    )
+    parts = []
+    for name, layers in itertools.groupby(rows, lambda row: row.name.partition(".")[0]):
+        group = list(layers)
+        kind = group[0].kind if len(group) == 1 else f"{len(group)} layers"
+        sums = (sum(row.parameters for row in group), sum(row.macs for row in group))
+        parts.append(Row(name, kind, group[-1].shape, *sums))
+    return tuple(parts)
 
 
 def show(title: str, summary: Summary, *, parts: bool = False) -> None:
-    """Prints the table and the totals.
-
-    Args:
-      title: heads the table.
-      summary: what ``summarize`` counted.
-      parts: a line for each block rather than for each layer.
-    """
+    """Prints the table and the totals; with ``parts`` a line for each block, not each layer."""
     header = ("layer", "kind", "output", "parameters", "multiply-adds")
     rows = [
         (row.name, row.kind, "x".join(map(str, row.shape)), f"{row.parameters:,}", f"{row.macs:,}")

@@ -23,7 +23,7 @@ from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.errors import UserError
 from flax_resnet.files import digest
-from flax_resnet.record import to_record
+from flax_resnet.record import flatten, to_record, varying_fields
 from flax_resnet.resume import check_current, restore
 from flax_resnet.run import Run
 from flax_resnet.setup import fitted, measure_statistics, prepare
@@ -37,10 +37,11 @@ class NotTogether(UserError):
 
 def why_not(configs: Sequence[TrainConfig]) -> str | None:
     """What keeps runs from training together, for a message; None where nothing does."""
-    first = configs[0]
-    alike = {repr(to_record(_without_seed(config))) for config in configs}
-    if len(alike) > 1:
+    varies = varying_fields([flatten(to_record(config)) for config in configs])
+    own = ("checkpoint.directory", "tracking")  # where a run's record goes
+    if any(name != "seed" and not name.startswith(own) for name in varies):
         return "they differ in more than their seed"
+    first = configs[0]
     for name in ("cache_features", "measure_norms"):
         if getattr(first, name):
             return f"{name} is for one network at a time"
@@ -51,23 +52,12 @@ def why_not(configs: Sequence[TrainConfig]) -> str | None:
     return None
 
 
-def _without_seed(config: TrainConfig) -> TrainConfig:
-    """The config without what may differ: its seed, and where its record goes."""
-    checkpoint = dataclasses.replace(config.checkpoint, directory=None)
-    return dataclasses.replace(
-        config, seed=0, checkpoint=checkpoint, tracking=tracking.TensorBoard()
-    )
-
-
 def set_up(
     configs: Sequence[TrainConfig], directory: Path, devices: Sequence[jax.Device] | None = None
 ) -> Run:
     """Checks and opens everything that the runs need; writes nothing.
 
-    Args:
-      configs: of the runs.
-      directory: of their common checkpoints.
-      devices: to run on, by default all; the most that divide the runs evenly are used.
+    Of ``devices``, by default all, the most that divide the runs evenly are used.
 
     Raises:
       NotTogether: they have to be trained in turn.
@@ -125,7 +115,17 @@ def train_together(
     """
     for workdir, config in configs.items():
         check_workdir(workdir, config)
-    groups = _begun(list(configs), directory)
+    groups = {}  # {directory of common checkpoints: its runs}
+    for record in sorted(directory.glob("*/members.json")):
+        members = [directory.parent / name for name in json.loads(record.read_text())]
+        missing = [path for path in members if path not in configs]
+        if 0 < len(missing) < len(members):
+            raise UserError(
+                f"{missing[0]} is being trained together with some of these runs: ask for it too, "
+                f"or remove {record.parent} to begin them again"
+            )
+        if not missing:
+            groups[record.parent] = members
     begun = {workdir for members in groups.values() for workdir in members}
     fresh = [path for path in configs if path not in begun and finished(path) is None]
     alone = [path for path in fresh if configs[path].checkpoint.place(path).exists()]
@@ -141,27 +141,6 @@ def train_together(
     with contextlib.suppress(OSError):
         directory.rmdir()
     return [result for path in configs if (result := finished(path)) is not None]
-
-
-def _begun(workdirs: Sequence[Path], directory: Path) -> dict[Path, list[Path]]:
-    """{directory of common checkpoints: its runs} of those that were begun together.
-
-    Raises:
-      UserError: not all runs of one are asked for.
-    """
-    groups = {}
-    for record in sorted(directory.glob("*/members.json")):
-        members = [directory.parent / name for name in json.loads(record.read_text())]
-        missing = [path for path in members if path not in workdirs]
-        if len(missing) == len(members):
-            continue  # of other configs
-        if missing:
-            raise UserError(
-                f"{missing[0]} is being trained together with some of these runs: ask for it too, "
-                f"or remove {record.parent} to begin them again"
-            )
-        groups[record.parent] = members
-    return groups
 
 
 def _train_group(
@@ -205,33 +184,26 @@ def _train_group(
         watch.at(RECORDING, run.step)
         for i, path in enumerate(configs):
             if path in open_ones:
-                _leave(_member(run, i, path))
+                _leave(run, i, path)
 
 
-def _member(run: Run, index: int, workdir: Path) -> Run:
-    """One network's run, as it stands."""
-    assert run.confusion is not None
-    return dataclasses.replace(
-        run,
-        config=run.members[index],
+def _leave(together: Run, index: int, workdir: Path) -> None:
+    """Writes what one network's run of its own would have left."""
+    assert together.confusion is not None
+    run = dataclasses.replace(
+        together,
+        config=together.members[index],
         workdir=workdir,
-        mesh=distributed.data_mesh(list(run.mesh.devices.flat)[:1]),
-        state=jax.tree.map(lambda x: np.asarray(x[index]), run.state),
-        evaluation={name: float(np.asarray(x)[index]) for name, x in run.evaluation.items()},
-        confusion=run.confusion[index],
-        shared_by=len(run.members),
+        mesh=distributed.data_mesh(list(together.mesh.devices.flat)[:1]),
+        state=jax.tree.map(lambda x: np.asarray(x[index]), together.state),
+        evaluation={name: float(np.asarray(x)[index]) for name, x in together.evaluation.items()},
+        confusion=together.confusion[index],
+        shared_by=len(together.members),
         members=(),
     )
-
-
-def _leave(run: Run) -> None:
-    """Writes what a run of its own would have left."""
     config = run.config.checkpoint
-    checkpoints = Checkpoints(config.place(run.workdir), config)
-    try:
+    with contextlib.closing(Checkpoints(config.place(workdir), config)) as checkpoints:
         if checkpoints.latest_step() != run.step:  # not killed just here before
             checkpoints.save(run.step, run.arrays(), run.meta(), run.evaluation)
             checkpoints.wait()
-    finally:
-        checkpoints.close()
     conclude(run, quiet=True)

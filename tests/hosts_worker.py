@@ -19,21 +19,22 @@ from flax_resnet.main import one_line_errors
 def work(what: str, who: int) -> None:
     """Steps of one collective each, for a minute at most; WHAT happens after three of them."""
     this = jax.process_index()
-    hosts.check_alike({"config.seed": this if what == "differ" else 0})
+    seed = this if what == "differ" else 0
+    hosts.check_alike({"config.seed": seed, "config.model": f"resnet{seed}"})
     with hosts.watching() as watching:
         for step in range(1200):
             watching.at(watch.WAITING, step)
-            if step == 3 and this == who:
-                fail(what)
-            if step == 3 and what == "preempted":
-                sys.exit(75)
-            if step == 3 and what in ("end", "late"):
-                return
+            if step == 3:
+                print("going", flush=True)
+                if this == who:
+                    fail(what)
+                if what == "preempted":
+                    sys.exit(75)
+                if what in ("end", "late"):
+                    return
             watching.at(watch.STEP, step)
             multihost_utils.process_allgather(np.int32(step))
             time.sleep(0.05)
-            if step == 5 and this == 0:
-                print("going", flush=True)
 
 
 def fail(what: str) -> None:
@@ -41,10 +42,8 @@ def fail(what: str) -> None:
         raise UserError("lr=-1: expected 0 or more")
     if what == "exception":
         raise KeyError("lost")
-    if what == "stuck":
-        time.sleep(60)
-    if what == "late":
-        time.sleep(4)
+    if what in ("stuck", "late"):
+        time.sleep(60 if what == "stuck" else 4)
 
 
 if __name__ == "__main__":

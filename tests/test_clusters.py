@@ -4,14 +4,13 @@ import re
 
 import pytest
 
-from flax_resnet import clusters
-from flax_resnet.clusters import Cluster, detect
+from flax_resnet import hosts
 from flax_resnet.errors import UserError
+from flax_resnet.hosts import Hosts, find
 
 SLURM = {
-    "SLURM_JOB_ID": "4096", "SLURM_STEP_NUM_TASKS": "6", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
-    "SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_NODELIST": "node[001,003-004]",
-    "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+    "SLURM_STEP_NUM_TASKS": "6", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_NODELIST": "n[1-3]", "CUDA_VISIBLE_DEVICES": "0,1,2,3",
 }  # fmt: skip
 ONE_EACH = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}
 MPI = {
@@ -26,34 +25,33 @@ TPU = {"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1"}
     ("environ", "expected"),
     [
         ({}, None),
-        (SLURM, Cluster("node001:61440", 6, 5, (2, 3))),
+        (SLURM, (None, 6, 5, (2, 3))),
         # One GPU is bound to each task, and is the only one that the task sees.
-        (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, Cluster("node001:61440", 6, 5)),
-        (SLURM | ONE_EACH, Cluster("node001:61440", 3, 2)),
-        (SLURM | {"JAX_COORDINATOR_PORT": "77"}, Cluster("node001:77", 6, 5, (2, 3))),
-        (SLURM | {"SLURM_STEP_NODELIST": "n1,n2,n3"}, Cluster("n1:61440", 6, 5, (2, 3))),
-        (SLURM | {"SLURM_STEP_NODELIST": "n[9-11]"}, Cluster("n9:61440", 6, 5, (2, 3))),
-        (SLURM | {"JAX_COORDINATOR_ADDRESS": "h:5"}, Cluster("h:5", 6, 5, (2, 3))),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, (None, 6, 5, ())),
+        (SLURM | ONE_EACH, (None, 3, 2, ())),
+        (SLURM | {"JAX_COORDINATOR_ADDRESS": "h:5"}, ("h:5", 6, 5, (2, 3))),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
         # In the batch script itself.
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),
-        (MPI, Cluster(None, 4, 3, (1,))),  # JAX finds the address
-        (MPI | {"JAX_COORDINATOR_ADDRESS": "h:5"}, Cluster("h:5", 4, 3, (1,))),
+        (MPI, (None, 4, 3, (1,))),  # JAX finds the address
+        (MPI | {"JAX_COORDINATOR_ADDRESS": "h:5"}, ("h:5", 4, 3, (1,))),
         (MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
-        (OURS | {"JAX_PROCESS_ID": "1"}, Cluster("a:1", 2, 1)),
-        (OURS | {"JOB_COMPLETION_INDEX": "1"}, Cluster("a:1", 2, 1)),
+        (OURS | {"JAX_PROCESS_ID": "1"}, ("a:1", 2, 1, ())),
+        (OURS | {"JOB_COMPLETION_INDEX": "1"}, ("a:1", 2, 1, ())),
         ({"JAX_NUM_PROCESSES": "1"}, None),
-        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, Cluster("a:1")),
-        (TPU, Cluster()),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, ("a:1", None, None, ())),
+        (TPU, (None, None, None, ())),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
-        (TPU | {"MEGASCALE_COORDINATOR_ADDRESS": "m"}, Cluster()),
+        (TPU | {"MEGASCALE_COORDINATOR_ADDRESS": "m"}, (None, None, None, ())),
     ],
 )
 def test_what_an_environment_names(environ, expected):
-    assert detect(environ) == expected
+    assert find(Hosts(), environ) == expected
 
 
-@pytest.mark.parametrize(("endpoints", "expected"), [("n:1:a,n:2:b", Cluster()), ("a", None)])
+@pytest.mark.parametrize(
+    ("endpoints", "expected"), [("n:1:a,n:2:b", (None, None, None, ())), ("a", None)]
+)
 def test_a_tpu_machines_metadata(endpoints, expected, monkeypatch, tmp_path):
     (tmp_path / "answer").write_text(endpoints)
 
@@ -61,19 +59,19 @@ def test_a_tpu_machines_metadata(endpoints, expected, monkeypatch, tmp_path):
         assert request.full_url.endswith("/worker-network-endpoints")
         return (tmp_path / "answer").open("rb")
 
-    monkeypatch.setattr(clusters, "is_tpu_machine", lambda: True)
-    monkeypatch.setattr(clusters.urllib.request, "urlopen", answer)
-    assert detect({}) == expected
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(hosts.urllib.request, "urlopen", answer)
+    assert find(Hosts(), {}) == expected
 
 
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        (OURS, "JAX_PROCESS_ID is not set: expected a whole number"),
+        (OURS, "JAX_PROCESS_ID='': expected a whole number"),
         (OURS | {"JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID='x': expected a whole number"),
         (SLURM | {"SLURM_STEP_NUM_NODES": ""}, "SLURM_STEP_NUM_NODES='': expected a whole number"),
     ],
 )
 def test_an_unclear_environment(environ, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        detect(environ)
+        find(Hosts(), environ)

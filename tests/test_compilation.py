@@ -52,36 +52,26 @@ def test_the_default_is_in_the_users_cache_by_machine_and_cores(fresh, monkeypat
 
 def test_what_the_user_has_set_is_left_alone(fresh):
     jax.config.update(MIN_SECONDS, 7)
-    jax.config.update("jax_compilation_cache_max_size", 2**20)
     assert compilation.use_cache() is not None
     assert getattr(jax.config, MIN_SECONDS) == 7
-    assert jax.config.jax_compilation_cache_max_size == 2**20
     jax.config.update("jax_compilation_cache_dir", "/mine")
     assert compilation.use_cache() is None
     assert jax.config.jax_compilation_cache_dir == "/mine"
 
 
-def test_who_has_switched_it_off_has_none(fresh):
+def test_who_has_switched_it_off_has_none_nor_have_several_processes(fresh, monkeypatch):
     jax.config.update("jax_enable_compilation_cache", False)
+    assert compilation.use_cache() is None
+    jax.config.update("jax_enable_compilation_cache", True)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert compilation.use_cache() is None
     assert not fresh.exists()
 
 
-def test_several_processes_on_accelerators_have_none(fresh, monkeypatch):
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert compilation.use_cache() is None
-
-
-def homeless():
-    raise RuntimeError("Could not determine home directory.")
-
-
-@pytest.mark.parametrize("place", ["/proc/cache", "/dev/null", None])
+@pytest.mark.parametrize("place", ["/proc/cache", "/dev/null"])
 def test_a_place_that_cannot_be_written_is_one_line(fresh, monkeypatch, capsys, place):
-    if place is None:
-        monkeypatch.setattr(compilation, "cache_dir", homeless)
-    monkeypatch.setenv("FLAX_RESNET_CACHE", str(place))
+    monkeypatch.setenv("FLAX_RESNET_CACHE", place)
     assert compilation.use_cache() is None
     assert re.fullmatch(r"compiled programs are not kept: .*\n", capsys.readouterr().err)
     assert jax.config.jax_compilation_cache_dir is None
@@ -95,9 +85,7 @@ def numbers(workdir):
 
 
 @pytest.mark.slow
-def test_a_warm_start_equals_a_cold_one_and_a_damaged_entry_is_no_error(
-    fresh, digits_dir, tmp_path, mesh, monkeypatch
-):
+def test_a_warm_start_equals_a_cold_one(fresh, digits_dir, tmp_path, mesh, monkeypatch):
     for name in ("curves", "confusion"):
         monkeypatch.setattr(figures, name, lambda *_: None)
     place = compilation.use_cache()
@@ -113,13 +101,8 @@ def test_a_warm_start_equals_a_cold_one_and_a_damaged_entry_is_no_error(
 
     entries = start("cold")
     assert start("warm") == entries != {}
-    for path in entries:
-        path.write_bytes(path.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match="Error reading persistent compilation cache"):
-        start("damaged")
-    for name in ("warm", "damaged"):
-        assert numbers(tmp_path / name) == numbers(tmp_path / "cold")
-        assert_trees_equal(saved(tmp_path / name)[0], saved(tmp_path / "cold")[0])
+    assert numbers(tmp_path / "warm") == numbers(tmp_path / "cold")
+    assert_trees_equal(saved(tmp_path / "warm")[0], saved(tmp_path / "cold")[0])
 
 
 def test_what_comes_from_the_cache_still_takes_its_argument_over(fresh, mesh):

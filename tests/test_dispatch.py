@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_trees_equal, device_bytes, max_difference, tiny_resnet
@@ -17,11 +16,9 @@ from test_train import saved, timeless
 from flax_resnet import dispatch, metrics, run, setup, together
 from flax_resnet.analysis import collectives
 from flax_resnet.augment import Augment
-from flax_resnet.checkpoint import CheckpointConfig
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.distributed import data_mesh
-from flax_resnet.guards import Diverged
 from flax_resnet.optim import SGD
 from flax_resnet.train import train_and_evaluate
 
@@ -221,26 +218,3 @@ def test_networks_train_together_in_groups(plain, tmp_path):
         assert np.shape(losses) == np.shape(grouped_losses) == (3, 2)
         np.testing.assert_allclose(grouped_losses, losses, rtol=1e-10)
         assert max_difference(grouped.arrays(), state.arrays()) < 1e-10
-
-
-def test_a_divergence_in_a_group_is_at_its_step(plain, tmp_path, mesh, monkeypatch):
-    steps = run.Run.steps
-
-    def spoilt_steps(self):
-        step, evaluate = steps(self)
-
-        def spoilt(state, batch):
-            state, sums = step(state, batch)
-            lost = jnp.where(state.step == 6, jnp.nan, 0.0)
-            params = jax.tree.map(lambda x: x + lost, state.params)
-            return state.replace(params=params), {**sums, "loss": sums["loss"] + lost}
-
-        return spoilt, evaluate
-
-    monkeypatch.setattr(run.Run, "steps", spoilt_steps)
-    config = dataclasses.replace(
-        by(plain, 4), num_steps=8, log_every_steps=4,
-        checkpoint=CheckpointConfig(every_steps=4),
-    )  # fmt: skip
-    with pytest.raises(Diverged, match=r"nan nats at step 6; checkpoints: the last good one is 4"):
-        train_and_evaluate(config, tmp_path / "w", mesh=mesh)

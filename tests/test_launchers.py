@@ -10,7 +10,6 @@ import yaml
 
 from experiments import imagenet_resnet
 from flax_resnet import main
-from flax_resnet.clusters import Cluster
 from flax_resnet.errors import UserError
 from flax_resnet.hosts import Hosts, find
 from flax_resnet.preemption import EXIT_PREEMPTED
@@ -66,7 +65,7 @@ def test_each_pod_of_a_jobset_finds_its_place(index):
     name, network = JOBSET["metadata"]["name"], JOBSET["spec"]["network"]
     pod = f"{name}-{HOST['name']}-0-0.{network['subdomain']}"
     port = TRAIN["ports"][0]["containerPort"]
-    assert find(Hosts(), environ) == Cluster(f"{pod}:{port}", JOB["completions"], index)
+    assert find(Hosts(), environ) == (f"{pod}:{port}", JOB["completions"], index, ())
 
 
 def test_the_jobset_agrees_with_itself():
@@ -93,7 +92,7 @@ def test_each_machine_of_skypilot_finds_its_place(rank, clean_environment):
     words = ["bash", "-c", f"{variables}env -0"]
     ran = subprocess.run(words, env=environ, stdout=subprocess.PIPE, text=True, check=True)
     environ = dict(one.split("=", 1) for one in ran.stdout.split("\0")[:-1])
-    assert find(Hosts(), environ) == Cluster("10.0.0.4:8476", 2, rank)
+    assert find(Hosts(), environ) == ("10.0.0.4:8476", 2, rank, ())
     chosen = flags_of(shlex.split(command.replace("\\\n", " ")))
     assert {chosen.config.data.data_dir, str(pathlib.Path(chosen.workdir).parent)} == {
         *SKY["file_mounts"]

@@ -30,24 +30,18 @@ def test_a_second_ctrl_c_does_not_wait():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_callable_is_asked_too():
-    answers = iter([False, True])
-    with Signals(lambda: next(answers)) as signals:
-        assert [signals(), signals()] == [False, True]
-
-
-def test_in_a_thread_nothing_is_taken():
+def test_in_a_thread_nothing_is_taken_and_a_callable_is_asked():
     before = signal.getsignal(signal.SIGTERM)
-    seen = []
+    seen, answers = [], iter([False, True])
 
     def work():
-        with Signals():
-            seen.append(signal.getsignal(signal.SIGTERM))
+        with Signals(lambda: next(answers)) as signals:
+            seen.extend([signal.getsignal(signal.SIGTERM), signals(), signals()])
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [before]
+    assert seen == [before, False, True]
 
 
 def test_a_command_that_is_stopped_ends_with_75():

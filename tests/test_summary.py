@@ -41,14 +41,6 @@ def test_groups_and_dilation_are_said_and_counted():
     assert rows["stage2_block2.conv1"].kind == "Conv 3x3 dilation 2"
 
 
-def test_bytes_of_the_outputs_go_with_the_batch_and_the_dtype():
-    one = summary.summarize(TINY, (16, 16, 3))
-    assert one.output_bytes == 4 * sum(np.prod(row.shape) for row in one.rows)
-    assert summary.summarize(TINY, (16, 16, 3), 8).output_bytes == 8 * one.output_bytes
-    half = summary.summarize(TINY.clone(dtype="bfloat16"), (16, 16, 3))
-    assert 2 * half.output_bytes == one.output_bytes
-
-
 def test_parts_sum_their_layers():
     counted = summary.summarize(TINY, (16, 16, 3))
     parts = {row.name: row for row in summary.by_part(counted.rows)}
@@ -59,7 +51,8 @@ def test_parts_sum_their_layers():
 
 
 def test_the_printed_table_ends_with_the_totals(capsys):
-    counted = summary.summarize(TINY, (16, 16, 3), batch_size=2)
+    counted = summary.summarize(TINY.clone(dtype="bfloat16"), (16, 16, 3), batch_size=8)
+    assert counted.output_bytes == 8 * 2 * sum(np.prod(row.shape) for row in counted.rows)
     summary.show("tiny", counted)
     text = capsys.readouterr().out
     assert text.count("Conv 3x3") == 7
@@ -87,10 +80,6 @@ def test_the_command_prints_a_named_network(capsys):
         (
             ["resnet50", "--input-shape", "16", "16", "3"],
             "input is 16x16, the least for this network is",
-        ),
-        (
-            ["resnet50", "--input-shape", "0", "16", "3"],
-            "input_shape=(0, 16, 3): expected one or more",
         ),
         (["resnet50", "--batch-size", "0"], "--batch-size=0: expected 1 or more"),
         (["resnet50", "--dtype", "int8"], "dtype 'int8': expected one such as float32"),

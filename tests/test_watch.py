@@ -9,7 +9,6 @@ import pytest
 
 import flax_resnet
 from flax_resnet import watch
-from flax_resnet.errors import UserError
 from flax_resnet.watch import Watch
 
 START = f"""
@@ -40,8 +39,8 @@ with watch.Watch(0.3) as watching:
     [
         (
             STUCK,
-            r"process 1 of 2: waiting for data for \d s \(step 2\): the input pipeline is stalled: "
-            r".*\nTimeout \(0:00:01\.500000\)!\n(.*\n)*  File .* in blocked_reader\n(.*\n)*",
+            r"process 1 of 2: waiting for data for \d s \(step 2\)"
+            r"\nTimeout \(0:00:01\.500000\)!\n(.*\n)*  File .* in blocked_reader\n(.*\n)*",
         ),
         (HOLDS_PYTHON, r"(.*\n)*Timeout \(0:00:00\.300000\)!\n(.*\n)*"),
     ],
@@ -82,12 +81,6 @@ def test_each_stall_is_reported_once(reports):
         reports.wait(2)
         assert not watching._closed.wait(0.5)
     assert [re.sub(r" for \d+ s ", " for S s ", text) for text in reports] == [
-        "process 3 of 8: saving a checkpoint for S s (step 4): the storage is stalled",
+        "process 3 of 8: saving a checkpoint for S s (step 4)",
         "process 3 of 8: compiling for S s (step 5)",
     ]
-
-
-@pytest.mark.parametrize("times", [{"limit": 0}, {"limit": None, "report_after": 0}])
-def test_times_are_checked(times):
-    with pytest.raises(UserError, match="=0: expected more than 0"):
-        Watch(**times)

@@ -1,11 +1,11 @@
-"""Two processes train one run; one is stopped or killed; the launcher starts both again."""
+"""Two processes train one run; one is stopped or killed; started again they go on."""
 
 import pathlib
 import signal
 import sys
-import threading
 import time
 
+import processes
 import pytest
 from fault_helpers import assert_same_end
 from fault_worker import newest
@@ -23,29 +23,33 @@ def environment(digits_dir, clean_environment):
     return clean_environment | {"FAULTS_DATA": digits_dir}
 
 
+def command(workdir, *flags):
+    return [sys.executable, WORKER, "--workdir", str(workdir), "--num-steps", "60", *flags]
+
+
 @pytest.fixture(scope="module")
 def trained(environment):
-    """Trains 60 steps in a workdir, as processes; the exit status of all."""
+    """Trains 60 steps in a workdir, as processes of one device each; the exit status of all."""
 
-    def train(workdir, *flags, processes=2, restart=0, act=None):
-        command = [sys.executable, WORKER, "--workdir", str(workdir), "--num-steps", "60", *flags]
-        settings = local.Settings(processes=processes, devices=1, restart=restart, grace=15)
-        threads, wait = [], local._wait
-
-        def watched(children, *rest):
-            if act is not None and not threads:  # the first time alone
-                threads.append(threading.Thread(target=act, args=[children]))
-                threads[0].start()
-            return wait(children, *rest)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(local, "_wait", watched)
-            status = local.launch(command, settings, environment)
-        for thread in threads:
-            thread.join()
-        return status
+    def train(workdir, count=2):
+        return local.launch(command(workdir), local.Settings(count, 1), environment)
 
     return train
+
+
+@pytest.fixture
+def struck(environment):
+    """How two processes end when one gets a signal after a checkpoint; what they printed."""
+
+    def strike(workdir, number, who, *flags):
+        children = processes.start(command(workdir, *flags), environment)
+        while newest(workdir) < 10 and children[who].poll() is None:
+            time.sleep(0.02)
+        children[who].send_signal(number)
+        printed = processes.ended(children)
+        return [child.returncode for child in children], "".join(printed)
+
+    return strike
 
 
 @pytest.fixture(scope="module")
@@ -55,37 +59,23 @@ def unbroken(trained, tmp_path_factory):
     return workdir
 
 
-def sends(workdir, number, who, ended):
-    """What sends one process a signal when a checkpoint is there, and notes how both end."""
-
-    def act(children):
-        while newest(workdir) < 10:
-            time.sleep(0.02)
-        children[who].send_signal(number)
-        while any(child.returncode is None for child in children):
-            time.sleep(0.02)
-        ended.extend(child.returncode for child in children)
-
-    return act
-
-
 @pytest.mark.parametrize(
     ("number", "who"),
     [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGKILL, 0), (signal.SIGKILL, 1)],
 )
-def test_what_one_of_two_meets_costs_no_bit(trained, unbroken, tmp_path, capfd, number, who):
-    workdir, ended = tmp_path / "w", []
-    assert trained(workdir, restart=1, act=sends(workdir, number, who, ended)) == 0
-    said = capfd.readouterr().out
-    assert "resumes at step" in said
-    assert "still run" not in said  # what the launcher says when it has to end one
+def test_what_one_of_two_meets_costs_no_bit(
+    trained, struck, unbroken, tmp_path, capfd, number, who
+):
+    statuses, printed = struck(tmp_path / "w", number, who)
     if number == signal.SIGKILL:
-        assert ended[who] == -signal.SIGKILL
-        assert ended[1 - who] in (1, -signal.SIGABRT)  # the latter is JAX's own
+        assert statuses[who] == -signal.SIGKILL
+        assert statuses[1 - who] in (1, -signal.SIGABRT), printed  # the latter is JAX's own
     else:
-        assert ended == [75, 75]
-        assert "of 60, which is saved" in said
-    assert_same_end(workdir, unbroken, 60)
+        assert statuses == [75, 75], printed
+        assert "of 60, which is saved" in printed
+    assert trained(tmp_path / "w") == 0
+    assert "resumes at step" in capfd.readouterr().out
+    assert_same_end(tmp_path / "w", unbroken, 60)
 
 
 def test_a_sweep_of_two_processes_reports_what_diverged_and_goes_on(environment, tmp_path, capfd):
@@ -102,13 +92,12 @@ def test_a_sweep_of_two_processes_reports_what_diverged_and_goes_on(environment,
     assert (workdir / "learning_rate=0.01/seed0/curves.png").exists()
 
 
-def test_a_run_goes_from_two_processes_to_one(trained, unbroken, tmp_path, capfd):
-    workdir, ended = tmp_path / "w", []
-    stops = sends(workdir, signal.SIGTERM, 0, ended)
-    assert trained(workdir, "--sharding", "fsdp", act=stops) == 75
+def test_a_run_goes_from_two_processes_to_one(trained, struck, unbroken, tmp_path, capfd):
+    workdir = tmp_path / "w"
+    statuses, printed = struck(workdir, signal.SIGTERM, 0, "--sharding", "fsdp")
+    assert statuses == [75, 75], printed
     step = newest(workdir)
-    capfd.readouterr()
-    assert trained(workdir, processes=1) == 0
+    assert trained(workdir, 1) == 0
     said = capfd.readouterr().out
     assert f"resumes at step {step}" in said
     assert "saved with processes 2, now 1; devices 2, now 1; sharding fsdp, now replicated" in said
