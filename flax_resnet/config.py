@@ -25,7 +25,7 @@ from flax_resnet.data import FREE, DataConfig
 from flax_resnet.datasets.decode import PACKAGES
 from flax_resnet.distributed import StateSharding
 from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_choices, check_range
-from flax_resnet.files import replacing
+from flax_resnet.files import FULL, replacing
 from flax_resnet.guards import Guard
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD, Optimizer
@@ -239,7 +239,7 @@ def claimed(workdir: Path, config: TrainConfig) -> Iterator[None]:
     """Makes the workdir, writes the record, and keeps other runs of this machine out of it.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: it cannot be written, or its disk is full when the block is left.
       TryAgain: another process is running in it, or not all processes see it.
     """
     with contextlib.ExitStack() as stack:
@@ -257,7 +257,15 @@ def claimed(workdir: Path, config: TrainConfig) -> Iterator[None]:
             ) from error
         except OSError as error:
             raise UserError(f"--workdir {workdir} cannot be written: {error}") from error
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise UserError(
+                f"{workdir} cannot be written ({error.strerror}): make room, and the same command "
+                "goes on from the last checkpoint"
+            ) from error
 
 
 def _check_shared(workdir: Path) -> None:

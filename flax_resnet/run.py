@@ -210,18 +210,19 @@ class Run:
         return compiled
 
     def _compile_training(self) -> Callable[..., Any]:
-        if self.group == 1:
-            return self.compile_step()
-        # What the run needs is compiled now; the other program when a batch of its kind comes.
-        single, several = functools.cache(self.compile_step), functools.cache(self.compile_group)
-        for count in set(self.taken):
-            (several if count > 1 else single)()
+        """The programs that the dispatches left need: of one step, of ``group`` steps, or both."""
+        lengths = set(self.taken)
+        single = self.compile_step() if lengths != {self.group} or self.group == 1 else None
+        if lengths <= {1}:
+            assert single is not None
+            return single
+        several, resident = self.compile_group()
 
         def step(state: Any, batch: Any) -> Any:
             if isinstance(batch, dispatch.Group):
-                program, resident = several()
-                return program(state, resident, batch.batch)
-            return single()(state, batch)
+                return several(state, resident, batch.batch)
+            assert single is not None
+            return single(state, batch)
 
         return step
 

@@ -19,7 +19,7 @@ from flax.errors import FlaxError
 from jax.sharding import Mesh
 
 from flax_resnet import distributed, guards, models, transfer
-from flax_resnet.augment import Augment, normalize, statistics, statistics_shape
+from flax_resnet.augment import normalize, statistics, statistics_shape
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
@@ -81,13 +81,7 @@ def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
     _check_model(config.model)
     if getattr(config.model, "norm_kind", None) == "batch" and not config.cache_features:
         check_bn_group(config.model.bn_group, config.batch_size, config.accum_steps)
-    transfer.check(
-        config.model,
-        cache_features=config.cache_features,
-        images_change=config.augment != Augment() or config.data.random_resized_crop,
-        measure_norms=config.measure_norms,
-        unfreezes=bool(config.optimizer.unfreeze),
-    )
+    transfer.check(config)
     by_layer = isinstance(config.optimizer, (LARS, LAMB, Muon))
     if by_layer and getattr(config.model, "scan_blocks", False):
         raise UserError(

@@ -27,7 +27,6 @@ from flax_resnet import (
 )
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
-from flax_resnet.files import full_disk_as_one_line
 from flax_resnet.guards import Diverged, all_finite, check_loss
 from flax_resnet.preemption import Preempted, Signals
 from flax_resnet.record import flatten, to_record
@@ -109,8 +108,7 @@ def _train(
     run = set_up(config, workdir, distributed.data_mesh() if mesh is None else mesh)
     watch.at(COMPILING, run.step)
     steps = run.compile()  # what can be wrong has been by now; only then is anything written
-    advice = "make room, and the same command goes on from the last checkpoint"
-    with claimed(workdir, config), full_disk_as_one_line(workdir, advice):
+    with claimed(workdir, config):
         watch.at(SETTING_UP, run.step)
         check_current(run)
         with tracking.following({workdir: config.tracking} if lead else {}) as followers:
