@@ -88,26 +88,18 @@ class DataConfig:
     """Normalisation statistics read at most so many training images, evenly spaced."""
 
     def __post_init__(self) -> None:
-        for name, least in {
-            "image_size": 1,
-            "eval_image_size": 1,
-            "repeats": 1,
-            "holdout_every": 2,
-            "resident_mb": 0,
-            "num_workers": 0,
-            "statistics_examples": 1,
-            "pad": 0,
-        }.items():
-            check_range(f"data.{name}", getattr(self, name), least)
+        for name in ("image_size", "eval_image_size", "repeats", "statistics_examples"):
+            check_range(f"data.{name}", getattr(self, name), 1)
+        for name in ("resident_mb", "num_workers", "pad"):
+            check_range(f"data.{name}", getattr(self, name), 0)
+        check_range("data.holdout_every", self.holdout_every, 2)
         check_choices(self)
         if not 0 < self.crop_ratio <= 1:
             raise UserError(f"data.crop_ratio={self.crop_ratio}: expected a share in (0, 1]")
-        if self.crop_ratio != 1 and self.image_size is None:
-            raise UserError("data.crop_ratio needs a size: set --data.image-size")
-        if self.random_resized_crop and self.image_size is None:
-            raise UserError("data.random_resized_crop needs a size: set --data.image-size")
-        if self.eval_image_size is not None and self.image_size is None:
-            raise UserError("data.eval_image_size needs a size to train at: set --data.image-size")
+        sized = {"crop_ratio": 1.0, "random_resized_crop": False, "eval_image_size": None}
+        for name, off in sized.items():
+            if getattr(self, name) != off and self.image_size is None:
+                raise UserError(f"data.{name} needs a size to train at: set --data.image-size")
 
     def decoder(self, channels: int, split: Split = "eval") -> Decoder:
         """What turns stored bytes into pixels of so many channels, without random crops."""
@@ -157,18 +149,16 @@ class Data:
                 f"model.num_classes={num_classes} and the data has labels 0 to "
                 f"{len(self.class_names) - 1}: set --model.num-classes {len(self.class_names)}"
             )
-        self.image_shape = _image_shape(config, train)
-        channels = self.image_shape[2]
-        side = config.eval_image_size
-        size = self.image_shape[:2] if side is None else (side + 2 * config.pad,) * 2
-        self.eval_shape = (*size, channels)
+        self.num_train, self.num_eval = len(train), len(evaluation)
+        if not self.num_train or not self.num_eval:
+            what = "evaluation" if self.num_train else "training"
+            raise UserError(f"the {what} split of {config.title} is empty")
+        self.image_shape = _image_shape(config, train, config.image_size)
+        self.eval_shape = _image_shape(config, train, config.eval_image_size or config.image_size)
         self._shapes = {"train": self.image_shape, "eval": self.eval_shape}
         self.batch_shape: tuple[int, ...] = self.image_shape
+        channels = self.image_shape[2]
         self._decoders = {split: config.decoder(channels, split) for split in SPLITS}
-        self.num_train, self.num_eval = len(train), len(evaluation)
-        for what, count in (("training", self.num_train), ("evaluation", self.num_eval)):
-            if not count:
-                raise UserError(f"the {what} split of {config.title} is empty")
         self._chunk = max(1, CHUNK_BYTES // math.prod(self.image_shape))
         pixels = math.prod(self.image_shape) * self.num_train
         pixels += math.prod(self.eval_shape) * self.num_eval
@@ -193,8 +183,7 @@ class Data:
     @property
     def decoded_by(self) -> str:
         """What decides the pixels of a streamed set, with versions; "" of one on the device."""
-        named = [] if self.resident else [" ".join(pair) for pair in versions(PACKAGES).items()]
-        return ", ".join(named)
+        return "" if self.resident else ", ".join(map(" ".join, versions(PACKAGES).items()))
 
     @property
     def sizes(self) -> str:
@@ -203,15 +192,14 @@ class Data:
         return train if train == evaluated else f"{train} and {evaluated}"
 
     def _decoded(self, split: Split) -> dict[str, np.ndarray]:
-        source = self._sources[split]
-        images = np.empty((len(source), *self._shapes[split]), np.uint8)
-        labels = np.empty(len(source), np.int32)
+        count = len(self._sources[split])
+        images = np.empty((count, *self._shapes[split]), np.uint8)
+        labels = np.empty(count, np.int32)
         start = 0
-        rows = np.arange(len(source))
-        for pixels, chunk_labels in decode_chunks(source, self._decoders[split], rows, self._chunk):
-            stop = start + len(pixels)
-            images[start:stop], labels[start:stop] = pixels, chunk_labels
-            start = stop
+        for pixels, chunk_labels in self._decode(split, np.arange(count)):
+            chunk = slice(start, start + len(pixels))
+            images[chunk], labels[chunk] = pixels, chunk_labels
+            start = chunk.stop
         return {"image": images, "label": labels}
 
     def train_images(self, most: int | None = None) -> Iterator[np.ndarray]:
@@ -220,17 +208,19 @@ class Data:
         Args:
           most: of them, where that is fewer than ``statistics_examples``.
         """
-        count = min(self.num_train, self._config.statistics_examples)
-        count = count if most is None else min(count, most)
+        count = min(self.num_train, self._config.statistics_examples, most or self.num_train)
         rows = np.linspace(0, self.num_train - 1, count).round().astype(np.int32)
         if self.resident:
             images = self._resident["train"]["image"]
             for start in range(0, count, self._chunk):
                 yield np.asarray(images[rows[start : start + self._chunk]])
-            return
-        source, decoder = self._sources["train"], self._decoders["train"]
-        for pixels, _ in decode_chunks(source, decoder, rows, self._chunk):
-            yield pixels
+        else:
+            for pixels, _ in self._decode("train", rows):
+                yield pixels
+
+    def _decode(self, split: Split, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(images uint8 (n, H, W, C), labels int32 (n,)) of a split's rows, some at a time."""
+        return decode_chunks(self._sources[split], self._decoders[split], rows, self._chunk)
 
     def train_batches(
         self, seed: int | Sequence[int], batch_size: int, start_step: int, stop_step: int
@@ -247,62 +237,62 @@ class Data:
           {"image" uint8 (B, H, W, C), "label" int32 (B,)}, and with_rows "row" and "epoch" int32
           (B,), split over the devices. Of S seeds (S, B, ...): a batch of each seed's order.
         """
-        with contextlib.closing(
-            self.host_batches(seed, batch_size, start_step, stop_step)
-        ) as batches:
-            yield from map(self.place, batches)
+        parts = self.host_batches(seed, batch_size, start_step, stop_step)
+        with contextlib.closing(parts):
+            yield from map(self.place, parts)
 
     def host_batches(
         self, seed: int | Sequence[int], batch_size: int, start_step: int, stop_step: int
     ) -> Generator[dict[str, np.ndarray]]:
-        """This process's part of each training batch, on the host; of a resident set, its rows.
+        """This process's part of each training batch, on the host, as ``train_batches`` has it.
 
-        Args: as of ``train_batches``.
+        Of a resident set only which examples a batch has: "row", and with_rows "epoch".
         """
-        if self.resident:
-            for step in range(start_step, stop_step):
-                yield self.train_rows(seed, step, batch_size)
+        if not self.resident:
+            assert isinstance(seed, int)
+            yield from self._stream("train", batch_size, seed, start_step, stop_step)
             return
-        assert isinstance(seed, int)
-        yield from self._stream("train", batch_size, seed, start_step, stop_step)
+        seeds = [seed] if isinstance(seed, int) else seed
+        size, repeats = self.num_train, self._config.repeats
+        for step in range(start_step, stop_step):
+            rows = np.stack([batch_rows(one, step, batch_size, size, repeats) for one in seeds])
+            rows = rows[0] if isinstance(seed, int) else rows
+            which = {"row": rows}
+            if self._with_rows:
+                epochs = batch_epochs(step, batch_size, size, repeats)
+                which["epoch"] = np.broadcast_to(epochs, rows.shape)
+            yield {name: _my_part(x.astype(np.int32)) for name, x in which.items()}
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """A training batch on the devices, from what ``host_batches`` gives."""
         placed = distributed.put_batch(self._mesh, batch)
         return self._take(self._resident["train"], placed) if self.resident else placed
 
-    def eval_batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
-        """The evaluation split once, in order; "mask" is False on the padding of the last batch."""
-        yield from self.in_order("eval", batch_size)
-
     def in_order(self, split: Split, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         """A split once, in order; "mask" is False on the padding of the last batch."""
-        source = self._sources[split]
-        num_steps = -(-len(source) // batch_size)
-        if not self.resident:
-            read = self._stream(split, batch_size, None, 0, num_steps)
-            with contextlib.closing(read):  # ends the workers, also where the caller stops early
-                for batch in read:
-                    yield distributed.put_batch(self._mesh, batch)
+        size = len(self._sources[split])
+        num_steps = -(-size // batch_size)
+        if self.resident:
+            for step in range(num_steps):
+                rows, mask = eval_rows(step, batch_size, size)
+                mine = {"row": _my_part(rows.astype(np.int32)), "mask": _my_part(mask)}
+                which = distributed.put_batch(self._mesh, mine)
+                counted = which.pop("mask")
+                yield {**self._take(self._resident[split], which), "mask": counted}
             return
-        for step in range(num_steps):
-            rows, mask = eval_rows(step, batch_size, len(source))
-            mine = [_my_part(part) for part in (rows.astype(np.int32), mask)]
-            there, counted = distributed.put_batch(self._mesh, mine)
-            yield {**self._take(self._resident[split], {"row": there}), "mask": counted}
+        read = self._stream(split, batch_size, None, 0, num_steps)
+        with contextlib.closing(read):  # ends the workers, also where the caller stops early
+            for batch in read:
+                yield distributed.put_batch(self._mesh, batch)
 
     def fingerprint(self, split: Split) -> str:
-        """A hash of a split's images, as they are decoded, and of its labels."""
-        if self.resident:
-            arrays = self._resident[split]
-            return digest([repr(self._shapes[split]), *map(np.asarray, arrays.values())])
-        # Decoding takes longer than the rest of the work: what is decoded, and how, says the same.
+        """A hash of a split's stored images, of how they are decoded, and of its labels."""
         source = self._sources[split]
-        found = hashlib.sha256(f"{self._decoders[split]} {versions(PACKAGES)}".encode())
+        sha256 = hashlib.sha256(f"{self._decoders[split]} {versions(PACKAGES)}".encode())
         for start in range(0, len(source), 256):
             encoded, labels = source.read(range(start, min(start + 256, len(source))))
-            found.update(digest([labels, *encoded]).encode())
-        return found.hexdigest()
+            sha256.update(digest([labels, *encoded]).encode())
+        return sha256.hexdigest()
 
     def with_features(self, features: Mapping[Split, np.ndarray], labels: Any) -> Data:
         """The same splits with each image's features (N, F) in its place, on the devices.
@@ -323,24 +313,6 @@ class Data:
             split: distributed.put_replicated(self._mesh, part) for split, part in arrays.items()
         }
         self._take = jax.jit(take, out_shardings=distributed.batch_sharding(self._mesh))
-
-    def train_rows(
-        self, seed: int | Sequence[int], step: int, batch_size: int
-    ) -> dict[str, np.ndarray]:
-        """This process's part of which examples a batch has, as ``rows.take`` takes it.
-
-        "row", and with_rows "epoch": int32 (B,), of S seeds (S, B).
-        """
-
-        def of(one: int) -> np.ndarray:
-            return batch_rows(one, step, batch_size, self.num_train, self._config.repeats)
-
-        rows = of(seed) if isinstance(seed, int) else np.stack([of(one) for one in seed])
-        which = {"row": rows}
-        if self._with_rows:
-            epochs = batch_epochs(step, batch_size, self.num_train, self._config.repeats)
-            which["epoch"] = np.broadcast_to(epochs, rows.shape)
-        return {name: _my_part(x.astype(np.int32)) for name, x in which.items()}
 
     @property
     def train_arrays(self) -> dict[str, jax.Array]:
@@ -364,10 +336,12 @@ class Data:
         return stream.batches(reader, start, stop, config.num_workers)
 
 
-def _image_shape(config: DataConfig, source: sources.Source) -> tuple[int, int, int]:
+def _image_shape(
+    config: DataConfig, source: sources.Source, side: int | None
+) -> tuple[int, int, int]:
+    """(H, W, C) of decoded images: resized to ``side``, or as they are stored, and padded."""
     height, width, channels = source.image_shape
-    if config.image_size is not None:
-        height = width = config.image_size
+    height, width = side or height, side or width
     if height is None or width is None:
         raise UserError(
             f"images of {config.title} differ in size: set --data.image-size, for example 224"

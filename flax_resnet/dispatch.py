@@ -18,7 +18,7 @@ class Group(NamedTuple):
     """What several steps get.
 
     Attributes:
-      batch: of a resident set which rows, as ``Data.train_rows`` says it, int32 (n, B); else a
+      batch: of a resident set which rows, as ``Data.host_batches`` says it, int32 (n, B); else a
         batch of (n, B, ...). Networks that train together have theirs as a second axis.
     """
 

@@ -95,23 +95,14 @@ def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
     tx, schedule = config.optimizer.build(num_steps, steps_per_epoch)
     opened = None if config.weights is None else transfer.open_for(config.model, config.weights)
     start = _starter(config, tx, data.image_shape, opened)
-    with _starting_place(config.sharding):
+    with contextlib.ExitStack() as stack:
+        if config.sharding != "replicated":  # it may not fit one device whole
+            with contextlib.suppress(RuntimeError):  # JAX was told to leave the CPU alone
+                stack.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
         fresh = start(config.seed)
     state = distributed.put(fresh, held(fresh, mesh, config.sharding))
-    _check_output(config.model, state, data.image_shape)
-    if data.eval_shape != data.image_shape:
-        _check_sizes(config.model, state, data)
+    _check_shapes(config.model, state, data)
     return Run(config, workdir, mesh, data, num_steps, steps_per_epoch, schedule, state, start)
-
-
-def _starting_place(sharding: str) -> contextlib.AbstractContextManager[Any]:
-    """Where a state is drawn that may not fit one device whole: in the machine's memory."""
-    if sharding == "replicated":
-        return contextlib.nullcontext()
-    try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX was told to leave the CPU alone
-        return contextlib.nullcontext()
 
 
 def _say(line: str) -> None:
@@ -172,33 +163,28 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _check_output(model: nn.Module, state: TrainState, image_shape: tuple[int, ...]) -> None:
-    """Raises UserError unless the model gives one logit for each class."""
-    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    out = jax.eval_shape(state.apply_fn, state.variables(), images)
-    if getattr(out, "shape", None) != (2, model.num_classes):
+def _check_shapes(model: nn.Module, state: TrainState, data: Data) -> None:
+    """Raises UserError unless the model gives one logit for each class, at both image sizes."""
+    name, sizes = type(model).__name__, f"{data.image_shape} in training"
+    if data.eval_shape != data.image_shape and state.normalization["std"].ndim > 1:
         raise UserError(
-            f"{type(model).__name__} gives {getattr(out, 'shape', type(out))} for two images, "
-            f"expected (2, {model.num_classes}) logits: train it with include_top=True"
+            f"data.eval_image_size: normalised by pixel, images of {sizes} cannot be "
+            f"{data.eval_shape} in evaluation; use --normalization channel"
         )
-
-
-def _check_sizes(model: nn.Module, state: TrainState, data: Data) -> None:
-    """Raises UserError unless what is trained at one size can be evaluated at the other."""
-    if state.normalization["std"].ndim > 1:
-        raise UserError(
-            f"data.eval_image_size: normalised by pixel, images of {data.image_shape} in training "
-            f"cannot be {data.eval_shape} in evaluation; use --normalization channel"
-        )
-    images = jax.ShapeDtypeStruct((1, *data.eval_shape), jnp.float32)
-    try:
-        jax.eval_shape(state.apply_fn, state.variables(), images)
-    except (ValueError, TypeError, ZeroDivisionError, FlaxError) as error:
-        raise UserError(
-            f"data.eval_image_size: {type(model).__name__}, trained on images of "
-            f"{data.image_shape}, does not take {data.eval_shape}; leave it out, or take a network "
-            "that pools globally"
-        ) from error
+    for shape in (data.image_shape, data.eval_shape):
+        images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+        try:
+            out = jax.eval_shape(state.apply_fn, state.variables(), images)
+        except (ValueError, TypeError, ZeroDivisionError, FlaxError) as error:
+            raise UserError(
+                f"data.eval_image_size: {name}, trained on images of {data.image_shape}, does not "
+                f"take {shape}; leave it out, or take a network that pools globally"
+            ) from error
+        if getattr(out, "shape", None) != (2, model.num_classes):
+            raise UserError(
+                f"{name} gives {getattr(out, 'shape', type(out))} for two images, expected "
+                f"(2, {model.num_classes}) logits: train it with include_top=True"
+            )
 
 
 def measure_statistics(run: Run) -> None:
@@ -237,20 +223,17 @@ def fitted(run: Run, state: TrainState) -> TrainState:
     ]
     new = from_images(state.params, np.concatenate(images))
 
-    def changed(places: Any) -> Any:
-        def one(place: jax.Array, old: Any, new: Any) -> jax.Array:
-            # Two machines may not compute the same bits.
-            return place if new is old else distributed.put(distributed.leads(new), place.sharding)
+    def moved(place: jax.Array, old: Any, new: Any) -> jax.Array:
+        # Two machines may not compute the same bits.
+        return place if new is old else distributed.put(distributed.leads(new), place.sharding)
 
-        return jax.tree.map(one, places, state.params, new)
-
-    averaged = state.ema
-    if averaged is not None:
-        averaged = {**averaged, "params": changed(averaged["params"])}
-    found = state.replace(params=changed(state.params), ema=averaged)
-    jax.block_until_ready(found.params)
+    changed = {"params": jax.tree.map(moved, state.params, state.params, new)}
+    if state.ema is not None:
+        averaged = jax.tree.map(moved, state.ema["params"], state.params, new)
+        changed["ema"] = {**state.ema, "params": averaged}
+    fitted_state = jax.block_until_ready(state.replace(**changed))
     run.start_seconds += time.perf_counter() - began
-    return found
+    return fitted_state
 
 
 def opening_line(run: Run) -> str:
@@ -262,8 +245,8 @@ def opening_line(run: Run) -> str:
     return (
         (f"{members} x " if run.lead else "")
         + f"{models.network_name(run.config.model)}, {parameters // members:,} parameters; "
-        f"{run.config.data.title}: "
-        f"{data.num_train:,} training and {data.num_eval:,} evaluation images of "
+        f"{run.config.data.title}: {data.num_train:,} training and {data.num_eval:,} evaluation "
+        "images of "
         f"{data.sizes}, {'resident' if data.resident else 'streamed'}; "
         f"{run.num_steps} steps, {run.steps_per_epoch} an epoch{together}, on {run.mesh.size} x "
         f"{devices[0].device_kind}" + (f"; resumes at step {run.step}" if run.step else "")

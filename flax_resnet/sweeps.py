@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 
 from flax_resnet import distributed, tables
-from flax_resnet.config import TrainConfig, check_workdir
+from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError, check_range, did_you_mean
 from flax_resnet.files import replacing
 from flax_resnet.grids import check_name, replaced
@@ -93,35 +94,20 @@ class _Sweep:
 
     def run(self, names: Sequence[str], device: jax.Device | None) -> None:
         """Runs one job, on one device or on all, and writes the table."""
-        for name in [name for name in names if len(names) > 1 and not self._fits(name)]:
-            self.run([name], device)  # it fails, and the others do not with it
-            names = [other for other in names if other != name]
-        if not names:
-            return
         try:
             self._train(names, device)
-        except NotTogether as error:
-            if self.together:
-                self._failed(names, error)
-            else:
-                for name in names:
-                    self.run([name], device)
         except Exception as error:  # whatever it is, the others are not its fault
             if jax.process_count() > 1 and not isinstance(error, Diverged):
                 raise  # perhaps of this process alone, and the others wait for it
+            if len(names) > 1 and not self.together and not isinstance(error, Diverged):
+                for name in names:
+                    self.run([name], device)
+                return
             self._failed(names, error)
         else:
             for name in names:
                 self._failure(name).unlink(missing_ok=True)
         self.write()
-
-    def _fits(self, name: str) -> bool:
-        """False where another config's run is in the workdir."""
-        try:
-            check_workdir(self.root / name, self.configs[name])
-        except UserError:
-            return False
-        return True
 
     def _train(self, names: Sequence[str], device: jax.Device | None) -> None:
         own = {self.root / name: self.configs[name] for name in names}
@@ -185,31 +171,29 @@ def _on_each(
     devices: Sequence[jax.Device], jobs: Sequence[Sequence[str]], sweeping: _Sweep
 ) -> None:
     """Hands jobs to threads, one a device; a program leaves Python while it computes."""
-    waiting: queue.SimpleQueue[Sequence[str]] = queue.SimpleQueue()
-    for job in jobs:
-        waiting.put(job)
+    free: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
+    for device in devices:
+        free.put(device)
 
-    def work(device: jax.Device) -> None:
-        with jax.default_device(device), contextlib.suppress(queue.Empty, KeyboardInterrupt):
-            while not sweeping.stopped.is_set():
-                sweeping.run(waiting.get_nowait(), device)
-
-    threads = [
-        threading.Thread(target=work, args=[d], name=f"sweep on {d}", daemon=True) for d in devices
-    ]
-    with Signals() as signals:
-        for thread in threads:
-            thread.start()
+    def work(job: Sequence[str]) -> None:
+        device = free.get()
         try:
-            while any(thread.is_alive() for thread in threads):
-                for thread in threads:
-                    thread.join(0.2)
+            with jax.default_device(device), contextlib.suppress(Preempted):
+                if not sweeping.stopped.is_set():
+                    sweeping.run(job, device)
+        finally:
+            free.put(device)
+
+    with Signals() as signals, concurrent.futures.ThreadPoolExecutor(len(devices), "sweep") as pool:
+        running = [pool.submit(work, job) for job in jobs]
+        try:
+            while concurrent.futures.wait(running, 0.2).not_done:
                 if signals():
                     raise Preempted
+            for run in running:
+                run.result()
         except KeyboardInterrupt as error:
-            sweeping.stopped.set()  # each run saves and ends after its step
-            for thread in threads:
-                thread.join()
+            sweeping.stopped.set()  # each run saves and ends after its step, the pool waits
             raise Preempted from error
 
 
@@ -292,14 +276,11 @@ def train_seeds(
         root / f"seed{seed}": _with_own_place(replaced(config, "seed", seed), f"seed{seed}")
         for seed in seeds
     }
-    default = jax.default_backend() != "cpu" and num_seeds > 1
+    if by_default := together is None:
+        together = jax.default_backend() != "cpu" and num_seeds > 1
     results = None
-    if default if together is None else together:
-        try:
-            results = train_together(runs, root / "together")
-        except NotTogether:
-            if together:
-                raise
+    with contextlib.suppress(*[NotTogether] if by_default else []):
+        results = train_together(runs, root / "together") if together else None
     if results is None:
         results = [train_and_evaluate(own, path) for path, own in runs.items()]
     named = {f"seeds/{path.name}": own for path, own in runs.items()}

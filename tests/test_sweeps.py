@@ -1,6 +1,8 @@
 import csv
 import dataclasses
 import json
+import os
+import signal
 import threading
 import time
 
@@ -152,23 +154,19 @@ def test_num_seeds_on_a_cpu_runs_them_in_turn(base, tmp_path, one_device):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_stopped_on_several_devices_stops_them_all(base, tmp_path, monkeypatch):
+def test_a_sweep_that_is_stopped_on_several_devices_stops_them_all(base, tmp_path):
     configs = grid(dataclasses.replace(base, num_steps=2000), {}, 2)
-    join = threading.Thread.join
 
-    def interrupted(thread, *args):
-        if threading.current_thread() is not threading.main_thread():
-            return join(thread, *args)
-        monkeypatch.setattr(threading.Thread, "join", join)
+    def interrupt():
         while not list(tmp_path.glob("base/seed*/metrics.jsonl")):
             time.sleep(0.05)
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         sweeps.sweep(configs, tmp_path, devices=jax.devices()[:2])
     names = [thread.name for thread in threading.enumerate()]
-    assert not any(name.startswith("sweep on ") for name in names), names
+    assert not any(name.startswith("sweep") for name in names), names
     assert not list(tmp_path.glob("base/seed*/result.json"))
 
 
