@@ -35,7 +35,7 @@ from flax_resnet.tracking import AnyTracking, TensorBoard, Tracking
 from flax_resnet.views import Views
 
 # Fields of a network that say how it is computed and not what: a resumed run may change them.
-FREE_MODEL_FIELDS = ("model.scan_blocks", "model.remat")
+FREE_MODEL_FIELDS = ("model.remat",)
 RECORDED_PACKAGES = ("flax_resnet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
                      "tensorflow-datasets", "numpy", *PACKAGES)  # fmt: skip
 SHARED_SECONDS = 90.0
@@ -123,26 +123,19 @@ class TrainConfig:
                 f"tracking={self.tracking!r}: expected TensorBoard(), MLflow(), Wandb(), Off(), or "
                 "a dataclass of yours that is a flax_resnet.Tracking"
             )
-        inf = math.inf
+        counts = ("batch_size", "eval_batch_size", "accum_steps", "log_every_steps", "num_steps",
+                  "steps_per_dispatch")  # fmt: skip
         bounds = {
-            "batch_size": (1, inf),
-            "eval_batch_size": (1, inf),
-            "accum_steps": (1, inf),
-            "log_every_steps": (1, inf),
-            "profile_steps": (0, inf),
-            "steps_per_dispatch": (1, inf),
-            "num_steps": (1, inf),
-            "num_epochs": (POSITIVE, inf),
-            "eval_every_epochs": (POSITIVE, inf),
-            "label_smoothing": (0, 1),
-            "target_threshold": (0, 1),
-            "dropblock_rise": (0, inf),
-            "lookahead_steps": (0, inf),
-            "ema_decay": (POSITIVE, 1),
-            "seed": (0, 2**32),
+            (1, math.inf): counts,
+            (0, math.inf): ("profile_steps", "dropblock_rise", "lookahead_steps"),
+            (POSITIVE, math.inf): ("num_epochs", "eval_every_epochs"),
+            (0, 1): ("label_smoothing", "target_threshold"),
+            (POSITIVE, 1): ("ema_decay",),
+            (0, 2**32): ("seed",),
         }
-        for name, (least, below) in bounds.items():
-            check_range(name, getattr(self, name), least, below)
+        for (least, below), names in bounds.items():
+            for name in names:
+                check_range(name, getattr(self, name), least, below)
         if self.dropblock_rise and not getattr(self.model, "dropblock_rate", 0):
             raise UserError(
                 f"dropblock_rise={self.dropblock_rise} and the model has no DropBlock: set "

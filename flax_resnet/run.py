@@ -191,7 +191,6 @@ class Run:
         return {
             **distributed.describe(self.mesh),
             "sharding": config.sharding,
-            "scan_blocks": bool(getattr(config.model, "scan_blocks", False)),
             "steps_per_dispatch": self.group,
             **({"decoder": self.data.decoded_by} if self.data.decoded_by else {}),
         }

@@ -23,7 +23,7 @@ from flax_resnet.grids import check_name, replaced
 from flax_resnet.guards import Diverged
 from flax_resnet.preemption import Preempted, Signals
 from flax_resnet.record import flatten, to_record, varying_fields
-from flax_resnet.together import NotTogether, train_together, why_not
+from flax_resnet.together import train_together, why_not
 from flax_resnet.train import finished, train_and_evaluate
 
 
@@ -63,14 +63,14 @@ def sweep(
         if name not in variants:
             near = did_you_mean(name, variants)
             raise UserError(f"baseline={name!r} is none of {len(variants)} variants{near}")
-    accelerated = jax.default_backend() != "cpu"
     if devices is None:
         # Several processes train each run together, or each would train all of them.
-        devices = jax.local_devices() if accelerated and jax.process_count() == 1 else ()
+        alone = jax.default_backend() != "cpu" and jax.process_count() == 1
+        devices = jax.local_devices() if alone else ()
     root = Path(workdir).expanduser()
     configs = {name: _with_own_place(config, name) for name, config in configs.items()}
     one = _Sweep(configs, root, baseline, together, parallel=len(devices) > 1)
-    jobs = _jobs(configs, accelerated if together is None else together)
+    jobs = _jobs(configs, together)
     if len(devices) > 1:
         _on_each(devices, jobs, one)
     else:
@@ -148,21 +148,16 @@ class _Sweep:
         return self.root / "failures" / (name.replace("/", "-") + ".txt")
 
 
-def _jobs(configs: Mapping[str, TrainConfig], together: bool) -> list[list[str]]:
+def _jobs(configs: Mapping[str, TrainConfig], together: bool | None) -> list[list[str]]:
     """Names of what runs at once, in the order of seeds: so every variant has some early."""
     groups: dict[str, list[str]] = {}
     for name in configs:
         groups.setdefault(_split(name)[0], []).append(name)
-    if together:
-        return [
-            job
-            for names in groups.values()
-            for job in (
-                [[name] for name in names]
-                if why_not([configs[name] for name in names])
-                else [names]
-            )
-        ]
+    if together or (together is None and jax.default_backend() != "cpu"):
+        able = [names for names in groups.values()
+                if together or not why_not([configs[name] for name in names])]  # fmt: skip
+        alone = [[name] for names in groups.values() if names not in able for name in names]
+        return able + alone
     rounds = itertools.zip_longest(*groups.values())
     return [[name] for names in rounds for name in names if name is not None]
 
@@ -239,10 +234,12 @@ def _column(field: str) -> str:
 
 
 def _split(name: str) -> tuple[str, int]:
-    variant, _, seed = name.rpartition("/seed")
-    if not variant or not seed.isdecimal():
+    """(variant, seed) of VARIANT/seedN; runs called seedN are of the variant "seeds"."""
+    variant, slash, last = name.rpartition("/")
+    seed = last.removeprefix("seed")
+    if seed == last or not seed.isdecimal():
         raise UserError(f"a run is called {name!r}: expected VARIANT/seedN, as grid() gives")
-    return check_name(variant), int(seed)
+    return check_name(variant) if slash else "seeds", int(seed)
 
 
 def train_seeds(
@@ -252,7 +249,7 @@ def train_seeds(
     *,
     together: bool | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains one config from several seeds, ``config.seed`` and those after it.
+    """Trains one config from several seeds, ``config.seed`` and those after it: a sweep of one.
 
     On a CPU they run one after another; on accelerators the same initialisation and step are
     mapped over a seed axis, so that S networks train in one program.
@@ -267,24 +264,21 @@ def train_seeds(
       What each result.json holds.
 
     Raises:
-      UserError: bad input.
+      UserError: bad input, or runs that failed, once the others are finished.
     """
     check_range("num_seeds", num_seeds, 1)
     seeds = range(config.seed, config.seed + num_seeds)
-    root = Path(workdir).expanduser()
-    runs = {
-        root / f"seed{seed}": _with_own_place(replaced(config, "seed", seed), f"seed{seed}")
-        for seed in seeds
-    }
-    if by_default := together is None:
-        together = jax.default_backend() != "cpu" and num_seeds > 1
-    results = None
-    with contextlib.suppress(*[NotTogether] if by_default else []):
-        results = train_together(runs, root / "together") if together else None
-    if results is None:
-        results = [train_and_evaluate(own, path) for path, own in runs.items()]
-    named = {f"seeds/{path.name}": own for path, own in runs.items()}
-    rows = table_rows(named, {f"seeds/{path.name}": path for path in runs}, {})
+    configs = {f"seed{seed}": replaced(config, "seed", seed) for seed in seeds}
+    rows = sweep(configs, workdir, devices=(), together=together)
     if distributed.is_lead():
-        tables.write([{**row, "workdir": f"seed{row['seed']}"} for row in rows], root)
-    return results
+        check_finished(rows, workdir)
+    return [finished(Path(workdir).expanduser() / name) or {} for name in configs]
+
+
+def check_finished(rows: Sequence[Mapping[str, Any]], workdir: str | Path) -> None:
+    """Raises UserError where a run of a sweep has failed."""
+    if failed := [row for row in rows if row["state"] != tables.FINISHED]:
+        raise UserError(
+            f"{len(failed)} of {len(rows)} runs failed: {workdir}/failures says why, and the same "
+            "command tries them again"
+        )

@@ -10,7 +10,7 @@ import jax
 import pytest
 from helpers import tiny_resnet
 
-from flax_resnet import metrics, sweeps, tables, train
+from flax_resnet import sweeps, tables, train
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
@@ -34,10 +34,6 @@ def base(digits_dir):
 @pytest.fixture
 def one_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *a, d=jax.devices()[:1]: d)
-
-
-def rows_without_time(directory):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in tables.read(directory)]
 
 
 def test_a_sweep_leaves_a_table_and_skips_what_is_finished(base, tmp_path, one_device, capsys):
@@ -73,35 +69,6 @@ def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(
     rows = sweeps.sweep({**configs, "bad/seed0": dataclasses.replace(base, seed=5)}, tmp_path / "s")
     assert [row["state"] for row in rows] == ["finished"] * 2
     assert not trace.exists()
-
-
-class Killed(BaseException):
-    """No Exception: nothing that survives a failure catches it."""
-
-
-@pytest.mark.slow
-def test_a_sweep_killed_twice_ends_with_the_table_of_an_unbroken_one(
-    base, tmp_path, one_device, monkeypatch
-):
-    base = dataclasses.replace(base, log_every_steps=1, eval_every_epochs=0.1)
-    configs = grid(base, {"model.connection": ("plain", "residual")}, seeds=2)
-    sweeps.sweep(configs, tmp_path / "whole", baseline="connection=plain")
-    write, written = metrics.RunLog.write, []
-
-    def kill_at(log, *args):
-        write(log, *args)
-        written.append(1)
-        if len(written) in (3, 14):  # in the first run, and in the third
-            raise Killed
-
-    monkeypatch.setattr(metrics.RunLog, "write", kill_at)
-    for _ in range(2):
-        with pytest.raises(Killed):
-            sweeps.sweep(configs, tmp_path / "killed", baseline="connection=plain")
-    sweeps.sweep(configs, tmp_path / "killed", baseline="connection=plain")
-    whole, killed = ((tmp_path / name / "table.md").read_text() for name in ("whole", "killed"))
-    assert killed == whole
-    assert rows_without_time(tmp_path / "killed") == rows_without_time(tmp_path / "whole")
 
 
 @pytest.mark.slow
