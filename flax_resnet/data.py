@@ -24,15 +24,7 @@ from jax.sharding import Mesh
 from flax_resnet import distributed
 from flax_resnet.datasets import prepare, sources, stream
 from flax_resnet.datasets.decode import PACKAGES, Decoder
-from flax_resnet.datasets.rows import (
-    BatchReader,
-    batch_epochs,
-    batch_rows,
-    decode_chunks,
-    eval_rows,
-    shard_slice,
-    take,
-)
+from flax_resnet.datasets.rows import BatchReader, decode_chunks, take
 from flax_resnet.errors import UserError, check_choices, check_range
 from flax_resnet.files import digest
 from flax_resnet.provenance import versions
@@ -250,18 +242,13 @@ class Data:
         """
         if not self.resident:
             assert isinstance(seed, int)
-            yield from self._stream("train", batch_size, seed, start_step, stop_step)
+            yield from self._stream(self._reader("train", batch_size, seed), start_step, stop_step)
             return
-        seeds = [seed] if isinstance(seed, int) else seed
-        size, repeats = self.num_train, self._config.repeats
+        one = isinstance(seed, int)
+        readers = [self._reader("train", batch_size, s) for s in ([seed] if one else seed)]
         for step in range(start_step, stop_step):
-            rows = np.stack([batch_rows(one, step, batch_size, size, repeats) for one in seeds])
-            rows = rows[0] if isinstance(seed, int) else rows
-            which = {"row": rows}
-            if self._with_rows:
-                epochs = batch_epochs(step, batch_size, size, repeats)
-                which["epoch"] = np.broadcast_to(epochs, rows.shape)
-            yield {name: _my_part(x.astype(np.int32)) for name, x in which.items()}
+            parts = [reader.rows(step) for reader in readers]
+            yield parts[0] if one else jax.tree.map(lambda *x: np.stack(x), *parts)
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """A training batch on the devices, from what ``host_batches`` gives."""
@@ -270,17 +257,15 @@ class Data:
 
     def in_order(self, split: Split, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         """A split once, in order; "mask" is False on the padding of the last batch."""
-        size = len(self._sources[split])
-        num_steps = -(-size // batch_size)
+        reader = self._reader(split, batch_size)
+        num_steps = -(-len(reader.source) // batch_size)
         if self.resident:
             for step in range(num_steps):
-                rows, mask = eval_rows(step, batch_size, size)
-                mine = {"row": _my_part(rows.astype(np.int32)), "mask": _my_part(mask)}
-                which = distributed.put_batch(self._mesh, mine)
-                counted = which.pop("mask")
-                yield {**self._take(self._resident[split], which), "mask": counted}
+                which = distributed.put_batch(self._mesh, reader.rows(step))
+                mask = which.pop("mask")
+                yield {**self._take(self._resident[split], which), "mask": mask}
             return
-        read = self._stream(split, batch_size, None, 0, num_steps)
+        read = self._stream(reader, 0, num_steps)
         with contextlib.closing(read):  # ends the workers, also where the caller stops early
             for batch in read:
                 yield distributed.put_batch(self._mesh, batch)
@@ -319,21 +304,18 @@ class Data:
         """The training split on the devices, where it is ``resident``."""
         return self._resident["train"]
 
-    def _stream(
-        self, split: Split, batch_size: int, seed: int | None, start: int, stop: int
-    ) -> Generator[dict[str, np.ndarray]]:
-        """This process's rows of batches, in step order, read by Grain's workers or threads.
-
-        Without a seed they are in the split's own order, and not cropped at random.
-        """
+    def _reader(self, split: Split, batch_size: int, seed: int | None = None) -> BatchReader:
+        """What knows and reads a split's batches; without a seed in order, and not cropped."""
         config, decoder = self._config, self._decoders[split]
         if seed is not None:
             decoder = dataclasses.replace(decoder, random_crop=config.random_resized_crop)
-        shard = (jax.process_index(), jax.process_count())
-        reader = BatchReader(
-            self._sources[split], decoder, batch_size, seed, shard, config.repeats, self._with_rows
+        shard, source = (jax.process_index(), jax.process_count()), self._sources[split]
+        return BatchReader(
+            source, decoder, batch_size, seed, shard, config.repeats, self._with_rows
         )
-        return stream.batches(reader, start, stop, config.num_workers)
+
+    def _stream(self, reader: BatchReader, start: int, stop: int) -> Generator[Any]:
+        return stream.batches(reader, start, stop, self._config.num_workers)
 
 
 def _image_shape(
@@ -361,8 +343,3 @@ def open_sources(config: DataConfig, splits: Any = None, every: int | None = Non
     if config.name == sources.DIGITS:
         prepare.prepare(config.name, config.data_dir)
     return list(sources.open_tfds(config.name, config.data_dir, splits))
-
-
-def _my_part(rows: np.ndarray) -> np.ndarray:
-    """This process's equal part of a global batch's rows."""
-    return rows[shard_slice(len(rows), jax.process_index(), jax.process_count())]

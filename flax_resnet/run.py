@@ -221,17 +221,18 @@ class Run:
 
         return step
 
+    def _compiled(
+        self, step: Callable[..., Any], out: Any, memory: Any, *like: Any, **options: Any
+    ) -> jax.stages.Compiled:
+        """``step``, compiled for the mesh, of the state and what ``like`` describes."""
+        options |= {"out_shardings": out, "compiler_options": cpu.compiler_options()}
+        with memory:
+            return jax.jit(step, **options).lower(self.state, *like).compile()
+
     def compile_step(self) -> Callable[..., Any]:
         """The train step, compiled for the mesh, its state donated."""
-        step = jax.jit(
-            self.steps()[0],
-            donate_argnums=0,
-            out_shardings=(self.held, self.summed),
-            compiler_options=cpu.compiler_options(),
-        )
-        batch = self._batch(*self.lead, self.config.batch_size)
-        with self.step_memory():
-            return step.lower(self.state, batch).compile()
+        batch, out = self._batch(*self.lead, self.config.batch_size), (self.held, self.summed)
+        return self._compiled(self.steps()[0], out, self.step_memory(), batch, donate_argnums=0)
 
     def compile_group(self) -> tuple[jax.stages.Compiled, Any]:
         """(program of ``group`` train steps, the training split where it is resident).
@@ -252,31 +253,24 @@ class Run:
             batch_of if resident else None,
             unroll=cpu.is_backend(),
         )
-        out = (self.held, split if self.members else self.summed)
-        options = cpu.compiler_options()
-        steps = jax.jit(steps, donate_argnums=0, out_shardings=out, compiler_options=options)
         like = self._batch(self.group, *self.lead, self.config.batch_size, sharding=split)
         if resident:
             like = {"row": like["label"]} | {n: x for n, x in like.items() if n == "epoch"}
         arrays = self.data.train_arrays if resident else None
-        with self.step_memory():
-            return steps.lower(self.state, arrays, like).compile(), arrays
+        out, memory = (self.held, split if self.members else self.summed), self.step_memory()
+        return self._compiled(steps, out, memory, arrays, like, donate_argnums=0), arrays
 
     def compile_evaluation(self) -> Callable[..., Any]:
         """The eval step, compiled for the mesh."""
-        step = jax.jit(
-            self.steps()[1], out_shardings=self.summed, compiler_options=cpu.compiler_options()
-        )
         like = self._batch(self.config.eval_batch_size)
-        label = like["label"]
-        shape = self.data.batch_shape if self.config.cache_features else self.data.eval_shape
+        label, data = like["label"], self.data
+        shape = data.batch_shape if self.config.cache_features else data.eval_shape
         batch = {
             "image": like["image"].update(shape=(*label.shape, *shape)),
             "label": label,
             "mask": label.update(dtype=jnp.bool_),
         }
-        with self.eval_memory():
-            return step.lower(self.state, batch).compile()
+        return self._compiled(self.steps()[1], self.summed, self.eval_memory(), batch)
 
     def _batch(self, *images: int, sharding: NamedSharding | None = None) -> dict[str, Any]:
         """Shapes, dtypes and sharding of a training batch with leading axes ``images``."""

@@ -68,7 +68,11 @@ def sweep(
         alone = jax.default_backend() != "cpu" and jax.process_count() == 1
         devices = jax.local_devices() if alone else ()
     root = Path(workdir).expanduser()
-    configs = {name: _with_own_place(config, name) for name, config in configs.items()}
+    configs = {  # each with a place of its own where checkpoints are not in the workdir
+        name: replaced(config, "checkpoint.directory", f"{shared}/{name}") if shared else config
+        for name, config in configs.items()
+        for shared in [config.checkpoint.directory]
+    }
     one = _Sweep(configs, root, baseline, together, parallel=len(devices) > 1)
     jobs = _jobs(configs, together)
     if len(devices) > 1:
@@ -137,8 +141,7 @@ class _Sweep:
     def write(self) -> list[dict[str, Any]]:
         """Writes the table; its rows."""
         with self.lock:
-            workdirs = {name: self.root / name for name in self.configs}
-            rows = table_rows(self.configs, workdirs, self.failures)
+            rows = table_rows(self.configs, self.root, self.failures)
             if distributed.is_lead():
                 self.root.mkdir(parents=True, exist_ok=True)
                 tables.write(rows, self.root, self.baseline)
@@ -192,24 +195,10 @@ def _on_each(
             raise Preempted from error
 
 
-def _with_own_place(config: TrainConfig, name: str) -> TrainConfig:
-    """A run's config with a directory of its own where checkpoints are not in its workdir."""
-    shared = config.checkpoint.directory
-    return (
-        config if shared is None else replaced(config, "checkpoint.directory", f"{shared}/{name}")
-    )
-
-
 def table_rows(
-    configs: Mapping[str, TrainConfig], workdirs: Mapping[str, Path], failures: Mapping[str, str]
+    configs: Mapping[str, TrainConfig], root: Path, failures: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """A row for each run, as ``sweep`` returns them.
-
-    Args:
-      configs: "VARIANT/seedN" to config.
-      workdirs: of each.
-      failures: how runs failed, by name.
-    """
+    """A row for each run in ``root/NAME``, as ``sweep`` returns them; ``failures`` by name."""
     flat = {name: flatten(to_record(config)) for name, config in configs.items()}
     varies = [
         field
@@ -219,7 +208,7 @@ def table_rows(
     rows = []
     for name, own in flat.items():
         variant, seed = _split(name)
-        result = finished(workdirs[name])
+        result = finished(root / name)
         state = failures.get(name) or (tables.FINISHED if result else "not run")
         row = {"variant": variant, "seed": seed, "state": state}
         row |= {_column(field): own.get(field, "") for field in varies}
