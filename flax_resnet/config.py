@@ -183,6 +183,16 @@ def differences(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
     ]
 
 
+def check_same_config(what: str, there: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raises UserError where a recorded run's config is not ``config``."""
+    if fields := differences(there, config):
+        more = f"; and {len(fields) - 3} more" if len(fields) > 3 else ""
+        raise UserError(
+            f"{what} of another config ({'; '.join(fields[:3])}{more}): choose another --workdir, "
+            "or the same config to resume"
+        )
+
+
 def _is_default(config: Any, name: str) -> bool:
     """Whether the field of a dotted name has the value that it has by itself."""
     outer, _, last = name.rpartition(".")
@@ -219,12 +229,7 @@ def check_workdir(workdir: Path, config: TrainConfig) -> None:
         there, _ = record["config"], record["starts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a run's record ({error!r}): choose another") from error
-    if found := differences(there, config):
-        raise UserError(
-            f"--workdir {workdir} holds a run of another config ({'; '.join(found[:3])}"
-            f"{f'; and {len(found) - 3} more' if len(found) > 3 else ''}): choose another "
-            "workdir, or the same config to resume"
-        )
+    check_same_config(f"--workdir {workdir} holds a run", there, config)
 
 
 @contextlib.contextmanager

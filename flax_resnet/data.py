@@ -111,6 +111,7 @@ class Data:
       image_shape: (H, W, C) of a training image.
       eval_shape: (H, W, C) of an evaluation image.
       batch_shape: image_shape, or (F,) of the features in its place: a training example.
+      mesh: what batches are split over.
       class_names: name of each label.
       num_train: training examples.
       num_eval: evaluation examples.
@@ -132,7 +133,7 @@ class Data:
           UserError: it is missing, damaged, has labels of ``num_classes`` and above, or
             images of several sizes and no ``image_size``.
         """
-        self._config, self._mesh, self._with_rows = config, mesh, with_rows
+        self._config, self.mesh, self._with_rows = config, mesh, with_rows
         self._sources = dict(zip(SPLITS, open_sources(config), strict=True))
         train, evaluation = self._sources.values()
         self.class_names = train.class_names
@@ -157,11 +158,6 @@ class Data:
         self.resident = not config.random_resized_crop and pixels <= config.resident_mb * 2**20
         if self.resident:
             self._keep({split: self._decoded(split) for split in SPLITS})
-
-    @property
-    def num_devices(self) -> int:
-        """Devices that a batch is split over."""
-        return self._mesh.size
 
     def describe(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as JSON values."""
@@ -240,35 +236,28 @@ class Data:
 
         Of a resident set only which examples a batch has: "row", and with_rows "epoch".
         """
-        if not self.resident:
-            assert isinstance(seed, int)
-            yield from self._stream(self._reader("train", batch_size, seed), start_step, stop_step)
-            return
-        one = isinstance(seed, int)
-        readers = [self._reader("train", batch_size, s) for s in ([seed] if one else seed)]
-        for step in range(start_step, stop_step):
-            parts = [reader.rows(step) for reader in readers]
-            yield parts[0] if one else jax.tree.map(lambda *x: np.stack(x), *parts)
+        if isinstance(seed, int):
+            return self._batches(self._reader("train", batch_size, seed), start_step, stop_step)
+        readers = [self._reader("train", batch_size, one) for one in seed]
+        each = (self._batches(reader, start_step, stop_step) for reader in readers)
+        stacked = lambda parts: jax.tree.map(lambda *x: np.stack(x), *parts)  # noqa: E731
+        return (stacked(parts) for parts in zip(*each, strict=True))
 
-    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """A training batch on the devices, from what ``host_batches`` gives."""
-        placed = distributed.put_batch(self._mesh, batch)
-        return self._take(self._resident["train"], placed) if self.resident else placed
+    def place(self, batch: dict[str, np.ndarray], split: Split = "train") -> dict[str, jax.Array]:
+        """A batch on the devices, from what ``host_batches`` gives."""
+        placed = distributed.put_batch(self.mesh, batch)
+        if not self.resident:
+            return placed
+        mask = {"mask": placed.pop("mask")} if "mask" in placed else {}
+        return {**self._take(self._resident[split], placed), **mask}
 
     def in_order(self, split: Split, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         """A split once, in order; "mask" is False on the padding of the last batch."""
         reader = self._reader(split, batch_size)
-        num_steps = -(-len(reader.source) // batch_size)
-        if self.resident:
-            for step in range(num_steps):
-                which = distributed.put_batch(self._mesh, reader.rows(step))
-                mask = which.pop("mask")
-                yield {**self._take(self._resident[split], which), "mask": mask}
-            return
-        read = self._stream(reader, 0, num_steps)
-        with contextlib.closing(read):  # ends the workers, also where the caller stops early
-            for batch in read:
-                yield distributed.put_batch(self._mesh, batch)
+        parts = self._batches(reader, 0, -(-len(reader.source) // batch_size))
+        with contextlib.closing(parts):  # ends the workers, also where the caller stops early
+            for part in parts:
+                yield self.place(part, split)
 
     def fingerprint(self, split: Split) -> str:
         """A hash of a split's stored images, of how they are decoded, and of its labels."""
@@ -295,9 +284,9 @@ class Data:
     def _keep(self, arrays: Mapping[Split, dict[str, np.ndarray]]) -> None:
         """Puts the splits on the devices."""
         self._resident = {
-            split: distributed.put_replicated(self._mesh, part) for split, part in arrays.items()
+            split: distributed.put_replicated(self.mesh, part) for split, part in arrays.items()
         }
-        self._take = jax.jit(take, out_shardings=distributed.batch_sharding(self._mesh))
+        self._take = jax.jit(take, out_shardings=distributed.batch_sharding(self.mesh))
 
     @property
     def train_arrays(self) -> dict[str, jax.Array]:
@@ -314,8 +303,13 @@ class Data:
             source, decoder, batch_size, seed, shard, config.repeats, self._with_rows
         )
 
-    def _stream(self, reader: BatchReader, start: int, stop: int) -> Generator[Any]:
-        return stream.batches(reader, start, stop, self._config.num_workers)
+    def _batches(
+        self, reader: BatchReader, start: int, stop: int
+    ) -> Generator[dict[str, np.ndarray]]:
+        if self.resident:
+            yield from map(reader.rows, range(start, stop))
+        else:
+            yield from stream.batches(reader, start, stop, self._config.num_workers)
 
 
 def _image_shape(

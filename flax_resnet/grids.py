@@ -42,9 +42,8 @@ def grid(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers or len(set(numbers)) < len(numbers):
         raise UserError(f"seeds={seeds}: expected one or more, each once")
-    choices = [_choices(field, options) for field, options in axes.items()]
     configs: dict[str, TrainConfig] = {}
-    for combination in itertools.product(*choices):
+    for combination in itertools.product(*itertools.starmap(_choices, axes.items())):
         changed = base
         for _, changes in combination:
             for field, value in changes.items():

@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 from flax_resnet.checkpoint import Checkpoints
-from flax_resnet.config import differences
+from flax_resnet.config import check_same_config
 from flax_resnet.errors import UserError
 from flax_resnet.run import SAVED_FIELDS, Run
 
@@ -58,11 +58,7 @@ def _check_same(run: Run, meta: dict[str, Any], what: str) -> None:
                 f"{run.workdir} was trained on data with {name} {meta[name]} and it is {here} now: "
                 "give the same data, or another --workdir"
             )
-    if found := differences(meta["config"], run.config):
-        raise UserError(
-            f"{what} is of a run with another config ({'; '.join(found[:3])}): choose another "
-            "--workdir, or the same config to resume"
-        )
+    check_same_config(f"{what} is", meta["config"], run.config)
 
 
 def changes(run: Run) -> str:

@@ -117,18 +117,9 @@ def _trunk(params: Variables) -> dict[str, Any]:
 def measure_norms(state: TrainState, model: nn.Module, data: Data, batch_size: int) -> Any:
     """Running statistics of every BatchNorm, measured on the training split.
 
-    The mean and the variance over all batches, the parameters as they are (Wu and Johnson 2021,
-    "Rethinking Batch in BatchNorm", section 3), every example counted once but those of a last,
-    incomplete batch.
-
-    Args:
-      state: has the parameters and the normalisation.
-      model: the network; what is frozen in it is measured too.
-      data: its training split is read once.
-      batch_size: examples normalised together.
-
-    Returns:
-      Like ``state.batch_stats``.
+    The mean and the variance over all batches of ``batch_size``, the parameters as they are (Wu and
+    Johnson 2021, "Rethinking Batch in BatchNorm", section 3), also of what is frozen. A last,
+    incomplete batch is left out. Returns a tree like ``state.batch_stats``.
     """
     # The statistics of a batch alone, and of all of it: nothing of the old ones is kept.
     unfrozen = model.clone(bn_momentum=0.0, bn_group=None, norm_kind="batch", frozen_stages=-1,
@@ -141,10 +132,11 @@ def measure_norms(state: TrainState, model: nn.Module, data: Data, batch_size: i
         return unfrozen.apply(variables, images, train=True, mutable=["batch_stats"])[1]
 
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    size = min(batch_size, data.num_train) // data.num_devices * data.num_devices
+    devices = data.mesh.size
+    size = min(batch_size, data.num_train) // devices * devices
     if not size:
         raise UserError(
-            f"measure_norms with {data.num_train} training images on {data.num_devices} devices: "
+            f"measure_norms with {data.num_train} training images on {devices} devices: "
             "each device needs one; use fewer devices"
         )
     sums: dict[Any, Any] = {}
@@ -175,39 +167,25 @@ def check(config: TrainConfig) -> None:
     stages, frozen = len(getattr(model, "stage_sizes", ())), getattr(model, "frozen_stages", None)
     norms = getattr(model, "norm_kind", "batch")
     images_change = config.augment != Augment() or config.data.random_resized_crop
-    unfreezes = bool(config.optimizer.unfreeze)
-    for is_wrong, line in (
-        (
-            cached and not (is_resnet and frozen == stages),
-            f"cache_features with model.frozen_stages={frozen}: only a ResNet frozen up to its "
-            f"head has features that stay; set --model.frozen-stages {stages}, or "
-            "--no-cache-features",
-        ),
-        (
-            cached and images_change,
-            "cache_features with augmentation: features of images that change cannot be kept; "
-            "switch the augmentation off, or --no-cache-features",
-        ),
-        (
-            cached and jax.process_count() > 1,
-            f"cache_features in {jax.process_count()} processes: it is for one; "
-            "--no-cache-features",
-        ),
-        (
-            config.measure_norms and not (is_resnet and norms != "none"),
-            f"measure_norms with this {name}: it is for ResNets with BatchNorm; leave it out",
-        ),
-        (
-            unfreezes and not is_resnet,
-            f"optimizer.unfreeze with {name}: it is for ResNets; leave it out",
-        ),
-        (
-            unfreezes and norms == "batch",
-            "optimizer.unfreeze with BatchNorm in training: the statistics of what is still frozen "
-            "would move; set --model.norm-kind frozen",
-        ),
-    ):
-        if is_wrong:
+    has_norms, is_frozen = is_resnet and norms != "none", is_resnet and frozen == stages
+    unfreezes, processes = bool(config.optimizer.unfreeze), jax.process_count()
+    contradictions = {
+        f"cache_features with model.frozen_stages={frozen}: only a ResNet frozen up to its head "
+        f"has features that stay; set --model.frozen-stages {stages}, or "
+        "--no-cache-features": cached and not is_frozen,
+        "cache_features with augmentation: features of images that change cannot be kept; switch "
+        "the augmentation off, or --no-cache-features": cached and images_change,
+        f"cache_features in {processes} processes: it is for one; --no-cache-features": cached
+        and processes > 1,
+        f"measure_norms with this {name}: it is for ResNets with BatchNorm; "
+        "leave it out": config.measure_norms and not has_norms,
+        f"optimizer.unfreeze with {name}: it is for ResNets; leave it out": unfreezes
+        and not is_resnet,
+        "optimizer.unfreeze with BatchNorm in training: the statistics of what is still frozen "
+        "would move; set --model.norm-kind frozen": unfreezes and norms == "batch",
+    }
+    for line, is_so in contradictions.items():
+        if is_so:
             raise UserError(line)
 
 
