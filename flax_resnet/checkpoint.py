@@ -235,7 +235,8 @@ class Checkpoints:
                     step = distributed.same_everywhere(step)
                     if step == NO_STEP and or_none:
                         return None
-                    self._check_chosen(step, which)
+                    if step < 0:
+                        raise UserError(self._why_none(step, which))
                     result = reading(self._path(step))
                 except Exception:
                     if several or seals.steps(self.directory) == steps:
@@ -248,17 +249,14 @@ class Checkpoints:
                 "again when the run that saves them has ended"
             )
 
-    def _check_chosen(self, step: int, which: Which) -> None:
-        """Raises UserError where no step was chosen."""
+    def _why_none(self, step: int, which: Which) -> str:
         if step == NO_STEP:
             steps = sorted(seals.steps(self.directory))
-            raise UserError(f"no checkpoint {which!r} in {self.directory}: it holds steps {steps}")
-        if step == ALL_DAMAGED:
-            kind = "every checkpoint" if isinstance(which, str) else f"checkpoint {which}"
-            raise UserError(
-                f"{kind} in {self.directory} is damaged: put back a copy, or remove that directory "
-                "to begin again"
-            )
+            return f"no checkpoint {which!r} in {self.directory}: it holds steps {steps}"
+        return (
+            f"{'every checkpoint' if isinstance(which, str) else f'checkpoint {which}'} in "
+            f"{self.directory} is damaged: put back a copy, or remove that directory to begin again"
+        )
 
     def _choose(self, which: Which, steps: dict[int, seals.Seal]) -> int:
         """The first step that ``which`` names whose files match its seal, or why there is none."""

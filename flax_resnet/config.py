@@ -7,7 +7,6 @@ import dataclasses
 import fcntl
 import functools
 import json
-import math
 import os
 import sys
 import time
@@ -106,9 +105,7 @@ class TrainConfig:
     average; "fsdp", the parameters too (Rajbhandari et al. 2020, section 5)."""
     steps_per_dispatch: int = dataclasses.field(default=1, metadata=FREE)
     """Steps that one call of the compiled program takes where nothing is logged, evaluated or saved
-    between them; at most those of the run. Signals wait for all of them. For small networks on an
-    accelerator, of a set that lives there: of a streamed one so many batches are there at once, and
-    on a CPU n takes n times as long to compile and no step is shorter."""
+    between them; signals wait for all of them. It pays for small networks on an accelerator."""
     guard: Guard = dataclasses.field(default=Guard(), metadata=FREE)
     """What to do when the run goes wrong."""
     tracking: AnyTracking = dataclasses.field(default=TensorBoard(), metadata=FREE)
@@ -123,19 +120,17 @@ class TrainConfig:
                 f"tracking={self.tracking!r}: expected TensorBoard(), MLflow(), Wandb(), Off(), or "
                 "a dataclass of yours that is a flax_resnet.Tracking"
             )
-        counts = ("batch_size", "eval_batch_size", "accum_steps", "log_every_steps", "num_steps",
-                  "steps_per_dispatch")  # fmt: skip
-        bounds = {
-            (1, math.inf): counts,
-            (0, math.inf): ("profile_steps", "dropblock_rise", "lookahead_steps"),
-            (POSITIVE, math.inf): ("num_epochs", "eval_every_epochs"),
-            (0, 1): ("label_smoothing", "target_threshold"),
-            (POSITIVE, 1): ("ema_decay",),
-            (0, 2**32): ("seed",),
-        }
-        for (least, below), names in bounds.items():
-            for name in names:
-                check_range(name, getattr(self, name), least, below)
+        for name in ("batch_size", "eval_batch_size", "accum_steps", "log_every_steps",
+                     "num_steps", "steps_per_dispatch"):  # fmt: skip
+            check_range(name, getattr(self, name), 1)
+        for name in ("profile_steps", "dropblock_rise", "lookahead_steps"):
+            check_range(name, getattr(self, name), 0)
+        check_range("num_epochs", self.num_epochs, POSITIVE)
+        check_range("eval_every_epochs", self.eval_every_epochs, POSITIVE)
+        check_range("label_smoothing", self.label_smoothing, 0, 1)
+        check_range("target_threshold", self.target_threshold, 0, 1)
+        check_range("ema_decay", self.ema_decay, POSITIVE, 1)
+        check_range("seed", self.seed, 0, 2**32)
         if self.dropblock_rise and not getattr(self.model, "dropblock_rate", 0):
             raise UserError(
                 f"dropblock_rise={self.dropblock_rise} and the model has no DropBlock: set "

@@ -68,14 +68,12 @@ class DataConfig:
     """With image_size: train on a random area and aspect of each image (Szegedy et al. 2015)."""
     repeats: int = 1
     """Train on so many copies of each image in a row, each changed on its own (repeated
-    augmentation, Hoffer et al. 2020); an epoch has as many steps as before, so that all images
-    have come only after so many epochs."""
+    augmentation, Hoffer et al. 2020); all images have come only after so many epochs."""
     resident_mb: int = dataclasses.field(default=2048, metadata=FREE)
     """Sets of up to this many MiB of pixels live on the device; larger ones stream."""
     num_workers: int = dataclasses.field(default=2, metadata=FREE)
-    """Worker processes that decode a streamed set, in two threads each where there are cores for
-    them; 0 decodes in threads of this process, one a core and at most eight: nothing is sent, but
-    the training loop waits for Python with them."""
+    """Worker processes that decode a streamed set; 0 decodes in threads of this process, and the
+    training loop waits for Python with them."""
     statistics_examples: int = 100_000
     """Normalisation statistics read at most so many training images, evenly spaced."""
 
@@ -180,21 +178,14 @@ class Data:
         return train if train == evaluated else f"{train} and {evaluated}"
 
     def _decoded(self, split: Split) -> dict[str, np.ndarray]:
-        count = len(self._sources[split])
-        images = np.empty((count, *self._shapes[split]), np.uint8)
-        labels = np.empty(count, np.int32)
-        start = 0
-        for pixels, chunk_labels in self._decode(split, np.arange(count)):
-            chunk = slice(start, start + len(pixels))
-            images[chunk], labels[chunk] = pixels, chunk_labels
-            start = chunk.stop
+        parts = self._decode(split, np.arange(len(self._sources[split])))
+        images, labels = map(np.concatenate, zip(*parts, strict=True))
         return {"image": images, "label": labels}
 
     def train_images(self, most: int | None = None) -> Iterator[np.ndarray]:
-        """Training images for statistics, uint8 (n, H, W, C) a time: all, or an even sample.
+        """Training images for statistics, uint8 (n, H, W, C) a time.
 
-        Args:
-          most: of them, where that is fewer than ``statistics_examples``.
+        Evenly spread ones where there are more than ``most`` or ``statistics_examples``.
         """
         count = min(self.num_train, self._config.statistics_examples, most or self.num_train)
         rows = np.linspace(0, self.num_train - 1, count).round().astype(np.int32)
@@ -271,9 +262,7 @@ class Data:
     def with_features(self, features: Mapping[Split, np.ndarray], labels: Any) -> Data:
         """The same splits with each image's features (N, F) in its place, on the devices.
 
-        Args:
-          features: of each split, in its order.
-          labels: likewise, int32 (N,).
+        ``labels`` are int32 (N,) of each split.
         """
         other = copy.copy(self)
         other.batch_shape = features["train"].shape[1:]

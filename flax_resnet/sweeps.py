@@ -125,9 +125,12 @@ class _Sweep:
         train_and_evaluate(config, workdir, mesh=mesh, quiet=quiet, stop=self.stopped.is_set)
 
     def _failed(self, names: Sequence[str], error: Exception) -> None:
+        if not distributed.is_lead():
+            return
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         line = " ".join(f"failed: {kind}{error}".split())[:300]
-        for name in names if distributed.is_lead() else ():
+        print(f"{', '.join(names)}: {line}", flush=True)
+        for name in names:
             if len(names) > 1 and finished(self.root / name) is not None:
                 continue  # before the others failed
             self.failures[name] = line
@@ -135,8 +138,6 @@ class _Sweep:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as partial:
                 partial.write_text(traceback.format_exc(), encoding="utf-8")
-        if distributed.is_lead():
-            print(f"{', '.join(names)}: {line}", flush=True)
 
     def write(self) -> list[dict[str, Any]]:
         """Writes the table; its rows."""

@@ -91,18 +91,17 @@ def normalization_of(
     Raises:
       UserError: there are no weights, they do not say, or for images of another shape.
     """
-    if opened is None or opened.preprocessing is None:
-        raise UserError(
-            f"normalization='weights' with weights={what}: they do not say how; use "
-            "--normalization imagenet or channel"
-        )
-    stats = opened.preprocessing.statistics()
-    if np.shape(stats["std"]) not in (image_shape, image_shape[-1:]):
-        raise UserError(
-            f"normalization='weights': the weights were normalised as {np.shape(stats['std'])}, "
-            f"the images are {image_shape}; use --normalization channel"
-        )
-    return stats
+    reason = "they do not say how"
+    if opened is not None and opened.preprocessing is not None:
+        stats = opened.preprocessing.statistics()
+        shape = np.shape(stats["std"])
+        if shape in (image_shape, image_shape[-1:]):
+            return stats
+        reason = f"they were normalised as {shape}, and the images are {image_shape}"
+    raise UserError(
+        f"normalization='weights' with weights={what}: {reason}; use --normalization imagenet or "
+        "channel"
+    )
 
 
 def _top(params: Variables) -> dict[str, Any]:
@@ -212,10 +211,9 @@ def with_cached_features(
         images = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.float32)
         program = digest([str(jax.make_jaxpr(trunk.apply)(variables, images))])
     common = {
-        "weights": digest(_parts(variables)),
+        "arrays": digest(_parts((variables, state.normalization))),
         "network": to_record(trunk),
         "program": program,
-        "normalization": digest(_parts(state.normalization)),
         "versions": {"jax": jax.__version__, "own": source_hash(), **versions(PACKAGES)},
         "platform": jax.devices()[0].device_kind,
     }
@@ -224,11 +222,17 @@ def with_cached_features(
         key = {**common, "images": data.fingerprint(split)}
         name = digest([json.dumps(key, sort_keys=True)])
         path = cache_dir() / "features" / f"{name}.npz"
-        found = _read(path)
-        say(f"{'read' if found else 'computes'} the features of the {split} split: {path}")
-        features[split], labels[split] = found or _write(
-            path, *_compute(trunk, variables, state.normalization, data, split, batch_size)
-        )
+        stored = _read(path)
+        say(f"{'read' if stored else 'computes'} the features of the {split} split: {path}")
+        if stored is None:
+            stored = _compute(trunk, variables, state.normalization, data, split, batch_size)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as partial, partial.open("wb") as file:
+                    np.savez(file, features=stored[0], labels=stored[1])
+            except OSError as error:
+                say(f"the features are not kept, for {path} cannot be written: {error}")
+        features[split], labels[split] = stored
     return data.with_features(features, labels)
 
 
@@ -284,16 +288,3 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
             return stored["features"], stored["labels"]
     except Exception:  # whatever a damaged archive raises: it is computed again
         return None
-
-
-def _write(path: Path, features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial, partial.open("wb") as file:
-            np.savez(file, features=features, labels=labels)
-    except OSError as error:
-        raise UserError(
-            f"the features' cache {path} cannot be written ({error}): set FLAX_RESNET_CACHE to "
-            "another directory, or --no-cache-features"
-        ) from error
-    return features, labels

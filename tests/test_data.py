@@ -201,19 +201,6 @@ def test_images_of_two_sizes_are_named(tmp_path):
         BatchReader(source, Decoder(3), 3)(0)
 
 
-@pytest.mark.slow
-def test_photographs_stream_through_workers_as_through_threads(tmp_path, mesh):
-    for name in ("train/a", "train/b", "test/a", "test/b"):
-        (tmp_path / name).mkdir(parents=True)
-        jpeg_source(tmp_path / name, [(70, 90), (90, 60), (64, 64)])
-    config = DataConfig(folder=str(tmp_path), image_size=32, random_resized_crop=True)
-    workers, threads = (
-        Data(dataclasses.replace(config, num_workers=count), mesh, 2) for count in (2, 0)
-    )
-    assert not threads.resident
-    assert_same_batches(workers.train_batches(0, 4, 5, 16), threads.train_batches(0, 4, 5, 16))
-
-
 def test_a_small_set_is_trained_on_without_grain(digits_dir, tmp_path, mesh, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "grain"]:
         monkeypatch.delitem(sys.modules, name)
