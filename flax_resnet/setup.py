@@ -19,12 +19,12 @@ from flax.errors import FlaxError
 from jax.sharding import Mesh
 
 from flax_resnet import distributed, guards, models, transfer
-from flax_resnet.augment import normalize, statistics, statistics_shape
+from flax_resnet.augment import Augment, normalize, statistics, statistics_shape
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
 from flax_resnet.layers import check_bn_group, needs_x64
-from flax_resnet.models import WeightsError, initializer
+from flax_resnet.models import ResNet, WeightsError, initializer
 from flax_resnet.optim import LAMB, LARS, Muon
 from flax_resnet.pretrained import Pretrained
 from flax_resnet.resume import restore
@@ -81,7 +81,7 @@ def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
     _check_model(config.model)
     if getattr(config.model, "norm_kind", None) == "batch" and not config.cache_features:
         check_bn_group(config.model.bn_group, config.batch_size, config.accum_steps)
-    transfer.check(config)
+    _check_transfer(config)
     by_layer = isinstance(config.optimizer, (LARS, LAMB, Muon))
     if by_layer and getattr(config.model, "scan_blocks", False):
         raise UserError(
@@ -163,15 +163,44 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
+def _check_transfer(config: TrainConfig) -> None:
+    """Raises UserError for ways of fine-tuning that contradict one another."""
+    model, cached = config.model, config.cache_features
+    name, is_resnet = type(model).__name__, isinstance(model, ResNet)
+    stages, frozen = len(getattr(model, "stage_sizes", ())), getattr(model, "frozen_stages", None)
+    norms = getattr(model, "norm_kind", "batch")
+    images_change = config.augment != Augment() or config.data.random_resized_crop
+    has_norms, is_frozen = is_resnet and norms != "none", is_resnet and frozen == stages
+    unfreezes, processes = bool(config.optimizer.unfreeze), jax.process_count()
+    contradictions = {
+        f"cache_features with model.frozen_stages={frozen}: only a ResNet frozen up to its head "
+        f"has features that stay; set --model.frozen-stages {stages}, or "
+        "--no-cache-features": cached and not is_frozen,
+        "cache_features with augmentation: features of images that change cannot be kept; switch "
+        "the augmentation off, or --no-cache-features": cached and images_change,
+        f"cache_features in {processes} processes: it is for one; --no-cache-features": cached
+        and processes > 1,
+        f"measure_norms with this {name}: it is for ResNets with BatchNorm; "
+        "leave it out": config.measure_norms and not has_norms,
+        f"optimizer.unfreeze with {name}: it is for ResNets; leave it out": unfreezes
+        and not is_resnet,
+        "optimizer.unfreeze with BatchNorm in training: the statistics of what is still frozen "
+        "would move; set --model.norm-kind frozen": unfreezes and norms == "batch",
+    }
+    for line, is_so in contradictions.items():
+        if is_so:
+            raise UserError(line)
+
+
 def _check_shapes(model: nn.Module, state: TrainState, data: Data) -> None:
     """Raises UserError unless the model gives one logit for each class, at both image sizes."""
-    name, sizes = type(model).__name__, f"{data.image_shape} in training"
+    name = type(model).__name__
     if data.eval_shape != data.image_shape and state.normalization["std"].ndim > 1:
         raise UserError(
-            f"data.eval_image_size: normalised by pixel, images of {sizes} cannot be "
-            f"{data.eval_shape} in evaluation; use --normalization channel"
+            f"data.eval_image_size: normalised by pixel, images of {data.image_shape} in training "
+            f"cannot be {data.eval_shape} in evaluation; use --normalization channel"
         )
-    for shape in (data.image_shape, data.eval_shape):
+    for shape in dict.fromkeys((data.image_shape, data.eval_shape)):
         images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
         try:
             out = jax.eval_shape(state.apply_fn, state.variables(), images)

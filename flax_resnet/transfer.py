@@ -19,8 +19,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet import models
-from flax_resnet.augment import Augment, normalize
-from flax_resnet.config import TrainConfig
+from flax_resnet.augment import normalize
 from flax_resnet.data import SPLITS, Data, Split
 from flax_resnet.datasets.decode import PACKAGES
 from flax_resnet.errors import UserError
@@ -157,35 +156,6 @@ def _moments(tree: Any, sign: int) -> Any:
         if path[-1] == "var":
             flat[path] = np.maximum(x + sign * flat[*path[:-1], "mean"] ** 2, 0)
     return unflatten_dict(flat)
-
-
-def check(config: TrainConfig) -> None:
-    """Raises UserError for ways of fine-tuning that contradict one another."""
-    model, cached = config.model, config.cache_features
-    name, is_resnet = type(model).__name__, isinstance(model, ResNet)
-    stages, frozen = len(getattr(model, "stage_sizes", ())), getattr(model, "frozen_stages", None)
-    norms = getattr(model, "norm_kind", "batch")
-    images_change = config.augment != Augment() or config.data.random_resized_crop
-    has_norms, is_frozen = is_resnet and norms != "none", is_resnet and frozen == stages
-    unfreezes, processes = bool(config.optimizer.unfreeze), jax.process_count()
-    contradictions = {
-        f"cache_features with model.frozen_stages={frozen}: only a ResNet frozen up to its head "
-        f"has features that stay; set --model.frozen-stages {stages}, or "
-        "--no-cache-features": cached and not is_frozen,
-        "cache_features with augmentation: features of images that change cannot be kept; switch "
-        "the augmentation off, or --no-cache-features": cached and images_change,
-        f"cache_features in {processes} processes: it is for one; --no-cache-features": cached
-        and processes > 1,
-        f"measure_norms with this {name}: it is for ResNets with BatchNorm; "
-        "leave it out": config.measure_norms and not has_norms,
-        f"optimizer.unfreeze with {name}: it is for ResNets; leave it out": unfreezes
-        and not is_resnet,
-        "optimizer.unfreeze with BatchNorm in training: the statistics of what is still frozen "
-        "would move; set --model.norm-kind frozen": unfreezes and norms == "batch",
-    }
-    for line, is_so in contradictions.items():
-        if is_so:
-            raise UserError(line)
 
 
 def with_cached_features(
