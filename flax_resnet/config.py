@@ -235,6 +235,7 @@ def claimed(workdir: Path, config: TrainConfig) -> Iterator[None]:
       UserError: it cannot be written, or its disk is full when the block is left.
       TryAgain: another process is running in it, or not all processes see it.
     """
+    is_claimed = False
     with contextlib.ExitStack() as stack:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -244,20 +245,19 @@ def claimed(workdir: Path, config: TrainConfig) -> Iterator[None]:
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process lets go
                 write_record(workdir, config)
             _check_shared(workdir)
-        except BlockingIOError as error:
-            raise TryAgain(
-                f"--workdir {workdir} is in use by another process: wait for it, or choose another"
-            ) from error
-        except OSError as error:
-            raise UserError(f"--workdir {workdir} cannot be written: {error}") from error
-        try:
+            is_claimed = True
             yield
         except OSError as error:
-            if error.errno not in FULL:
+            if is_claimed and error.errno not in FULL:
                 raise
+            if isinstance(error, BlockingIOError):
+                raise TryAgain(
+                    f"--workdir {workdir} is in use by another process: wait for it, or choose "
+                    "another"
+                ) from error
             raise UserError(
-                f"{workdir} cannot be written ({error.strerror}): make room, and the same command "
-                "goes on from the last checkpoint"
+                f"--workdir {workdir} cannot be written ({error}): make room, and the same command "
+                "goes on from the last checkpoint, or choose another"
             ) from error
 
 

@@ -23,11 +23,10 @@ from jax.sharding import Mesh
 
 from flax_resnet import distributed
 from flax_resnet.datasets import prepare, sources, stream
-from flax_resnet.datasets.decode import PACKAGES, Decoder
+from flax_resnet.datasets.decode import Decoder
 from flax_resnet.datasets.rows import BatchReader, decode_chunks, take
 from flax_resnet.errors import UserError, check_choices, check_range
 from flax_resnet.files import digest
-from flax_resnet.provenance import versions
 
 # Images are decoded and summed up this many bytes of pixels at a time.
 CHUNK_BYTES = 2**24
@@ -167,11 +166,6 @@ class Data:
         }
 
     @property
-    def decoded_by(self) -> str:
-        """What decides the pixels of a streamed set, with versions; "" of one on the device."""
-        return "" if self.resident else ", ".join(map(" ".join, versions(PACKAGES).items()))
-
-    @property
     def sizes(self) -> str:
         """Of the images, to be printed."""
         train, evaluated = ("x".join(map(str, shape)) for shape in self._shapes.values())
@@ -204,13 +198,10 @@ class Data:
     def train_batches(
         self, seed: int | Sequence[int], batch_size: int, start_step: int, stop_step: int
     ) -> Iterator[dict[str, jax.Array]]:
-        """Batches from ``start_step`` to before ``stop_step``.
+        """Batches of ``batch_size`` from ``start_step`` to before ``stop_step``.
 
-        Args:
-          seed: of the order; of a resident set also several, for networks that train together.
-          batch_size: images in a batch.
-          start_step: first batch.
-          stop_step: one past the last.
+        ``seed`` is that of the order; a resident set takes several, for networks that train
+        together.
 
         Yields:
           {"image" uint8 (B, H, W, C), "label" int32 (B,)}, and with_rows "row" and "epoch" int32
@@ -253,7 +244,7 @@ class Data:
     def fingerprint(self, split: Split) -> str:
         """A hash of a split's stored images, of how they are decoded, and of its labels."""
         source = self._sources[split]
-        sha256 = hashlib.sha256(f"{self._decoders[split]} {versions(PACKAGES)}".encode())
+        sha256 = hashlib.sha256(repr(self._decoders[split]).encode())
         for start in range(0, len(source), 256):
             encoded, labels = source.read(range(start, min(start + 256, len(source))))
             sha256.update(digest([labels, *encoded]).encode())

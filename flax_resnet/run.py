@@ -186,14 +186,9 @@ class Run:
         }
 
     def ran_on(self) -> dict[str, Any]:
-        """What a resumed run may have otherwise and this one had, as JSON values."""
-        config = self.config
-        return {
-            **distributed.describe(self.mesh),
-            "sharding": config.sharding,
-            "steps_per_dispatch": self.group,
-            **({"decoder": self.data.decoded_by} if self.data.decoded_by else {}),
-        }
+        """What a resumed run may have otherwise, and changes the last bits; as JSON values."""
+        mesh = distributed.describe(self.mesh)
+        return {**mesh, "sharding": self.config.sharding, "steps_per_dispatch": self.group}
 
     def compile(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """(train step, its state donated; eval step), compiled for the mesh.

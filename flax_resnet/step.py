@@ -106,12 +106,9 @@ def create_state(
 def step_keys(
     key_data: jax.Array, step: jax.Array | int, axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(key of the augmentation, key of dropout) of one step.
+    """(key of the augmentation, key of dropout) after ``step`` steps, from TrainState.key.
 
-    Args:
-      key_data: TrainState.key.
-      step: steps done before it.
-      axis_name: under jax.pmap, the mapped axis; each device draws its own.
+    Under jax.pmap each device of the mapped axis ``axis_name`` draws its own.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
     if axis_name is not None:
@@ -312,9 +309,9 @@ def eval_step(
     Args:
       state: its averaged variables are evaluated where there are some.
       batch: "image" uint8 (B, H, W, C), "label" int (B,), "mask" bool (B,), False on padding.
-      loss: (logits (N, K), targets (N, K)) to (N,).
+      loss: as of ``train_step``, like ``gather``.
       tta: views of each image that logits are averaged over.
-      gather: as of ``train_step``.
+      gather: brings parameters that are split over devices together.
 
     Returns:
       The scalars of metrics.classification_sums and "confusion" int32 (K, K).

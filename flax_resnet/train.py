@@ -241,7 +241,7 @@ class _Loop:
                 self.timer.reset()
             watch.at(WAITING, run.step)
         if run.confusion is None:  # the last checkpoint was the end, and the record was not written
-            self._measure()
+            self._evaluate(is_logged=True)
             run.seconds = time.perf_counter() - self.began
 
     def _due(self, every: Sequence[int]) -> bool:
@@ -266,21 +266,20 @@ class _Loop:
         self.pending.clear()
         self.timer.reset()
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, is_logged: bool = False) -> None:
         run = self.run
-        self._measure()
-        run.owes_evaluation = False
-        self.log.write("eval", run.step, run.epoch, run.evaluation)
 
-    def _measure(self) -> None:
         def stop() -> bool:
-            self.watch.at(EVALUATING, self.run.step)
+            self.watch.at(EVALUATING, run.step)
             return self.stop()
 
         try:
-            self.run.evaluate(self.eval_fn, stop)
+            run.evaluate(self.eval_fn, stop)
         except Preempted:
             self._save_and_stop()
+        run.owes_evaluation = False
+        if not is_logged:
+            self.log.write("eval", run.step, run.epoch, run.evaluation)
 
     def _save(self, scores: dict[str, float] | None) -> None:
         run = self.run
