@@ -21,22 +21,22 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 from etils import epath
 
 from flax_resnet import distributed, seals
-from flax_resnet.errors import UserError, check_range
+from flax_resnet.errors import TryAgain, UserError, check_range
 from flax_resnet.files import error_as_one_line, reason
 from flax_resnet.watch import print_report
 
-T = TypeVar("T")
 Which = int | Literal["latest", "best"]
 
 # What process 0 tells the others where it chose no step.
 NO_STEP, ALL_DAMAGED = -1, -2
-
+# Times that a step is chosen anew because another process removed the one before meanwhile.
+MOST_CHOICES = 20
 # Orbax identifies its threads by the number of the process's newest save. Two saves at once, as of
 # runs on several devices, could take each other's signals for their own.
 _ONE_SAVE = threading.Lock()
@@ -73,7 +73,8 @@ class Checkpoints:
 
     Each holds ``state`` (a tree of arrays) and ``meta`` (JSON: the data position, the config
     record), and is sealed. With several processes every process calls every method: all write
-    their part of the arrays, and process 0 seals, removes and chooses.
+    their part of the arrays, and process 0 seals, removes and chooses. Methods that read raise
+    UserError where there is no such checkpoint, or it cannot be read.
     """
 
     def __init__(
@@ -97,10 +98,9 @@ class Checkpoints:
         """
         self.directory = seals.open_directory(directory)
         self._config, self._say = config, say
-        self._verified: set[int] = set()
-        self._reported: set[int] = set()
+        self._problems: dict[int, str | None] = {}  # of the steps whose files were hashed
         self._saver = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._saving: concurrent.futures.Future[None] | None = None
         if config is not None and distributed.is_lead():
             with self._writing(resumed_from or 0):
                 newest = math.inf if resumed_from is None else resumed_from
@@ -126,25 +126,53 @@ class Checkpoints:
         try:
             with self._writing(step):
                 self._checkpointer.save(self._path(step), args=items, force=True)
-                self._saving = step, self._saver.submit(self._commit, step, scores)
+                self._saving = self._saver.submit(self._commit, step, scores)
         except BaseException:
             _ONE_SAVE.release()
             raise
 
+    def _commit(self, step: int, scores: dict | None) -> None:
+        """Waits until a save is on disk, seals it, and only then removes what is not kept."""
+        with self._writing(step):
+            try:
+                self._checkpointer.wait_until_finished()
+            finally:
+                _ONE_SAVE.release()
+            if distributed.is_lead():
+                assert self._config is not None
+                seals.write(self._path(step), seals.take(self._path(step), scores))
+                self._problems[step] = None
+                seals.prune(self.directory, self._config.keep_last, self._config.keep_best)
+
     def rate(self, step: int, scores: dict) -> None:
         """Adds the evaluation to a step that was saved before it was evaluated."""
         self.wait()
-        if distributed.is_lead() and (seal := self._steps().get(step)):
-            with self._writing(step):
+        with self._writing(step):
+            if distributed.is_lead() and (seal := seals.read(self._path(step))):
                 seals.write(self._path(step), dataclasses.replace(seal, scores=scores))
 
-    def latest_step(self) -> int | None:
-        """The newest whole checkpoint's step, None where there is no checkpoint.
+    def wait(self) -> None:
+        """Blocks until every save is on disk and sealed.
 
         Raises:
-          UserError: all of them are damaged.
+          UserError: one could not be written.
         """
-        return self._find("latest")
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def close(self) -> None:
+        """Waits for saves under way and ends the threads."""
+        try:
+            self.wait()
+        finally:
+            self._saver.shutdown()
+            if "_checkpointer" in vars(self):  # it was needed
+                self._checkpointer.close()
+
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint's step, None where there is no checkpoint."""
+        return self._read("latest", lambda path: int(path.name), or_none=True)
 
     def meta(self, which: Which = "latest") -> dict[str, Any]:
         """What a checkpoint says beside its arrays."""
@@ -164,38 +192,13 @@ class Checkpoints:
           (state, meta).
 
         Raises:
-          UserError: there is no such checkpoint, it cannot be read, or its arrays differ from
-            the template.
+          UserError: the arrays differ from the template.
         """
         return self._read(which, lambda path: self._restored(path, template))
 
     def read(self, which: Which = "latest") -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads a checkpoint as it was stored: (state as nested dicts of numpy arrays, meta).
-
-        Raises:
-          UserError: there is no such checkpoint, or it cannot be read.
-        """
+        """Reads a checkpoint as it was stored: (state as nested dicts of numpy arrays, meta)."""
         return jax.device_get(self._read(which, lambda path: self._restored(path, None)))
-
-    def wait(self) -> None:
-        """Blocks until every save is on disk and sealed.
-
-        Raises:
-          UserError: one could not be written.
-        """
-        if self._saving is not None:
-            (step, saved), self._saving = self._saving, None
-            with self._writing(step):
-                saved.result()
-
-    def close(self) -> None:
-        """Waits for saves under way and ends the threads."""
-        try:
-            self.wait()
-        finally:
-            self._saver.shutdown()
-            if "_checkpointer" in vars(self):  # it was needed
-                self._checkpointer.close()
 
     @functools.cached_property
     def _checkpointer(self) -> Any:
@@ -208,85 +211,75 @@ class Checkpoints:
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
 
-    def _commit(self, step: int, scores: dict | None) -> None:
-        """Waits until a save is on disk, seals it, and only then removes what is not kept."""
-        try:
-            self._checkpointer.wait_until_finished()
-        finally:
-            _ONE_SAVE.release()
-        if distributed.is_lead():
-            assert self._config is not None
-            seals.write(self._path(step), seals.take(self._path(step), scores))
-            self._verified.add(step)
-            seals.prune(self.directory, self._config.keep_last, self._config.keep_best)
-
     def _path(self, step: int) -> epath.Path:
         return self.directory / str(step)
 
-    def _steps(self) -> dict[int, seals.Seal]:
-        with self._reading(self.directory):
-            return seals.steps(self.directory)
+    def _read(
+        self, which: Which, reading: Callable[[epath.Path], Any], or_none: bool = False
+    ) -> Any:
+        """What ``reading`` returns for the directory of the step that ``which`` names.
 
-    def _find(self, which: Which) -> int | None:
-        """The first whole step that ``which`` names, the same in every process."""
-        chosen = self._choose(which) if distributed.is_lead() else NO_STEP
-        chosen = distributed.same_everywhere(chosen)
-        if chosen == ALL_DAMAGED:
-            kind = f"checkpoint {which}" if isinstance(which, int) else "every checkpoint"
-            raise UserError(
-                f"{kind} in {self.directory} is damaged: put back a copy, or remove that directory "
-                "to begin again"
+        Another process may remove that step meanwhile, its seal first. What was read then is not
+        used, and a step is chosen again. Several processes read only before they write.
+        """
+        line = lambda error: (  # noqa: E731
+            f"checkpoint {which!r} in {self.directory} cannot be read ({reason(error)}): mend it, "
+            "or remove the directory of that step"
+        )
+        several, lead = jax.process_count() > 1, distributed.is_lead()
+        with error_as_one_line(line, jax.process_count()):
+            for _ in range(MOST_CHOICES):
+                steps = seals.steps(self.directory) if lead else {}
+                try:
+                    step = self._choose(which, steps) if lead else NO_STEP
+                    step = distributed.same_everywhere(step)
+                    if step == NO_STEP and or_none:
+                        return None
+                    if step < 0:
+                        raise UserError(self._why_none(step, which))
+                    result = reading(self._path(step))
+                except Exception:
+                    if several or seals.steps(self.directory) == steps:
+                        raise
+                else:
+                    if several or step in seals.steps(self.directory):
+                        return result
+            raise TryAgain(
+                f"checkpoints in {self.directory} are removed faster than they can be read: try "
+                "again when the run that saves them has ended"
             )
-        return None if chosen == NO_STEP else chosen
 
-    def _choose(self, which: Which) -> int:
-        """Verifies the steps that ``which`` names until one is whole; reports those before it."""
-        steps, outcome = self._steps(), NO_STEP
-        best, latest = seals.by_top1(steps), sorted(steps, reverse=True)
-        order = {"latest": latest, "best": dict.fromkeys([*best, *latest])}
-        for step in order[which] if isinstance(which, str) else steps.keys() & {which}:
-            path = self._path(step)
-            with self._reading(path):
-                problem = None if step in self._verified else seals.problem(path, steps[step])
-                if problem is not None and seals.read(path) != steps[step]:
-                    return self._choose(which)  # another process has removed it, or sealed it anew
-            if problem is None:
-                self._verified.add(step)
+    def _why_none(self, step: int, which: Which) -> str:
+        if step == NO_STEP:
+            steps = sorted(seals.steps(self.directory))
+            return f"no checkpoint {which!r} in {self.directory}: it holds steps {steps}"
+        return (
+            f"{'every checkpoint' if isinstance(which, str) else f'checkpoint {which}'} in "
+            f"{self.directory} is damaged: put back a copy, or remove that directory to begin again"
+        )
+
+    def _choose(self, which: Which, steps: dict[int, seals.Seal]) -> int:
+        """The first step that ``which`` names whose files match its seal, or why there is none."""
+        latest = sorted(steps, reverse=True)
+        orders: dict[Any, list[int]] = {
+            "latest": latest,
+            "best": [*seals.by_top1(steps), *latest],
+        }
+        named = orders.get(which, [step for step in steps if step == which])
+        for step in named:
+            if step not in self._problems:
+                problem = seals.problem(self._path(step), steps[step])
+                if problem is not None and seals.read(self._path(step)) != steps[step]:
+                    raise FileNotFoundError(f"step {step} was removed")
+                self._problems[step] = problem
+                if problem is not None:
+                    self._say(
+                        f"checkpoint {step} in {self.directory} is damaged ({problem}): it is "
+                        "passed over"
+                    )
+            if self._problems[step] is None:
                 return step
-            outcome = ALL_DAMAGED
-            if step not in self._reported:
-                self._reported.add(step)
-                self._say(
-                    f"checkpoint {step} in {self.directory} is damaged ({problem}): it is passed "
-                    "over"
-                )
-        return outcome
-
-    def _read(self, which: Which, reading: Callable[[epath.Path], T]) -> T:
-        """What ``reading`` returns for the directory of the step that ``which`` names."""
-        step = self._find(which)
-        if step is None:
-            raise UserError(
-                f"no checkpoint {which!r} in {self.directory}: it holds steps "
-                f"{sorted(self._steps())}"
-            )
-        try:
-            with self._reading(self._path(step)):
-                result = reading(self._path(step))
-        except UserError:
-            if self._is_there(step):
-                raise
-        else:
-            if self._is_there(step):
-                return result
-        return self._read(which, reading)
-
-    def _is_there(self, step: int) -> bool:
-        """Whether a step was not removed while it was read: its seal is what is removed first."""
-        if jax.process_count() > 1 or seals.read(self._path(step)) is not None:
-            return True  # several processes read only before they write
-        self._verified.discard(step)
-        return False
+        return ALL_DAMAGED if named else NO_STEP
 
     def _restored(self, path: epath.Path, template: Any) -> tuple[Any, dict[str, Any]]:
         """(state, meta); without a template the state as it was stored, on one device."""
@@ -314,16 +307,8 @@ class Checkpoints:
         return error_as_one_line(
             lambda error: (
                 f"checkpoint {step} could not be written to {self.directory} ({reason(error)}); "
-                f"whole are steps {sorted(set(self._steps()) - {step})}: make room or mend the "
-                "place, and the same command goes on from there"
-            ),
-            jax.process_count(),
-        )
-
-    def _reading(self, path: epath.Path) -> contextlib.AbstractContextManager[None]:
-        return error_as_one_line(
-            lambda error: (
-                f"{path} cannot be read ({reason(error)}): mend it, or remove that directory"
+                f"whole are steps {sorted(set(seals.steps(self.directory)) - {step})}: make room "
+                "or mend the place, and the same command goes on from there"
             ),
             jax.process_count(),
         )
@@ -342,19 +327,17 @@ def _orbax() -> Any:
     # Importing it takes as long as much of the rest: at the first save, not before the first step.
     import orbax.checkpoint
 
+    def is_not_of_orbax(record: logging.LogRecord) -> bool:
+        texts = record.pathname + record.getMessage()
+        return record.levelno < logging.ERROR or "/orbax/" not in texts
+
+    def report_unraisable(unraisable: Any, report: Callable[..., Any] = sys.unraisablehook) -> None:
+        # Of tensorstore's writes that end after another has failed.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
     # Its threads report the error of a failed save on stderr as well as to the caller.
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_not_of_orbax)
-    sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
+        logging.getLogger(name).addFilter(is_not_of_orbax)
+    sys.unraisablehook = report_unraisable
     return orbax.checkpoint
-
-
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    texts = (record.pathname, record.getMessage())
-    return record.levelno < logging.ERROR or not any("/orbax/" in text for text in texts)
-
-
-def _report_unraisable(report: Callable[[Any], None], unraisable: Any) -> None:
-    # Of tensorstore's writes that end after another has failed.
-    if str(unraisable.exc_value) != "Event loop is closed":
-        report(unraisable)

@@ -7,7 +7,6 @@ import dataclasses
 import fcntl
 import functools
 import json
-import math
 import os
 import sys
 import time
@@ -25,7 +24,7 @@ from flax_resnet.data import FREE, DataConfig
 from flax_resnet.datasets.decode import PACKAGES
 from flax_resnet.distributed import StateSharding
 from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_choices, check_range
-from flax_resnet.files import replacing
+from flax_resnet.files import FULL, replacing
 from flax_resnet.guards import Guard
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD, Optimizer
@@ -35,7 +34,7 @@ from flax_resnet.tracking import AnyTracking, TensorBoard, Tracking
 from flax_resnet.views import Views
 
 # Fields of a network that say how it is computed and not what: a resumed run may change them.
-FREE_MODEL_FIELDS = ("model.scan_blocks", "model.remat")
+FREE_MODEL_FIELDS = ("model.remat",)
 RECORDED_PACKAGES = ("flax_resnet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
                      "tensorflow-datasets", "numpy", *PACKAGES)  # fmt: skip
 SHARED_SECONDS = 90.0
@@ -106,9 +105,7 @@ class TrainConfig:
     average; "fsdp", the parameters too (Rajbhandari et al. 2020, section 5)."""
     steps_per_dispatch: int = dataclasses.field(default=1, metadata=FREE)
     """Steps that one call of the compiled program takes where nothing is logged, evaluated or saved
-    between them; at most those of the run. Signals wait for all of them. For small networks on an
-    accelerator, of a set that lives there: of a streamed one so many batches are there at once, and
-    on a CPU n takes n times as long to compile and no step is shorter."""
+    between them; signals wait for all of them. It pays for small networks on an accelerator."""
     guard: Guard = dataclasses.field(default=Guard(), metadata=FREE)
     """What to do when the run goes wrong."""
     tracking: AnyTracking = dataclasses.field(default=TensorBoard(), metadata=FREE)
@@ -123,26 +120,17 @@ class TrainConfig:
                 f"tracking={self.tracking!r}: expected TensorBoard(), MLflow(), Wandb(), Off(), or "
                 "a dataclass of yours that is a flax_resnet.Tracking"
             )
-        inf = math.inf
-        bounds = {
-            "batch_size": (1, inf),
-            "eval_batch_size": (1, inf),
-            "accum_steps": (1, inf),
-            "log_every_steps": (1, inf),
-            "profile_steps": (0, inf),
-            "steps_per_dispatch": (1, inf),
-            "num_steps": (1, inf),
-            "num_epochs": (POSITIVE, inf),
-            "eval_every_epochs": (POSITIVE, inf),
-            "label_smoothing": (0, 1),
-            "target_threshold": (0, 1),
-            "dropblock_rise": (0, inf),
-            "lookahead_steps": (0, inf),
-            "ema_decay": (POSITIVE, 1),
-            "seed": (0, 2**32),
-        }
-        for name, (least, below) in bounds.items():
-            check_range(name, getattr(self, name), least, below)
+        for name in ("batch_size", "eval_batch_size", "accum_steps", "log_every_steps",
+                     "num_steps", "steps_per_dispatch"):  # fmt: skip
+            check_range(name, getattr(self, name), 1)
+        for name in ("profile_steps", "dropblock_rise", "lookahead_steps"):
+            check_range(name, getattr(self, name), 0)
+        check_range("num_epochs", self.num_epochs, POSITIVE)
+        check_range("eval_every_epochs", self.eval_every_epochs, POSITIVE)
+        check_range("label_smoothing", self.label_smoothing, 0, 1)
+        check_range("target_threshold", self.target_threshold, 0, 1)
+        check_range("ema_decay", self.ema_decay, POSITIVE, 1)
+        check_range("seed", self.seed, 0, 2**32)
         if self.dropblock_rise and not getattr(self.model, "dropblock_rate", 0):
             raise UserError(
                 f"dropblock_rise={self.dropblock_rise} and the model has no DropBlock: set "
@@ -190,6 +178,16 @@ def differences(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
     ]
 
 
+def check_same_config(what: str, there: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raises UserError where a recorded run's config is not ``config``."""
+    if fields := differences(there, config):
+        more = f"; and {len(fields) - 3} more" if len(fields) > 3 else ""
+        raise UserError(
+            f"{what} of another config ({'; '.join(fields[:3])}{more}): choose another --workdir, "
+            "or the same config to resume"
+        )
+
+
 def _is_default(config: Any, name: str) -> bool:
     """Whether the field of a dotted name has the value that it has by itself."""
     outer, _, last = name.rpartition(".")
@@ -226,12 +224,7 @@ def check_workdir(workdir: Path, config: TrainConfig) -> None:
         there, _ = record["config"], record["starts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a run's record ({error!r}): choose another") from error
-    if found := differences(there, config):
-        raise UserError(
-            f"--workdir {workdir} holds a run of another config ({'; '.join(found[:3])}"
-            f"{f'; and {len(found) - 3} more' if len(found) > 3 else ''}): choose another "
-            "workdir, or the same config to resume"
-        )
+    check_same_config(f"--workdir {workdir} holds a run", there, config)
 
 
 @contextlib.contextmanager
@@ -239,9 +232,10 @@ def claimed(workdir: Path, config: TrainConfig) -> Iterator[None]:
     """Makes the workdir, writes the record, and keeps other runs of this machine out of it.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: it cannot be written, or its disk is full when the block is left.
       TryAgain: another process is running in it, or not all processes see it.
     """
+    is_claimed = False
     with contextlib.ExitStack() as stack:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -251,13 +245,20 @@ def claimed(workdir: Path, config: TrainConfig) -> Iterator[None]:
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process lets go
                 write_record(workdir, config)
             _check_shared(workdir)
-        except BlockingIOError as error:
-            raise TryAgain(
-                f"--workdir {workdir} is in use by another process: wait for it, or choose another"
-            ) from error
+            is_claimed = True
+            yield
         except OSError as error:
-            raise UserError(f"--workdir {workdir} cannot be written: {error}") from error
-        yield
+            if is_claimed and error.errno not in FULL:
+                raise
+            if isinstance(error, BlockingIOError):
+                raise TryAgain(
+                    f"--workdir {workdir} is in use by another process: wait for it, or choose "
+                    "another"
+                ) from error
+            raise UserError(
+                f"--workdir {workdir} cannot be written ({error}): make room, and the same command "
+                "goes on from the last checkpoint, or choose another"
+            ) from error
 
 
 def _check_shared(workdir: Path) -> None:

@@ -23,19 +23,10 @@ from jax.sharding import Mesh
 
 from flax_resnet import distributed
 from flax_resnet.datasets import prepare, sources, stream
-from flax_resnet.datasets.decode import PACKAGES, Decoder
-from flax_resnet.datasets.rows import (
-    BatchReader,
-    batch_epochs,
-    batch_rows,
-    decode_chunks,
-    eval_rows,
-    shard_slice,
-    take,
-)
+from flax_resnet.datasets.decode import Decoder
+from flax_resnet.datasets.rows import BatchReader, decode_chunks, take
 from flax_resnet.errors import UserError, check_choices, check_range
 from flax_resnet.files import digest
-from flax_resnet.provenance import versions
 
 # Images are decoded and summed up this many bytes of pixels at a time.
 CHUNK_BYTES = 2**24
@@ -76,38 +67,28 @@ class DataConfig:
     """With image_size: train on a random area and aspect of each image (Szegedy et al. 2015)."""
     repeats: int = 1
     """Train on so many copies of each image in a row, each changed on its own (repeated
-    augmentation, Hoffer et al. 2020); an epoch has as many steps as before, so that all images
-    have come only after so many epochs."""
+    augmentation, Hoffer et al. 2020); all images have come only after so many epochs."""
     resident_mb: int = dataclasses.field(default=2048, metadata=FREE)
     """Sets of up to this many MiB of pixels live on the device; larger ones stream."""
     num_workers: int = dataclasses.field(default=2, metadata=FREE)
-    """Worker processes that decode a streamed set, in two threads each where there are cores for
-    them; 0 decodes in threads of this process, one a core and at most eight: nothing is sent, but
-    the training loop waits for Python with them."""
+    """Worker processes that decode a streamed set; 0 decodes in threads of this process, and the
+    training loop waits for Python with them."""
     statistics_examples: int = 100_000
     """Normalisation statistics read at most so many training images, evenly spaced."""
 
     def __post_init__(self) -> None:
-        for name, least in {
-            "image_size": 1,
-            "eval_image_size": 1,
-            "repeats": 1,
-            "holdout_every": 2,
-            "resident_mb": 0,
-            "num_workers": 0,
-            "statistics_examples": 1,
-            "pad": 0,
-        }.items():
-            check_range(f"data.{name}", getattr(self, name), least)
+        for name in ("image_size", "eval_image_size", "repeats", "statistics_examples"):
+            check_range(f"data.{name}", getattr(self, name), 1)
+        for name in ("resident_mb", "num_workers", "pad"):
+            check_range(f"data.{name}", getattr(self, name), 0)
+        check_range("data.holdout_every", self.holdout_every, 2)
         check_choices(self)
         if not 0 < self.crop_ratio <= 1:
             raise UserError(f"data.crop_ratio={self.crop_ratio}: expected a share in (0, 1]")
-        if self.crop_ratio != 1 and self.image_size is None:
-            raise UserError("data.crop_ratio needs a size: set --data.image-size")
-        if self.random_resized_crop and self.image_size is None:
-            raise UserError("data.random_resized_crop needs a size: set --data.image-size")
-        if self.eval_image_size is not None and self.image_size is None:
-            raise UserError("data.eval_image_size needs a size to train at: set --data.image-size")
+        sized = {"crop_ratio": 1.0, "random_resized_crop": False, "eval_image_size": None}
+        for name, off in sized.items():
+            if getattr(self, name) != off and self.image_size is None:
+                raise UserError(f"data.{name} needs a size to train at: set --data.image-size")
 
     def decoder(self, channels: int, split: Split = "eval") -> Decoder:
         """What turns stored bytes into pixels of so many channels, without random crops."""
@@ -127,6 +108,7 @@ class Data:
       image_shape: (H, W, C) of a training image.
       eval_shape: (H, W, C) of an evaluation image.
       batch_shape: image_shape, or (F,) of the features in its place: a training example.
+      mesh: what batches are split over.
       class_names: name of each label.
       num_train: training examples.
       num_eval: evaluation examples.
@@ -148,7 +130,7 @@ class Data:
           UserError: it is missing, damaged, has labels of ``num_classes`` and above, or
             images of several sizes and no ``image_size``.
         """
-        self._config, self._mesh, self._with_rows = config, mesh, with_rows
+        self._config, self.mesh, self._with_rows = config, mesh, with_rows
         self._sources = dict(zip(SPLITS, open_sources(config), strict=True))
         train, evaluation = self._sources.values()
         self.class_names = train.class_names
@@ -157,29 +139,22 @@ class Data:
                 f"model.num_classes={num_classes} and the data has labels 0 to "
                 f"{len(self.class_names) - 1}: set --model.num-classes {len(self.class_names)}"
             )
-        self.image_shape = _image_shape(config, train)
-        channels = self.image_shape[2]
-        side = config.eval_image_size
-        size = self.image_shape[:2] if side is None else (side + 2 * config.pad,) * 2
-        self.eval_shape = (*size, channels)
+        self.num_train, self.num_eval = len(train), len(evaluation)
+        if not self.num_train or not self.num_eval:
+            what = "evaluation" if self.num_train else "training"
+            raise UserError(f"the {what} split of {config.title} is empty")
+        self.image_shape = _image_shape(config, train, config.image_size)
+        self.eval_shape = _image_shape(config, train, config.eval_image_size or config.image_size)
         self._shapes = {"train": self.image_shape, "eval": self.eval_shape}
         self.batch_shape: tuple[int, ...] = self.image_shape
+        channels = self.image_shape[2]
         self._decoders = {split: config.decoder(channels, split) for split in SPLITS}
-        self.num_train, self.num_eval = len(train), len(evaluation)
-        for what, count in (("training", self.num_train), ("evaluation", self.num_eval)):
-            if not count:
-                raise UserError(f"the {what} split of {config.title} is empty")
         self._chunk = max(1, CHUNK_BYTES // math.prod(self.image_shape))
         pixels = math.prod(self.image_shape) * self.num_train
         pixels += math.prod(self.eval_shape) * self.num_eval
         self.resident = not config.random_resized_crop and pixels <= config.resident_mb * 2**20
         if self.resident:
             self._keep({split: self._decoded(split) for split in SPLITS})
-
-    @property
-    def num_devices(self) -> int:
-        """Devices that a batch is split over."""
-        return self._mesh.size
 
     def describe(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as JSON values."""
@@ -191,125 +166,94 @@ class Data:
         }
 
     @property
-    def decoded_by(self) -> str:
-        """What decides the pixels of a streamed set, with versions; "" of one on the device."""
-        named = [] if self.resident else [" ".join(pair) for pair in versions(PACKAGES).items()]
-        return ", ".join(named)
-
-    @property
     def sizes(self) -> str:
         """Of the images, to be printed."""
         train, evaluated = ("x".join(map(str, shape)) for shape in self._shapes.values())
         return train if train == evaluated else f"{train} and {evaluated}"
 
     def _decoded(self, split: Split) -> dict[str, np.ndarray]:
-        source = self._sources[split]
-        images = np.empty((len(source), *self._shapes[split]), np.uint8)
-        labels = np.empty(len(source), np.int32)
-        start = 0
-        rows = np.arange(len(source))
-        for pixels, chunk_labels in decode_chunks(source, self._decoders[split], rows, self._chunk):
-            stop = start + len(pixels)
-            images[start:stop], labels[start:stop] = pixels, chunk_labels
-            start = stop
+        parts = self._decode(split, np.arange(len(self._sources[split])))
+        images, labels = map(np.concatenate, zip(*parts, strict=True))
         return {"image": images, "label": labels}
 
     def train_images(self, most: int | None = None) -> Iterator[np.ndarray]:
-        """Training images for statistics, uint8 (n, H, W, C) a time: all, or an even sample.
+        """Training images for statistics, uint8 (n, H, W, C) a time.
 
-        Args:
-          most: of them, where that is fewer than ``statistics_examples``.
+        Evenly spread ones where there are more than ``most`` or ``statistics_examples``.
         """
-        count = min(self.num_train, self._config.statistics_examples)
-        count = count if most is None else min(count, most)
+        count = min(self.num_train, self._config.statistics_examples, most or self.num_train)
         rows = np.linspace(0, self.num_train - 1, count).round().astype(np.int32)
         if self.resident:
             images = self._resident["train"]["image"]
             for start in range(0, count, self._chunk):
                 yield np.asarray(images[rows[start : start + self._chunk]])
-            return
-        source, decoder = self._sources["train"], self._decoders["train"]
-        for pixels, _ in decode_chunks(source, decoder, rows, self._chunk):
-            yield pixels
+        else:
+            for pixels, _ in self._decode("train", rows):
+                yield pixels
+
+    def _decode(self, split: Split, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(images uint8 (n, H, W, C), labels int32 (n,)) of a split's rows, some at a time."""
+        return decode_chunks(self._sources[split], self._decoders[split], rows, self._chunk)
 
     def train_batches(
         self, seed: int | Sequence[int], batch_size: int, start_step: int, stop_step: int
     ) -> Iterator[dict[str, jax.Array]]:
-        """Batches from ``start_step`` to before ``stop_step``.
+        """Batches of ``batch_size`` from ``start_step`` to before ``stop_step``.
 
-        Args:
-          seed: of the order; of a resident set also several, for networks that train together.
-          batch_size: images in a batch.
-          start_step: first batch.
-          stop_step: one past the last.
+        ``seed`` is that of the order; a resident set takes several, for networks that train
+        together.
 
         Yields:
           {"image" uint8 (B, H, W, C), "label" int32 (B,)}, and with_rows "row" and "epoch" int32
           (B,), split over the devices. Of S seeds (S, B, ...): a batch of each seed's order.
         """
-        with contextlib.closing(
-            self.host_batches(seed, batch_size, start_step, stop_step)
-        ) as batches:
-            yield from map(self.place, batches)
+        parts = self.host_batches(seed, batch_size, start_step, stop_step)
+        with contextlib.closing(parts):
+            yield from map(self.place, parts)
 
     def host_batches(
         self, seed: int | Sequence[int], batch_size: int, start_step: int, stop_step: int
     ) -> Generator[dict[str, np.ndarray]]:
-        """This process's part of each training batch, on the host; of a resident set, its rows.
+        """This process's part of each training batch, on the host, as ``train_batches`` has it.
 
-        Args: as of ``train_batches``.
+        Of a resident set only which examples a batch has: "row", and with_rows "epoch".
         """
-        if self.resident:
-            for step in range(start_step, stop_step):
-                yield self.train_rows(seed, step, batch_size)
-            return
-        assert isinstance(seed, int)
-        yield from self._stream("train", batch_size, seed, start_step, stop_step)
+        if isinstance(seed, int):
+            return self._batches(self._reader("train", batch_size, seed), start_step, stop_step)
+        readers = [self._reader("train", batch_size, one) for one in seed]
+        each = (self._batches(reader, start_step, stop_step) for reader in readers)
+        stacked = lambda parts: jax.tree.map(lambda *x: np.stack(x), *parts)  # noqa: E731
+        return (stacked(parts) for parts in zip(*each, strict=True))
 
-    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """A training batch on the devices, from what ``host_batches`` gives."""
-        placed = distributed.put_batch(self._mesh, batch)
-        return self._take(self._resident["train"], placed) if self.resident else placed
-
-    def eval_batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
-        """The evaluation split once, in order; "mask" is False on the padding of the last batch."""
-        yield from self.in_order("eval", batch_size)
+    def place(self, batch: dict[str, np.ndarray], split: Split = "train") -> dict[str, jax.Array]:
+        """A batch on the devices, from what ``host_batches`` gives."""
+        placed = distributed.put_batch(self.mesh, batch)
+        if not self.resident:
+            return placed
+        mask = {"mask": placed.pop("mask")} if "mask" in placed else {}
+        return {**self._take(self._resident[split], placed), **mask}
 
     def in_order(self, split: Split, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         """A split once, in order; "mask" is False on the padding of the last batch."""
-        source = self._sources[split]
-        num_steps = -(-len(source) // batch_size)
-        if not self.resident:
-            read = self._stream(split, batch_size, None, 0, num_steps)
-            with contextlib.closing(read):  # ends the workers, also where the caller stops early
-                for batch in read:
-                    yield distributed.put_batch(self._mesh, batch)
-            return
-        for step in range(num_steps):
-            rows, mask = eval_rows(step, batch_size, len(source))
-            mine = [_my_part(part) for part in (rows.astype(np.int32), mask)]
-            there, counted = distributed.put_batch(self._mesh, mine)
-            yield {**self._take(self._resident[split], {"row": there}), "mask": counted}
+        reader = self._reader(split, batch_size)
+        parts = self._batches(reader, 0, -(-len(reader.source) // batch_size))
+        with contextlib.closing(parts):  # ends the workers, also where the caller stops early
+            for part in parts:
+                yield self.place(part, split)
 
     def fingerprint(self, split: Split) -> str:
-        """A hash of a split's images, as they are decoded, and of its labels."""
-        if self.resident:
-            arrays = self._resident[split]
-            return digest([repr(self._shapes[split]), *map(np.asarray, arrays.values())])
-        # Decoding takes longer than the rest of the work: what is decoded, and how, says the same.
+        """A hash of a split's stored images, of how they are decoded, and of its labels."""
         source = self._sources[split]
-        found = hashlib.sha256(f"{self._decoders[split]} {versions(PACKAGES)}".encode())
+        sha256 = hashlib.sha256(repr(self._decoders[split]).encode())
         for start in range(0, len(source), 256):
             encoded, labels = source.read(range(start, min(start + 256, len(source))))
-            found.update(digest([labels, *encoded]).encode())
-        return found.hexdigest()
+            sha256.update(digest([labels, *encoded]).encode())
+        return sha256.hexdigest()
 
     def with_features(self, features: Mapping[Split, np.ndarray], labels: Any) -> Data:
         """The same splits with each image's features (N, F) in its place, on the devices.
 
-        Args:
-          features: of each split, in its order.
-          labels: likewise, int32 (N,).
+        ``labels`` are int32 (N,) of each split.
         """
         other = copy.copy(self)
         other.batch_shape = features["train"].shape[1:]
@@ -320,54 +264,40 @@ class Data:
     def _keep(self, arrays: Mapping[Split, dict[str, np.ndarray]]) -> None:
         """Puts the splits on the devices."""
         self._resident = {
-            split: distributed.put_replicated(self._mesh, part) for split, part in arrays.items()
+            split: distributed.put_replicated(self.mesh, part) for split, part in arrays.items()
         }
-        self._take = jax.jit(take, out_shardings=distributed.batch_sharding(self._mesh))
-
-    def train_rows(
-        self, seed: int | Sequence[int], step: int, batch_size: int
-    ) -> dict[str, np.ndarray]:
-        """This process's part of which examples a batch has, as ``rows.take`` takes it.
-
-        "row", and with_rows "epoch": int32 (B,), of S seeds (S, B).
-        """
-
-        def of(one: int) -> np.ndarray:
-            return batch_rows(one, step, batch_size, self.num_train, self._config.repeats)
-
-        rows = of(seed) if isinstance(seed, int) else np.stack([of(one) for one in seed])
-        which = {"row": rows}
-        if self._with_rows:
-            epochs = batch_epochs(step, batch_size, self.num_train, self._config.repeats)
-            which["epoch"] = np.broadcast_to(epochs, rows.shape)
-        return {name: _my_part(x.astype(np.int32)) for name, x in which.items()}
+        self._take = jax.jit(take, out_shardings=distributed.batch_sharding(self.mesh))
 
     @property
     def train_arrays(self) -> dict[str, jax.Array]:
         """The training split on the devices, where it is ``resident``."""
         return self._resident["train"]
 
-    def _stream(
-        self, split: Split, batch_size: int, seed: int | None, start: int, stop: int
-    ) -> Generator[dict[str, np.ndarray]]:
-        """This process's rows of batches, in step order, read by Grain's workers or threads.
-
-        Without a seed they are in the split's own order, and not cropped at random.
-        """
+    def _reader(self, split: Split, batch_size: int, seed: int | None = None) -> BatchReader:
+        """What knows and reads a split's batches; without a seed in order, and not cropped."""
         config, decoder = self._config, self._decoders[split]
         if seed is not None:
             decoder = dataclasses.replace(decoder, random_crop=config.random_resized_crop)
-        shard = (jax.process_index(), jax.process_count())
-        reader = BatchReader(
-            self._sources[split], decoder, batch_size, seed, shard, config.repeats, self._with_rows
+        shard, source = (jax.process_index(), jax.process_count()), self._sources[split]
+        return BatchReader(
+            source, decoder, batch_size, seed, shard, config.repeats, self._with_rows
         )
-        return stream.batches(reader, start, stop, config.num_workers)
+
+    def _batches(
+        self, reader: BatchReader, start: int, stop: int
+    ) -> Generator[dict[str, np.ndarray]]:
+        if self.resident:
+            yield from map(reader.rows, range(start, stop))
+        else:
+            yield from stream.batches(reader, start, stop, self._config.num_workers)
 
 
-def _image_shape(config: DataConfig, source: sources.Source) -> tuple[int, int, int]:
+def _image_shape(
+    config: DataConfig, source: sources.Source, side: int | None
+) -> tuple[int, int, int]:
+    """(H, W, C) of decoded images: resized to ``side``, or as they are stored, and padded."""
     height, width, channels = source.image_shape
-    if config.image_size is not None:
-        height = width = config.image_size
+    height, width = side or height, side or width
     if height is None or width is None:
         raise UserError(
             f"images of {config.title} differ in size: set --data.image-size, for example 224"
@@ -387,8 +317,3 @@ def open_sources(config: DataConfig, splits: Any = None, every: int | None = Non
     if config.name == sources.DIGITS:
         prepare.prepare(config.name, config.data_dir)
     return list(sources.open_tfds(config.name, config.data_dir, splits))
-
-
-def _my_part(rows: np.ndarray) -> np.ndarray:
-    """This process's equal part of a global batch's rows."""
-    return rows[shard_slice(len(rows), jax.process_index(), jax.process_count())]

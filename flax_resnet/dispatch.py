@@ -18,7 +18,7 @@ class Group(NamedTuple):
     """What n steps get; networks that train together have a second axis of their own."""
 
     batch: Any
-    """Rows of a resident set, int32 (n, B), as ``Data.train_rows`` says; else (n, B, ...)."""
+    """Rows of a resident set, int32 (n, B), as ``Data.host_batches`` says; else (n, B, ...)."""
 
 
 def num_steps(batch: Any) -> int:

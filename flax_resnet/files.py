@@ -50,22 +50,6 @@ def error_as_one_line(line: Callable[[Exception], str], num_processes: int = 1) 
         raise kind(line(error)) from error
 
 
-@contextlib.contextmanager
-def full_disk_as_one_line(place: Path, advice: str) -> Iterator[None]:
-    """Turns a full disk or quota into a UserError of one line.
-
-    Args:
-      place: the directory that is written to.
-      advice: what to do, after the reason.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise UserError(f"{place} cannot be written ({error.strerror}): {advice}") from error
-
-
 def reason(error: BaseException) -> str:
     """An error on one line, short; a full disk is named as the system names it."""
     text = " ".join((str(error) or type(error).__name__).split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,13 +43,14 @@ def grid(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers or len(set(numbers)) < len(numbers):
         raise UserError(f"seeds={seeds}: expected one or more, each once")
-    choices = [_choices(field, options) for field, options in axes.items()]
     configs: dict[str, TrainConfig] = {}
-    for combination in itertools.product(*choices):
+    for combination in itertools.product(*itertools.starmap(_choices, axes.items())):
         changed = base
         for _, changes in combination:
             for field, value in changes.items():
-                changed = _set(changed, field, value)
+                if field == "seed":
+                    raise UserError("the axis seed: seeds are the runs of a variant, seeds=")
+                changed = replaced(changed, field, value)
         variant = check_name(",".join(label for label, _ in combination) or "base")
         for seed in numbers:
             name = f"{variant}/seed{seed}"
@@ -56,15 +58,6 @@ def grid(
                 raise UserError(f"two variants are called {variant!r}: give them labels")
             configs[name] = replaced(changed, "seed", seed)
     return configs
-
-
-def _set(config: TrainConfig, field: str, value: Any) -> TrainConfig:
-    if field == "seed":
-        raise UserError("the axis seed: seeds are the runs of a variant; give them as seeds=")
-    try:
-        return replaced(config, field, value)
-    except TypeError as error:
-        raise UserError(f"{field}={value!r:.60} does not fit: {error}") from error
 
 
 def _choices(field: str, options: Options) -> list[tuple[str, dict[str, Any]]]:
@@ -117,6 +110,8 @@ def replaced(config: Any, field: str, value: Any) -> Any:
         if not dataclasses.is_dataclass(inner):
             raise UserError(f"{name} has no fields, {field!r} names one: set {name!r} itself")
         value = replaced(inner, rest, value)
-    if module:
-        return config.clone(**{name: value})
-    return dataclasses.replace(config, **{name: value})
+    change = config.clone if module else functools.partial(dataclasses.replace, config)
+    try:
+        return change(**{name: value})
+    except TypeError as error:
+        raise UserError(f"{field}={value!r:.60} does not fit: {error}") from error

@@ -15,7 +15,7 @@ from flax_resnet import analysis, distributed, flags, hosts, preemption, tables
 from flax_resnet.compilation import use_cache
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
-from flax_resnet.sweeps import sweep, train_seeds
+from flax_resnet.sweeps import check_finished, sweep, train_seeds
 from flax_resnet.train import train_and_evaluate
 
 NEXT = """look at it: flax-resnet report {workdir}
@@ -87,11 +87,7 @@ def ablate(
             if not distributed.is_lead():
                 return
             print(tables.markdown(rows, baseline))
-            if failed := [row for row in rows if row["state"] != tables.FINISHED]:
-                raise UserError(
-                    f"{len(failed)} of {len(rows)} runs failed: {chosen.workdir}/failures says "
-                    "how; the same command tries them again"
-                )
+            check_finished(rows, chosen.workdir)
 
 
 def chosen_by(

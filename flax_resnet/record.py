@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import sys
@@ -84,19 +85,14 @@ def from_record(record: Any) -> Any:
         for name, value in record.items()
         if name != "class" and not is_removed(record, name)
     }
-    for name in values:
-        if name not in known and name in REMOVED_FIELDS.get(record["class"], {}):
-            neutral = REMOVED_FIELDS[record["class"]][name]
-            raise UserError(
-                f"{record['class']}: {name}={values[name]!r} in the record, expected {neutral!r}, "
-                "for this version has no such field: use the version that wrote the record, or "
-                f"write {neutral!r} there to go on without it"
+    for name in values.keys() - known:
+        advice = f"{did_you_mean(name, known)}: the record is of another version, or mistyped"
+        if name in (removed := REMOVED_FIELDS.get(record["class"], {})):
+            advice = (
+                f" any more, and {values[name]!r} in the record: use the version that wrote it, or "
+                f"write {removed[name]!r} there to go on without it"
             )
-        if name not in known:
-            raise UserError(
-                f"{record['class']} has no field {name!r}{did_you_mean(name, known)}: the record "
-                "is of another version, or mistyped"
-            )
+        raise UserError(f"{record['class']} has no field {name!r}{advice}")
     return cls(**values)
 
 
@@ -127,10 +123,8 @@ def find_class(name: str) -> type:
     module_name, _, qualname = today.partition(":")
     module = sys.modules.get(module_name)
     if module is None and (moved or module_name.split(".")[0] == "flax_resnet"):
-        try:
+        with contextlib.suppress(ImportError):
             module = importlib.import_module(module_name)
-        except ImportError:
-            module = None
     if moved and module is None:
         raise UserError(
             f"class {name!r} is in {module_name}, which cannot be imported here: put a checkout of "

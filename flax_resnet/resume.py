@@ -1,18 +1,13 @@
-"""Going on from a checkpoint: also on other devices, and with blocks scanned that were not."""
+"""Going on from a checkpoint, also on other devices and with the state split otherwise."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
-import jax
-
-from flax_resnet import distributed
 from flax_resnet.checkpoint import Checkpoints
-from flax_resnet.config import differences
+from flax_resnet.config import check_same_config
 from flax_resnet.errors import UserError
-from flax_resnet.models import stack_blocks, unstack_blocks
 from flax_resnet.run import SAVED_FIELDS, Run
 
 
@@ -32,7 +27,7 @@ def restore(run: Run) -> bool:
             return False
         meta = checkpoints.meta(step)
         _check_same(run, meta, f"checkpoint {step} in {checkpoints.directory}")
-        arrays, _ = _arrays(run, checkpoints, step, meta)
+        arrays, _ = checkpoints.restore(run.state.arrays(), step)
     run.state = run.state.replace(**arrays)
     for name in SAVED_FIELDS:
         setattr(run, name, meta.get(name, getattr(run, name)))
@@ -63,37 +58,7 @@ def _check_same(run: Run, meta: dict[str, Any], what: str) -> None:
                 f"{run.workdir} was trained on data with {name} {meta[name]} and it is {here} now: "
                 "give the same data, or another --workdir"
             )
-    if found := differences(meta["config"], run.config):
-        raise UserError(
-            f"{what} is of a run with another config ({'; '.join(found[:3])}): choose another "
-            "--workdir, or the same config to resume"
-        )
-
-
-def _arrays(
-    run: Run, checkpoints: Checkpoints, step: int, meta: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """The arrays of a checkpoint as this run has them, blocks scanned or not."""
-    here = run.state.arrays()
-    scans = run.ran_on()["scan_blocks"]
-    if meta["ran_on"]["scan_blocks"] == scans:
-        return checkpoints.restore(here, step)
-    model = run.config.model
-    change, back = (stack_blocks, unstack_blocks) if scans else (unstack_blocks, stack_blocks)
-
-    def mapped(change: Callable[..., Any], arrays: Any) -> Any:
-        for _ in run.lead:
-            change = jax.vmap(change, in_axes=(None, 0))
-        return change(model, arrays)
-
-    whole = distributed.replicated(run.mesh)
-    there = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-        jax.eval_shape(lambda arrays: mapped(back, arrays), here),
-    )
-    arrays, meta = checkpoints.restore(there, step)
-    shardings = jax.tree.map(lambda x: x.sharding, here)
-    return jax.jit(lambda arrays: mapped(change, arrays), out_shardings=shardings)(arrays), meta
+    check_same_config(f"{what} is", meta["config"], run.config)
 
 
 def changes(run: Run) -> str:

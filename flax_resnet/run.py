@@ -145,21 +145,20 @@ class Run:
 
     def steps(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """(train step, eval step), pure functions of a state and a batch."""
-        config, loss = self.config, LOSSES[self.config.loss]
-        rate = None
+        config, loss, partial = self.config, LOSSES[self.config.loss], functools.partial
+        rate = lookahead = None
         if config.dropblock_rise and not config.cache_features:
             rise = max(1, round(config.dropblock_rise * self.num_steps))
             rate = optax.linear_schedule(0.0, config.model.dropblock_rate, rise)
-        lookahead = None
         if config.lookahead_steps and config.ema_decay is not None:
-            every, decay = config.lookahead_steps, config.ema_decay
-            lookahead = functools.partial(
-                look_ahead, every=every, decay=decay, num_steps=self.num_steps
+            lookahead = partial(
+                look_ahead,
+                every=config.lookahead_steps,
+                decay=config.ema_decay,
+                num_steps=self.num_steps,
             )
-        gather = None
-        if config.sharding == "fsdp":
-            gather = functools.partial(distributed.gathered, self.mesh)
-        step = functools.partial(
+        gathered = partial(distributed.gathered, self.mesh)
+        step = partial(
             train_step,
             augment=config.augment,
             loss=loss,
@@ -169,11 +168,10 @@ class Run:
             ema_decay=config.ema_decay,
             lookahead=lookahead,
             dropblock_rate=rate,
-            gather=gather,
+            gather=gathered if config.sharding == "fsdp" else None,
         )
-        is_split = config.sharding != "replicated"
-        averaged = functools.partial(distributed.gathered, self.mesh) if is_split else None
-        evaluate = functools.partial(eval_step, loss=loss, tta=config.tta, gather=averaged)
+        averaged = None if config.sharding == "replicated" else gathered
+        evaluate = partial(eval_step, loss=loss, tta=config.tta, gather=averaged)
         if self.members:
             return jax.vmap(step), jax.vmap(evaluate, in_axes=(0, None))
         return step, evaluate
@@ -188,15 +186,9 @@ class Run:
         }
 
     def ran_on(self) -> dict[str, Any]:
-        """What a resumed run may have otherwise and this one had, as JSON values."""
-        config = self.config
-        return {
-            **distributed.describe(self.mesh),
-            "sharding": config.sharding,
-            "scan_blocks": bool(getattr(config.model, "scan_blocks", False)),
-            "steps_per_dispatch": self.group,
-            **({"decoder": self.data.decoded_by} if self.data.decoded_by else {}),
-        }
+        """What a resumed run may have otherwise, and changes the last bits; as JSON values."""
+        mesh = distributed.describe(self.mesh)
+        return {**mesh, "sharding": self.config.sharding, "steps_per_dispatch": self.group}
 
     def compile(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """(train step, its state donated; eval step), compiled for the mesh.
@@ -210,32 +202,32 @@ class Run:
         return compiled
 
     def _compile_training(self) -> Callable[..., Any]:
-        if self.group == 1:
-            return self.compile_step()
-        # What the run needs is compiled now; the other program when a batch of its kind comes.
-        single, several = functools.cache(self.compile_step), functools.cache(self.compile_group)
-        for count in set(self.taken):
-            (several if count > 1 else single)()
+        """The programs that the dispatches left need: of one step, of ``group`` steps, or both."""
+        lengths = set(self.taken) or {1}
+        single = {1: self.compile_step()} if 1 in lengths else {}
+        if lengths == {1}:
+            return single[1]
+        several, resident = self.compile_group()
 
         def step(state: Any, batch: Any) -> Any:
             if isinstance(batch, dispatch.Group):
-                program, resident = several()
-                return program(state, resident, batch.batch)
-            return single()(state, batch)
+                return several(state, resident, batch.batch)
+            return single[1](state, batch)
 
         return step
 
+    def _compiled(
+        self, step: Callable[..., Any], out: Any, memory: Any, *like: Any, **options: Any
+    ) -> jax.stages.Compiled:
+        """``step``, compiled for the mesh, of the state and what ``like`` describes."""
+        options |= {"out_shardings": out, "compiler_options": cpu.compiler_options()}
+        with memory:
+            return jax.jit(step, **options).lower(self.state, *like).compile()
+
     def compile_step(self) -> Callable[..., Any]:
         """The train step, compiled for the mesh, its state donated."""
-        step = jax.jit(
-            self.steps()[0],
-            donate_argnums=0,
-            out_shardings=(self.held, self.summed),
-            compiler_options=cpu.compiler_options(),
-        )
-        images = (*self.lead, self.config.batch_size)
-        with self.step_memory():
-            return step.lower(self.state, self._training_batch(images)).compile()
+        batch, out = self._batch(*self.lead, self.config.batch_size), (self.held, self.summed)
+        return self._compiled(self.steps()[0], out, self.step_memory(), batch, donate_argnums=0)
 
     def compile_group(self) -> tuple[jax.stages.Compiled, Any]:
         """(program of ``group`` train steps, the training split where it is resident).
@@ -243,61 +235,46 @@ class Run:
         The program takes the state, the split, and what ``dispatch.Group.batch`` is; it gives the
         state and the sums of every step, stacked.
         """
-        resident, split = self.data.resident, distributed.group_sharding(self.mesh)
-        place = functools.partial(jax.lax.with_sharding_constraint, shardings=self.held)
-        split_batch = functools.partial(
-            jax.lax.with_sharding_constraint, shardings=distributed.batch_sharding(self.mesh)
-        )
+        mesh, resident = self.mesh, self.data.resident
+        split, constrain = distributed.group_sharding(mesh), jax.lax.with_sharding_constraint
 
-        def of_rows(held: Any, which: Any) -> Any:
-            return split_batch(take(held, which))
+        def batch_of(arrays: Any, rows: Any) -> Any:
+            return constrain(take(arrays, rows), distributed.batch_sharding(mesh))
 
         # In a while loop a convolution's backward pass is some 20 times slower on a CPU.
-        rows_of, unroll = (of_rows if resident else None), cpu.is_backend()
-        steps = jax.jit(
-            dispatch.grouped(self.steps()[0], place, rows_of, unroll=unroll),
-            donate_argnums=0,
-            out_shardings=(self.held, split if self.members else self.summed),
-            compiler_options=cpu.compiler_options(),
+        steps = dispatch.grouped(
+            self.steps()[0],
+            lambda state: constrain(state, self.held),
+            batch_of if resident else None,
+            unroll=cpu.is_backend(),
         )
-        images = (self.group, *self.lead, self.config.batch_size)
-        like = self._training_batch(images, split)
+        like = self._batch(self.group, *self.lead, self.config.batch_size, sharding=split)
         if resident:
             like = {"row": like["label"]} | {n: x for n, x in like.items() if n == "epoch"}
-        held = self.data.train_arrays if resident else None
-        with self.step_memory():
-            return steps.lower(self.state, held, like).compile(), held
+        arrays = self.data.train_arrays if resident else None
+        out, memory = (self.held, split if self.members else self.summed), self.step_memory()
+        return self._compiled(steps, out, memory, arrays, like, donate_argnums=0), arrays
 
     def compile_evaluation(self) -> Callable[..., Any]:
         """The eval step, compiled for the mesh."""
-        step = jax.jit(
-            self.steps()[1], out_shardings=self.summed, compiler_options=cpu.compiler_options()
-        )
-        images = (self.config.eval_batch_size,)
-        shape = self.data.batch_shape if self.config.cache_features else self.data.eval_shape
-        batch = self._batch(images, shape)
-        label = batch["label"]
-        mask = jax.ShapeDtypeStruct(label.shape, jnp.bool_, sharding=label.sharding)
-        with self.eval_memory():
-            return step.lower(self.state, {**batch, "mask": mask}).compile()
-
-    def _batch(
-        self, images: tuple[int, ...], shape: tuple[int, ...], split: NamedSharding | None = None
-    ) -> dict[str, Any]:
-        split = split or distributed.batch_sharding(self.mesh)
-        kind = jnp.float32 if self.config.cache_features else jnp.uint8
-        return {
-            "image": jax.ShapeDtypeStruct((*images, *shape), kind, sharding=split),
-            "label": jax.ShapeDtypeStruct(images, jnp.int32, sharding=split),
+        like = self._batch(self.config.eval_batch_size)
+        label, data = like["label"], self.data
+        shape = data.batch_shape if self.config.cache_features else data.eval_shape
+        batch = {
+            "image": like["image"].update(shape=(*label.shape, *shape)),
+            "label": label,
+            "mask": label.update(dtype=jnp.bool_),
         }
+        return self._compiled(self.steps()[1], self.summed, self.eval_memory(), batch)
 
-    def _training_batch(
-        self, images: tuple[int, ...], split: NamedSharding | None = None
-    ) -> dict[str, Any]:
-        batch = self._batch(images, self.data.batch_shape, split)
-        if self.config.augment.alternating_flip:
-            batch |= {"row": batch["label"], "epoch": batch["label"]}
-        return batch
+    def _batch(self, *images: int, sharding: NamedSharding | None = None) -> dict[str, Any]:
+        """Shapes, dtypes and sharding of a training batch with leading axes ``images``."""
+        sharding = sharding or distributed.batch_sharding(self.mesh)
+        kind = jnp.float32 if self.config.cache_features else jnp.uint8
+        image = jax.ShapeDtypeStruct((*images, *self.data.batch_shape), kind, sharding=sharding)
+        label = jax.ShapeDtypeStruct(images, jnp.int32, sharding=sharding)
+        rows = {"row": label, "epoch": label} if self.config.augment.alternating_flip else {}
+        return {"image": image, "label": label, **rows}
 
     def step_memory(self) -> contextlib.AbstractContextManager[None]:
         """Turns running out of memory in training into one line."""
@@ -306,7 +283,7 @@ class Run:
         return guards.memory_advice(advice)
 
     def eval_memory(self) -> contextlib.AbstractContextManager[None]:
-        """Likewise in evaluation."""
+        """Turns running out of memory in evaluation into one line."""
         size = self.config.eval_batch_size
         return guards.memory_advice(
             f"eval_batch_size={size} over {self.mesh.size} devices; set a smaller "
@@ -333,7 +310,7 @@ class Run:
                     yield dispatch.Group(distributed.put_local(split, stacked))
 
     def evaluate(
-        self, step: Callable[..., metrics.Sums], stop: Callable[[], bool] | None = None
+        self, step: Callable[..., metrics.Sums], stop: Callable[[], bool] = lambda: False
     ) -> None:
         """Evaluates the state on the whole evaluation split, every example once.
 
@@ -341,12 +318,18 @@ class Run:
           step: an eval step.
           stop: asked before each batch; where it says so, Preempted is raised.
         """
-        batches = self.data.eval_batches(self.config.eval_batch_size)
+
+        def batches() -> Iterator[Batch]:
+            for batch in self.data.in_order("eval", self.config.eval_batch_size):
+                if stop():
+                    raise Preempted
+                yield batch
+
         jax.block_until_ready(self.state)  # the last steps are no part of the evaluation
         began = time.perf_counter()
         try:
             with self.eval_memory():
-                self.evaluation, self.confusion = evaluate(step, self.state, _until(stop, batches))
+                self.evaluation, self.confusion = evaluate(step, self.state, batches())
         finally:  # one that was stopped took its time too
             self.spent["evaluate"] += time.perf_counter() - began
 
@@ -356,13 +339,6 @@ def held(state: TrainState, mesh: Mesh, kind: distributed.StateSharding) -> Any:
     shardings = jax.tree.map(lambda _: distributed.replicated(mesh), state)
     parts = {name: getattr(state, name) for name in SPLIT_PARTS[kind]}
     return shardings.replace(**distributed.split_shardings(mesh, parts))
-
-
-def _until(stop: Callable[[], bool] | None, batches: Iterable[Batch]) -> Iterator[Batch]:
-    for batch in batches:
-        if stop is not None and stop():
-            raise Preempted
-        yield batch
 
 
 def evaluate(

@@ -53,10 +53,9 @@ def open_directory(directory: epath.PathLike) -> epath.Path:
     Raises:
       UserError: orbax cannot write there.
     """
-    scheme, is_url, _ = str(directory).partition("://")
-    if not is_url:
+    if not is_remote(directory):
         return epath.Path(directory).resolve()
-    if scheme != "gs":
+    if not str(directory).startswith("gs://"):
         raise UserError(
             f"{directory}: expected a path or gs://BUCKET/PATH, where orbax can write: mount "
             "another bucket, and give the path of the mount"
@@ -69,15 +68,26 @@ def open_directory(directory: epath.PathLike) -> epath.Path:
 
 
 def take(directory: epath.Path, scores: dict[str, float] | None = None) -> Seal:
-    """Hashes every file of a directory.
-
-    Raises:
-      OSError: a file cannot be read.
-    """
+    """Hashes every file of a directory."""
     names = sorted(_names(directory))
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         hashes = pool.map(lambda name: _hash(directory / name), names)
         return Seal(dict(zip(names, hashes, strict=True)), scores)
+
+
+def _names(directory: epath.Path, prefix: str = "") -> Iterator[str]:
+    """Relative names of all files of a directory except the seal."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            yield from _names(path, f"{prefix}{path.name}/")
+        elif prefix or not path.name.startswith(SEAL):
+            yield prefix + path.name
+
+
+def _hash(path: epath.Path) -> list[Any]:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return [file.tell(), sha256]
 
 
 def write(directory: epath.Path, seal: Seal) -> None:
@@ -92,63 +102,50 @@ def write(directory: epath.Path, seal: Seal) -> None:
 
 
 def read(directory: epath.Path) -> Seal | None:
-    """The seal of a directory; None where there is none, ``DAMAGED`` where it is damaged.
-
-    Raises:
-      OSError: a bucket did not answer.
-    """
+    """The seal of a directory: None where there is none, ``DAMAGED`` where it is damaged."""
     try:
         record = json.loads((directory / SEAL).read_text())
-        text = record["sealed"]
-        if record["sha256"] != hashlib.sha256(text.encode()).hexdigest():
-            return DAMAGED
-        return Seal(**json.loads(text))
+        if hashlib.sha256(record["sealed"].encode()).hexdigest() == record["sha256"]:
+            return Seal(**json.loads(record["sealed"]))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
-        return DAMAGED
-    except OSError:
-        if is_remote(directory):
-            raise
-        return DAMAGED
+        pass
+    return DAMAGED
 
 
 def problem(directory: epath.Path, seal: Seal) -> str | None:
-    """The first difference between a directory and its seal, or None.
-
-    Raises:
-      OSError: a bucket did not answer.
-    """
+    """The first difference between a directory and its seal, or None."""
     if seal is DAMAGED:
         return f"{SEAL} is not as it was written"
     try:
         files = take(directory).files
     except OSError as error:
-        if is_remote(directory) and not isinstance(error, FileNotFoundError):
+        if is_remote(directory) or isinstance(error, FileNotFoundError):
             raise
-        return f"it cannot be read: {error.strerror or error}"
+        return f"it cannot be read: {error.strerror}"
     for name in sorted(files.keys() | seal.files.keys()):
         if files.get(name) != seal.files.get(name):
             return f"{name} is not as it was written"
     return None
 
 
-def remove(directory: epath.Path) -> None:
-    """Removes a sealed directory, the seal first: what a kill leaves is no checkpoint."""
-    (directory / SEAL).unlink(missing_ok=True)
-    directory.rmtree(missing_ok=True)
-
-
 def steps(directory: epath.Path) -> dict[int, Seal]:
     """The steps in a directory that were written to the end, with their seals."""
-    found = {int(p.name): read(p) for p in directory.glob("*") if p.name.isdecimal()}
-    return {step: seal for step, seal in found.items() if seal is not None}
+    seals = {int(p.name): read(p) for p in directory.glob("*") if p.name.isdecimal()}
+    return {step: seal for step, seal in seals.items() if seal is not None}
 
 
 def by_top1(steps: Mapping[int, Seal]) -> list[int]:
     """The steps that were evaluated, the highest top-1 first; of equal ones the newest."""
     rated = [(seal.scores["top1"], step) for step, seal in steps.items() if seal.scores]
     return [step for _, step in sorted(rated, reverse=True)]
+
+
+def remove(directory: epath.Path) -> None:
+    """Removes a sealed directory, the seal first: what a kill leaves is no checkpoint."""
+    (directory / SEAL).unlink(missing_ok=True)
+    directory.rmtree(missing_ok=True)
 
 
 def prune(directory: epath.Path, keep_last: int, keep_best: int) -> None:
@@ -170,28 +167,12 @@ def tidy(directory: epath.Path, newest: float) -> list[str]:
         directory.mkdir(parents=True, exist_ok=True)
     sealed, removed = steps(directory), []
     for path in directory.glob("*"):
-        step = int(path.name) if path.name.isdecimal() else None
-        if step is not None and step in sealed:
-            if step > newest or sealed[step] is DAMAGED:
-                aside = path.with_name(f"{step}.damaged")
-                aside.rmtree(missing_ok=True)
-                path.rmtree() if is_remote(path) else path.rename(aside)
-        elif step is not None or ".orbax-checkpoint-tmp" in path.name:
+        seal = sealed.get(int(path.name)) if path.name.isdecimal() else None
+        if seal is not None and (int(path.name) > newest or seal is DAMAGED):
+            aside = path.with_name(f"{path.name}.damaged")
+            aside.rmtree(missing_ok=True)
+            path.rmtree() if is_remote(path) else path.rename(aside)
+        elif seal is None and (path.name.isdecimal() or ".orbax-checkpoint-tmp" in path.name):
             path.rmtree()
             removed.append(path.name)
     return sorted(removed)
-
-
-def _names(directory: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Relative names of all files of a directory except the seal."""
-    for path in directory.iterdir():
-        if path.is_dir():
-            yield from _names(path, f"{prefix}{path.name}/")
-        elif prefix or not path.name.startswith(SEAL):
-            yield prefix + path.name
-
-
-def _hash(path: epath.Path) -> list[Any]:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return [file.tell(), sha256]

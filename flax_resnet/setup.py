@@ -24,7 +24,7 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
 from flax_resnet.layers import check_bn_group, needs_x64
-from flax_resnet.models import WeightsError, initializer
+from flax_resnet.models import ResNet, WeightsError, initializer
 from flax_resnet.optim import LAMB, LARS, Muon
 from flax_resnet.pretrained import Pretrained
 from flax_resnet.resume import restore
@@ -81,13 +81,7 @@ def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
     _check_model(config.model)
     if getattr(config.model, "norm_kind", None) == "batch" and not config.cache_features:
         check_bn_group(config.model.bn_group, config.batch_size, config.accum_steps)
-    transfer.check(
-        config.model,
-        cache_features=config.cache_features,
-        images_change=config.augment != Augment() or config.data.random_resized_crop,
-        measure_norms=config.measure_norms,
-        unfreezes=bool(config.optimizer.unfreeze),
-    )
+    _check_transfer(config)
     by_layer = isinstance(config.optimizer, (LARS, LAMB, Muon))
     if by_layer and getattr(config.model, "scan_blocks", False):
         raise UserError(
@@ -101,23 +95,14 @@ def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
     tx, schedule = config.optimizer.build(num_steps, steps_per_epoch)
     opened = None if config.weights is None else transfer.open_for(config.model, config.weights)
     start = _starter(config, tx, data.image_shape, opened)
-    with _starting_place(config.sharding):
+    with contextlib.ExitStack() as stack:
+        if config.sharding != "replicated":  # it may not fit one device whole
+            with contextlib.suppress(RuntimeError):  # JAX was told to leave the CPU alone
+                stack.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
         fresh = start(config.seed)
     state = distributed.put(fresh, held(fresh, mesh, config.sharding))
-    _check_output(config.model, state, data.image_shape)
-    if data.eval_shape != data.image_shape:
-        _check_sizes(config.model, state, data)
+    _check_shapes(config.model, state, data)
     return Run(config, workdir, mesh, data, num_steps, steps_per_epoch, schedule, state, start)
-
-
-def _starting_place(sharding: str) -> contextlib.AbstractContextManager[Any]:
-    """Where a state is drawn that may not fit one device whole: in the machine's memory."""
-    if sharding == "replicated":
-        return contextlib.nullcontext()
-    try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX was told to leave the CPU alone
-        return contextlib.nullcontext()
 
 
 def _say(line: str) -> None:
@@ -178,33 +163,57 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _check_output(model: nn.Module, state: TrainState, image_shape: tuple[int, ...]) -> None:
-    """Raises UserError unless the model gives one logit for each class."""
-    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    out = jax.eval_shape(state.apply_fn, state.variables(), images)
-    if getattr(out, "shape", None) != (2, model.num_classes):
-        raise UserError(
-            f"{type(model).__name__} gives {getattr(out, 'shape', type(out))} for two images, "
-            f"expected (2, {model.num_classes}) logits: train it with include_top=True"
-        )
+def _check_transfer(config: TrainConfig) -> None:
+    """Raises UserError for ways of fine-tuning that contradict one another."""
+    model, cached = config.model, config.cache_features
+    name, is_resnet = type(model).__name__, isinstance(model, ResNet)
+    stages, frozen = len(getattr(model, "stage_sizes", ())), getattr(model, "frozen_stages", None)
+    norms = getattr(model, "norm_kind", "batch")
+    images_change = config.augment != Augment() or config.data.random_resized_crop
+    has_norms, is_frozen = is_resnet and norms != "none", is_resnet and frozen == stages
+    unfreezes, processes = bool(config.optimizer.unfreeze), jax.process_count()
+    contradictions = {
+        f"cache_features with model.frozen_stages={frozen}: only a ResNet frozen up to its head "
+        f"has features that stay; set --model.frozen-stages {stages}, or "
+        "--no-cache-features": cached and not is_frozen,
+        "cache_features with augmentation: features of images that change cannot be kept; switch "
+        "the augmentation off, or --no-cache-features": cached and images_change,
+        f"cache_features in {processes} processes: it is for one; --no-cache-features": cached
+        and processes > 1,
+        f"measure_norms with this {name}: it is for ResNets with BatchNorm; "
+        "leave it out": config.measure_norms and not has_norms,
+        f"optimizer.unfreeze with {name}: it is for ResNets; leave it out": unfreezes
+        and not is_resnet,
+        "optimizer.unfreeze with BatchNorm in training: the statistics of what is still frozen "
+        "would move; set --model.norm-kind frozen": unfreezes and norms == "batch",
+    }
+    for line, is_so in contradictions.items():
+        if is_so:
+            raise UserError(line)
 
 
-def _check_sizes(model: nn.Module, state: TrainState, data: Data) -> None:
-    """Raises UserError unless what is trained at one size can be evaluated at the other."""
-    if state.normalization["std"].ndim > 1:
+def _check_shapes(model: nn.Module, state: TrainState, data: Data) -> None:
+    """Raises UserError unless the model gives one logit for each class, at both image sizes."""
+    name = type(model).__name__
+    if data.eval_shape != data.image_shape and state.normalization["std"].ndim > 1:
         raise UserError(
             f"data.eval_image_size: normalised by pixel, images of {data.image_shape} in training "
             f"cannot be {data.eval_shape} in evaluation; use --normalization channel"
         )
-    images = jax.ShapeDtypeStruct((1, *data.eval_shape), jnp.float32)
-    try:
-        jax.eval_shape(state.apply_fn, state.variables(), images)
-    except (ValueError, TypeError, ZeroDivisionError, FlaxError) as error:
-        raise UserError(
-            f"data.eval_image_size: {type(model).__name__}, trained on images of "
-            f"{data.image_shape}, does not take {data.eval_shape}; leave it out, or take a network "
-            "that pools globally"
-        ) from error
+    for shape in dict.fromkeys((data.image_shape, data.eval_shape)):
+        images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+        try:
+            out = jax.eval_shape(state.apply_fn, state.variables(), images)
+        except (ValueError, TypeError, ZeroDivisionError, FlaxError) as error:
+            raise UserError(
+                f"data.eval_image_size: {name}, trained on images of {data.image_shape}, does not "
+                f"take {shape}; leave it out, or take a network that pools globally"
+            ) from error
+        if getattr(out, "shape", None) != (2, model.num_classes):
+            raise UserError(
+                f"{name} gives {getattr(out, 'shape', type(out))} for two images, expected "
+                f"(2, {model.num_classes}) logits: train it with include_top=True"
+            )
 
 
 def measure_statistics(run: Run) -> None:
@@ -243,20 +252,17 @@ def fitted(run: Run, state: TrainState) -> TrainState:
     ]
     new = from_images(state.params, np.concatenate(images))
 
-    def changed(places: Any) -> Any:
-        def one(place: jax.Array, old: Any, new: Any) -> jax.Array:
-            # Two machines may not compute the same bits.
-            return place if new is old else distributed.put(distributed.leads(new), place.sharding)
+    def moved(place: jax.Array, old: Any, new: Any) -> jax.Array:
+        # Two machines may not compute the same bits.
+        return place if new is old else distributed.put(distributed.leads(new), place.sharding)
 
-        return jax.tree.map(one, places, state.params, new)
-
-    averaged = state.ema
-    if averaged is not None:
-        averaged = {**averaged, "params": changed(averaged["params"])}
-    found = state.replace(params=changed(state.params), ema=averaged)
-    jax.block_until_ready(found.params)
+    changed = {"params": jax.tree.map(moved, state.params, state.params, new)}
+    if state.ema is not None:
+        averaged = jax.tree.map(moved, state.ema["params"], state.params, new)
+        changed["ema"] = {**state.ema, "params": averaged}
+    fitted_state = jax.block_until_ready(state.replace(**changed))
     run.start_seconds += time.perf_counter() - began
-    return found
+    return fitted_state
 
 
 def opening_line(run: Run) -> str:
@@ -268,8 +274,8 @@ def opening_line(run: Run) -> str:
     return (
         (f"{members} x " if run.lead else "")
         + f"{models.network_name(run.config.model)}, {parameters // members:,} parameters; "
-        f"{run.config.data.title}: "
-        f"{data.num_train:,} training and {data.num_eval:,} evaluation images of "
+        f"{run.config.data.title}: {data.num_train:,} training and {data.num_eval:,} evaluation "
+        "images of "
         f"{data.sizes}, {'resident' if data.resident else 'streamed'}; "
         f"{run.num_steps} steps, {run.steps_per_epoch} an epoch{together}, on {run.mesh.size} x "
         f"{devices[0].device_kind}" + (f"; resumes at step {run.step}" if run.step else "")

@@ -106,12 +106,9 @@ def create_state(
 def step_keys(
     key_data: jax.Array, step: jax.Array | int, axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(key of the augmentation, key of dropout) of one step.
+    """(key of the augmentation, key of dropout) after ``step`` steps, from TrainState.key.
 
-    Args:
-      key_data: TrainState.key.
-      step: steps done before it.
-      axis_name: under jax.pmap, the mapped axis; each device draws its own.
+    Under jax.pmap each device of the mapped axis ``axis_name`` draws its own.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
     if axis_name is not None:
@@ -146,8 +143,7 @@ def train_step(
       target_threshold: classes with a larger share in the target count as wholly there.
       accum_steps: parts that the batch is cut into; BatchNorm sees one part at a time.
       ema_decay: of ``state.ema``; it rises to this as (1 + step) / (10 + step).
-      lookahead: changes the state after the step, in place of that: ``look_ahead`` with its
-        arguments.
+      lookahead: ``look_ahead`` with its arguments, in place of the average.
       dropblock_rate: step to the model's DropBlock rate, in place of the model's own.
       gather: brings parameters that are split over devices together for the network; the
         update stays split (ZeRO, Rajbhandari et al. 2020, section 5).
@@ -241,31 +237,22 @@ def _average(state: TrainState, decay: float) -> TrainState:
 
 
 def _blended(state: TrainState, keep: jax.Array) -> Any:
-    """The averaged variables, moved towards those of now."""
-
-    def blend(average: jax.Array, now: jax.Array) -> jax.Array:
-        # In this form what is frozen keeps every bit.
-        return (average + (1 - keep) * (now - average)).astype(average.dtype)
-
-    now = {"params": state.params, "batch_stats": state.batch_stats}
-    return jax.tree.map(blend, state.ema, now)
+    """The averaged variables, moved towards those of now; what is frozen keeps every bit."""
+    return jax.tree.map(
+        lambda average, now: (average + (1 - keep) * (now - average)).astype(average.dtype),
+        state.ema,
+        {"params": state.params, "batch_stats": state.batch_stats},
+    )
 
 
 def look_ahead(state: TrainState, *, every: int, decay: float, num_steps: int) -> TrainState:
-    """Every few steps the average moves towards the network, which then goes on from it.
+    """After ``every`` steps the average moves towards the network, which then goes on from it.
 
-    The average is ``state.ema``, norms' statistics included. It keeps decay * (step / run) ** 3 of
-    itself: nothing at first, so that it follows (Zhang et al. 2019, "Lookahead optimizer"; the
-    schedule is that of K. Jordan 2024, arXiv:2404.00498, section 3.4).
-
-    Args:
-      state: after a step, ``step`` counted.
-      every: steps.
-      decay: at the end of the run.
-      num_steps: of the run.
+    The average is ``state.ema``, norms' statistics included. It keeps decay * (step / num_steps)
+    ** 3 of itself: nothing at first, so that it follows (Zhang et al. 2019, "Lookahead optimizer";
+    the schedule is that of K. Jordan 2024, arXiv:2404.00498, section 3.4).
     """
     share = jnp.asarray(state.step, jnp.float32) / num_steps
-
     meets = state.step % every == 0
     # Chosen, not branched: on a GPU the host would wait for a branch's condition in every step.
     met = jax.tree.map(
@@ -322,9 +309,9 @@ def eval_step(
     Args:
       state: its averaged variables are evaluated where there are some.
       batch: "image" uint8 (B, H, W, C), "label" int (B,), "mask" bool (B,), False on padding.
-      loss: (logits (N, K), targets (N, K)) to (N,).
+      loss: as of ``train_step``, like ``gather``.
       tta: views of each image that logits are averaged over.
-      gather: as of ``train_step``.
+      gather: brings parameters that are split over devices together.
 
     Returns:
       The scalars of metrics.classification_sums and "confusion" int32 (K, K).

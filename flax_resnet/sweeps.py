@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -15,14 +16,14 @@ from typing import Any
 import jax
 
 from flax_resnet import distributed, tables
-from flax_resnet.config import TrainConfig, check_workdir
+from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError, check_range, did_you_mean
 from flax_resnet.files import replacing
 from flax_resnet.grids import check_name, replaced
 from flax_resnet.guards import Diverged
 from flax_resnet.preemption import Preempted, Signals
 from flax_resnet.record import flatten, to_record, varying_fields
-from flax_resnet.together import NotTogether, train_together, why_not
+from flax_resnet.together import train_together, why_not
 from flax_resnet.train import finished, train_and_evaluate
 
 
@@ -62,14 +63,18 @@ def sweep(
         if name not in variants:
             near = did_you_mean(name, variants)
             raise UserError(f"baseline={name!r} is none of {len(variants)} variants{near}")
-    accelerated = jax.default_backend() != "cpu"
     if devices is None:
         # Several processes train each run together, or each would train all of them.
-        devices = jax.local_devices() if accelerated and jax.process_count() == 1 else ()
+        alone = jax.default_backend() != "cpu" and jax.process_count() == 1
+        devices = jax.local_devices() if alone else ()
     root = Path(workdir).expanduser()
-    configs = {name: _with_own_place(config, name) for name, config in configs.items()}
+    configs = {  # each with a place of its own where checkpoints are not in the workdir
+        name: replaced(config, "checkpoint.directory", f"{shared}/{name}") if shared else config
+        for name, config in configs.items()
+        for shared in [config.checkpoint.directory]
+    }
     one = _Sweep(configs, root, baseline, together, parallel=len(devices) > 1)
-    jobs = _jobs(configs, accelerated if together is None else together)
+    jobs = _jobs(configs, together)
     if len(devices) > 1:
         _on_each(devices, jobs, one)
     else:
@@ -93,35 +98,20 @@ class _Sweep:
 
     def run(self, names: Sequence[str], device: jax.Device | None) -> None:
         """Runs one job, on one device or on all, and writes the table."""
-        for name in [name for name in names if len(names) > 1 and not self._fits(name)]:
-            self.run([name], device)  # it fails, and the others do not with it
-            names = [other for other in names if other != name]
-        if not names:
-            return
         try:
             self._train(names, device)
-        except NotTogether as error:
-            if self.together:
-                self._failed(names, error)
-            else:
-                for name in names:
-                    self.run([name], device)
         except Exception as error:  # whatever it is, the others are not its fault
             if jax.process_count() > 1 and not isinstance(error, Diverged):
                 raise  # perhaps of this process alone, and the others wait for it
+            if len(names) > 1 and not self.together and not isinstance(error, Diverged):
+                for name in names:
+                    self.run([name], device)
+                return
             self._failed(names, error)
         else:
             for name in names:
                 self._failure(name).unlink(missing_ok=True)
         self.write()
-
-    def _fits(self, name: str) -> bool:
-        """False where another config's run is in the workdir."""
-        try:
-            check_workdir(self.root / name, self.configs[name])
-        except UserError:
-            return False
-        return True
 
     def _train(self, names: Sequence[str], device: jax.Device | None) -> None:
         own = {self.root / name: self.configs[name] for name in names}
@@ -135,9 +125,12 @@ class _Sweep:
         train_and_evaluate(config, workdir, mesh=mesh, quiet=quiet, stop=self.stopped.is_set)
 
     def _failed(self, names: Sequence[str], error: Exception) -> None:
+        if not distributed.is_lead():
+            return
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         line = " ".join(f"failed: {kind}{error}".split())[:300]
-        for name in names if distributed.is_lead() else ():
+        print(f"{', '.join(names)}: {line}", flush=True)
+        for name in names:
             if len(names) > 1 and finished(self.root / name) is not None:
                 continue  # before the others failed
             self.failures[name] = line
@@ -145,14 +138,11 @@ class _Sweep:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as partial:
                 partial.write_text(traceback.format_exc(), encoding="utf-8")
-        if distributed.is_lead():
-            print(f"{', '.join(names)}: {line}", flush=True)
 
     def write(self) -> list[dict[str, Any]]:
         """Writes the table; its rows."""
         with self.lock:
-            workdirs = {name: self.root / name for name in self.configs}
-            rows = table_rows(self.configs, workdirs, self.failures)
+            rows = table_rows(self.configs, self.root, self.failures)
             if distributed.is_lead():
                 self.root.mkdir(parents=True, exist_ok=True)
                 tables.write(rows, self.root, self.baseline)
@@ -162,21 +152,16 @@ class _Sweep:
         return self.root / "failures" / (name.replace("/", "-") + ".txt")
 
 
-def _jobs(configs: Mapping[str, TrainConfig], together: bool) -> list[list[str]]:
+def _jobs(configs: Mapping[str, TrainConfig], together: bool | None) -> list[list[str]]:
     """Names of what runs at once, in the order of seeds: so every variant has some early."""
     groups: dict[str, list[str]] = {}
     for name in configs:
         groups.setdefault(_split(name)[0], []).append(name)
-    if together:
-        return [
-            job
-            for names in groups.values()
-            for job in (
-                [[name] for name in names]
-                if why_not([configs[name] for name in names])
-                else [names]
-            )
-        ]
+    if together or (together is None and jax.default_backend() != "cpu"):
+        able = [names for names in groups.values()
+                if together or not why_not([configs[name] for name in names])]  # fmt: skip
+        alone = [[name] for names in groups.values() if names not in able for name in names]
+        return able + alone
     rounds = itertools.zip_longest(*groups.values())
     return [[name] for names in rounds for name in names if name is not None]
 
@@ -185,52 +170,36 @@ def _on_each(
     devices: Sequence[jax.Device], jobs: Sequence[Sequence[str]], sweeping: _Sweep
 ) -> None:
     """Hands jobs to threads, one a device; a program leaves Python while it computes."""
-    waiting: queue.SimpleQueue[Sequence[str]] = queue.SimpleQueue()
-    for job in jobs:
-        waiting.put(job)
+    free: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
+    for device in devices:
+        free.put(device)
 
-    def work(device: jax.Device) -> None:
-        with jax.default_device(device), contextlib.suppress(queue.Empty, KeyboardInterrupt):
-            while not sweeping.stopped.is_set():
-                sweeping.run(waiting.get_nowait(), device)
-
-    threads = [
-        threading.Thread(target=work, args=[d], name=f"sweep on {d}", daemon=True) for d in devices
-    ]
-    with Signals() as signals:
-        for thread in threads:
-            thread.start()
+    def work(job: Sequence[str]) -> None:
+        device = free.get()
         try:
-            while any(thread.is_alive() for thread in threads):
-                for thread in threads:
-                    thread.join(0.2)
+            with jax.default_device(device), contextlib.suppress(Preempted):
+                if not sweeping.stopped.is_set():
+                    sweeping.run(job, device)
+        finally:
+            free.put(device)
+
+    with Signals() as signals, concurrent.futures.ThreadPoolExecutor(len(devices), "sweep") as pool:
+        running = [pool.submit(work, job) for job in jobs]
+        try:
+            while concurrent.futures.wait(running, 0.2).not_done:
                 if signals():
                     raise Preempted
+            for run in running:
+                run.result()
         except KeyboardInterrupt as error:
-            sweeping.stopped.set()  # each run saves and ends after its step
-            for thread in threads:
-                thread.join()
+            sweeping.stopped.set()  # each run saves and ends after its step, the pool waits
             raise Preempted from error
 
 
-def _with_own_place(config: TrainConfig, name: str) -> TrainConfig:
-    """A run's config with a directory of its own where checkpoints are not in its workdir."""
-    shared = config.checkpoint.directory
-    return (
-        config if shared is None else replaced(config, "checkpoint.directory", f"{shared}/{name}")
-    )
-
-
 def table_rows(
-    configs: Mapping[str, TrainConfig], workdirs: Mapping[str, Path], failures: Mapping[str, str]
+    configs: Mapping[str, TrainConfig], root: Path, failures: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """A row for each run, as ``sweep`` returns them.
-
-    Args:
-      configs: "VARIANT/seedN" to config.
-      workdirs: of each.
-      failures: how runs failed, by name.
-    """
+    """A row for each run in ``root/NAME``, as ``sweep`` returns them; ``failures`` by name."""
     flat = {name: flatten(to_record(config)) for name, config in configs.items()}
     varies = [
         field
@@ -240,7 +209,7 @@ def table_rows(
     rows = []
     for name, own in flat.items():
         variant, seed = _split(name)
-        result = finished(workdirs[name])
+        result = finished(root / name)
         state = failures.get(name) or (tables.FINISHED if result else "not run")
         row = {"variant": variant, "seed": seed, "state": state}
         row |= {_column(field): own.get(field, "") for field in varies}
@@ -255,10 +224,12 @@ def _column(field: str) -> str:
 
 
 def _split(name: str) -> tuple[str, int]:
-    variant, _, seed = name.rpartition("/seed")
-    if not variant or not seed.isdecimal():
+    """(variant, seed) of VARIANT/seedN; runs called seedN are of the variant "seeds"."""
+    variant, slash, last = name.rpartition("/")
+    seed = last.removeprefix("seed")
+    if seed == last or not seed.isdecimal():
         raise UserError(f"a run is called {name!r}: expected VARIANT/seedN, as grid() gives")
-    return check_name(variant), int(seed)
+    return check_name(variant) if slash else "seeds", int(seed)
 
 
 def train_seeds(
@@ -268,7 +239,7 @@ def train_seeds(
     *,
     together: bool | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains one config from several seeds, ``config.seed`` and those after it.
+    """Trains one config from several seeds, ``config.seed`` and those after it: a sweep of one.
 
     On a CPU they run one after another; on accelerators the same initialisation and step are
     mapped over a seed axis, so that S networks train in one program.
@@ -283,27 +254,21 @@ def train_seeds(
       What each result.json holds.
 
     Raises:
-      UserError: bad input.
+      UserError: bad input, or runs that failed, once the others are finished.
     """
     check_range("num_seeds", num_seeds, 1)
     seeds = range(config.seed, config.seed + num_seeds)
-    root = Path(workdir).expanduser()
-    runs = {
-        root / f"seed{seed}": _with_own_place(replaced(config, "seed", seed), f"seed{seed}")
-        for seed in seeds
-    }
-    default = jax.default_backend() != "cpu" and num_seeds > 1
-    results = None
-    if default if together is None else together:
-        try:
-            results = train_together(runs, root / "together")
-        except NotTogether:
-            if together:
-                raise
-    if results is None:
-        results = [train_and_evaluate(own, path) for path, own in runs.items()]
-    named = {f"seeds/{path.name}": own for path, own in runs.items()}
-    rows = table_rows(named, {f"seeds/{path.name}": path for path in runs}, {})
+    configs = {f"seed{seed}": replaced(config, "seed", seed) for seed in seeds}
+    rows = sweep(configs, workdir, devices=(), together=together)
     if distributed.is_lead():
-        tables.write([{**row, "workdir": f"seed{row['seed']}"} for row in rows], root)
-    return results
+        check_finished(rows, workdir)
+    return [finished(Path(workdir).expanduser() / name) or {} for name in configs]
+
+
+def check_finished(rows: Sequence[Mapping[str, Any]], workdir: str | Path) -> None:
+    """Raises UserError where a run of a sweep has failed."""
+    if failed := [row for row in rows if row["state"] != tables.FINISHED]:
+        raise UserError(
+            f"{len(failed)} of {len(rows)} runs failed: {workdir}/failures says why, and the same "
+            "command tries them again"
+        )

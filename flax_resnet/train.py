@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -27,7 +28,6 @@ from flax_resnet import (
 )
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
-from flax_resnet.files import full_disk_as_one_line
 from flax_resnet.guards import Diverged, all_finite, check_loss
 from flax_resnet.preemption import Preempted, Signals
 from flax_resnet.record import flatten, to_record
@@ -109,8 +109,7 @@ def _train(
     run = set_up(config, workdir, distributed.data_mesh() if mesh is None else mesh)
     watch.at(COMPILING, run.step)
     steps = run.compile()  # what can be wrong has been by now; only then is anything written
-    advice = "make room, and the same command goes on from the last checkpoint"
-    with claimed(workdir, config), full_disk_as_one_line(workdir, advice):
+    with claimed(workdir, config):
         watch.at(SETTING_UP, run.step)
         check_current(run)
         with tracking.following({workdir: config.tracking} if lead else {}) as followers:
@@ -144,15 +143,7 @@ def go(
     watch: Watch,
     stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Takes a run that is set up and compiled to its end.
-
-    Args:
-      run: is at its last step afterwards.
-      step_fn: what ``run.compile()`` gave.
-      eval_fn: likewise.
-      log: is closed afterwards.
-      watch: is told what is done.
-      stop: as of ``train_and_evaluate``.
+    """Takes a run that is set up and compiled (``run.compile()``) to its end; closes ``log``.
 
     Raises:
       Preempted: it was stopped, and saved.
@@ -182,51 +173,44 @@ def go(
         log.message(f"compiled in {run.compile_seconds:.1f} s")
         began = time.perf_counter() - run.seconds - run.compile_seconds
         try:
-            _Loop(run, step_fn, eval_fn, checkpoints, log, signals, watch, began).train()
+            loop = _Loop(run, step_fn, eval_fn, checkpoints, log, signals, watch, began, run.step)
+            loop.train()
         except Diverged as error:
             watch.at(SAVING, run.step)
-            raise _advised(error, checkpoints) from error
+            checkpoints.wait()
+            last = checkpoints.latest_step()
+            none = "no checkpoint was saved before"
+            good = none if last is None else f"the last good one is {last}"
+            raise Diverged(
+                f"{error}; checkpoints: {good}, in {checkpoints.directory}. Lower "
+                "--optimizer.learning-rate or set --optimizer.max-grad-norm, in another --workdir"
+            ) from error
         watch.at(SAVING, run.step)
         checkpoints.wait()
 
 
-def _advised(error: Diverged, checkpoints: Checkpoints) -> Diverged:
-    checkpoints.wait()
-    last = checkpoints.latest_step()
-    good = "no checkpoint was saved before" if last is None else f"the last good one is {last}"
-    return Diverged(
-        f"{error}; checkpoints: {good}, in {checkpoints.directory}. Lower "
-        "--optimizer.learning-rate or set --optimizer.max-grad-norm, in another --workdir"
-    )
-
-
+@dataclasses.dataclass
 class _Loop:
     """Trains from ``run.step`` to the end; evaluates, logs and saves on the way."""
 
-    def __init__(
-        self,
-        run: Run,
-        step_fn: Callable[..., Any],
-        eval_fn: Callable[..., Any],
-        checkpoints: Checkpoints,
-        log: metrics.RunLog | metrics.RunLogs,
-        stop: Callable[[], bool],
-        watch: Watch,
-        began: float,
-    ):
-        self.run, self.step_fn, self.eval_fn = run, step_fn, eval_fn
-        self.checkpoints, self.log, self.stop, self.watch = checkpoints, log, stop, watch
-        self.began = began
-        self.saved = run.step  # the step of the newest checkpoint, or 0
-        self.timer = metrics.Timer()
-        self.pending: list[Any] = []
-        if run.open_interval is not None:
-            self.pending = [{name: np.asarray(x) for name, x in run.open_interval.items()}]
-            run.open_interval = None
+    run: Run
+    step_fn: Callable[..., Any]
+    eval_fn: Callable[..., Any]
+    checkpoints: Checkpoints
+    log: metrics.RunLog | metrics.RunLogs
+    stop: Callable[[], bool]
+    watch: Watch
+    began: float
+    saved: int  # the step of the newest checkpoint, or 0
+    timer: metrics.Timer = dataclasses.field(default_factory=metrics.Timer)
+    pending: list[Any] = dataclasses.field(default_factory=list)  # sums not yet logged
 
     def train(self) -> None:
         """The loop."""
         run, config, watch = self.run, self.run.config, self.watch
+        if run.open_interval is not None:
+            self.pending = [{name: np.asarray(x) for name, x in run.open_interval.items()}]
+            run.open_interval = None
         if run.owes_evaluation:
             self._evaluate()
             if self._due(run.save_every):
@@ -257,7 +241,7 @@ class _Loop:
                 self.timer.reset()
             watch.at(WAITING, run.step)
         if run.confusion is None:  # the last checkpoint was the end, and the record was not written
-            self._measure()
+            self._evaluate(is_logged=True)
             run.seconds = time.perf_counter() - self.began
 
     def _due(self, every: Sequence[int]) -> bool:
@@ -282,21 +266,20 @@ class _Loop:
         self.pending.clear()
         self.timer.reset()
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, is_logged: bool = False) -> None:
         run = self.run
-        self._measure()
-        run.owes_evaluation = False
-        self.log.write("eval", run.step, run.epoch, run.evaluation)
 
-    def _measure(self) -> None:
         def stop() -> bool:
-            self.watch.at(EVALUATING, self.run.step)
+            self.watch.at(EVALUATING, run.step)
             return self.stop()
 
         try:
-            self.run.evaluate(self.eval_fn, stop)
+            run.evaluate(self.eval_fn, stop)
         except Preempted:
             self._save_and_stop()
+        run.owes_evaluation = False
+        if not is_logged:
+            self.log.write("eval", run.step, run.epoch, run.evaluation)
 
     def _save(self, scores: dict[str, float] | None) -> None:
         run = self.run

@@ -6,6 +6,7 @@ disk under a hash of all that they follow from, and the head trains on them.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,11 +35,7 @@ Variables = Mapping[str, Any]
 
 
 def open_for(model: nn.Module, weights: str) -> Pretrained:
-    """Pretrained weights for a network.
-
-    Args:
-      model: the network.
-      weights: a tag, a weight file, a run's working directory or hf://OWNER/NAME[@REVISION].
+    """The weights for a network that a config's ``weights`` names.
 
     Raises:
       UserError: they cannot be had, or are of another network.
@@ -72,21 +69,17 @@ def start_from(
       WeightsError: anything but the top does not fit.
     """
     want = models.variable_shapes(model, images)
-    need, have = flatten_dict(dict(want["params"])), flatten_dict(dict(given["params"]))
-    top = {path: x for path, x in need.items() if _is_top(path)}
-    theirs = {path: x for path, x in have.items() if _is_top(path)}
-    fits = {p: x.shape for p, x in top.items()} == {p: x.shape for p, x in theirs.items()}
-    if not fits:
+    shapes = [jax.tree.map(np.shape, _top(tree["params"])) for tree in (want, given)]
+    if fresh := shapes[0] != shapes[1]:
         if isinstance(model, ResNet):
             # What init would draw for them: a layer's draw follows from its name.
             features = jnp.zeros((1, model.num_features))
-            fresh = jax.jit(lambda k: model.init(k, features, method="classify"))(key)
+            drawn = jax.jit(lambda k: model.init(k, features, method="classify"))(key)
         else:
-            fresh = models.initialize(model, key, images)
-        drawn = {p: x for p, x in flatten_dict(dict(fresh["params"])).items() if _is_top(p)}
-        kept = {path: x for path, x in have.items() if not _is_top(path)}
-        given = {**given, "params": unflatten_dict({**kept, **drawn})}
-    return models.match_variables(model, want, given), not fits
+            drawn = models.initialize(model, key, images)
+        params = {**_trunk(given["params"]), **_top(drawn["params"])}
+        given = {**given, "params": params}
+    return models.match_variables(model, want, given), fresh
 
 
 def normalization_of(
@@ -97,39 +90,34 @@ def normalization_of(
     Raises:
       UserError: there are no weights, they do not say, or for images of another shape.
     """
-    if opened is None or opened.preprocessing is None:
-        raise UserError(
-            f"normalization='weights' with weights={what}: they do not say how; use "
-            "--normalization imagenet or channel"
-        )
-    stats = opened.preprocessing.statistics()
-    if np.shape(stats["std"]) not in (image_shape, image_shape[-1:]):
-        raise UserError(
-            f"normalization='weights': the weights were normalised as {np.shape(stats['std'])}, "
-            f"the images are {image_shape}; use --normalization channel"
-        )
-    return stats
+    reason = "they do not say how"
+    if opened is not None and opened.preprocessing is not None:
+        stats = opened.preprocessing.statistics()
+        shape = np.shape(stats["std"])
+        if shape in (image_shape, image_shape[-1:]):
+            return stats
+        reason = f"they were normalised as {shape}, and the images are {image_shape}"
+    raise UserError(
+        f"normalization='weights' with weights={what}: {reason}; use --normalization imagenet or "
+        "channel"
+    )
 
 
-def _is_top(path: tuple[str, ...]) -> bool:
-    return path[0] == "head" or path[0].startswith("hidden")
+def _top(params: Variables) -> dict[str, Any]:
+    """The parameters of the head and of hidden layers before it."""
+    return {k: v for k, v in params.items() if k == "head" or k.startswith("hidden")}
+
+
+def _trunk(params: Variables) -> dict[str, Any]:
+    return {k: v for k, v in params.items() if k not in _top(params)}
 
 
 def measure_norms(state: TrainState, model: nn.Module, data: Data, batch_size: int) -> Any:
     """Running statistics of every BatchNorm, measured on the training split.
 
-    The mean and the variance over all batches, the parameters as they are (Wu and Johnson 2021,
-    "Rethinking Batch in BatchNorm", section 3), every example counted once but those of a last,
-    incomplete batch.
-
-    Args:
-      state: has the parameters and the normalisation.
-      model: the network; what is frozen in it is measured too.
-      data: its training split is read once.
-      batch_size: examples normalised together.
-
-    Returns:
-      Like ``state.batch_stats``.
+    The mean and the variance over all batches of ``batch_size``, the parameters as they are (Wu and
+    Johnson 2021, "Rethinking Batch in BatchNorm", section 3), also of what is frozen. A last,
+    incomplete batch is left out. Returns a tree like ``state.batch_stats``.
     """
     # The statistics of a batch alone, and of all of it: nothing of the old ones is kept.
     unfrozen = model.clone(bn_momentum=0.0, bn_group=None, norm_kind="batch", frozen_stages=-1,
@@ -142,86 +130,32 @@ def measure_norms(state: TrainState, model: nn.Module, data: Data, batch_size: i
         return unfrozen.apply(variables, images, train=True, mutable=["batch_stats"])[1]
 
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-
-    size = min(batch_size, data.num_train) // data.num_devices * data.num_devices
+    devices = data.mesh.size
+    size = min(batch_size, data.num_train) // devices * devices
     if not size:
         raise UserError(
-            f"measure_norms with {data.num_train} training images on {data.num_devices} devices: "
+            f"measure_norms with {data.num_train} training images on {devices} devices: "
             "each device needs one; use fewer devices"
         )
-    sums: dict[Any, np.ndarray] = {}
-    count = 0
-    for batch in data.in_order("train", size):
-        if not bool(jnp.all(batch["mask"])):
-            break
-        measured = of_batch(variables, state.normalization, batch["image"])
-        found = flatten_dict(jax.device_get(measured["batch_stats"]))
-        for p, x in found.items():
-            # In float64: a mean far from zero leaves little of a variance's bits otherwise.
-            wide = np.asarray(x, np.float64)
-            if p[-1] == "var":
-                wide = wide + np.asarray(found[*p[:-1], "mean"], np.float64) ** 2
-            sums[p] = sums.get(p, np.zeros_like(wide)) + wide
-        count += 1
-    means = {path: x / count for path, x in sums.items()}
-    like = flatten_dict(state.batch_stats)
-    return unflatten_dict(
-        {
-            p: np.maximum(x - means[*p[:-1], "mean"] ** 2, 0).astype(like[p].dtype)
-            if p[-1] == "var"
-            else x.astype(like[p].dtype)
-            for p, x in means.items()
-        }
-    )
+    sums: dict[Any, Any] = {}
+    count = data.num_train // size
+    for batch in itertools.islice(data.in_order("train", size), count):
+        measured = of_batch(variables, state.normalization, batch["image"])["batch_stats"]
+        # In float64: a mean far from zero leaves little of a variance's bits otherwise.
+        wide = jax.tree.map(np.float64, jax.device_get(measured))
+        for path, x in flatten_dict(_moments(wide, 1)).items():
+            sums[path] = sums.get(path, 0) + x
+    means = _moments(unflatten_dict({path: x / count for path, x in sums.items()}), -1)
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), means, state.batch_stats)
 
 
-def check(
-    model: nn.Module,
-    *,
-    cache_features: bool,
-    images_change: bool,
-    measure_norms: bool,
-    unfreezes: bool,
-) -> None:
-    """Raises UserError for ways of fine-tuning that contradict one another.
-
-    Args:
-      model: the network.
-      cache_features: its features are to be computed once.
-      images_change: training images are changed at random.
-      measure_norms: BatchNorm is to be measured anew.
-      unfreezes: stages begin to train one after the other.
-    """
-    stages, frozen = len(getattr(model, "stage_sizes", ())), getattr(model, "frozen_stages", None)
-    if cache_features and not (isinstance(model, ResNet) and frozen == stages):
-        raise UserError(
-            f"cache_features with model.frozen_stages={frozen}: only a ResNet frozen up to its "
-            f"head has features that stay; set --model.frozen-stages {stages}, or "
-            "--no-cache-features"
-        )
-    if cache_features and images_change:
-        raise UserError(
-            "cache_features with augmentation: features of images that change cannot be kept; "
-            "switch the augmentation off, or --no-cache-features"
-        )
-    if cache_features and jax.process_count() > 1:
-        raise UserError(
-            f"cache_features in {jax.process_count()} processes: it is for one; --no-cache-features"
-        )
-    if measure_norms and not (isinstance(model, ResNet) and model.norm_kind != "none"):
-        raise UserError(
-            f"measure_norms with this {type(model).__name__}: it is for ResNets with BatchNorm; "
-            "leave it out"
-        )
-    if unfreezes and not isinstance(model, ResNet):
-        raise UserError(
-            f"optimizer.unfreeze with {type(model).__name__}: it is for ResNets; leave it out"
-        )
-    if unfreezes and getattr(model, "norm_kind", "batch") == "batch":
-        raise UserError(
-            "optimizer.unfreeze with BatchNorm in training: the statistics of what is still frozen "
-            "would move; set --model.norm-kind frozen"
-        )
+def _moments(tree: Any, sign: int) -> Any:
+    """Statistics with the second moment in place of each variance (sign 1), and back (-1)."""
+    flat = flatten_dict(tree)
+    for path, x in flat.items():
+        if path[-1] == "var":
+            flat[path] = np.maximum(x + sign * flat[*path[:-1], "mean"] ** 2, 0)
+    return unflatten_dict(flat)
 
 
 def with_cached_features(
@@ -229,32 +163,27 @@ def with_cached_features(
 ) -> Data:
     """The data with the features that the frozen trunk gives in place of the images.
 
-    They are read from the cache where they are there. The file's name is a hash of the trunk's
-    weights, the decoded images, the normalisation, the network, the platform and this library's
-    source; its content is hashed too.
+    They are read from the cache where they are there: files named by a hash of the trunk's weights,
+    the decoded images, the normalisation, the network, the platform and this library's source.
 
     Args:
       state: has the trunk's variables and the normalisation.
       model: the network, frozen up to its head.
-      data: both splits are read.
-      batch_size: images at a time.
-      say: told what is done.
+      data: both splits are read, ``batch_size`` images at a time.
+      batch_size: images.
+      say: called with a line about each split.
     """
     trunk = model.clone(include_top=False, pooling="avg")
-    variables = {
-        "params": {k: v for k, v in state.params.items() if not _is_top((k,))},
-        "batch_stats": state.batch_stats,
-    }
+    variables = {"params": _trunk(state.params), "batch_stats": state.batch_stats}
     program = None
     if not trunk.block_cls.__module__.startswith("flax_resnet."):
         # A block of one's own: what it computes, since its source may call anything.
         images = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.float32)
         program = digest([str(jax.make_jaxpr(trunk.apply)(variables, images))])
     common = {
-        "weights": digest(_parts(variables)),
+        "arrays": digest(_parts((variables, state.normalization))),
         "network": to_record(trunk),
         "program": program,
-        "normalization": digest(_parts(state.normalization)),
         "versions": {"jax": jax.__version__, "own": source_hash(), **versions(PACKAGES)},
         "platform": jax.devices()[0].device_kind,
     }
@@ -263,11 +192,17 @@ def with_cached_features(
         key = {**common, "images": data.fingerprint(split)}
         name = digest([json.dumps(key, sort_keys=True)])
         path = cache_dir() / "features" / f"{name}.npz"
-        found = _read(path)
-        say(f"{'read' if found else 'computes'} the features of the {split} split: {path}")
-        features[split], labels[split] = found or _write(
-            path, *_compute(trunk, variables, state.normalization, data, split, batch_size)
-        )
+        stored = _read(path)
+        say(f"{'read' if stored else 'computes'} the features of the {split} split: {path}")
+        if stored is None:
+            stored = _compute(trunk, variables, state.normalization, data, split, batch_size)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as partial, partial.open("wb") as file:
+                    np.savez(file, features=stored[0], labels=stored[1])
+            except OSError as error:
+                say(f"the features are not kept, for {path} cannot be written: {error}")
+        features[split], labels[split] = stored
     return data.with_features(features, labels)
 
 
@@ -276,37 +211,17 @@ def top_of(state: TrainState) -> TrainState:
 
     What is frozen is then neither handed to a step nor back: hundreds of arrays.
     """
-
-    def cut(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda node: (
-                {k: v for k, v in node.items() if _is_top((k,))} if _has_top(node) else node
-            ),
-            tree,
-            is_leaf=_has_top,
-        )
-
-    ema = state.ema and {"params": cut(state.ema["params"]), "batch_stats": {}}
-    return state.replace(
-        params=cut(state.params), opt_state=cut(state.opt_state), batch_stats={}, ema=ema
-    )
+    cut = lambda node: _top(node) if _has_top(node) else node  # noqa: E731
+    ema = state.ema and {**state.ema, "batch_stats": {}}
+    return jax.tree.map(cut, state.replace(batch_stats={}, ema=ema), is_leaf=_has_top)
 
 
 def with_trunk(top: TrainState, whole: TrainState) -> TrainState:
     """The inverse of ``top_of``: the newer top on the trunk of ``whole``."""
-
-    def graft(whole: Any, top: Any) -> Any:
-        return jax.tree.map(
-            lambda old, new: {**old, **new} if _has_top(old) else new, whole, top, is_leaf=_has_top
-        )
-
-    ema = whole.ema and {**whole.ema, "params": graft(whole.ema["params"], top.ema["params"])}
-    return top.replace(
-        params=graft(whole.params, top.params),
-        opt_state=graft(whole.opt_state, top.opt_state),
-        batch_stats=whole.batch_stats,
-        ema=ema,
-    )
+    ema = whole.ema and {**top.ema, "batch_stats": whole.ema["batch_stats"]}
+    top = top.replace(apply_fn=whole.apply_fn, batch_stats=whole.batch_stats, ema=ema)
+    graft = lambda old, new: {**old, **new} if _has_top(old) else new  # noqa: E731
+    return jax.tree.map(graft, whole, top, is_leaf=_has_top)
 
 
 def _has_top(node: Any) -> bool:
@@ -337,24 +252,9 @@ def _compute(
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """What the cache holds; None where that is nothing, or is damaged."""
+    """What the cache holds; None where that is nothing, or its archive's checksums do not hold."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            features, labels, hashed = (stored[n] for n in ("features", "labels", "sha256"))
+            return stored["features"], stored["labels"]
     except Exception:  # whatever a damaged archive raises: it is computed again
         return None
-    return (features, labels) if digest([features, labels]) == str(hashed) else None
-
-
-def _write(path: Path, features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    hashed = np.array(digest([features, labels]))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial, partial.open("wb") as file:
-            np.savez(file, features=features, labels=labels, sha256=hashed)
-    except OSError as error:
-        raise UserError(
-            f"the features' cache {path} cannot be written ({error}): set FLAX_RESNET_CACHE to "
-            "another directory, or --no-cache-features"
-        ) from error
-    return features, labels

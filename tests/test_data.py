@@ -8,9 +8,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from flax_resnet import TrainConfig, train_and_evaluate
-from flax_resnet.data import BatchReader, Data, DataConfig, batch_rows
+from flax_resnet.data import Data, DataConfig
 from flax_resnet.datasets import rows, sources
 from flax_resnet.datasets.decode import Decoder
+from flax_resnet.datasets.rows import BatchReader, batch_rows
 from flax_resnet.errors import UserError
 
 
@@ -78,7 +79,7 @@ def test_evaluation_at_another_size(image_folder, mesh, resident_mb):
     rows = batch_rows(0, 3, 8, 32, 2)
     want = [Decoder(3, 4, pad=1)(data) for data in train.read(rows.tolist())[0]]
     np.testing.assert_array_equal(batch["image"], want)
-    (batch,) = as_numpy(opened.eval_batches(8))
+    (batch,) = as_numpy(opened.in_order("eval", 8))
     want = [Decoder(3, 6, pad=1)(data) for data in evaluated.read(range(8))[0]]
     np.testing.assert_array_equal(batch["image"], want)
     (first, *_) = opened.in_order("train", 8)
@@ -118,7 +119,7 @@ def test_streamed_batches_equal_resident_ones(digits, digits_dir, mesh, num_work
     assert not streamed.resident
     assert_same_batches(streamed.train_batches(7, 64, 20, 32), digits.train_batches(7, 64, 20, 32))
     fewer = Data(dataclasses.replace(config, num_workers=min(1, num_workers)), mesh, 10)
-    assert_same_batches(fewer.eval_batches(24), digits.eval_batches(24))
+    assert_same_batches(fewer.in_order("eval", 24), digits.in_order("eval", 24))
     whole = np.concatenate(list(digits.train_images()))
     np.testing.assert_array_equal(np.concatenate(list(streamed.train_images())), whole)
 
@@ -136,7 +137,7 @@ def test_statistics_read_the_same_even_sample_resident_or_streamed(digits_dir, m
 def test_evaluation_counts_each_example_once(digits, digits_dir, batch_size):
     (test,) = sources.open_tfds("sklearn_digits", digits_dir, ("test",))
     _, labels = test.read(range(len(test)))
-    batches = as_numpy(digits.eval_batches(batch_size))
+    batches = as_numpy(digits.in_order("eval", batch_size))
     assert {b["label"].shape for b in batches} == {(batch_size,)}
     mask = np.concatenate([b["mask"] for b in batches])
     got = np.concatenate([b["label"] for b in batches])
@@ -200,19 +201,6 @@ def test_images_of_two_sizes_are_named(tmp_path):
         BatchReader(source, Decoder(3), 3)(0)
 
 
-@pytest.mark.slow
-def test_photographs_stream_through_workers_as_through_threads(tmp_path, mesh):
-    for name in ("train/a", "train/b", "test/a", "test/b"):
-        (tmp_path / name).mkdir(parents=True)
-        jpeg_source(tmp_path / name, [(70, 90), (90, 60), (64, 64)])
-    config = DataConfig(folder=str(tmp_path), image_size=32, random_resized_crop=True)
-    workers, threads = (
-        Data(dataclasses.replace(config, num_workers=count), mesh, 2) for count in (2, 0)
-    )
-    assert not threads.resident
-    assert_same_batches(workers.train_batches(0, 4, 5, 16), threads.train_batches(0, 4, 5, 16))
-
-
 def test_a_small_set_is_trained_on_without_grain(digits_dir, tmp_path, mesh, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "grain"]:
         monkeypatch.delitem(sys.modules, name)
@@ -271,7 +259,7 @@ def test_real_cifar10_reads_whole(shared_data, mesh):
     opened = Data(config, mesh, 10)
     assert (opened.num_train, opened.num_eval, opened.image_shape) == (2000, 10000, (32, 32, 3))
     assert opened.class_names[:3] == ("airplane", "automobile", "bird")
-    labels = np.concatenate([b["label"][b["mask"]] for b in as_numpy(opened.eval_batches(512))])
+    labels = np.concatenate([b["label"][b["mask"]] for b in as_numpy(opened.in_order("eval", 512))])
     assert np.bincount(labels).tolist() == [1000] * 10
     streamed = Data(dataclasses.replace(config, resident_mb=0, num_workers=0), mesh, 10)
     assert_same_batches(streamed.train_batches(0, 128, 3, 6), opened.train_batches(0, 128, 3, 6))

@@ -40,7 +40,7 @@ def found(run):
 @pytest.fixture(scope="module")
 def whole_split(run):
     """(images, labels) of the evaluation split, and what the network says, computed straight."""
-    batches = [jax.device_get(b) for b in run.data.eval_batches(355)]
+    batches = [jax.device_get(b) for b in run.data.in_order("eval", 355)]
     (batch,) = batches
     images = normalize(jnp.asarray(batch["image"]), run.stats)
     logits = jax.jit(run.module.apply)(run.variables, images)

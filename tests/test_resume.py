@@ -1,21 +1,19 @@
-"""Runs go on elsewhere: on other devices, with another split, with blocks scanned."""
+"""Runs go on elsewhere: on other devices, with another split."""
 
 import dataclasses
 
 import jax
-import numpy as np
 import pytest
 from helpers import assert_trees_equal, max_difference, tiny_resnet
 from test_train import saved
 
-from flax_resnet import resume, setup
+from flax_resnet import setup
 from flax_resnet.augment import Augment
 from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
-from flax_resnet.models import stack_blocks, unstack_blocks
 from flax_resnet.optim import Adam
 from flax_resnet.train import train_and_evaluate
 
@@ -84,47 +82,6 @@ def test_what_was_saved_is_restored_bit_for_bit_on_other_devices(adam, tmp_path,
         for name in ("params", "batch_stats", "ema", "key"):
             assert_trees_equal(getattr(run.state, name), stored[name])
         assert run.state.params["head"]["kernel"].sharding.device_set == set(mesh.devices.flat)
-
-
-@pytest.mark.parametrize("scans", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_run_goes_on_with_blocks_scanned_that_were_not_and_back(adam, tmp_path, mesh, scans):
-    def config(scans):
-        model = adam.model.clone(stage_sizes=(3,), scan_blocks=scans)
-        return dataclasses.replace(adam, model=model)
-
-    before = setup.set_up(config(scans), tmp_path, mesh)
-    save(before, 3)
-    run = setup.set_up(config(not scans), tmp_path, mesh)
-    assert run.step == 3
-    assert ("stage1_blocks" in run.state.params) is not scans
-    change = unstack_blocks if scans else stack_blocks
-    assert_trees_equal(run.state.arrays(), change(config(scans).model, before.state.arrays()))
-    assert resume.changes(run) == (
-        f"saved with scan blocks {scans}, now {not scans}: the last bits may differ"
-    )
-    images = np.zeros((1, 8, 8, 1), np.float32)
-    logits = [r.state.apply_fn(r.state.variables(), images) for r in (before, run)]
-    np.testing.assert_allclose(*logits, rtol=1e-5)
-
-
-def test_another_decoder_of_a_streamed_set_is_told(adam, tmp_path, mesh, monkeypatch):
-    def config(**fields):
-        return dataclasses.replace(adam, data=dataclasses.replace(adam.data, **fields))
-
-    before = setup.set_up(config(resident_mb=0, num_workers=0), tmp_path, mesh)
-    save(before, 3)
-    here = before.ran_on()["decoder"]
-    assert "pillow " in here
-    assert "simplejpeg " in here
-    run = setup.set_up(before.config, tmp_path, mesh)
-    assert (run.step, resume.changes(run)) == (3, "")
-    monkeypatch.setattr("flax_resnet.data.versions", lambda names: {"simplejpeg": "9"})
-    assert resume.changes(run) == (
-        f"saved with decoder {here}, now simplejpeg 9: the last bits may differ"
-    )
-    assert "decoder" not in setup.set_up(adam, tmp_path, mesh).ran_on()
-    run.resumed_on.pop("decoder")  # as in a checkpoint from before it was recorded
-    assert resume.changes(run) == ""
 
 
 def test_another_runs_checkpoints_are_refused(adam, tmp_path, mesh):

@@ -1,6 +1,8 @@
 import csv
 import dataclasses
 import json
+import os
+import signal
 import threading
 import time
 
@@ -8,7 +10,7 @@ import jax
 import pytest
 from helpers import tiny_resnet
 
-from flax_resnet import metrics, sweeps, tables, train
+from flax_resnet import sweeps, tables, train
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
@@ -32,10 +34,6 @@ def base(digits_dir):
 @pytest.fixture
 def one_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *a, d=jax.devices()[:1]: d)
-
-
-def rows_without_time(directory):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in tables.read(directory)]
 
 
 def test_a_sweep_leaves_a_table_and_skips_what_is_finished(base, tmp_path, one_device, capsys):
@@ -71,35 +69,6 @@ def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(
     rows = sweeps.sweep({**configs, "bad/seed0": dataclasses.replace(base, seed=5)}, tmp_path / "s")
     assert [row["state"] for row in rows] == ["finished"] * 2
     assert not trace.exists()
-
-
-class Killed(BaseException):
-    """No Exception: nothing that survives a failure catches it."""
-
-
-@pytest.mark.slow
-def test_a_sweep_killed_twice_ends_with_the_table_of_an_unbroken_one(
-    base, tmp_path, one_device, monkeypatch
-):
-    base = dataclasses.replace(base, log_every_steps=1, eval_every_epochs=0.1)
-    configs = grid(base, {"model.connection": ("plain", "residual")}, seeds=2)
-    sweeps.sweep(configs, tmp_path / "whole", baseline="connection=plain")
-    write, written = metrics.RunLog.write, []
-
-    def kill_at(log, *args):
-        write(log, *args)
-        written.append(1)
-        if len(written) in (3, 14):  # in the first run, and in the third
-            raise Killed
-
-    monkeypatch.setattr(metrics.RunLog, "write", kill_at)
-    for _ in range(2):
-        with pytest.raises(Killed):
-            sweeps.sweep(configs, tmp_path / "killed", baseline="connection=plain")
-    sweeps.sweep(configs, tmp_path / "killed", baseline="connection=plain")
-    whole, killed = ((tmp_path / name / "table.md").read_text() for name in ("whole", "killed"))
-    assert killed == whole
-    assert rows_without_time(tmp_path / "killed") == rows_without_time(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -152,23 +121,19 @@ def test_num_seeds_on_a_cpu_runs_them_in_turn(base, tmp_path, one_device):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_stopped_on_several_devices_stops_them_all(base, tmp_path, monkeypatch):
+def test_a_sweep_that_is_stopped_on_several_devices_stops_them_all(base, tmp_path):
     configs = grid(dataclasses.replace(base, num_steps=2000), {}, 2)
-    join = threading.Thread.join
 
-    def interrupted(thread, *args):
-        if threading.current_thread() is not threading.main_thread():
-            return join(thread, *args)
-        monkeypatch.setattr(threading.Thread, "join", join)
+    def interrupt():
         while not list(tmp_path.glob("base/seed*/metrics.jsonl")):
             time.sleep(0.05)
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         sweeps.sweep(configs, tmp_path, devices=jax.devices()[:2])
     names = [thread.name for thread in threading.enumerate()]
-    assert not any(name.startswith("sweep on ") for name in names), names
+    assert not any(name.startswith("sweep") for name in names), names
     assert not list(tmp_path.glob("base/seed*/result.json"))
 
 
@@ -187,7 +152,6 @@ def test_streamed_seeds_are_trained_in_turn_and_one_that_fails_is_one(base, tmp_
 
 def test_a_varied_loss_keeps_its_column(base, tmp_path, one_device):
     configs = grid(base, {"loss": ("cross_entropy", "binary_cross_entropy")})
-    workdirs = {name: tmp_path / name for name in configs}
-    rows = sweeps.table_rows(configs, workdirs, {})
+    rows = sweeps.table_rows(configs, tmp_path, {})
     assert [row["config.loss"] for row in rows] == ["cross_entropy", "binary_cross_entropy"]
     assert [row["loss"] for row in rows] == ["", ""]

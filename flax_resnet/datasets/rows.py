@@ -93,25 +93,34 @@ class BatchReader:
     repeats: int = 1
     with_rows: bool = False
 
-    def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """{"image" uint8 (n, H, W, C), "label" int32 (n,)}; without a seed also "mask" bool.
+    def rows(self, step: int) -> dict[str, np.ndarray]:
+        """{"row" int32 (n,)} of this process; without a seed also "mask" bool, False on padding.
 
-        With a seed and ``with_rows`` also "row" and "epoch", int32 (n,).
+        With a seed and ``with_rows`` also "epoch", int32 (n,).
         """
-        step, n = int(step), len(self.source)
+        n = len(self.source)
         if self.seed is None:
             rows, mask = eval_rows(step, self.batch_size, n)
+            which = {"row": rows, "mask": mask}
         else:
-            rows, mask = batch_rows(self.seed, step, self.batch_size, n, self.repeats), None
-        mine = shard_slice(len(rows), *self.shard)
-        images, labels = decode_rows(
-            self.source, self.decoder, rows[mine], self._generators(step, mine)
-        )
-        batch = {"image": images, "label": labels}
-        if self.with_rows and self.seed is not None:
-            epochs = batch_epochs(step, self.batch_size, n, self.repeats)
-            batch |= {"row": rows[mine].astype(np.int32), "epoch": epochs[mine]}
-        return batch if mask is None else {**batch, "mask": mask[mine]}
+            which = {"row": batch_rows(self.seed, step, self.batch_size, n, self.repeats)}
+            if self.with_rows:
+                which["epoch"] = batch_epochs(step, self.batch_size, n, self.repeats)
+        which["row"] = which["row"].astype(np.int32)
+        mine = shard_slice(self.batch_size, *self.shard)
+        return {name: x[mine] for name, x in which.items()}
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """{"image" uint8 (n, H, W, C), "label" int32 (n,)}, and what ``rows`` has beside "row".
+
+        "row" too, where there is "epoch".
+        """
+        which = self.rows(step := int(step))
+        generators = self._generators(step, shard_slice(self.batch_size, *self.shard))
+        images, labels = decode_rows(self.source, self.decoder, which["row"], generators)
+        if "epoch" not in which:
+            del which["row"]
+        return {"image": images, "label": labels, **which}
 
     def _generators(self, step: int, mine: slice) -> Iterator[np.random.Generator] | None:
         """One generator an example, by its position in training, whoever reads it."""

@@ -86,7 +86,7 @@ def predictions(run: Inspected) -> Predictions:
 
     arrays: dict[str, list[np.ndarray]] = {}
     start = 0
-    batches = run.data.eval_batches(min(run.config.eval_batch_size, count))
+    batches = run.data.in_order("eval", min(run.config.eval_batch_size, count))
     for batch, each in metrics.outputs(functools.partial(step, run.variables, run.stats), batches):
         mask = np.asarray(batch["mask"])
         here = kept[start : start + mask.sum()]

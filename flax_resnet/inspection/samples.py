@@ -26,7 +26,7 @@ def eval_images(run: Inspected, rows: Sequence[int]) -> tuple[np.ndarray, np.nda
     images = np.zeros((len(wanted), *run.eval_shape), np.uint8)
     labels = np.zeros(len(wanted), np.int32)
     size, start = min(run.config.eval_batch_size, run.data.num_eval), 0
-    for batch in run.data.eval_batches(size):
+    for batch in run.data.in_order("eval", size):
         here = np.nonzero((start <= wanted) & (wanted < start + size))[0]
         if here.size:
             images[here] = np.asarray(batch["image"])[wanted[here] - start]
