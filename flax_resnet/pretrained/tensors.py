@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_resnet.errors import UserError
 from flax_resnet.pretrained.torch_archive import LEGACY_START, read_torch
-from flax_resnet.pretrained.untrusted import MAX_RANK, damaged, shown, too_much
+from flax_resnet.pretrained.untrusted import MAX_RANK, shown, too_much
 
 # Bytes of a safetensors header; objects made of it take up to 25 times as many.
 MAX_HEADER = 8 * 2**20
@@ -111,17 +111,11 @@ def _read_safetensors(path: Path, header: int) -> tuple[dict[str, np.ndarray], d
 
     try:
         with safe_open(path, "numpy") as file:
-            tensors = {}
-            for name in file.keys():  # noqa: SIM118
-                kind = file.get_slice(name).get_dtype()
-                if kind.startswith("F") and kind not in ("F16", "F32", "F64"):
-                    raise UserError(
-                        f"{path}: tensor {shown(name)} is of {kind}: expected F16, BF16, F32 or "
-                        "F64; convert it"
-                    )
-                tensors[name] = file.get_tensor(name)
-            return tensors, file.metadata() or {}
-    except (UserError, KeyboardInterrupt, SystemExit):
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of its Rust code is no Exception
-        raise damaged(path, shown(str(error), 200)) from error
+        raise UserError(
+            f"{path} is not read by safetensors ({shown(str(error), 200)}): it is damaged, or its "
+            "tensors are not F16, BF16, F32 or F64; download or convert it again"
+        ) from error

@@ -66,7 +66,12 @@ def torchvision_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
       UserError: two names become one.
     """
     found: Tensors = {}
-    for name, tensor in _unwrapped(tensors).items():
+    wrapped = dict(tensors)
+    while wrapper := next(
+        (w for w in _WRAPPERS if wrapped and all(name.startswith(w) for name in wrapped)), None
+    ):
+        wrapped = {name.removeprefix(wrapper): tensor for name, tensor in wrapped.items()}
+    for name, tensor in wrapped.items():
         new = name
         for pattern, replacement in _SPELLINGS:
             new = re.sub(pattern, functools.partial(_fill, replacement), new)
@@ -79,16 +84,6 @@ def torchvision_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
         if not first and stem != found["bn1.weight"].shape:
             # Wide-ResNet codes call the last norm bn1: they have none after the stem.
             found = {re.sub(r"^bn1\.", "bn.", name): tensor for name, tensor in found.items()}
-    return found
-
-
-def _unwrapped(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """Without what DataParallel, torch.compile and trainers put in front of every name."""
-    found = dict(tensors)
-    while wrapper := next((w for w in _WRAPPERS if all(n.startswith(w) for n in found)), None):
-        found = {name.removeprefix(wrapper): tensor for name, tensor in found.items()}
-        if not found:
-            break
     return found
 
 
@@ -155,16 +150,15 @@ def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> ResNet:
     Raises:
       UserError: they are not those of a residual network.
     """
-    stages = _stage_sizes(tensors)
-    bottleneck = "layer1.0.conv3.weight" in tensors
+    stages, (stem, stem_conv) = _stage_sizes(tensors), _stem(tensors)
+    size = functools.partial(_size, tensors)
+    conv2, conv3 = (f"layer1.0.conv{number}.weight" for number in (2, 3))
+    bottleneck = conv3 in tensors
     preact = "bn1.weight" not in tensors and "layer1.0.bn1.weight" in tensors
     normed = any("bn" in name for name in tensors)
-    outputs = _size(tensors, f"layer1.0.conv{3 if bottleneck else 2}.weight", 0)
+    outputs, stem_filters = size(conv3 if bottleneck else conv2, 0), size(stem_conv, 0)
     filters = outputs // 4 if bottleneck else outputs
     names = (f"hidden{number}.weight" for number in itertools.count(1))
-    hidden = itertools.takewhile(tensors.__contains__, names)
-    stem, stem_conv = _stem(tensors)
-    stem_filters = _size(tensors, stem_conv, 0)
     found: dict[str, Any] = {
         "stage_sizes": stages,
         "block_cls": _BLOCK_CLASSES[bottleneck, preact],
@@ -174,16 +168,16 @@ def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> ResNet:
         "shortcut": _shortcut(tensors, stages, stem_filters == outputs),
         "norm_kind": "batch" if normed else "none",
         "include_top": "fc.weight" in tensors,
-        "hidden_units": tuple(_size(tensors, name, 0) for name in hidden),
+        "hidden_units": tuple(size(n, 0) for n in itertools.takewhile(tensors.__contains__, names)),
     }
     if bottleneck and filters:
-        width = _size(tensors, "layer1.0.conv2.weight", 0)
-        found["groups"] = width // _size(tensors, "layer1.0.conv2.weight", 1)
+        width = size(conv2, 0)
+        found["groups"] = width // size(conv2, 1)
         found["width_per_group"] = width * 64 // (filters * max(1, found["groups"]))
     if "fc.weight" in tensors:
-        found["num_classes"] = _size(tensors, "fc.weight", 0)
+        found["num_classes"] = size("fc.weight", 0)
     if "layer1.0.se.fc1.weight" in tensors:
-        found["se_reduction"] = outputs // _size(tensors, "layer1.0.se.fc1.weight", 0)
+        found["se_reduction"] = outputs // size("layer1.0.se.fc1.weight", 0)
     if normed and "layer1.0.conv1.bias" in tensors:
         found["conv_bias"] = "all"
     elif normed and "conv1.bias" in tensors:
