@@ -207,24 +207,9 @@ def keras_h5(path, module, variables, rename=lambda layer: layer, below="/"):
     return path
 
 
-def old_name(layer):
-    """keras_applications before 2019."""
-    if found := re.fullmatch(r"conv(\d)_block(\d+)_(\d)_(conv|bn)", layer):
-        stage, block, number, kind = found.groups()
-        branch = {"0": "1", "1": "2a", "2": "2b", "3": "2c"}[number]
-        letter = "abcdefg"[int(block) - 1]
-        return f"{'res' if kind == 'conv' else 'bn'}{stage}{letter}_branch{branch}"
-    return {"conv1_conv": "conv1", "conv1_bn": "bn_conv1", "predictions": "fc1000"}.get(
-        layer, layer
-    )
-
-
-def test_keras_files_of_before_2019_and_of_whole_models(tmp_path):
+def test_keras_files_of_whole_models(tmp_path):
     module = keras_resnet(50, stage_sizes=(1, 2, 1, 1), **SMALL)
     variables = random_variables(module)
-    opened = open_file(keras_h5(tmp_path / "old.h5", module, variables, old_name))
-    assert opened.module.bn_epsilon == 1e-3
-    assert_trees_equal(opened.variables, variables)
     path = keras_h5(tmp_path / "whole.h5", module, variables, below="/model_weights")
     assert_trees_equal(open_file(path).variables, variables)
     probs = keras_h5(tmp_path / "probs.h5", module, variables,

@@ -6,6 +6,7 @@ processes can hold it. TensorFlow is never imported.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -250,16 +251,12 @@ def open_folder(
 def _split_folders(train_root: Path, test_root: Path) -> tuple[list[str], list[Labelled]]:
     """(class names, [training images, evaluation images]) of two folders with the same classes."""
     names = _class_names(train_root)
-    if (test_names := _class_names(test_root)) != names:
-        odd = sorted(set(names) ^ set(test_names))
+    if odd := sorted(set(names) ^ set(_class_names(test_root))):
         raise UserError(
             f"{train_root} and {test_root} differ in classes {odd}: both need the same ones"
         )
     roots = (train_root, test_root)
-    return names, [
-        [(path, label) for label, paths in enumerate(_by_class(root, names)) for path in paths]
-        for root in roots
-    ]
+    return names, [[*itertools.chain(*_by_class(root, names))] for root in roots]
 
 
 def _held_out(root: Path, test_every: int) -> tuple[list[str], list[Labelled]]:
@@ -271,14 +268,14 @@ def _held_out(root: Path, test_every: int) -> tuple[list[str], list[Labelled]]:
             "name them train and test, for classes give them other names"
         )
     groups: list[Labelled] = [[], []]
-    for label, paths in enumerate(_by_class(root, names)):
-        if len(paths) < test_every:
+    for images in _by_class(root, names):
+        if len(images) < test_every:
             raise UserError(
-                f"class {names[label]!r} in {root} has {len(paths)} images, at least "
+                f"class {names[images[0][1]]!r} in {root} has {len(images)} images, at least "
                 f"{test_every} are needed to hold out one in {test_every} for evaluation"
             )
-        for position, path in enumerate(paths):
-            groups[position % test_every == test_every - 1].append((path, label))
+        for position, image in enumerate(images, 1):
+            groups[position % test_every == 0].append(image)
     return names, groups
 
 
@@ -297,18 +294,19 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _by_class(root: Path, names: Sequence[str]) -> list[list[Path]]:
+def _by_class(root: Path, names: Sequence[str]) -> list[Labelled]:
+    """Images of each class, sorted by path."""
     classes = []
-    for name in names:
-        paths = sorted(
-            path
-            for path in (root / name).rglob("*")
+    for label, name in enumerate(names):
+        images = [
+            (path, label)
+            for path in sorted((root / name).rglob("*"))
             if path.suffix.lower() in IMAGE_SUFFIXES
             and not any(map(_hidden, path.relative_to(root).parts))
-        )
-        if not paths:
+        ]
+        if not images:
             raise UserError(f"class folder {root / name} holds no images: add some or remove it")
-        classes.append(paths)
+        classes.append(images)
     return classes
 
 

@@ -125,8 +125,9 @@ def draw_gradcam(of: Session, path: Path) -> str:
 def draw_pca(of: Session, path: Path) -> str:
     """Principal components of the features."""
     found = of.predictions
-    embedding, _ = embed.pca(found.features)
-    _scatter(of, embedding, found.rows, path, "principal components of the head's inputs")
+    _scatter(
+        of, embed.pca(found.features), found.rows, path, "principal components of the head's inputs"
+    )
     return "The head's inputs, projected on the two directions in which they vary the most."
 
 
@@ -143,10 +144,9 @@ def draw_tsne(of: Session, path: Path) -> str:
 def _scatter(
     of: Session, embedding: embed.Embedding, rows: np.ndarray, path: Path, what: str
 ) -> None:
-    what = f"{what}, n = {len(rows)} evaluation images"
-    labels = of.predictions.labels[rows]
-    names = of.run.class_names
-    figures.scatter(embedding.points, labels, names, embedding.axes, path, of.title(what))
+    (points, axes), labels = embedding, of.predictions.labels[rows]
+    title = of.title(f"{what}, n = {len(rows)} evaluation images")
+    figures.scatter(points, labels, of.run.class_names, axes, path, title)
 
 
 def draw_worst(of: Session, path: Path) -> str:

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from flax_resnet.augment import normalize
-from flax_resnet.datasets.decode import DECODE_ERRORS
+from flax_resnet.data import open_sources
+from flax_resnet.datasets.rows import decode_rows
 from flax_resnet.errors import UserError
 from flax_resnet.inspection.opened import Inspected
-from flax_resnet.predict import find_images, reason, shown
+from flax_resnet.predict import find_images, image_batches, reason, shown
 from flax_resnet.step import step_keys
 
 IMAGES, DRAWS = 6, 6
@@ -22,19 +23,8 @@ IMAGES, DRAWS = 6, 6
 
 def eval_images(run: Inspected, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """(images uint8 (N, H, W, C), labels int (N,)) of rows of the evaluation split."""
-    wanted = np.asarray(rows, int)
-    images = np.zeros((len(wanted), *run.eval_shape), np.uint8)
-    labels = np.zeros(len(wanted), np.int32)
-    size, start = min(run.config.eval_batch_size, run.data.num_eval), 0
-    for batch in run.data.eval_batches(size):
-        here = np.nonzero((start <= wanted) & (wanted < start + size))[0]
-        if here.size:
-            images[here] = np.asarray(batch["image"])[wanted[here] - start]
-            labels[here] = np.asarray(batch["label"])[wanted[here] - start]
-        start += size
-        if start > wanted.max(initial=0):
-            break
-    return images, labels
+    source = open_sources(run.config.data)[1]
+    return decode_rows(source, run.config.data.decoder(run.eval_shape[2]), np.asarray(rows, int))
 
 
 def folder_images(
@@ -66,19 +56,14 @@ def folder_images(
     decoder = run.config.data.decoder(channels)
     if decoder.size is None:
         decoder = dataclasses.replace(decoder, size=height - 2 * decoder.pad)
-    names, images = [], []
-    for path in find_images(paths):
-        try:
-            images.append(decoder(path.read_bytes()))
-        except DECODE_ERRORS as error:
-            say(f"skipped {shown(path)}: {reason(error)}")
-            continue
-        names.append(shown(path.name))
-        if len(images) == most:
-            break
-    if not images:
+
+    def skip(path: Path, error: Exception) -> None:
+        say(f"skipped {shown(path)}: {reason(error)}")
+
+    read, images = next(image_batches(find_images(paths), decoder, most, skip), ([], None))
+    if images is None:
         raise UserError(f"none of the images in {' '.join(map(str, paths))} could be read")
-    return names, np.stack(images)
+    return [shown(path.name) for path in read], images[: len(read)]
 
 
 @dataclasses.dataclass(frozen=True)

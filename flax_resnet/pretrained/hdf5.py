@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained.untrusted import MAX_RANK, damaged, shown
+from flax_resnet.pretrained.untrusted import MAX_RANK, shown
 
 Layout = Literal["keras_h5", "keras_weights"]
 
@@ -60,7 +60,8 @@ def read_h5(path: Path) -> tuple[Layout, dict[str, np.ndarray]]:
             "model.save_weights"
         ) from problem
     except Exception as error:  # h5py raises half a dozen kinds on damaged bytes
-        raise damaged(path, f"h5py cannot read it ({shown(str(error), 200)})") from error
+        reason = f"h5py cannot read it ({shown(str(error), 200)})"
+        raise UserError(f"{path} is damaged: {reason}; download or export it again") from error
 
 
 def _check_heaps(path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_resnet.errors import UserError
 from flax_resnet.pretrained.torch_archive import LEGACY_START, read_torch
-from flax_resnet.pretrained.untrusted import MAX_RANK, shown, too_much
+from flax_resnet.pretrained.untrusted import MAX_RANK, shown
 
 # Bytes of a safetensors header; objects made of it take up to 25 times as many.
 MAX_HEADER = 8 * 2**20
@@ -88,17 +88,12 @@ def _is_counter(name: str, array: np.ndarray) -> bool:
 
 
 def _weight(path: Path, name: str, array: np.ndarray) -> np.ndarray:
-    if not name.isprintable():
-        raise UserError(f"{path}: the tensor name {shown(name)} is no plain text: rename it")
-    if array.dtype not in _FLOATS:
+    fits = array.dtype in _FLOATS and array.size and array.ndim <= MAX_RANK
+    if not fits or not name.isprintable():
         raise UserError(
-            f"{path}: tensor {shown(name)} is of {array.dtype}: expected floats of 16, 32 or 64 "
-            "bits; convert it, or leave it out of the file"
-        )
-    if not array.size or array.ndim > MAX_RANK:
-        raise UserError(
-            f"{path}: tensor {shown(name)} of shape {array.shape} has no elements, or over "
-            f"{MAX_RANK} axes: expected weights"
+            f"{path}: tensor {shown(name)} is of {array.dtype} and shape {array.shape}: expected a "
+            f"plain name, floats of 16, 32 or 64 bits, elements, and no more than {MAX_RANK} axes; "
+            "convert it, or leave it out of the file"
         )
     return array
 
@@ -106,7 +101,7 @@ def _weight(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 def _read_safetensors(path: Path, header: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(tensors, metadata) of a file whose header takes so many bytes."""
     if MAX_HEADER < header < path.stat().st_size:
-        raise too_much(path, f"its header of {header} bytes is longer than {MAX_HEADER}")
+        raise UserError(f"{path} is not read: its header of {header} bytes is over {MAX_HEADER}")
     from safetensors import safe_open
 
     try:

@@ -20,17 +20,16 @@ import ml_dtypes
 import numpy as np
 
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained.untrusted import damaged, shown, too_much
+from flax_resnet.pretrained.untrusted import shown
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")
 # Where a checkpoint keeps its network's tensors when they are not at the top.
 NESTED = ("state_dict", "model_state_dict", "model", "net", "params")
-# Bytes of a ZIP's directory and of a pickle; objects made of them take up to 15 times as many.
+# Bytes of a ZIP's directory, whose objects take up to 15 times as many, and of a pickle, whose
+# objects take up to 120 times as many. A state dict takes about 120 for a tensor.
 MAX_DIRECTORY = 8 * 2**20
-MAX_PICKLE = 16 * 2**20
-# A state dict takes about 35 opcodes for a tensor; an opcode makes up to 100 bytes of objects.
-MAX_OPCODES = 500_000
+MAX_PICKLE = 1_500_000
 
 
 class Storage(NamedTuple):
@@ -58,10 +57,6 @@ class Tensor(NamedTuple):
 _Load = Callable[[Storage], bytes]
 
 
-class _Unsafe(Exception):
-    """What a pickle does that a state dict need not, as a part of a sentence."""
-
-
 def read_torch(path: Path) -> dict[str, np.ndarray]:
     """Reads the tensors of a state dict, or of the checkpoint around one; runs nothing of it.
 
@@ -77,18 +72,16 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         with _File(io.FileIO(path)) as file:
             root, load = (_open_zip if file.peek(2)[:2] == b"PK" else _open_legacy)(path, file)
-            return _arrays(path, _select(path, root), load)
+            return _arrays(_select(path, root), load, path.stat().st_size)
     except (UserError, OSError):
         raise
-    except _Unsafe as error:
-        raise UserError(
-            f"{path} is not read, to be safe: its pickle {error}; if you trust where it comes "
-            "from, load it by torch.load(..., weights_only=True) and write its tensors by "
-            "safetensors.torch.save_file"
-        ) from error
     except Exception as error:  # zipfile and pickle raise a dozen kinds on damaged bytes
         reason = shown(str(error), 200) if str(error) else type(error).__name__
-        raise damaged(path, reason) from error
+        raise UserError(
+            f"{path} is not read, to be safe ({reason}): it is damaged, or holds more than tensors "
+            "and plain values; if you trust where it comes from, load it in torch by "
+            "torch.load(..., weights_only=True) and write its tensors by safetensors' save_file"
+        ) from error
 
 
 class _File(io.BufferedReader):
@@ -98,7 +91,7 @@ class _File(io.BufferedReader):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > self.most:
-            raise too_much(Path(self.name), f"a part of {size} bytes, over {self.most}")
+            raise ValueError(f"a directory of {size} bytes")
         return super().read(size)
 
 
@@ -107,22 +100,21 @@ def _open_zip(path: Path, file: _File) -> tuple[Any, _Load]:
     archive = zipfile.ZipFile(file)
     file.most = math.inf
     names, members = archive.namelist(), archive.infolist()
-    if "model.weights.h5" in names:
-        raise UserError(f"{path} is a whole Keras model: give what its .save_weights() writes")
     tops = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
-    if len(tops) != 1:
-        raise UserError(f"{path} is a ZIP without a member .../data.pkl: torch.save writes one")
-    prefix = tops[0].removesuffix("data.pkl")
-    if f"{prefix}constants.pkl" in names:
-        raise UserError(f"{path} is a TorchScript program: torch.save its state_dict() instead")
+    prefix = tops[0].removesuffix("data.pkl") if tops else ""
+    if len(tops) != 1 or f"{prefix}constants.pkl" in names:
+        raise UserError(
+            f"{path} is a ZIP, but no state dict by torch.save: of a Keras model give what its "
+            "save_weights() writes, of a TorchScript program torch.save its state_dict()"
+        )
     # So all that is read is no larger than the file, also where members overlap.
     stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
     if not stored or sum(member.file_size for member in members) > path.stat().st_size:
-        raise too_much(path, "its members are compressed, overlap, or are larger than the file")
+        raise ValueError("its members are compressed, overlap, or are larger than the file")
     if f"{prefix}byteorder" in names and archive.read(f"{prefix}byteorder") != b"little":
         raise _big_endian(path)
     if archive.getinfo(tops[0]).file_size > MAX_PICKLE:
-        raise too_much(path, f"its pickle is larger than {MAX_PICKLE} bytes")
+        raise ValueError(f"its pickle is larger than {MAX_PICKLE} bytes")
     root = _Unpickler(io.BytesIO(archive.read(tops[0]))).load()
     return root, lambda storage: archive.read(f"{prefix}data/{storage.key}")
 
@@ -131,7 +123,7 @@ def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, _Load]:
     stream = io.BytesIO(file.read(MAX_PICKLE))
     magic, protocol, system = (_Unpickler(stream).load() for _ in range(3))
     if (magic, protocol) != (LEGACY_MAGIC, 1001):
-        raise damaged(path, "it does not start as torch.save starts a file")
+        raise ValueError("it does not start as torch.save starts a file")
     if system["little_endian"] is not True:
         raise _big_endian(path)
     unpickler = _Unpickler(stream)
@@ -145,7 +137,7 @@ def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, _Load]:
         starts[key] = at + 8
         at += 8 + storage.nbytes
         if count != storage.count or not starts[key] <= at <= total:
-            raise damaged(path, f"storage {shown(key)} is not as long as its tensors say")
+            raise ValueError(f"storage {key} is not as long as its tensors say")
 
     def load(storage: Storage) -> bytes:
         file.seek(starts[storage.key])
@@ -173,24 +165,23 @@ def _select(path: Path, root: Any) -> dict[str, Tensor]:
     )
 
 
-def _arrays(path: Path, tensors: dict[str, Tensor], load: _Load) -> dict[str, np.ndarray]:
-    """Arrays of the tensors, which may share storages and are no larger than the file together."""
-    left = path.stat().st_size
+def _arrays(tensors: dict[str, Tensor], load: _Load, left: int) -> dict[str, np.ndarray]:
+    """Arrays of the tensors, which may share storages, of no more than ``left`` bytes."""
     storages: dict[str, bytes] = {}
     arrays = {}
     for name, (storage, offset, size, stride) in tensors.items():
         itemsize = storage.dtype.itemsize
         left -= math.prod(size) * itemsize
         if left < 0:
-            raise too_much(path, "its tensors share storages and are larger than the file")
+            raise ValueError("its tensors share storages and are larger than the file")
         steps = list(zip(size, stride, strict=True))
         last = offset + sum((length - 1) * step for length, step in steps)
         if last >= storage.count:  # numpy's own check would overflow
-            raise damaged(path, f"tensor {shown(name)} reaches beyond its storage")
+            raise ValueError(f"tensor {name} reaches beyond its storage")
         if storage.key not in storages:
             storages[storage.key] = load(storage)
         if len(storages[storage.key]) != storage.nbytes:
-            raise damaged(path, f"storage {shown(storage.key)} is not as long as its tensors say")
+            raise ValueError(f"storage {storage.key} is not as long as its tensors say")
         # The stride of a dimension of 1 means nothing, and may be out of numpy's range.
         strides = [0 if length == 1 else step * itemsize for length, step in steps]
         data = storages[storage.key]
@@ -223,51 +214,40 @@ class _Unpickler(_Python):
     def __init__(self, stream: BinaryIO):
         super().__init__(stream, encoding="utf-8")
         self.storages: dict[str, Storage] = {}
-        self.dispatch = _Handlers(_HANDLERS)
+        self.dispatch = _HANDLERS
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in _NAMES:
-            raise _Unsafe(f"refers to {shown(f'{module}.{name}')}, which could run code")
+            raise ValueError(f"its pickle refers to {module}.{name}, which could run code")
         return _NAMES[f"{module}.{name}"]
 
     def persistent_load(self, identity: Any) -> Storage:
-        if type(identity) is not tuple or len(identity) not in (5, 6) or identity[0] != "storage":
-            raise _Unsafe("refers to an object that is no storage")
-        _, dtype, key, _, count, *view = identity
-        if not isinstance(dtype, np.dtype) or view not in ([], [None]):
-            raise _Unsafe("has a storage of an unknown type, or one inside another (torch < 0.4)")
+        kind, dtype, key, _, count, *view = identity
+        if kind != "storage" or not isinstance(dtype, np.dtype) or view not in ([], [None]):
+            raise ValueError("its pickle refers to an object that is no storage")
         if type(key) is not str or type(count) is not int:
             raise TypeError("a storage without a key or a length")
         storage = self.storages.setdefault(key, Storage(key, dtype, count))
         if storage != (key, dtype, count):
-            raise ValueError(f"storage {shown(key)} has two types or lengths")
+            raise ValueError(f"storage {key} has two types or lengths")
         return storage
 
     def load_call(self) -> None:
         """REDUCE and NEWOBJ, of the functions that ``find_class`` gives."""
         function, arguments = self.stack[-2:]
         if not callable(function) or type(arguments) is not tuple:
-            raise _Unsafe(f"calls {shown(function)}")
+            raise ValueError(f"its pickle calls {shown(function)}")
         self.stack[-2:] = [function(*arguments)]
 
     def load_build(self) -> None:
         """BUILD: the versions of torch's modules and the flags of a parameter are passed over."""
         self.stack.pop()
         if not isinstance(self.stack[-1], (_Dict, Tensor)):
-            raise _Unsafe(f"sets the inner state of {shown(self.stack[-1])}")
+            raise ValueError(f"its pickle sets the inner state of {shown(self.stack[-1])}")
 
 
-class _Handlers(dict[int, Callable[[Any], None]]):
-    """The unpickler's methods by opcode; no more than ``MAX_OPCODES`` of them may be taken."""
-
-    left = MAX_OPCODES
-
-    def __getitem__(self, code: int) -> Callable[[Any], None]:
-        self.left -= 1
-        if self.left < 0 or code not in self:
-            many = f"more than {MAX_OPCODES} opcodes" if self.left < 0 else f"opcode {code:#x}"
-            raise _Unsafe(f"has {many}, which a state dict does not need")
-        return super().__getitem__(code)
+def _refuse(unpickler: Any) -> None:
+    raise ValueError("its pickle has an opcode that a state dict does not need")
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *flags: Any) -> Tensor:
@@ -278,12 +258,6 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *flags: Any) -> T
     return Tensor(storage, offset, size, stride)
 
 
-def _ordered_dict(*pairs: Any) -> _Dict:
-    if pairs:
-        raise _Unsafe("has an OrderedDict as Python 2 wrote it")
-    return _Dict()
-
-
 _DTYPES = {
     "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": ml_dtypes.bfloat16,
     "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8",
@@ -291,7 +265,7 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES: dict[str, Any] = {
     **{f"torch.{kind}Storage": np.dtype(dtype) for kind, dtype in _DTYPES.items()},
-    "collections.OrderedDict": _ordered_dict,
+    "collections.OrderedDict": lambda: _Dict(),
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *flags: tensor,
@@ -307,7 +281,8 @@ _OPCODES = (
     *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
     *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
 )
-_HANDLERS = {
+_HANDLERS: dict[int, Any] = {
+    **dict.fromkeys(range(256), _refuse),
     **{code[0]: _Python.dispatch[code[0]] for code in _OPCODES},
     pickle.EMPTY_DICT[0]: lambda unpickler: unpickler.append(_Dict()),
     pickle.REDUCE[0]: _Unpickler.load_call,

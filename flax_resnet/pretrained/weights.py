@@ -115,7 +115,7 @@ def _interpret(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
         naming = _torch_naming(module)
     else:
         tensors = dict(keras_names.keras_layers(file.tensors, file.format))
-        module = keras_names.infer_keras(tensors, keras_names.is_old(file.tensors), **fields)
+        module = keras_names.infer_keras(tensors, **fields)
         channels = tensors["conv1_conv/0"].shape[-2] if tensors["conv1_conv/0"].ndim == 4 else 3
         preprocessing = KERAS_V2 if module.block_cls.preactivation else KERAS_V1
         naming = _keras_naming(module)
