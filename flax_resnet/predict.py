@@ -115,7 +115,7 @@ def _predictions(
     def step(batch: tuple[list[Path], np.ndarray]) -> Any:
         return best_classes(of.module, of.variables, of.stats, batch[1], top)
 
-    batches = image_batches(files, of.preprocessing, batch_size, on_error)
+    batches = _batches(files, of.preprocessing, batch_size, on_error)
     for (paths, _), best in metrics.outputs(step, batches):
         # The last batch is padded: zip leaves its padding out.
         for path, classes, p in zip(paths, *best, strict=False):
@@ -136,7 +136,7 @@ def best_classes(
     return classes, jnp.take_along_axis(jax.nn.softmax(logits), classes, axis=-1)
 
 
-def image_batches(
+def _batches(
     files: Sequence[Path],
     decode: Callable[[bytes], np.ndarray],
     size: int,

@@ -174,7 +174,7 @@ def test_torch_parameters(tmp_path):
     old = named("torch.nn.parameter.Parameter") + old + b"R\x85\x81"
     old += many(b"\x88", b"\x89", ordered) + b"b"
     new = named("torch._utils._rebuild_parameter") + many(whole("0", ONES), b"\x88", ordered) + b"R"
-    path = write_legacy(tmp_path / "n", state(w=old, v=new), {"0": ONES})
+    path = write_legacy(tmp_path / "n", state(w=old, v=new, d=named("torch.float16")), {"0": ONES})
     same(read_tensors(path).tensors, {"w": ONES, "v": ONES})
 
 
@@ -272,7 +272,7 @@ OTHERS = {
     "missing": (lambda path: None, ["no such file"]),
     "directory": (lambda path: path.mkdir(), ["regular file"]),
     "pipe": (os.mkfifo, ["regular file"]),
-    "empty": (content(b""), ["empty"]),
+    "empty": (content(b""), KINDS),
     "short": (content(b"\x80"), KINDS),
     "prose": (content(b"hello, world, this is text"), KINDS),
     "no ZIP": (content(b"PK\x05\x06"), KINDS),
@@ -316,7 +316,6 @@ SAFETENSORS = {
     "no JSON": header(b"{" + b"\xff" * 50),
     "rank": header({"a": entry([1] * 70, 0, 4)}, bytes(4)),
     "8 bits": header({"a": entry([8], 0, 8, "F8_E4M3")}, bytes(8)),
-    "huge header": sparse_header,
 }
 
 
@@ -471,20 +470,9 @@ def local(name, data):
 
 def directory(*members, body=local(b"n/data.pkl", TWO_PICKLED)):
     """A ZIP with this directory behind one pickle."""
-    listed, count = b"".join(members), len(members)
+    listed, count = b"".join(members), len(members) % 2**16
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, len(listed), len(body), 0)
     return content(body + listed + end)
-
-
-def huge_directory(path):
-    """A ZIP64 whose directory is a million members."""
-    one = central(b"n/data.pkl", 0, 0)
-    size = 10**6 * len(one)
-    counts = (10**6, 10**6, size, 4)
-    record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, *counts)
-    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, 4 + size, 1)
-    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 2**32 - 1, 2**32 - 1, 0)
-    path.write_bytes(b"PK\x03\x04" + one * 10**6 + record + locator + end)
 
 
 PICKLE = (b"n/data.pkl", len(TWO_PICKLED), 0, zlib.crc32(TWO_PICKLED))
@@ -506,7 +494,10 @@ TORCH = {
         directory(central(*PICKLE), *(central(b"n/data/%d" % i, 10**4, 0) for i in range(50))),
         ["overlap"],
     ),
-    "huge directory": (huge_directory, ["a directory of"]),
+    "huge directory": (
+        lambda path: directory(*[central(*PICKLE)] * 10**6)(path),
+        ["a directory of"],
+    ),
 }
 for _part, _bad in enumerate((b"reduce", b"1001", b"system", b"root", b"keys")):
     _head = [pickle.dumps(x, protocol=2) for x in (MAGIC, 1001, {"little_endian": True}, {}, [])]
@@ -576,7 +567,7 @@ HDF5 = {
     "pairs": (put(np.zeros(2, [("a", "f4"), ("b", "f4")])), "expected floats"),
     "complex": (put(np.zeros(2, np.complex64)), "complex64"),
     "opaque": (put(np.zeros(2, "V2")), "expected floats"),
-    "null": (put(h5py.Empty("f4")), "is damaged"),
+    "null": (put(h5py.Empty("f4")), "is not read"),
     "no elements": (put(np.zeros((0, 3), np.float32)), "bytes"),
     "rank": (put(np.zeros((1,) * 12, np.float32)), "over 8 axes"),
     "datatype": (put(np.dtype("f4")), "neither"),
@@ -604,10 +595,8 @@ def hostile_h5(make):
 
 BAD = {
     **OTHERS,
-    **{
-        f"safetensors: {name}": (write, ["header"] * (name == "huge header") or ["damaged", "F16"])
-        for name, write in SAFETENSORS.items()
-    },
+    **{f"safetensors: {name}": (write, ["damaged"]) for name, write in SAFETENSORS.items()},
+    "huge header": (sparse_header, ["header"]),
     **pickles(write_zip, "zip", 10**7),
     **pickles(write_legacy, "legacy", 10**5),
     **{f"torch: {name}": case for name, case in TORCH.items()},
@@ -708,7 +697,7 @@ def read_them_all(directory, cases):
         write(path)
         with contextlib.suppress(UserError):
             read_tensors(path)
-        sizes.append(0 if name in ("missing", "safetensors: huge header") else path.stat().st_size)
+        sizes.append(0 if name in ("missing", "huge header") else path.stat().st_size)
     print(json.dumps([counts, peak() - start, 200e6 + 2 * max(sizes)]))
 
 

@@ -254,7 +254,7 @@ BLOCKS = {f"layer1.{i}.conv1.weight": np.ones((1, 1, 1, 1), np.float32) for i in
         (lambda t: t | {f"module.{k}": v for k, v in t.items()}, "unexpected"),
         (lambda t: t | {"linear.bias": t["fc.bias"]}, "under another name too"),
         (lambda t: t | {"layer1.999999.conv1.weight": t["conv1.weight"]}, "missing (layer1.3."),
-        (lambda t: t | BLOCKS, "a block has four at the least"),
+        (lambda t: t | BLOCKS, "tensors: too few"),
         # Shapes inferred from one tensor are not allocated for the others.
         (lambda t: t | {"layer1.0.conv2.weight": np.ones((10**5, 1, 1, 1), np.float32)}, "another"),
         (lambda t: t | {"fc.weight": t["fc.weight"].astype(np.int32)}, "int32"),

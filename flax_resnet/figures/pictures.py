@@ -93,13 +93,14 @@ def attention(
     rows, columns = canvas.grid_shape(len(images), 4)
     figure = canvas.new_figure(max(5.0, 2.7 * columns + 0.9), 1.65 * rows + 0.9)
     grid = canvas.grid(figure, 2 * len(images), 2 * columns)
-    most, drawn = int(2.6 * canvas.CHARACTERS_PER_INCH), None
+    drawn: Any = None
     for plainly, under, image, over, name in zip(
         grid[::2], grid[1::2], images, heat, names, strict=True
     ):
         canvas.tile(plainly, image)
         canvas.tile(under, image)
         drawn = under.imshow(over, cmap="jet", vmin=0, vmax=1, alpha=0.5)
+        most = int(2.6 * canvas.CHARACTERS_PER_INCH)
         lines = [canvas.short(line, most) for line in name.split("\n")]
         plainly.set_title("\n".join(lines), fontsize=canvas.SMALL, pad=3, loc="left")
     what = "Grad-CAM,\nin shares of its largest"

@@ -1,7 +1,8 @@
 """What goes on inside a network: features, maps, filters, Grad-CAM.
 
 Networks are asked by what flax calls when they run, not by their class: a layer named "head" is
-the last one, and a map is what a layer gives with two axes of pixels.
+the last one, and a map is what a layer gives with two axes of pixels. ``module`` is the network,
+``variables`` are its {"params", "batch_stats"}.
 """
 
 from __future__ import annotations
@@ -56,8 +57,6 @@ def forward(module: nn.Module, variables: Any, images: jax.Array) -> tuple[jax.A
     """Logits and features.
 
     Args:
-      module: the network.
-      variables: its variables.
       images: (N, H, W, C), normalised.
 
     Returns:
@@ -85,10 +84,9 @@ def forward(module: nn.Module, variables: Any, images: jax.Array) -> tuple[jax.A
 def stage_maps(module: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
     """Maps of a network's stages, from the first to the last.
 
+    Of a network that is no ResNet they are the last map of each size that a layer of its own gives.
+
     Args:
-      module: a ResNet gives the maps of its stages; of another network it is the last map of each
-        size that a layer of its own gives.
-      variables: its variables.
       images: (N, H, W, C), normalised.
 
     Returns:
@@ -127,8 +125,6 @@ def grad_cam(
     them (equation 1), summed, and cut at zero (equation 2).
 
     Args:
-      module: the network.
-      variables: its variables.
       images: (N, H, W, C), normalised.
       classes: N class numbers; by default those with the largest logits.
 

@@ -174,13 +174,11 @@ def draw_augmented(of: Session, path: Path) -> str:
     names = [run.class_name(label) for label in found.labels]
     texts = [[""] * len(names) for _ in found.draws]
     if found.mixed is not None and found.shares is not None:
-        texts = [
-            [
-                f"{name}: {s:.2f}, {run.class_name(k)}: {1 - s:.2f}"
-                for name, s, k in zip(names, *one, strict=True)
+        for line, shares, mixed in zip(texts, found.shares, found.mixed, strict=True):
+            line[:] = [
+                f"{name}: {share:.2f}, {run.class_name(other)}: {1 - share:.2f}"
+                for name, share, other in zip(names, shares, mixed, strict=True)
             ]
-            for one in zip(found.shares, found.mixed, strict=True)
-        ]
     what = f"augmented training images, {len(found.draws)} draws of {len(names)}"
     figures.rows(found.originals, found.draws, names, texts, path, of.title(what))
     same = "" if run.config.augment != type(run.config.augment)() else " This run augments nothing."

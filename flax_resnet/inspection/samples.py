@@ -11,10 +11,11 @@ import numpy as np
 
 from flax_resnet.augment import normalize
 from flax_resnet.data import open_sources
+from flax_resnet.datasets.decode import DECODE_ERRORS
 from flax_resnet.datasets.rows import decode_rows
 from flax_resnet.errors import UserError
 from flax_resnet.inspection.opened import Inspected
-from flax_resnet.predict import find_images, image_batches, reason, shown
+from flax_resnet.predict import find_images, reason, shown
 from flax_resnet.step import step_keys
 
 IMAGES, DRAWS = 6, 6
@@ -56,14 +57,19 @@ def folder_images(
     decoder = run.config.data.decoder(channels)
     if decoder.size is None:
         decoder = dataclasses.replace(decoder, size=height - 2 * decoder.pad)
-
-    def skip(path: Path, error: Exception) -> None:
-        say(f"skipped {shown(path)}: {reason(error)}")
-
-    read, images = next(image_batches(find_images(paths), decoder, most, skip), ([], None))
-    if images is None:
+    names, images = [], []
+    for path in find_images(paths):
+        try:
+            images.append(decoder(path.read_bytes()))
+        except DECODE_ERRORS as error:
+            say(f"skipped {shown(path)}: {reason(error)}")
+            continue
+        names.append(shown(path.name))
+        if len(images) == most:
+            break
+    if not images:
         raise UserError(f"none of the images in {' '.join(map(str, paths))} could be read")
-    return [shown(path.name) for path in read], images[: len(read)]
+    return names, np.stack(images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +105,13 @@ def augmented(run: Inspected) -> Augmented:
         return config.augment(augment_key, {**batch, "image": images}, run_key)
 
     found = [jax.device_get(draw(np.uint32(step))) for step in range(DRAWS)]
-    pixels = np.stack([one["image"][:IMAGES] for one in found])
-    mixes = "mix" in found[0]
+    drawn = {name: np.stack([one[name][:IMAGES] for one in found]) for name in found[0]}
     return Augmented(
         originals=np.asarray(batch["image"])[:IMAGES],
         labels=np.asarray(batch["label"])[:IMAGES],
-        draws=displayed(pixels, run),
-        mixed=np.stack([one["label_mixed"][:IMAGES] for one in found]) if mixes else None,
-        shares=np.stack([one["mix"][:IMAGES] for one in found]) if mixes else None,
+        draws=displayed(drawn["image"], run),
+        mixed=drawn.get("label_mixed"),
+        shares=drawn.get("mix"),
     )
 
 

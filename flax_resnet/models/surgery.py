@@ -147,10 +147,12 @@ def trainable(module: nn.Module, params: Mapping[str, Any]) -> Any:
     frozen = getattr(module, "frozen_stages", -1)
 
     def trains(name: str) -> bool:
-        if frozen >= 0 and name.startswith("stage"):
+        if frozen < 0:
+            return True
+        if name.startswith("stage"):
             return int(name.removeprefix("stage").partition("_")[0]) > frozen
         last = name == "final_norm" and frozen >= len(module.stage_sizes)
-        return frozen < 0 or not (name.startswith("stem_") or last)
+        return not (name.startswith("stem_") or last)
 
     tree = {
         name: trainable(field, part)

@@ -54,14 +54,12 @@ def read_h5(path: Path) -> tuple[Layout, dict[str, np.ndarray]]:
         _check_heaps(path)
         with h5py.File(path, "r", locking=False) as file:
             return _read(file, path.stat().st_size)
-    except _Problem as problem:
-        raise UserError(
-            f"{path} is not read: {problem}; expected weights saved by Keras: save them again by "
-            "model.save_weights"
-        ) from problem
     except Exception as error:  # h5py raises half a dozen kinds on damaged bytes
-        reason = f"h5py cannot read it ({shown(str(error), 200)})"
-        raise UserError(f"{path} is damaged: {reason}; download or export it again") from error
+        reason = str(error) if isinstance(error, _Problem) else f"h5py: {shown(str(error), 200)}"
+        raise UserError(
+            f"{path} is not read: {reason}; expected weights saved by Keras: download it again, or "
+            "save them again by model.save_weights"
+        ) from error
 
 
 def _check_heaps(path: Path) -> None:
@@ -146,10 +144,8 @@ def _child(group: h5py.Group, name: str) -> Any:
 
 def _tensor(what: str, dataset: h5py.Dataset, left: int) -> np.ndarray:
     """The values of a dataset that lies as plain floats in the ``left`` bytes of the file."""
-    if dataset.is_virtual or dataset.external:
-        raise _Problem(f"{what} is stored in another file, which Keras never does")
-    if dataset.chunks is not None:
-        raise _Problem(f"{what} is stored in chunks or compressed, which Keras never does")
+    if dataset.is_virtual or dataset.external or dataset.chunks is not None:
+        raise _Problem(f"{what} is stored in another file, in chunks or compressed")
     dtype, shape, size = dataset.dtype, dataset.shape, dataset.nbytes
     bfloat16 = dtype == np.dtype("V2") and "dtype" in dataset.attrs  # opaque pairs of bytes
     if not bfloat16 and dtype.newbyteorder("=") not in _FLOATS:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -29,6 +31,7 @@ _NORMS = {
     "v1": {"norm1": "1_bn", "norm2": "2_bn", "norm3": "3_bn"},
     "v2": {"norm1": "preact_bn", "norm2": "1_bn", "norm3": "2_bn"},
 }
+_BLOCK = re.compile(r"conv(\d+)_block\d+_1_conv/0")
 _POSITIONS = {"kernel": 0, "bias": 1}
 _NORM_POSITIONS = {"scale": 0, "bias": 1, "mean": 2, "var": 3}
 
@@ -108,26 +111,20 @@ def infer_keras(layers: Tensors, **fields: Any) -> ResNet:
       UserError: they are not those of a residual network of Keras.
     """
     version: Version = "v2" if "post_bn/0" in layers else "v1"
-    sizes: list[int] = []
-    for stage in range(2, 2 + len(layers)):
-        blocks = 0
-        while f"conv{stage}_block{blocks + 1}_1_conv/0" in layers:
-            blocks += 1
-        if not blocks:
-            break
-        sizes.append(blocks)
-    if not sizes or "conv1_conv/0" not in layers:
+    if not {"conv1_conv/0", "conv2_block1_1_conv/0"} <= layers.keys():
         raise UserError(_not_keras(layers))
+    blocks = Counter(found[1] for name in layers if (found := _BLOCK.fullmatch(name)))
+    stages = itertools.takewhile(blocks.__contains__, map(str, itertools.count(2)))
     kernel = layers["conv2_block1_1_conv/0"]
-    found: dict[str, Any] = {
-        "stage_sizes": tuple(sizes),
+    fits: dict[str, Any] = {
+        "stage_sizes": tuple(blocks[stage] for stage in stages),
         "num_filters": kernel.shape[-1] if kernel.ndim == 4 else 0,
     }
     if "predictions/0" in layers:
-        found["num_classes"] = layers["predictions/0"].shape[-1]
+        fits["num_classes"] = layers["predictions/0"].shape[-1]
     else:
-        found["include_top"] = False
-    return keras_resnet(50, version, **{**found, **fields})
+        fits["include_top"] = False
+    return keras_resnet(50, version, **{**fits, **fields})
 
 
 def _counted(tensors: Tensors, kind: str) -> list[np.ndarray]:

@@ -57,7 +57,18 @@ def read_tensors(path: Path) -> TensorFile:
         kind, tensors, metadata = _read(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): check the file") from error
-    weights = {n: _weight(path, n, a) for n, a in tensors.items() if not _is_counter(n, a)}
+    weights = {}
+    for name, array in tensors.items():
+        if name.endswith(_COUNTER) and array.dtype.kind in "iu":
+            continue
+        fits = array.dtype in _FLOATS and array.size and array.ndim <= MAX_RANK
+        if not fits or not name.isprintable():
+            raise UserError(
+                f"{path}: tensor {shown(name)} is of {array.dtype} and shape {array.shape}: "
+                "expected a plain name, floats of 16, 32 or 64 bits, elements, and no more than "
+                f"{MAX_RANK} axes; convert it, or leave it out of the file"
+            )
+        weights[name] = array
     if not weights:
         raise UserError(f"{path} holds no weights: expected tensors of floats")
     return TensorFile(kind, weights, metadata)
@@ -67,8 +78,6 @@ def _read(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
     """(format, tensors, metadata), as the first bytes say."""
     with path.open("rb") as file:
         start = file.read(16)
-    if not start:
-        raise UserError(f"{path} is empty: download or export it again")
     if start.startswith(_HDF5_START):
         from flax_resnet.pretrained.hdf5 import read_h5  # h5py is imported where it is needed
 
@@ -81,21 +90,6 @@ def _read(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
         f"{path} is no weight file that is read here (it starts with {start!r}): expected "
         ".safetensors, a state dict by torch.save (.pth, .pt), or Keras weights (.h5, .weights.h5)"
     )
-
-
-def _is_counter(name: str, array: np.ndarray) -> bool:
-    return name.endswith(_COUNTER) and array.dtype.kind in "iu"
-
-
-def _weight(path: Path, name: str, array: np.ndarray) -> np.ndarray:
-    fits = array.dtype in _FLOATS and array.size and array.ndim <= MAX_RANK
-    if not fits or not name.isprintable():
-        raise UserError(
-            f"{path}: tensor {shown(name)} is of {array.dtype} and shape {array.shape}: expected a "
-            f"plain name, floats of 16, 32 or 64 bits, elements, and no more than {MAX_RANK} axes; "
-            "convert it, or leave it out of the file"
-        )
-    return array
 
 
 def _read_safetensors(path: Path, header: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -37,12 +37,7 @@ class Storage(NamedTuple):
 
     key: str
     dtype: np.dtype
-    count: int
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return self.count * self.dtype.itemsize
+    nbytes: int
 
 
 class Tensor(NamedTuple):
@@ -136,7 +131,7 @@ def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, _Load]:
         count = struct.unpack("<q", file.read(8))[0]
         starts[key] = at + 8
         at += 8 + storage.nbytes
-        if count != storage.count or not starts[key] <= at <= total:
+        if count * storage.dtype.itemsize != storage.nbytes or not starts[key] <= at <= total:
             raise ValueError(f"storage {key} is not as long as its tensors say")
 
     def load(storage: Storage) -> bytes:
@@ -176,7 +171,7 @@ def _arrays(tensors: dict[str, Tensor], load: _Load, left: int) -> dict[str, np.
             raise ValueError("its tensors share storages and are larger than the file")
         steps = list(zip(size, stride, strict=True))
         last = offset + sum((length - 1) * step for length, step in steps)
-        if last >= storage.count:  # numpy's own check would overflow
+        if (last + 1) * itemsize > storage.nbytes:  # numpy's own check would overflow
             raise ValueError(f"tensor {name} reaches beyond its storage")
         if storage.key not in storages:
             storages[storage.key] = load(storage)
@@ -227,8 +222,9 @@ class _Unpickler(_Python):
             raise ValueError("its pickle refers to an object that is no storage")
         if type(key) is not str or type(count) is not int:
             raise TypeError("a storage without a key or a length")
-        storage = self.storages.setdefault(key, Storage(key, dtype, count))
-        if storage != (key, dtype, count):
+        found = Storage(key, dtype, count * dtype.itemsize)
+        storage = self.storages.setdefault(key, found)
+        if storage != found:
             raise ValueError(f"storage {key} has two types or lengths")
         return storage
 
@@ -265,6 +261,7 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES: dict[str, Any] = {
     **{f"torch.{kind}Storage": np.dtype(dtype) for kind, dtype in _DTYPES.items()},
+    **{f"torch.{np.dtype(dtype)}": np.dtype(dtype) for dtype in _DTYPES.values()},
     "collections.OrderedDict": lambda: _Dict(),
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,

@@ -29,19 +29,20 @@ Tensors = dict[str, np.ndarray]
 
 # Hugging Face's ResNet, CIFAR codes' ``linear`` and ``shortcut``, and a pre-activated net's last
 # norm, as torchvision would say it.
-_SPELLINGS = [
+_SPELLINGS: list[tuple[str, Any]] = [
     (r"^(?:resnet\.)?embedder\.embedder\.convolution\.", "conv1."),
     (r"^(?:resnet\.)?embedder\.embedder\.normalization\.", "bn1."),
-    (r"^(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.", "layer{+1}.{2}."),
+    (r"^(?:resnet\.)?encoder\.stages\.(\d{1,6})\.layers\.(\d+)\.",
+     lambda found: f"layer{int(found[1]) + 1}.{found[2]}."),
     (r"\.shortcut\.convolution\.", ".downsample.0."),
     (r"\.shortcut\.normalization\.", ".downsample.1."),
-    (r"\.layer\.(\d+)\.convolution\.", ".conv{+1}."),
-    (r"\.layer\.(\d+)\.normalization\.", ".bn{+1}."),
+    (r"\.layer\.(\d{1,6})\.convolution\.", lambda found: f".conv{int(found[1]) + 1}."),
+    (r"\.layer\.(\d{1,6})\.normalization\.", lambda found: f".bn{int(found[1]) + 1}."),
     (r"^classifier\.1\.", "fc."),
     (r"^(?:linear|classifier)\.", "fc."),
     (r"\.shortcut\.", ".downsample."),
     (r"^final_bn\.", "bn."),
-]
+]  # fmt: skip
 MOST_BLOCKS = 2000
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 _BLOCK = re.compile(r"layer(\d{1,4})\.(\d{1,6})\.(.+)")
@@ -74,7 +75,7 @@ def torchvision_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
     for name, tensor in wrapped.items():
         new = name
         for pattern, replacement in _SPELLINGS:
-            new = re.sub(pattern, functools.partial(_fill, replacement), new)
+            new = re.sub(pattern, replacement, new)
         if new in found:
             raise UserError(f"the weights have {name!r} under another name too: keep one of them")
         found[new] = tensor
@@ -85,15 +86,6 @@ def torchvision_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
             # Wide-ResNet codes call the last norm bn1: they have none after the stem.
             found = {re.sub(r"^bn1\.", "bn.", name): tensor for name, tensor in found.items()}
     return found
-
-
-def _fill(template: str, match: re.Match) -> str:
-    """``{+1}`` is the first group counted from 1, ``{2}`` the second as it is."""
-    groups = match.groups()
-    if groups:
-        template = template.replace("{+1}", str(int(groups[0][:6]) + 1))
-        template = template.replace("{2}", groups[-1])
-    return template
 
 
 def torch_name(module: ResNet, path: tuple[str, ...]) -> str:
@@ -206,10 +198,7 @@ def _stage_sizes(tensors: Mapping[str, np.ndarray]) -> tuple[int, ...]:
     numbers = itertools.takewhile(stages.__contains__, itertools.count(1))
     sizes = tuple(len(stages[number]) for number in numbers)
     if too_many(sum(sizes), len(tensors)):
-        raise UserError(
-            f"the weights have {sum(sizes)} blocks and {len(tensors)} tensors: a block has four at "
-            "the least; the file is cut or of another kind"
-        )
+        raise UserError(f"the weights have {sum(sizes)} blocks and {len(tensors)} tensors: too few")
     return sizes
 
 
@@ -228,10 +217,7 @@ def _stem(tensors: Mapping[str, np.ndarray]) -> tuple[str, str]:
         return "deep", "conv1.6.weight"
     kernel = _size(tensors, "conv1.weight", 2)
     if kernel not in (3, 7):
-        raise UserError(
-            f"the weights' conv1 is {kernel}x{kernel}: expected 7x7 (ImageNet), 3x3 (CIFAR), or "
-            "three convolutions conv1.0, conv1.3 and conv1.6"
-        )
+        raise UserError(f"the weights' conv1 is {kernel}x{kernel}: expected 7x7, 3x3, or conv1.0")
     return ("imagenet" if kernel == 7 else "cifar"), "conv1.weight"
 
 
