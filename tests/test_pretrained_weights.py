@@ -214,9 +214,8 @@ def old_name(layer):
         branch = {"0": "1", "1": "2a", "2": "2b", "3": "2c"}[number]
         letter = "abcdefg"[int(block) - 1]
         return f"{'res' if kind == 'conv' else 'bn'}{stage}{letter}_branch{branch}"
-    return {"conv1_conv": "conv1", "conv1_bn": "bn_conv1", "predictions": "fc1000"}.get(
-        layer, layer
-    )
+    names = {"conv1_conv": "conv1", "conv1_bn": "bn_conv1", "predictions": "fc1000"}
+    return names.get(layer, layer)
 
 
 def test_keras_files_of_before_2019_and_of_whole_models(tmp_path):
@@ -269,7 +268,7 @@ BLOCKS = {f"layer1.{i}.conv1.weight": np.ones((1, 1, 1, 1), np.float32) for i in
         (lambda t: t | {f"module.{k}": v for k, v in t.items()}, "unexpected"),
         (lambda t: t | {"linear.bias": t["fc.bias"]}, "under another name too"),
         (lambda t: t | {"layer1.999999.conv1.weight": t["conv1.weight"]}, "missing (layer1.3."),
-        (lambda t: t | BLOCKS, "a block has four at the least"),
+        (lambda t: t | BLOCKS, "tensors: too few"),
         # Shapes inferred from one tensor are not allocated for the others.
         (lambda t: t | {"layer1.0.conv2.weight": np.ones((10**5, 1, 1, 1), np.float32)}, "another"),
         (lambda t: t | {"fc.weight": t["fc.weight"].astype(np.int32)}, "int32"),

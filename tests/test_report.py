@@ -62,7 +62,7 @@ def page(workdir):
     with pytest.MonkeyPatch.context() as patch:
         # Both are slow, and tested elsewhere.
         patch.setattr(lr_finder, "find_rate", lambda config, **options: found)
-        patch.setattr(embed, "tsne", lambda features, seed: embed.pca(features)[0])
+        patch.setattr(embed, "tsne", lambda features, seed: embed.pca(features))
         return Page(report.report(workdir, lr_finder=True))
 
 

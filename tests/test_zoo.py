@@ -275,9 +275,9 @@ def test_weights_are_cast_to_the_networks_dtype_and_must_be_floats(resnet20):
         jnp.dtype("float32")
     }
     whole = jax.tree.map(lambda x: np.asarray(x, np.int32), resnet20)
-    with pytest.raises(UserError, match="not floating-point"):
+    with pytest.raises(UserError, match="no floating-point array"):
         load("resnet20", weights=whole)
-    with pytest.raises(UserError, match=r"hold what is no array: params/head/kernel$"):
+    with pytest.raises(UserError, match=r"no floating-point array: params/head/kernel$"):
         load("resnet20", weights={"params": {"head": {"kernel": [1, 2]}}})
 
 

@@ -6,6 +6,8 @@ processes can hold it. TensorFlow is never imported.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,32 +89,25 @@ class TfdsSource:
         return f"example {index} of {self._what}"
 
 
+@dataclasses.dataclass
 class FolderSource:
     """Image files in one sub-folder a class; the classes are the sub-folders, sorted."""
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        labels: np.ndarray,
-        class_names: Sequence[str],
-        image_shape: tuple[int | None, int | None, int],
-    ):
-        self._paths = list(paths)
-        self._labels = np.asarray(labels, np.int32)
-        self.class_names = tuple(class_names)
-        self.image_shape = image_shape
+    paths: list[Path]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    image_shape: tuple[int | None, int | None, int]
 
     def __len__(self) -> int:
-        """Number of examples."""
-        return len(self._paths)
+        return len(self.paths)
 
     def read(self, indices: Sequence[int]) -> tuple[list[bytes], np.ndarray]:
         """Encoded images and their int32 labels, in the order of ``indices``."""
-        return [self._paths[i].read_bytes() for i in indices], self._labels[list(indices)]
+        return [self.paths[i].read_bytes() for i in indices], self.labels[list(indices)]
 
     def describe(self, index: int) -> str:
         """What to call the example in an error message."""
-        return str(self._paths[index])
+        return str(self.paths[index])
 
 
 def find_builder(name: str, data_dir: str | None) -> Any:
@@ -191,19 +186,15 @@ def split_names(name: str, data_dir: str | None) -> list[str]:
 def _supervised_keys(info: Any) -> tuple[str, str]:
     import tensorflow_datasets as tfds
 
-    features = info.features
-    keys = info.supervised_keys or ("image", "label")
-    if (
-        len(keys) == 2
-        and all(key in features for key in keys)
-        and isinstance(features[keys[0]], tfds.features.Image)
-        and isinstance(features[keys[1]], tfds.features.ClassLabel)
-    ):
-        return keys
-    raise UserError(
-        f"dataset {info.full_name!r} is not image classification: expected an image and a class "
-        f"label, its features are {dict(features)}"
-    )
+    features, keys = info.features, info.supervised_keys or ("image", "label")
+    wanted = zip(keys, (tfds.features.Image, tfds.features.ClassLabel), strict=False)
+    known = all(key in features and isinstance(features[key], kind) for key, kind in wanted)
+    if len(keys) != 2 or not known:
+        raise UserError(
+            f"dataset {info.full_name!r} is not image classification: expected an image and a "
+            f"class label, its features are {dict(features)}"
+        )
+    return keys
 
 
 def open_folder(
@@ -242,24 +233,20 @@ def open_folder(
         names, groups = _held_out(root, test_every)
     shape = _common_shape([path for group in groups for path, _ in group], image_size)
     return [
-        FolderSource([p for p, _ in group], np.array([c for _, c in group]), names, shape)
-        for group in groups
+        FolderSource([p for p, _ in g], np.array([c for _, c in g], np.int32), tuple(names), shape)
+        for g in groups
     ]
 
 
 def _split_folders(train_root: Path, test_root: Path) -> tuple[list[str], list[Labelled]]:
     """(class names, [training images, evaluation images]) of two folders with the same classes."""
     names = _class_names(train_root)
-    if (test_names := _class_names(test_root)) != names:
-        odd = sorted(set(names) ^ set(test_names))
+    if odd := sorted(set(names) ^ set(_class_names(test_root))):
         raise UserError(
             f"{train_root} and {test_root} differ in classes {odd}: both need the same ones"
         )
     roots = (train_root, test_root)
-    return names, [
-        [(path, label) for label, paths in enumerate(_by_class(root, names)) for path in paths]
-        for root in roots
-    ]
+    return names, [[*itertools.chain(*_by_class(root, names))] for root in roots]
 
 
 def _held_out(root: Path, test_every: int) -> tuple[list[str], list[Labelled]]:
@@ -271,14 +258,14 @@ def _held_out(root: Path, test_every: int) -> tuple[list[str], list[Labelled]]:
             "name them train and test, for classes give them other names"
         )
     groups: list[Labelled] = [[], []]
-    for label, paths in enumerate(_by_class(root, names)):
-        if len(paths) < test_every:
+    for images in _by_class(root, names):
+        if len(images) < test_every:
             raise UserError(
-                f"class {names[label]!r} in {root} has {len(paths)} images, at least "
+                f"class {names[images[0][1]]!r} in {root} has {len(images)} images, at least "
                 f"{test_every} are needed to hold out one in {test_every} for evaluation"
             )
-        for position, path in enumerate(paths):
-            groups[position % test_every == test_every - 1].append((path, label))
+        for position, image in enumerate(images, 1):
+            groups[position % test_every == 0].append(image)
     return names, groups
 
 
@@ -297,18 +284,19 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _by_class(root: Path, names: Sequence[str]) -> list[list[Path]]:
+def _by_class(root: Path, names: Sequence[str]) -> list[Labelled]:
+    """Images of each class, sorted by path."""
     classes = []
-    for name in names:
-        paths = sorted(
-            path
-            for path in (root / name).rglob("*")
+    for label, name in enumerate(names):
+        images = [
+            (path, label)
+            for path in sorted((root / name).rglob("*"))
             if path.suffix.lower() in IMAGE_SUFFIXES
             and not any(map(_hidden, path.relative_to(root).parts))
-        )
-        if not paths:
+        ]
+        if not images:
             raise UserError(f"class folder {root / name} holds no images: add some or remove it")
-        classes.append(paths)
+        classes.append(images)
     return classes
 
 

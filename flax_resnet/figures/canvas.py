@@ -47,17 +47,12 @@ def short(text: str, most: int) -> str:
     return plain(text if len(text) <= most else text[: most - 1] + "…")
 
 
-def title(figure: Figure, text: str) -> None:
-    """A title above the figure, broken where it is wider than that."""
+def finish(figure: Figure, text: str, path: Path) -> None:
+    """Gives a figure its title, broken where it is too wide, and writes it."""
     width = round(figure.get_figwidth() * 11.5)
     text = re.sub(r"\bn = (?=\d)", "n\u00a0=\u00a0", text)  # keeps together what belongs so
     lines = [line for part in text.split("\n") for line in textwrap.wrap(part, width)]
     figure.suptitle("\n".join(map(plain, lines)), fontsize=TITLE_SIZE)
-
-
-def finish(figure: Figure, text: str, path: Path) -> None:
-    """Gives a figure its title and writes it."""
-    title(figure, text)
     save(figure, path)
 
 
@@ -89,3 +84,11 @@ def tile(axes: Axes, image: Any, above: str = "", **options: Any) -> Any:
 def grid_shape(count: int, columns: int) -> tuple[int, int]:
     """(rows, columns) that hold so many tiles."""
     return -(-count // min(count, columns)), min(count, columns)
+
+
+def grid(figure: Figure, count: int, columns: int) -> list[Any]:
+    """The axes of so many tiles, row by row; what is left of the last row stays empty."""
+    axes = figure.subplots(*grid_shape(count, columns), squeeze=False).ravel()
+    for empty in axes[count:]:
+        empty.axis("off")
+    return list(axes[:count])

@@ -1,4 +1,7 @@
-"""Figures of images and of what a network makes of them."""
+"""Figures of images and of what a network makes of them.
+
+Each function writes a PNG at ``path``, with ``title`` above the figure.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +27,12 @@ def filters(kernel: np.ndarray, path: Path, title: str) -> None:
 
     Args:
       kernel: (h, w, C, filters).
-      path: the PNG to write.
-      title: above the figure.
     """
     height, width, channels, count = kernel.shape
     rows, columns = canvas.grid_shape(count, 16)
     figure = canvas.new_figure(max(5.0, 0.6 * columns + 1.2), max(1.8, 0.6 * rows + 1.1))
-    grid = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
     drawn = None
-    for index, axes in enumerate(grid):
-        if index >= count:
-            axes.axis("off")
-            continue
+    for index, axes in enumerate(canvas.grid(figure, count, 16)):
         one = kernel[..., index].astype(np.float64)
         if channels == 3:
             low, high = np.min(one), np.max(one)
@@ -45,13 +42,10 @@ def filters(kernel: np.ndarray, path: Path, title: str) -> None:
         shares = one / max(np.abs(one).max(), 1e-12)
         drawn = canvas.tile(axes, shares, cmap="RdBu_r", vmin=-1, vmax=1)
     if drawn is not None:
-        figure.colorbar(drawn, ax=list(grid), label="weight, in shares\nof the filter's largest",
+        figure.colorbar(drawn, ax=figure.axes, label="weight, in shares\nof the filter's largest",
                         aspect=12)  # fmt: skip
-    scale = "red, green and blue, each filter over its own range" if channels == 3 else ""
-    figure.supxlabel(
-        f"{count} filters of {height} x {width} pixels" + (f"; {scale}" if scale else ""),
-        fontsize=8,
-    )
+    scale = "; red, green and blue, each filter over its own range" if channels == 3 else ""
+    figure.supxlabel(f"{count} filters of {height} x {width} pixels{scale}", fontsize=8)
     canvas.finish(figure, title, path)
 
 
@@ -61,8 +55,6 @@ def maps(image: np.ndarray, stages: Mapping[str, np.ndarray], path: Path, title:
     Args:
       image: uint8 (H, W, C), what the network saw.
       stages: {name: (h, w, channels)}, from the first to the last.
-      path: the PNG to write.
-      title: above the figure.
     """
     figure = canvas.new_figure(1.05 * (MOST_CHANNELS + 1) + 1.6, 1.2 * len(stages) + 1.1)
     grid = figure.subplots(len(stages), MOST_CHANNELS + 1, squeeze=False)
@@ -89,11 +81,7 @@ def maps(image: np.ndarray, stages: Mapping[str, np.ndarray], path: Path, title:
 
 
 def attention(
-    images: np.ndarray,
-    heat: np.ndarray,
-    names: Sequence[str],
-    path: Path,
-    title: str,
+    images: np.ndarray, heat: np.ndarray, names: Sequence[str], path: Path, title: str
 ) -> None:
     """Draws images, and over each where the network looked.
 
@@ -101,27 +89,22 @@ def attention(
       images: uint8 (N, H, W, C).
       heat: (N, H, W) in 0..1.
       names: N lines of text, one over each image.
-      path: the PNG to write.
-      title: above the figure.
     """
     rows, columns = canvas.grid_shape(len(images), 4)
     figure = canvas.new_figure(max(5.0, 2.7 * columns + 0.9), 1.65 * rows + 0.9)
-    grid = figure.subplots(rows, 2 * columns, squeeze=False)
+    grid = canvas.grid(figure, 2 * len(images), 2 * columns)
     drawn: Any = None
-    for index in range(rows * columns):
-        plainly, under = grid[index // columns, 2 * (index % columns) :][:2]
-        if index >= len(images):
-            plainly.axis("off")
-            under.axis("off")
-            continue
-        canvas.tile(plainly, images[index])
-        canvas.tile(under, images[index])
-        drawn = under.imshow(heat[index], cmap="jet", vmin=0, vmax=1, alpha=0.5)
+    for plainly, under, image, over, name in zip(
+        grid[::2], grid[1::2], images, heat, names, strict=True
+    ):
+        canvas.tile(plainly, image)
+        canvas.tile(under, image)
+        drawn = under.imshow(over, cmap="jet", vmin=0, vmax=1, alpha=0.5)
         most = int(2.6 * canvas.CHARACTERS_PER_INCH)
-        lines = [canvas.short(line, most) for line in names[index].split("\n")]
+        lines = [canvas.short(line, most) for line in name.split("\n")]
         plainly.set_title("\n".join(lines), fontsize=canvas.SMALL, pad=3, loc="left")
-    figure.colorbar(drawn, ax=grid, label="Grad-CAM,\nin shares of its largest", fraction=0.03,
-                    aspect=25)  # fmt: skip
+    what = "Grad-CAM,\nin shares of its largest"
+    figure.colorbar(drawn, ax=figure.axes, label=what, fraction=0.03, aspect=25)
     canvas.finish(figure, title, path)
 
 
@@ -140,8 +123,6 @@ def scatter(
       labels: int (n,), below the number of class names.
       class_names: names; above 20 a scale of numbers stands for them.
       axes_names: what the axes are.
-      path: the PNG to write.
-      title: above the figure.
     """
     from matplotlib import colormaps
 
@@ -170,18 +151,13 @@ def examples(images: np.ndarray, texts: Sequence[str], path: Path, title: str) -
     Args:
       images: uint8 (N, H, W, C).
       texts: N, of one line or more.
-      path: the PNG to write.
-      title: above the figure.
     """
     rows, columns = canvas.grid_shape(len(images), 6)
     lines = max(text.count("\n") + 1 for text in texts)
     height = (1.25 + 0.14 * lines) * rows + 0.7
     figure = canvas.new_figure(max(4.5, 1.75 * columns), height)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, image, text in zip(grid, images, texts, strict=False):
+    for axes, image, text in zip(canvas.grid(figure, len(images), 6), images, texts, strict=True):
         canvas.tile(axes, image, text)
-    for axes in grid[len(images) :]:
-        axes.axis("off")
     canvas.finish(figure, title, path)
 
 
@@ -200,8 +176,6 @@ def rows(
       draws: uint8 (draws, N, H, W, C).
       names: N, what the originals are.
       texts: for each draw N texts, empty ones too.
-      path: the PNG to write.
-      title: above the figure.
     """
     count, several = len(originals), len(draws)
     figure = canvas.new_figure(1.3 * (several + 1) + 0.3, 1.32 * count + 0.8)

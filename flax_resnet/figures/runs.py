@@ -1,4 +1,7 @@
-"""Figures of one run's numbers: curves, confusion, calibration, the search for a rate."""
+"""Figures of one run's numbers: curves, confusion, calibration, the search for a rate.
+
+Each function writes a PNG at ``path``, with ``title`` above the figure.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,6 @@ def curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
 
     Args:
       records: lines of metrics.jsonl.
-      path: the PNG to write.
-      title: above the figure.
     """
     figure = canvas.new_figure(9, 3.8)
     loss_axes, error_axes = figure.subplots(1, 2)
@@ -48,8 +49,6 @@ def confusion(counts: np.ndarray, class_names: Sequence[str], path: Path, title:
     Args:
       counts: int (K, K), true class by predicted class.
       class_names: K names.
-      path: the PNG to write.
-      title: above the figure.
     """
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     labelled = len(class_names) <= MOST_LABELLED_CLASSES
@@ -85,8 +84,6 @@ def reliability(
       confidence: (bins,) mean largest probability of each bin's examples; of an empty bin anything.
       correct: (bins,) share of them that are right.
       counts: (bins,) examples; the bins are equal parts of (0, 1].
-      path: the PNG to write.
-      title: above the figure.
     """
     figure = canvas.new_figure(5.4, 6.2)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -123,8 +120,6 @@ def learning_rates(
       losses: (steps,) nats.
       smoothed: (steps,) nats.
       suggestion: the rate to mark; None: none.
-      path: the PNG to write.
-      title: above the figure.
     """
     figure = canvas.new_figure(6.4, 4.5)
     axes = figure.subplots()

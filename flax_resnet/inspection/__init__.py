@@ -3,7 +3,6 @@
 ``open_run`` opens a working directory; the rest takes what it gives. One device is used, the first.
 """
 
-from flax_resnet.inspection.embed import Embedding as Embedding
 from flax_resnet.inspection.embed import pca as pca
 from flax_resnet.inspection.embed import tsne as tsne
 from flax_resnet.inspection.layers import first_filters as first_filters

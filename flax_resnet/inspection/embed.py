@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from flax_resnet.errors import UserError
 
 LEAST_EXAMPLES = 5
+Embedding = tuple[np.ndarray, tuple[str, str]]
+"""(points (n, 2), what the two axes are)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Embedding:
-    """Points in the plane."""
-
-    points: np.ndarray
-    """(n, 2)."""
-    axes: tuple[str, str]
-    """What the axes are."""
-
-
-def pca(features: np.ndarray) -> tuple[Embedding, np.ndarray]:
+def pca(features: np.ndarray) -> Embedding:
     """The first two principal components, by scikit-learn.
 
     The sign of a component is such that its entry of the largest size is positive.
 
     Args:
-      features: (n, F).
-
-    Returns:
-      (embedding, share of the variance in each of the two, (2,)).
+      features: (n, F), F of 2 or more.
 
     Raises:
       UserError: there are too few examples.
     """
-    _check(features)
     from sklearn.decomposition import PCA
 
-    count = min(2, features.shape[1])
-    model = PCA(count, svd_solver="full")
-    with np.errstate(invalid="ignore"):  # features that are all the same have no variance
-        points = model.fit_transform(np.asarray(features, np.float64))
-    points = np.pad(points, ((0, 0), (0, 2 - count)))
-    shares = np.pad(np.nan_to_num(model.explained_variance_ratio_), (0, 2 - count))
-    names = [f"principal component {i + 1} ({100 * s:.1f} % of variance)"
-             for i, s in enumerate(shares)]  # fmt: skip
-    return Embedding(points, (names[0], names[1])), shares
+    model = PCA(2, svd_solver="full")
+    points = model.fit_transform(_checked(features))
+    one, two = (
+        f"principal component {i} ({100 * share:.1f} % of variance)"
+        for i, share in enumerate(model.explained_variance_ratio_, 1)
+    )
+    return points, (one, two)
 
 
 def tsne(features: np.ndarray, seed: int = 0) -> Embedding:
@@ -61,21 +45,21 @@ def tsne(features: np.ndarray, seed: int = 0) -> Embedding:
     Raises:
       UserError: there are too few examples.
     """
-    _check(features)
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits  # scikit-learn's own
 
     perplexity = min(30.0, (len(features) - 1) / 3)
     model = TSNE(perplexity=perplexity, init="pca", random_state=seed)
-    axes = (f"t-SNE 1 (no unit; perplexity {perplexity:.3g})", "t-SNE 2 (no unit)")
     # Several threads add up in another order each time, and wait for one another on a busy machine.
     with threadpool_limits(1):
-        return Embedding(model.fit_transform(np.asarray(features, np.float64)), axes)
+        points = model.fit_transform(_checked(features))
+    return points, (f"t-SNE 1 (no unit; perplexity {perplexity:.3g})", "t-SNE 2 (no unit)")
 
 
-def _check(features: np.ndarray) -> None:
+def _checked(features: np.ndarray) -> np.ndarray:
     if len(features) < LEAST_EXAMPLES:
         raise UserError(
             f"{len(features)} examples are too few to place in the plane: expected "
             f"{LEAST_EXAMPLES} or more"
         )
+    return np.asarray(features, np.float64)

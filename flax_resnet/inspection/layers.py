@@ -1,12 +1,14 @@
 """What goes on inside a network: features, maps, filters, Grad-CAM.
 
 Networks are asked by what flax calls when they run, not by their class: a layer named "head" is
-the last one, and a map is what a layer gives with two axes of pixels.
+the last one, and a map is what a layer gives with two axes of pixels. ``module`` is the network,
+``variables`` are its {"params", "batch_stats"}.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
@@ -35,12 +38,25 @@ def _watched(module: nn.Module, variables: Any, images: jax.Array, watch: Watch)
         return module.apply(variables, images)
 
 
+Call = tuple[tuple[str, ...], type, bool]
+
+
+def _calls(module: nn.Module, variables: Any, images: Any) -> list[Call]:
+    """(path, class, does it give a map) of each layer called, in order; nothing is computed."""
+    calls: list[Call] = []
+
+    def watch(layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        calls.append((layer.path, type(layer), _is_map(layer, out)))
+        return out
+
+    jax.eval_shape(lambda x: _watched(module, variables, x, watch), images)
+    return calls
+
+
 def forward(module: nn.Module, variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Logits and features.
 
     Args:
-      module: the network.
-      variables: its variables.
       images: (N, H, W, C), normalised.
 
     Returns:
@@ -59,8 +75,7 @@ def forward(module: nn.Module, variables: Any, images: jax.Array) -> tuple[jax.A
     logits = _watched(module, variables, images, watch)
     if not found:
         raise UserError(
-            f"{type(module).__name__} has no layer named {HEAD!r}: call its last layer so, for its "
-            "inputs to be looked at"
+            f"{type(module).__name__} has no layer named {HEAD!r}: name the last one so"
         )
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return wide, found[-1].reshape(len(images), -1)
@@ -69,55 +84,36 @@ def forward(module: nn.Module, variables: Any, images: jax.Array) -> tuple[jax.A
 def stage_maps(module: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
     """Maps of a network's stages, from the first to the last.
 
+    Of a network that is no ResNet they are the last map of each size that a layer of its own gives.
+
     Args:
-      module: a ResNet gives the maps of its stages; of another network it is the last map of each
-        size that a layer of its own gives.
-      variables: its variables.
       images: (N, H, W, C), normalised.
 
     Returns:
       {name: (N, h, w, channels)}; empty where there are no maps.
     """
-    found: dict[tuple[int, int], tuple[str, jax.Array]] = {}
-
-    def watch(layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        if len(layer.path) == 1 and _is_map(layer, out):
-            shown = nn.relu(out) if layer.name == FINAL_NORM else out
-            found[out.shape[1:3]] = (layer.path[0], shown)
-        return out
 
     @jax.jit
-    def maps(variables: Any, images: jax.Array) -> list[jax.Array]:
+    def maps(variables: Any, images: jax.Array) -> OrderedDict[str, jax.Array]:
         if isinstance(module, ResNet):
-            features: Any = module.apply(variables, images, method="features")
-            found.update({(i, 0): (one.name, one.map) for i, one in enumerate(features)})
-        else:
-            _watched(module, variables, images, watch)
-        return [values for _, values in found.values()]
+            stages: Any = module.apply(variables, images, method="features")
+            return OrderedDict((stage.name, stage.map) for stage in stages)
+        found: dict[tuple[int, int], tuple[str, jax.Array]] = {}
 
-    values = maps(variables, images)
-    return dict(zip([name for name, _ in found.values()], values, strict=True))
+        def watch(layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+            if len(layer.path) == 1 and _is_map(layer, out):
+                shown = nn.relu(out) if layer.name == FINAL_NORM else out
+                found[out.shape[1:3]] = (layer.path[0], shown)
+            return out
+
+        _watched(module, variables, images, watch)
+        return OrderedDict(found.values())
+
+    return dict(maps(variables, images))
 
 
 def _is_map(layer: nn.Module, out: Any) -> bool:
     return getattr(out, "ndim", 0) == 4 and not isinstance(layer, nn.Dropout)
-
-
-def _last_map(module: nn.Module, variables: Any, images: jax.Array) -> tuple[str, ...]:
-    """Path of the layer that gives the last map."""
-    paths: list[tuple[str, ...]] = []
-
-    def watch(layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        if layer.path and _is_map(layer, out):
-            paths.append(layer.path)
-        return out
-
-    jax.eval_shape(lambda x: _watched(module, variables, x, watch), images)
-    if not paths:
-        raise UserError(
-            f"{type(module).__name__} has no maps (N, h, w, channels) in it: Grad-CAM needs one"
-        )
-    return paths[-1]
 
 
 def grad_cam(
@@ -129,8 +125,6 @@ def grad_cam(
     them (equation 1), summed, and cut at zero (equation 2).
 
     Args:
-      module: the network.
-      variables: its variables.
       images: (N, H, W, C), normalised.
       classes: N class numbers; by default those with the largest logits.
 
@@ -148,7 +142,11 @@ def grad_cam(
 @functools.partial(jax.jit, static_argnames="module")
 def _cam(module: nn.Module, variables: Any, images: jax.Array, fixed: jax.Array | None) -> Any:
     """(maps, classes, probabilities); compiled once for a network and a shape of images."""
-    path = _last_map(module, variables, images)
+    calls = _calls(module, variables, images)
+    paths = [path for path, _, is_map in calls if path and is_map]
+    if not paths:
+        raise UserError(f"{type(module).__name__} has no maps (N, h, w, channels) for Grad-CAM")
+    path = paths[-1]
 
     def logit(added: jax.Array | None) -> Any:
         seen: list[jax.Array] = []
@@ -189,18 +187,10 @@ def first_filters(
     Raises:
       UserError: the network has none.
     """
-    kernels: list[tuple[str, np.ndarray]] = []
-
-    def watch(layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        if isinstance(layer, nn.Conv):
-            params = variables["params"]
-            for name in layer.path:
-                params = params[name]
-            kernels.append(("/".join(layer.path), np.asarray(params["kernel"], np.float32)))
-        return out
-
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    jax.eval_shape(lambda x: _watched(module, variables, x, watch), images)
-    if not kernels or kernels[0][1].ndim != 4:
-        raise UserError(f"{type(module).__name__} has no convolution: there are no filters to draw")
-    return kernels[0]
+    for path, layer, _ in _calls(module, variables, images):
+        if issubclass(layer, nn.Conv):
+            name = "/".join(path)
+            kernel = flatten_dict(variables["params"], sep="/")[f"{name}/kernel"]
+            return name, np.asarray(kernel, np.float32)
+    raise UserError(f"{type(module).__name__} has no convolution: there are no filters to draw")

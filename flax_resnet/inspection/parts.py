@@ -125,8 +125,9 @@ def draw_gradcam(of: Session, path: Path) -> str:
 def draw_pca(of: Session, path: Path) -> str:
     """Principal components of the features."""
     found = of.predictions
-    embedding, _ = embed.pca(found.features)
-    _scatter(of, embedding, found.rows, path, "principal components of the head's inputs")
+    _scatter(
+        of, embed.pca(found.features), found.rows, path, "principal components of the head's inputs"
+    )
     return "The head's inputs, projected on the two directions in which they vary the most."
 
 
@@ -143,10 +144,9 @@ def draw_tsne(of: Session, path: Path) -> str:
 def _scatter(
     of: Session, embedding: embed.Embedding, rows: np.ndarray, path: Path, what: str
 ) -> None:
-    what = f"{what}, n = {len(rows)} evaluation images"
-    labels = of.predictions.labels[rows]
-    names = of.run.class_names
-    figures.scatter(embedding.points, labels, names, embedding.axes, path, of.title(what))
+    (points, axes), labels = embedding, of.predictions.labels[rows]
+    title = of.title(f"{what}, n = {len(rows)} evaluation images")
+    figures.scatter(points, labels, of.run.class_names, axes, path, title)
 
 
 def draw_worst(of: Session, path: Path) -> str:
@@ -174,13 +174,11 @@ def draw_augmented(of: Session, path: Path) -> str:
     names = [run.class_name(label) for label in found.labels]
     texts = [[""] * len(names) for _ in found.draws]
     if found.mixed is not None and found.shares is not None:
-        texts = [
-            [
-                f"{name}: {s:.2f}, {run.class_name(k)}: {1 - s:.2f}"
-                for name, s, k in zip(names, *one, strict=True)
+        for line, shares, mixed in zip(texts, found.shares, found.mixed, strict=True):
+            line[:] = [
+                f"{name}: {share:.2f}, {run.class_name(other)}: {1 - share:.2f}"
+                for name, share, other in zip(names, shares, mixed, strict=True)
             ]
-            for one in zip(found.shares, found.mixed, strict=True)
-        ]
     what = f"augmented training images, {len(found.draws)} draws of {len(names)}"
     figures.rows(found.originals, found.draws, names, texts, path, of.title(what))
     same = "" if run.config.augment != type(run.config.augment)() else " This run augments nothing."

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 
 from flax_resnet.augment import normalize
+from flax_resnet.data import open_sources
 from flax_resnet.datasets.decode import DECODE_ERRORS
+from flax_resnet.datasets.rows import decode_rows
 from flax_resnet.errors import UserError
 from flax_resnet.inspection.opened import Inspected
 from flax_resnet.predict import find_images, reason, shown
@@ -22,19 +24,8 @@ IMAGES, DRAWS = 6, 6
 
 def eval_images(run: Inspected, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """(images uint8 (N, H, W, C), labels int (N,)) of rows of the evaluation split."""
-    wanted = np.asarray(rows, int)
-    images = np.zeros((len(wanted), *run.eval_shape), np.uint8)
-    labels = np.zeros(len(wanted), np.int32)
-    size, start = min(run.config.eval_batch_size, run.data.num_eval), 0
-    for batch in run.data.in_order("eval", size):
-        here = np.nonzero((start <= wanted) & (wanted < start + size))[0]
-        if here.size:
-            images[here] = np.asarray(batch["image"])[wanted[here] - start]
-            labels[here] = np.asarray(batch["label"])[wanted[here] - start]
-        start += size
-        if start > wanted.max(initial=0):
-            break
-    return images, labels
+    source = open_sources(run.config.data)[1]
+    return decode_rows(source, run.config.data.decoder(run.eval_shape[2]), np.asarray(rows, int))
 
 
 def folder_images(
@@ -114,14 +105,13 @@ def augmented(run: Inspected) -> Augmented:
         return config.augment(augment_key, {**batch, "image": images}, run_key)
 
     found = [jax.device_get(draw(np.uint32(step))) for step in range(DRAWS)]
-    pixels = np.stack([one["image"][:IMAGES] for one in found])
-    mixes = "mix" in found[0]
+    drawn = {name: np.stack([one[name][:IMAGES] for one in found]) for name in found[0]}
     return Augmented(
         originals=np.asarray(batch["image"])[:IMAGES],
         labels=np.asarray(batch["label"])[:IMAGES],
-        draws=displayed(pixels, run),
-        mixed=np.stack([one["label_mixed"][:IMAGES] for one in found]) if mixes else None,
-        shares=np.stack([one["mix"][:IMAGES] for one in found]) if mixes else None,
+        draws=displayed(drawn["image"], run),
+        mixed=drawn.get("label_mixed"),
+        shares=drawn.get("mix"),
     )
 
 

@@ -78,7 +78,7 @@ def variable_shapes(module: nn.Module, images: Any) -> Any:
       module: the network.
       images: (N, H, W, C) as an array, or its shape and dtype.
     """
-    return jax.eval_shape(_init(module, images), jax.random.key(0))
+    return jax.eval_shape(initializer(module, images), jax.random.key(0))
 
 
 def initialize(module: nn.Module, key: jax.Array, images: Any) -> dict[str, Any]:
@@ -97,12 +97,8 @@ def initialize(module: nn.Module, key: jax.Array, images: Any) -> dict[str, Any]
 
 def initializer(module: nn.Module, images: Any) -> Callable[[jax.Array], Any]:
     """key -> fresh variables, compiled once for all keys; otherwise as ``initialize``."""
-    return jax.jit(_init(module, images))
 
-
-def _init(module: nn.Module, images: Any) -> Callable[[jax.Array], Any]:
-    """key -> variables, by way of the scanned form."""
-
+    @jax.jit
     def init(key: jax.Array) -> Any:
         zeros = jnp.zeros(images.shape, images.dtype)
         if not isinstance(module, ResNet) or module.scan_blocks:
@@ -153,19 +149,17 @@ def trainable(module: nn.Module, params: Mapping[str, Any]) -> Any:
     def trains(name: str) -> bool:
         if frozen < 0:
             return True
-        if name.startswith("stem_"):
-            return False
         if name.startswith("stage"):
             return int(name.removeprefix("stage").partition("_")[0]) > frozen
-        return name != "final_norm" or frozen < len(module.stage_sizes)
+        last = name == "final_norm" and frozen >= len(module.stage_sizes)
+        return not (name.startswith("stem_") or last)
 
-    tree = {}
-    for name, part in params.items():
-        field = getattr(module, name, None)
-        if isinstance(field, nn.Module):
-            tree[name] = trainable(field, part)
-        else:
-            tree[name] = jax.tree.map(lambda _, t=trains(name): t, part)
+    tree = {
+        name: trainable(field, part)
+        if isinstance(field := getattr(module, name, None), nn.Module)
+        else jax.tree.map(lambda _, t=trains(name): t, part)
+        for name, part in params.items()
+    }
     leaves = flatten_dict(tree, sep="/")
     held = {name: False for name in getattr(module, "frozen_parameters", ()) if name in leaves}
     return unflatten_dict({**leaves, **held}, sep="/") if held else tree
@@ -190,13 +184,10 @@ class WeightsError(UserError):
         self.missing, self.unexpected = tuple(sorted(missing)), tuple(sorted(unexpected))
         self.misshaped = dict(sorted(misshaped.items()))
         shapes = [f"{name} {have} for {want}" for name, (have, want) in self.misshaped.items()]
-        found = {
-            "missing": self.missing,
-            "unexpected": self.unexpected,
-            "of another shape": shapes,
-        }
-        lists = [f"{len(names)} {k} ({_some(names)})" for k, names in found.items() if names]
-        super().__init__(f"{what}: {'; '.join(lists)}")
+        kinds = ("missing", "unexpected", "of another shape")
+        lists = zip((self.missing, self.unexpected, shapes), kinds, strict=True)
+        some = [f"{len(names)} {kind} ({_some(names)})" for names, kind in lists if names]
+        super().__init__(f"{what}: {'; '.join(some)}")
 
 
 class Naming(NamedTuple):
@@ -254,42 +245,30 @@ def match_variables(module: nn.Module, want: Any, given: Mapping[str, Any]) -> d
 
     Raises:
       WeightsError: what is missing, left over or of another shape.
-      UserError: what is no array, or not floating-point.
+      UserError: what is no floating-point array.
     """
     if isinstance(module, ResNet):
         given = (stack_blocks if module.scan_blocks else unstack_blocks)(module, given)
     have, need = (flatten_dict(dict(tree), sep="/") for tree in (given, want))
-    if lists := [key for key, x in have.items() if not hasattr(x, "shape")]:
-        raise UserError(f"the weights hold what is no array: {_some(lists)}")
     if not any(key.startswith("params/head/") for key in need):
         top = ("params/head/", "params/hidden")
         have = {key: x for key, x in have.items() if not key.startswith(top)}
-    _check_ends(have, need)
+    if odd := [
+        k for k, x in have.items() if not jnp.issubdtype(getattr(x, "dtype", str), jnp.floating)
+    ]:
+        raise UserError(f"the weights hold what is no floating-point array: {_some(odd)}")
+    # Input channels and classes are the differences that people meet: each has its own line.
+    stem = "stem_conv1" if "params/stem_conv1/kernel" in need else "stem_conv"
+    for key, axis, text in (
+        (f"params/{stem}/kernel", 2, "input_shape has {0} channels, the weights' stem takes {1}: "
+         "repeat or drop channels of the images, or leave out weights"),
+        ("params/head/kernel", 1, "num_classes={0}, the weights' head has {1}: say num_classes={1} "
+         "and then replace_head, or include_top=False"),
+    ):  # fmt: skip
+        if key in have and key in need and have[key].shape[axis] != need[key].shape[axis]:
+            raise UserError(text.format(need[key].shape[axis], have[key].shape[axis]))
     found = match(f"the weights are not this {type(module).__name__}'s", need, have)
-    whole = sorted(key for key, x in found.items() if not jnp.issubdtype(x.dtype, jnp.floating))
-    if whole:
-        raise UserError(f"the weights are not floating-point: {_some(whole)}")
     return unflatten_dict({k: jnp.asarray(found[k], need[k].dtype) for k in need}, sep="/")
-
-
-def _check_ends(have: Mapping[str, Any], need: Mapping[str, Any]) -> None:
-    """Input channels and classes are the differences that people meet: each has its own line."""
-    for stem in ("params/stem_conv1/kernel", "params/stem_conv/kernel"):
-        if stem in have and stem in need:
-            theirs, ours = have[stem].shape[2], need[stem].shape[2]
-            if theirs != ours:
-                raise UserError(
-                    f"input_shape has {ours} channels, the weights' stem takes {theirs}: repeat or "
-                    "drop channels of the images, or leave out weights"
-                )
-            break
-    head = "params/head/kernel"
-    if head in have and head in need and have[head].shape[1] != need[head].shape[1]:
-        theirs, ours = have[head].shape[1], need[head].shape[1]
-        raise UserError(
-            f"num_classes={ours}, the weights' head has {theirs}: say num_classes={theirs} and "
-            "then replace_head, or include_top=False"
-        )
 
 
 def _some(items: Sequence[str]) -> str:

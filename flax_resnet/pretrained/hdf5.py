@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained.untrusted import MAX_RANK, damaged, shown
+from flax_resnet.pretrained.untrusted import MAX_RANK, shown
 
 Layout = Literal["keras_h5", "keras_weights"]
 
@@ -54,13 +54,12 @@ def read_h5(path: Path) -> tuple[Layout, dict[str, np.ndarray]]:
         _check_heaps(path)
         with h5py.File(path, "r", locking=False) as file:
             return _read(file, path.stat().st_size)
-    except _Problem as problem:
-        raise UserError(
-            f"{path} is not read: {problem}; expected weights saved by Keras: save them again by "
-            "model.save_weights"
-        ) from problem
     except Exception as error:  # h5py raises half a dozen kinds on damaged bytes
-        raise damaged(path, f"h5py cannot read it ({shown(str(error), 200)})") from error
+        reason = str(error) if isinstance(error, _Problem) else f"h5py: {shown(str(error), 200)}"
+        raise UserError(
+            f"{path} is not read: {reason}; expected weights saved by Keras: download it again, or "
+            "save them again by model.save_weights"
+        ) from error
 
 
 def _check_heaps(path: Path) -> None:
@@ -83,10 +82,17 @@ class _Problem(Exception):
 def _read(root: h5py.Group, left: int) -> tuple[Layout, dict[str, np.ndarray]]:
     """The tensors of a file of ``left`` bytes."""
     if root.get("model_weights", getlink=True) is not None:
-        root = _child(root, "model_weights", "model_weights")
+        root = _child(root, "model_weights")
     legacy = "layer_names" in root.attrs or "layer_names0" in root.attrs
+    if not legacy:
+        if root.get("layers", getlink=True) is None:
+            raise _Problem("it has no attribute layer_names and no group layers, as Keras files do")
+        if root.get("vars", getlink=True) is not None and len(_child(root, "vars")):
+            raise _Problem("the model has weights of its own, outside its layers")
+        root = _child(root, "layers")
     tensors: dict[str, np.ndarray] = {}
-    for key, dataset in _legacy(root) if legacy else _keras3(root):
+    for path, dataset in _datasets(root):
+        key = _key(path, legacy)
         if key in tensors or len(tensors) >= MAX_OBJECTS:
             raise _Problem(f"tensor {shown(key)} is there twice, or one of too many")
         tensors[key] = _tensor(f"tensor {shown(key)}", dataset, left)
@@ -96,81 +102,58 @@ def _read(root: h5py.Group, left: int) -> tuple[Layout, dict[str, np.ndarray]]:
     return "keras_h5" if legacy else "keras_weights", tensors
 
 
-def _legacy(root: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
-    """{layer}/{position}, of LAYER/.../NAME below ``root``."""
-    for path, dataset in _datasets(root):
+def _key(path: str, legacy: bool) -> str:
+    """LAYER/POSITION of LAYER/.../NAME, of Keras 3 LAYER/INDEX of LAYER/vars/INDEX."""
+    if legacy:
         layer, _, name = path.partition("/")
-        found = _WEIGHT.fullmatch(name)
-        if found is None:
-            raise _Problem(f"{shown(path)} is no weight of a convolution, a norm or a dense layer")
-        yield f"{layer}/{_POSITIONS[found[1]]}", dataset
-
-
-def _keras3(root: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
-    """{path of the layer}/{index}, of PATH/vars/INDEX below ``root``'s layers."""
-    if root.get("layers", getlink=True) is None:
-        raise _Problem(
-            "it has neither an attribute layer_names nor a group layers, as Keras files do"
-        )
-    if root.get("vars", getlink=True) is not None and len(_child(root, "vars", "vars")):
-        raise _Problem("the model has weights of its own, outside its layers")
-    for path, dataset in _datasets(_child(root, "layers", "layers")):
-        layer, _, index = path.rpartition("/")
-        if not layer.endswith("/vars") or not index.isdecimal():
-            raise _Problem(f"{shown(path)} is no variable of a layer (LAYER/vars/NUMBER)")
-        yield f"{layer.removesuffix('/vars')}/{index}", dataset
+        if found := _WEIGHT.fullmatch(name):
+            return f"{layer}/{_POSITIONS[found[1]]}"
+        raise _Problem(f"{shown(path)} is no weight of a convolution, a norm or a dense layer")
+    layer, _, index = path.rpartition("/")
+    if not layer.endswith("/vars") or not index.isdecimal():
+        raise _Problem(f"{shown(path)} is no variable of a layer (LAYER/vars/NUMBER)")
+    return f"{layer.removesuffix('/vars')}/{index}"
 
 
 def _datasets(root: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
-    """Every dataset below a group with its path, a group's own before those of its groups."""
-    waiting = [("", root)]
-    groups = 0
+    """Every dataset below a group with its path."""
+    waiting, groups = [("", root)], 0
     while waiting:
         path, group = waiting.pop()
         groups += 1
         if path.count("/") > MAX_DEPTH or groups > MAX_OBJECTS:
             raise _Problem(f"group {shown(path)} contains itself, or one of too many lies in it")
-        below = []
         for name in group:
-            where = f"{path}/{name}".lstrip("/")
             if name not in _NO_WEIGHTS:
-                item = _child(group, name, where)
+                where, item = f"{path}/{name}".lstrip("/"), _child(group, name)
                 if isinstance(item, h5py.Group):
-                    below.append((where, item))
+                    waiting.append((where, item))
                 else:
                     yield where, item
-        waiting += reversed(below)
 
 
-def _child(group: h5py.Group, name: str, where: str) -> Any:
+def _child(group: h5py.Group, name: str) -> Any:
     """A member of a group: a group or a dataset that lies in this file, never a mere link."""
     if type(group.get(name, getlink=True)) is not h5py.HardLink:
-        raise _Problem(f"{shown(where)} is a link to another place, which Keras never writes")
+        raise _Problem(f"{shown(name)} is a link to another place, which Keras never writes")
     item = group[name]
     if not isinstance(item, (h5py.Group, h5py.Dataset)):
-        raise _Problem(f"{shown(where)} is neither a group nor a dataset")
+        raise _Problem(f"{shown(name)} is neither a group nor a dataset")
     return item
 
 
 def _tensor(what: str, dataset: h5py.Dataset, left: int) -> np.ndarray:
     """The values of a dataset that lies as plain floats in the ``left`` bytes of the file."""
-    if dataset.is_virtual or dataset.external:
-        raise _Problem(f"{what} is stored in another file, which Keras never does")
-    if dataset.chunks is not None:
-        raise _Problem(f"{what} is stored in chunks or compressed, which Keras never does")
-    dtype, shape = dataset.dtype, dataset.shape
+    if dataset.is_virtual or dataset.external or dataset.chunks is not None:
+        raise _Problem(f"{what} is stored in another file, in chunks or compressed")
+    dtype, shape, size = dataset.dtype, dataset.shape, dataset.nbytes
     bfloat16 = dtype == np.dtype("V2") and "dtype" in dataset.attrs  # opaque pairs of bytes
     if not bfloat16 and dtype.newbyteorder("=") not in _FLOATS:
         raise _Problem(f"{what} holds {shown(str(dtype))}, expected floats of 16, 32 or 64 bits")
-    if shape is None or 0 in shape:
-        raise _Problem(f"{what} has no elements")
-    if len(shape) > MAX_RANK:
-        raise _Problem(f"{what} has {len(shape)} dimensions, at most {MAX_RANK} are expected")
-    size, stored = dataset.nbytes, dataset.id.get_storage_size()
-    if size != stored or size > left:
-        raise _Problem(
-            f"{what} of shape {shape} needs {size} bytes, the file holds {min(stored, left)}"
-        )
+    if shape is None or len(shape) > MAX_RANK:
+        raise _Problem(f"{what} has no shape, or over {MAX_RANK} axes")
+    if not 0 < size == dataset.id.get_storage_size() <= left:
+        raise _Problem(f"{what} of shape {shape} needs {size} bytes, the file holds less or more")
     array = np.empty(shape, np.dtype("V2") if bfloat16 else dtype.newbyteorder("="))
     dataset.read_direct(array)
     return array.view(ml_dtypes.bfloat16) if bfloat16 else array

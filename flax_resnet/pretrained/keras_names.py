@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -29,12 +31,13 @@ _NORMS = {
     "v1": {"norm1": "1_bn", "norm2": "2_bn", "norm3": "3_bn"},
     "v2": {"norm1": "preact_bn", "norm2": "1_bn", "norm3": "2_bn"},
 }
-_POSITIONS = {"kernel": 0, "bias": 1}
-_NORM_POSITIONS = {"scale": 0, "bias": 1, "mean": 2, "var": 3}
+_BLOCK = re.compile(r"conv(\d+)_block\d+_1_conv/0")
 # Weights of before 2019 have these names, and BatchNorm's default epsilon.
 _OLD = re.compile(r"(res|bn)([2-5])([a-z])_branch(1|2a|2b|2c)")
-_OLD_NAMES = {"conv1": "conv1_conv", "bn_conv1": "conv1_bn", "fc1000": "predictions"}
+_OLD_NAMES = {"conv1": "conv1_conv", "bn_conv1": "conv1_bn"}
 OLD_EPSILON = 1e-3
+_POSITIONS = {"kernel": 0, "bias": 1}
+_NORM_POSITIONS = {"scale": 0, "bias": 1, "mean": 2, "var": 3}
 
 
 def version_of(module: ResNet) -> Version:
@@ -89,20 +92,32 @@ def keras_layers(tensors: Tensors, kind: Literal["keras_h5", "keras_weights"]) -
       UserError: they are not those of a residual network of Keras.
     """
     if kind == "keras_h5":
-        found = {_modern(name): tensor for name, tensor in tensors.items()}
-        heads = [name for name, tensor in found.items() if tensor.ndim == 2]
-        if len(heads) == 1:  # the head has had several names, "probs" and "fc1000" among them
-            layer = heads[0].partition("/")[0]
-            rename = {f"{layer}/{i}": f"predictions/{i}" for i in (0, 1)}
-            found = {rename.get(name, name): tensor for name, tensor in found.items()}
-        return found
-    sizes, version = _shape_of(_kernels(tensors)), _version(tensors)
-    groups = {group: layer for layer, group in weights_groups(layer_order(sizes, version)).items()}
-    renamed = {}
-    for name, tensor in tensors.items():
-        group, _, position = name.rpartition("/")
-        renamed[f"{groups.get(group, group)}/{position}"] = tensor
-    return renamed
+        heads = [name.partition("/")[0] for name, tensor in tensors.items() if tensor.ndim == 2]
+        renamed = {name: _modern(name) for name in {n.rpartition("/")[0] for n in tensors}}
+        if len(heads) == 1:  # it has had several names
+            renamed[heads[0]] = "predictions"
+    else:
+        convs, norms = (_counted(tensors, kind) for kind in ("conv2d", "batch_normalization"))
+        if not convs or any(kernel.ndim != 4 for kernel in convs):
+            raise UserError(_not_keras(tensors))
+        order = layer_order(_shape_of(convs), "v1" if len(norms) == len(convs) else "v2")
+        renamed = {group: layer for layer, group in weights_groups(order).items()}
+    places = {name: name.rpartition("/") for name in tensors}
+    return {f"{renamed.get(g, g)}/{position}": tensors[n] for n, (g, _, position) in places.items()}
+
+
+def is_old(tensors: Tensors) -> bool:
+    """Whether a file has the layers' names of before 2019 (``res2a_branch2a``)."""
+    return any(_OLD.match(name) for name in tensors)
+
+
+def _modern(layer: str) -> str:
+    if (found := _OLD.fullmatch(layer)) is None:
+        return _OLD_NAMES.get(layer, layer)
+    kind, stage, block, branch = found.groups()
+    number = {"1": 0, "2a": 1, "2b": 2, "2c": 3}[branch]
+    kind = "conv" if kind == "res" else "bn"
+    return f"conv{stage}_block{ord(block) - ord('a') + 1}_{number}_{kind}"
 
 
 def infer_keras(layers: Tensors, old: bool, **fields: Any) -> ResNet:
@@ -117,52 +132,28 @@ def infer_keras(layers: Tensors, old: bool, **fields: Any) -> ResNet:
       UserError: they are not those of a residual network of Keras.
     """
     version: Version = "v2" if "post_bn/0" in layers else "v1"
-    sizes: list[int] = []
-    for stage in range(2, 2 + len(layers)):
-        blocks = 0
-        while f"conv{stage}_block{blocks + 1}_1_conv/0" in layers:
-            blocks += 1
-        if not blocks:
-            break
-        sizes.append(blocks)
-    if not sizes or "conv1_conv/0" not in layers:
+    if not {"conv1_conv/0", "conv2_block1_1_conv/0"} <= layers.keys():
         raise UserError(_not_keras(layers))
+    blocks = Counter(found[1] for name in layers if (found := _BLOCK.fullmatch(name)))
+    stages = itertools.takewhile(blocks.__contains__, map(str, itertools.count(2)))
     kernel = layers["conv2_block1_1_conv/0"]
-    found: dict[str, Any] = {
-        "stage_sizes": tuple(sizes),
+    fits: dict[str, Any] = {
+        "stage_sizes": tuple(blocks[stage] for stage in stages),
         "num_filters": kernel.shape[-1] if kernel.ndim == 4 else 0,
     }
     if "predictions/0" in layers:
-        found["num_classes"] = layers["predictions/0"].shape[-1]
+        fits["num_classes"] = layers["predictions/0"].shape[-1]
     else:
-        found["include_top"] = False
+        fits["include_top"] = False
     if old:
-        found["bn_epsilon"] = OLD_EPSILON
-    return keras_resnet(50, version, **{**found, **fields})
+        fits["bn_epsilon"] = OLD_EPSILON
+    return keras_resnet(50, version, **{**fits, **fields})
 
 
-def is_old(tensors: Tensors) -> bool:
-    """True for a file with the layers' names of before 2019 (``res2a_branch2a``)."""
-    return any(_OLD.match(name) for name in tensors)
-
-
-def _modern(name: str) -> str:
-    layer, _, position = name.rpartition("/")
-    if found := _OLD.fullmatch(layer):
-        kind, stage, block, branch = found.groups()
-        number = {"1": 0, "2a": 1, "2b": 2, "2c": 3}[branch]
-        kind = "conv" if kind == "res" else "bn"
-        layer = f"conv{stage}_block{ord(block) - ord('a') + 1}_{number}_{kind}"
-    return f"{_OLD_NAMES.get(layer, layer)}/{position}"
-
-
-def _kernels(tensors: Tensors) -> list[np.ndarray]:
-    """Convolution kernels in Keras's order."""
-    count = sum(name.startswith("conv2d") and name.endswith("/0") for name in tensors)
-    names = [f"conv2d_{i}/0" if i else "conv2d/0" for i in range(count)]
-    if not count or any(name not in tensors or tensors[name].ndim != 4 for name in names):
-        raise UserError(_not_keras(tensors))
-    return [tensors[name] for name in names]
+def _counted(tensors: Tensors, kind: str) -> list[np.ndarray]:
+    """The first weight of each layer of a kind, which Keras numbers: conv2d, conv2d_1, ..."""
+    names = (f"{kind}_{i}/0" if i else f"{kind}/0" for i in itertools.count())
+    return [tensors[name] for name in itertools.takewhile(tensors.__contains__, names)]
 
 
 def _shape_of(kernels: Sequence[np.ndarray]) -> tuple[int, ...]:
@@ -176,12 +167,6 @@ def _shape_of(kernels: Sequence[np.ndarray]) -> tuple[int, ...]:
         sizes[-1] += 1
         at += 4 if sizes[-1] == 1 else 3
     return tuple(sizes)
-
-
-def _version(tensors: Tensors) -> Version:
-    convs = sum(re.fullmatch(r"conv2d(_\d+)?/0", name) is not None for name in tensors)
-    norms = sum(re.fullmatch(r"batch_normalization(_\d+)?/0", name) is not None for name in tensors)
-    return "v1" if norms == convs else "v2"
 
 
 def _not_keras(tensors: Tensors) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_resnet.errors import UserError
 from flax_resnet.pretrained.torch_archive import LEGACY_START, read_torch
-from flax_resnet.pretrained.untrusted import MAX_RANK, damaged, shown, too_much
+from flax_resnet.pretrained.untrusted import MAX_RANK, shown
 
 # Bytes of a safetensors header; objects made of it take up to 25 times as many.
 MAX_HEADER = 8 * 2**20
@@ -57,7 +57,18 @@ def read_tensors(path: Path) -> TensorFile:
         kind, tensors, metadata = _read(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): check the file") from error
-    weights = {n: _weight(path, n, a) for n, a in tensors.items() if not _is_counter(n, a)}
+    weights = {}
+    for name, array in tensors.items():
+        if name.endswith(_COUNTER) and array.dtype.kind in "iu":
+            continue
+        fits = array.dtype in _FLOATS and array.size and array.ndim <= MAX_RANK
+        if not fits or not name.isprintable():
+            raise UserError(
+                f"{path}: tensor {shown(name)} is of {array.dtype} and shape {array.shape}: "
+                "expected a plain name, floats of 16, 32 or 64 bits, elements, and no more than "
+                f"{MAX_RANK} axes; convert it, or leave it out of the file"
+            )
+        weights[name] = array
     if not weights:
         raise UserError(f"{path} holds no weights: expected tensors of floats")
     return TensorFile(kind, weights, metadata)
@@ -67,8 +78,6 @@ def _read(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
     """(format, tensors, metadata), as the first bytes say."""
     with path.open("rb") as file:
         start = file.read(16)
-    if not start:
-        raise UserError(f"{path} is empty: download or export it again")
     if start.startswith(_HDF5_START):
         from flax_resnet.pretrained.hdf5 import read_h5  # h5py is imported where it is needed
 
@@ -83,45 +92,19 @@ def _read(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
     )
 
 
-def _is_counter(name: str, array: np.ndarray) -> bool:
-    return name.endswith(_COUNTER) and array.dtype.kind in "iu"
-
-
-def _weight(path: Path, name: str, array: np.ndarray) -> np.ndarray:
-    if not name.isprintable():
-        raise UserError(f"{path}: the tensor name {shown(name)} is no plain text: rename it")
-    if array.dtype not in _FLOATS:
-        raise UserError(
-            f"{path}: tensor {shown(name)} is of {array.dtype}: expected floats of 16, 32 or 64 "
-            "bits; convert it, or leave it out of the file"
-        )
-    if not array.size or array.ndim > MAX_RANK:
-        raise UserError(
-            f"{path}: tensor {shown(name)} of shape {array.shape} has no elements, or over "
-            f"{MAX_RANK} axes: expected weights"
-        )
-    return array
-
-
 def _read_safetensors(path: Path, header: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(tensors, metadata) of a file whose header takes so many bytes."""
     if MAX_HEADER < header < path.stat().st_size:
-        raise too_much(path, f"its header of {header} bytes is longer than {MAX_HEADER}")
+        raise UserError(f"{path} is not read: its header of {header} bytes is over {MAX_HEADER}")
     from safetensors import safe_open
 
     try:
         with safe_open(path, "numpy") as file:
-            tensors = {}
-            for name in file.keys():  # noqa: SIM118
-                kind = file.get_slice(name).get_dtype()
-                if kind.startswith("F") and kind not in ("F16", "F32", "F64"):
-                    raise UserError(
-                        f"{path}: tensor {shown(name)} is of {kind}: expected F16, BF16, F32 or "
-                        "F64; convert it"
-                    )
-                tensors[name] = file.get_tensor(name)
-            return tensors, file.metadata() or {}
-    except (UserError, KeyboardInterrupt, SystemExit):
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of its Rust code is no Exception
-        raise damaged(path, shown(str(error), 200)) from error
+        raise UserError(
+            f"{path} is not read by safetensors ({shown(str(error), 200)}): it is damaged, or its "
+            "tensors are not F16, BF16, F32 or F64; download or convert it again"
+        ) from error

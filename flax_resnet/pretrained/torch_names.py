@@ -29,19 +29,20 @@ Tensors = dict[str, np.ndarray]
 
 # Hugging Face's ResNet, CIFAR codes' ``linear`` and ``shortcut``, and a pre-activated net's last
 # norm, as torchvision would say it.
-_SPELLINGS = [
+_SPELLINGS: list[tuple[str, Any]] = [
     (r"^(?:resnet\.)?embedder\.embedder\.convolution\.", "conv1."),
     (r"^(?:resnet\.)?embedder\.embedder\.normalization\.", "bn1."),
-    (r"^(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.", "layer{+1}.{2}."),
+    (r"^(?:resnet\.)?encoder\.stages\.(\d{1,6})\.layers\.(\d+)\.",
+     lambda found: f"layer{int(found[1]) + 1}.{found[2]}."),
     (r"\.shortcut\.convolution\.", ".downsample.0."),
     (r"\.shortcut\.normalization\.", ".downsample.1."),
-    (r"\.layer\.(\d+)\.convolution\.", ".conv{+1}."),
-    (r"\.layer\.(\d+)\.normalization\.", ".bn{+1}."),
+    (r"\.layer\.(\d{1,6})\.convolution\.", lambda found: f".conv{int(found[1]) + 1}."),
+    (r"\.layer\.(\d{1,6})\.normalization\.", lambda found: f".bn{int(found[1]) + 1}."),
     (r"^classifier\.1\.", "fc."),
     (r"^(?:linear|classifier)\.", "fc."),
     (r"\.shortcut\.", ".downsample."),
     (r"^final_bn\.", "bn."),
-]
+]  # fmt: skip
 MOST_BLOCKS = 2000
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 _BLOCK = re.compile(r"layer(\d{1,4})\.(\d{1,6})\.(.+)")
@@ -66,10 +67,15 @@ def torchvision_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
       UserError: two names become one.
     """
     found: Tensors = {}
-    for name, tensor in _unwrapped(tensors).items():
+    wrapped = dict(tensors)
+    while wrapper := next(
+        (w for w in _WRAPPERS if wrapped and all(name.startswith(w) for name in wrapped)), None
+    ):
+        wrapped = {name.removeprefix(wrapper): tensor for name, tensor in wrapped.items()}
+    for name, tensor in wrapped.items():
         new = name
         for pattern, replacement in _SPELLINGS:
-            new = re.sub(pattern, functools.partial(_fill, replacement), new)
+            new = re.sub(pattern, replacement, new)
         if new in found:
             raise UserError(f"the weights have {name!r} under another name too: keep one of them")
         found[new] = tensor
@@ -80,25 +86,6 @@ def torchvision_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
             # Wide-ResNet codes call the last norm bn1: they have none after the stem.
             found = {re.sub(r"^bn1\.", "bn.", name): tensor for name, tensor in found.items()}
     return found
-
-
-def _unwrapped(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """Without what DataParallel, torch.compile and trainers put in front of every name."""
-    found = dict(tensors)
-    while wrapper := next((w for w in _WRAPPERS if all(n.startswith(w) for n in found)), None):
-        found = {name.removeprefix(wrapper): tensor for name, tensor in found.items()}
-        if not found:
-            break
-    return found
-
-
-def _fill(template: str, match: re.Match) -> str:
-    """``{+1}`` is the first group counted from 1, ``{2}`` the second as it is."""
-    groups = match.groups()
-    if groups:
-        template = template.replace("{+1}", str(int(groups[0][:6]) + 1))
-        template = template.replace("{2}", groups[-1])
-    return template
 
 
 def torch_name(module: ResNet, path: tuple[str, ...]) -> str:
@@ -155,16 +142,15 @@ def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> ResNet:
     Raises:
       UserError: they are not those of a residual network.
     """
-    stages = _stage_sizes(tensors)
-    bottleneck = "layer1.0.conv3.weight" in tensors
+    stages, (stem, stem_conv) = _stage_sizes(tensors), _stem(tensors)
+    size = functools.partial(_size, tensors)
+    conv2, conv3 = (f"layer1.0.conv{number}.weight" for number in (2, 3))
+    bottleneck = conv3 in tensors
     preact = "bn1.weight" not in tensors and "layer1.0.bn1.weight" in tensors
     normed = any("bn" in name for name in tensors)
-    outputs = _size(tensors, f"layer1.0.conv{3 if bottleneck else 2}.weight", 0)
+    outputs, stem_filters = size(conv3 if bottleneck else conv2, 0), size(stem_conv, 0)
     filters = outputs // 4 if bottleneck else outputs
     names = (f"hidden{number}.weight" for number in itertools.count(1))
-    hidden = itertools.takewhile(tensors.__contains__, names)
-    stem, stem_conv = _stem(tensors)
-    stem_filters = _size(tensors, stem_conv, 0)
     found: dict[str, Any] = {
         "stage_sizes": stages,
         "block_cls": _BLOCK_CLASSES[bottleneck, preact],
@@ -174,16 +160,16 @@ def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> ResNet:
         "shortcut": _shortcut(tensors, stages, stem_filters == outputs),
         "norm_kind": "batch" if normed else "none",
         "include_top": "fc.weight" in tensors,
-        "hidden_units": tuple(_size(tensors, name, 0) for name in hidden),
+        "hidden_units": tuple(size(n, 0) for n in itertools.takewhile(tensors.__contains__, names)),
     }
     if bottleneck and filters:
-        width = _size(tensors, "layer1.0.conv2.weight", 0)
-        found["groups"] = width // _size(tensors, "layer1.0.conv2.weight", 1)
+        width = size(conv2, 0)
+        found["groups"] = width // size(conv2, 1)
         found["width_per_group"] = width * 64 // (filters * max(1, found["groups"]))
     if "fc.weight" in tensors:
-        found["num_classes"] = _size(tensors, "fc.weight", 0)
+        found["num_classes"] = size("fc.weight", 0)
     if "layer1.0.se.fc1.weight" in tensors:
-        found["se_reduction"] = outputs // _size(tensors, "layer1.0.se.fc1.weight", 0)
+        found["se_reduction"] = outputs // size("layer1.0.se.fc1.weight", 0)
     if normed and "layer1.0.conv1.bias" in tensors:
         found["conv_bias"] = "all"
     elif normed and "conv1.bias" in tensors:
@@ -212,10 +198,7 @@ def _stage_sizes(tensors: Mapping[str, np.ndarray]) -> tuple[int, ...]:
     numbers = itertools.takewhile(stages.__contains__, itertools.count(1))
     sizes = tuple(len(stages[number]) for number in numbers)
     if too_many(sum(sizes), len(tensors)):
-        raise UserError(
-            f"the weights have {sum(sizes)} blocks and {len(tensors)} tensors: a block has four at "
-            "the least; the file is cut or of another kind"
-        )
+        raise UserError(f"the weights have {sum(sizes)} blocks and {len(tensors)} tensors: too few")
     return sizes
 
 
@@ -234,10 +217,7 @@ def _stem(tensors: Mapping[str, np.ndarray]) -> tuple[str, str]:
         return "deep", "conv1.6.weight"
     kernel = _size(tensors, "conv1.weight", 2)
     if kernel not in (3, 7):
-        raise UserError(
-            f"the weights' conv1 is {kernel}x{kernel}: expected 7x7 (ImageNet), 3x3 (CIFAR), or "
-            "three convolutions conv1.0, conv1.3 and conv1.6"
-        )
+        raise UserError(f"the weights' conv1 is {kernel}x{kernel}: expected 7x7, 3x3, or conv1.0")
     return ("imagenet" if kernel == 7 else "cifar"), "conv1.weight"
 
 

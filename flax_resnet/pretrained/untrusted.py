@@ -1,10 +1,6 @@
-"""What the readers of weight files share: errors about a file nobody vouches for."""
+"""What the readers of weight files share: texts of a file nobody vouches for, in messages."""
 
 from __future__ import annotations
-
-from pathlib import Path
-
-from flax_resnet.errors import UserError
 
 MAX_RANK = 8
 
@@ -21,13 +17,3 @@ def shown(value: object, length: int = 80) -> str:
     if isinstance(value, int):
         return str(value) if value.bit_length() <= 128 else "a number of more than 128 bits"
     return f"a {type(value).__name__}"
-
-
-def damaged(path: Path, what: str) -> UserError:
-    """The error for a file that breaks the rules of its own format."""
-    return UserError(f"{path} is damaged: {what}; download or export it again")
-
-
-def too_much(path: Path, what: str) -> UserError:
-    """The error for a file that asks for more than weights can need."""
-    return UserError(f"{path} is not read, to be safe: {what}; check where it comes from")
