@@ -30,7 +30,7 @@ def export(
       dest: ends in ".onnx" (needs the [onnx] extra) or ".safetensors" (as ``convert`` writes it);
         else a directory for StableHLO, with a ``load.py`` that needs jax and flatbuffers.
       images: photographs, or folders of them, to measure the difference on; by default
-        scikit-learn's two, cut up.
+        scikit-learn's two. Each is used in five forms: as it is, mirrored and inverted.
       platforms: of StableHLO; "cpu" is one of them.
       tolerance: largest difference of the outputs, as a share of the largest output.
       overwrite: replace an export that is there.
@@ -45,11 +45,5 @@ def export(
     from flax_resnet.classify import open_network  # these imports take time
     from flax_resnet.exporting import write
 
-    return write.export(
-        open_network(source) if isinstance(source, (str, Path)) else source,
-        Path(dest).expanduser(),
-        images=images,
-        platforms=platforms,
-        tolerance=tolerance,
-        overwrite=overwrite,
-    )
+    opened = open_network(source) if isinstance(source, (str, Path)) else source
+    return write.export(opened, Path(dest).expanduser(), images, platforms, tolerance, overwrite)
