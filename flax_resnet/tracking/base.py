@@ -11,11 +11,9 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from flax_resnet.errors import import_extra
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Line(NamedTuple):
@@ -79,7 +77,7 @@ class End:
       files: config.json, and of a finished run also result.json and the figures.
     """
 
-    status: Status
+    status: str
     step: int
     result: Mapping[str, Any]
     files: tuple[Path, ...]

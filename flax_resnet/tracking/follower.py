@@ -19,16 +19,7 @@ from typing import Any
 
 from flax_resnet.files import replacing
 from flax_resnet.record import flatten
-from flax_resnet.tracking.base import (
-    About,
-    End,
-    Line,
-    Status,
-    TensorBoard,
-    Tracker,
-    Tracking,
-    masked,
-)
+from flax_resnet.tracking.base import About, End, Line, TensorBoard, Tracker, Tracking, masked
 
 FINISHED_SECONDS, STOPPED_SECONDS = 20.0, 8.0
 """How long a run waits for its trackers at its end: a finished run, and a stopped one."""
@@ -56,8 +47,7 @@ def following(runs: Mapping[Path, Tracking]) -> Iterator[dict[Path, Follower]]:
         for workdir, tracking in runs.items()
         if not isinstance(tracking, TensorBoard)
     }
-    status: Status = "FAILED"
-    seconds = STOPPED_SECONDS
+    status, seconds = "FAILED", STOPPED_SECONDS
     try:
         yield followers
         status, seconds = "FINISHED", FINISHED_SECONDS
@@ -104,15 +94,15 @@ class Follower:
         self._step = record["step"]
         self._wake.set()
 
-    def end(self, status: Status) -> None:
+    def end(self, status: str) -> None:
         """Sends the end of the run; does not wait for it."""
         if self._thread.ident is None:  # the run ended before its first line
             self.follow((), lambda text: None)
         path = self._workdir / "result.json"
         is_finished = status == "FINISHED" and path.exists()
-        files = [self._workdir / name for name in (FILES if is_finished else FILES[:1])]
         result = json.loads(path.read_text()) if is_finished else {}
-        self._end = End(status, self._step, result, tuple(file for file in files if file.exists()))
+        files = (self._workdir / name for name in (FILES if is_finished else FILES[:1]))
+        self._end = End(status, self._step, result, tuple(filter(Path.exists, files)))
         self._wake.set()
 
     def wait(self, deadline: float) -> None:
@@ -168,7 +158,7 @@ class Follower:
 def _about(workdir: Path, run_id: str | None) -> About:
     record = json.loads((workdir / "config.json").read_text())
     start, place = record["starts"][-1], workdir.resolve()
-    is_seed = re.fullmatch(r"seed\d+", place.name) is not None
+    group = place.parent if re.fullmatch(r"seed\d+", place.name) else None
     devices = collections.Counter(start["devices"])
     tags = {
         "workdir": place,
@@ -180,8 +170,8 @@ def _about(workdir: Path, run_id: str | None) -> About:
     }
     return About(
         workdir=workdir,
-        name=f"{place.parent.name}/{place.name}" if is_seed else place.name,
-        group=str(place.parent) if is_seed else None,
+        name=f"{group.name}/{place.name}" if group else place.name,
+        group=str(group) if group else None,
         params=flatten(record["config"]),
         tags={name: str(value) for name, value in tags.items()},
         run_id=run_id,

@@ -78,8 +78,6 @@ class _Run(Tracker):
         tags = dict(about.tags)
         if about.group:
             tags["group"] = about.group
-        if "git.commit" in tags:
-            tags["mlflow.source.git.commit"] = tags["git.commit"]  # where its page looks for it
         client.log_batch(self.run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
         server = config.address or ""
         if server.startswith("http"):
