@@ -43,7 +43,14 @@ class Settings(convert.Settings):
 
 def main(settings: Settings) -> None:
     """Runs the command."""
-    dest, checked = Path(settings.dest).expanduser(), (settings.platforms, settings.tolerance)
-    write.check(dest, *checked, settings.overwrite)  # before anything is fetched
-    opened = settings.open(settings.source)
-    print(write.export(opened, dest, settings.images, *checked, settings.overwrite))
+    dest, platforms, tolerance = settings.dest, settings.platforms, settings.tolerance
+    write.check(Path(dest).expanduser(), platforms, tolerance, settings.overwrite)
+    exported = write.export(
+        settings.open(settings.source),
+        dest,
+        images=settings.images,
+        platforms=platforms,
+        tolerance=tolerance,
+        overwrite=settings.overwrite,
+    )
+    print(exported)

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_resnet.errors import UserError, import_extra
-from flax_resnet.exporting.source import Run
 
 OPSET = 21
 """What the oldest onnxruntime of the [onnx] extra, 1.20, knows whole; jax2onnx's default, 23,
@@ -71,7 +70,7 @@ def write(
     path.write_bytes(model.SerializeToString())
 
 
-def run(path: Path) -> tuple[str, Run]:
+def run(path: Path) -> tuple[str, Callable[[Any], Any]]:
     """What the file is, in words, and its network by onnxruntime on the CPU."""
     runtime = import_extra("onnxruntime", "onnx")
     options = runtime.SessionOptions()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,21 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet import cpu
 from flax_resnet.augment import normalize
-from flax_resnet.classify import Classifier, not_finite
+from flax_resnet.classify import Classifier, not_finite, open_network
 from flax_resnet.convert import convert
+from flax_resnet.datasets.decode import DECODE_ERRORS, PIL_MODES
+from flax_resnet.datasets.sources import unreadable
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.exporting import loader, source, to_onnx
+from flax_resnet.exporting import loader, to_onnx
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, FORMAT, WEIGHTS
+from flax_resnet.predict import find_images, shown
+from flax_resnet.preprocess import Preprocessing
 from flax_resnet.pretrained import Pretrained, open_weights
 from flax_resnet.record import to_record
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+Run = Callable[[np.ndarray], Any]
+"""Maps uint8 images (N, H, W, C) to logits (N, classes)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,46 +89,73 @@ def check(dest: Path, platforms: Sequence[str], tolerance: float, overwrite: boo
 
 
 def export(
-    opened: Pretrained,
-    dest: Path,
-    photographs: Sequence[str | Path],
-    platforms: Sequence[str],
-    tolerance: float,
-    overwrite: bool,
+    source: str | Path | Pretrained,
+    dest: str | Path,
+    *,
+    images: Sequence[str | Path] = (),
+    platforms: Sequence[str] = PLATFORMS,
+    tolerance: float = 1e-4,
+    overwrite: bool = False,
 ) -> Exported:
-    """Exports an opened network; arguments and errors are those of ``flax_resnet.export``."""
+    """Writes a network with its preprocessing, having measured that it computes the same.
+
+    It is written whole or not at all, in float32, and takes uint8 images as its preprocessing gives
+    them (safetensors has the weights alone, and the rest in its metadata).
+
+    Args:
+      source: a run's working directory, a weight file, or what ``classify.open_network`` gives.
+      dest: ends in ".onnx" (needs the [onnx] extra) or ".safetensors" (as ``convert`` writes it);
+        else a directory for StableHLO, with a ``load.py`` that needs jax and flatbuffers.
+      images: photographs, or folders of them, to measure the difference on; by default
+        scikit-learn's two. Each is used in five forms: as it is, mirrored, turned, inverted.
+      platforms: of StableHLO; "cpu" is one of them.
+      tolerance: largest difference of the outputs, as a share of the largest output.
+      overwrite: replace an export that is there.
+
+    Returns:
+      What was written, and the difference that was measured; as a text, one line.
+
+    Raises:
+      UserError: weights that cannot be had or cannot classify, a place that cannot be written, a
+        package that is missing, or a larger difference.
+    """
+    dest = Path(dest).expanduser()
     check(dest, platforms, tolerance, overwrite)
     # Accelerators multiply float32 less precisely, each in its own way.
-    with jax.default_device(_cpu()):
-        opened = source.in_float32(opened)
+    with jax.default_device(_cpu()), _in_place(dest) as partial:
+        opened = in_float32(open_network(source) if isinstance(source, (str, Path)) else source)
         network = Classifier.of(opened)
-        images = source.prepared_images(network.preprocessing, photographs)
-        logits = np.asarray(source.runner(network)(images))
+        pixels = prepared_images(network.preprocessing, images)
+        logits = np.asarray(runner(network)(pixels))
         if not np.isfinite(logits).all():
             raise not_finite()
-        try:
-            with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.parent) as room:
-                partial = Path(room) / dest.name
-                kind, run = _write(opened, network, partial, platforms)
-                difference = source.difference(run, images, logits)
-                if not difference <= tolerance:
-                    raise UserError(
-                        f"the export is not the network: its outputs differ by {difference:.1e} of "
-                        f"the largest, more than {tolerance:g}; nothing was written, --tolerance "
-                        "allows more"
-                    )
-                files = [partial]
-                if partial.is_dir():
-                    measured = {"largest_relative_difference": difference, "images": len(images)}
-                    _write_about(partial, {**run.about, "check": measured})
-                    files = list(partial.iterdir())
-                    shutil.rmtree(dest, ignore_errors=True)
-                size = sum(file.stat().st_size for file in files)
-                partial.replace(dest)
-        except OSError as error:
-            why = error.strerror or error  # not the name of the unfinished one
-            raise UserError(f"{dest} cannot be written: {why}") from error
-    return Exported(dest, kind, size, opened.name, difference, len(images))
+        kind, run = _write(opened, network, partial, platforms)
+        largest = difference(run, pixels, logits)
+        if not largest <= tolerance:
+            raise UserError(
+                f"the export is not the network: its outputs differ by {largest:.1e} of the "
+                f"largest, more than {tolerance:g}; nothing was written, --tolerance allows more"
+            )
+        if partial.is_dir():
+            measured = {"largest_relative_difference": largest, "images": len(pixels)}
+            _write_about(partial, {**run.about, "check": measured})
+        size = sum(path.stat().st_size for path in (partial, *partial.glob("*")) if path.is_file())
+    return Exported(dest, kind, size, opened.name, largest, len(pixels))
+
+
+@contextlib.contextmanager
+def _in_place(dest: Path) -> Iterator[Path]:
+    """Yields a path of the same name; it takes the place of ``dest`` if the block ends well."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.parent) as directory:
+            partial = Path(directory) / dest.name
+            yield partial
+            if dest.is_dir():
+                shutil.rmtree(dest)
+            partial.replace(dest)
+    except OSError as error:
+        why = error.strerror or error  # not the name of the unfinished one
+        raise UserError(f"{dest} cannot be written: {why}") from error
 
 
 def _write(
@@ -131,12 +165,12 @@ def _write(
     if path.suffix == ".safetensors":
         convert(opened, path)
         kind = "safetensors with torchvision's names, read back"
-        return kind, source.runner(Classifier.of(source.in_float32(open_weights(path))))
+        return kind, runner(Classifier.of(in_float32(open_weights(path))))
     about = {
         "network": opened.name,
         "class_names": network.class_names and list(network.class_names),
         "preprocessing": to_record(network.preprocessing),
-        "prepare": source.how_to_prepare(network.preprocessing),
+        "prepare": how_to_prepare(network.preprocessing),
     }
     sides = network.preprocessing.shape
     shape = jax.export.symbolic_shape(", ".join(["b", *map(str, sides)]))
@@ -191,3 +225,69 @@ def _cpu() -> jax.Device:
         raise UserError(
             "exports are checked on the CPU, and $JAX_PLATFORMS leaves it out: add cpu to it"
         ) from error
+
+
+def in_float32(opened: Pretrained) -> Pretrained:
+    """A network that computes, and has its weights, in float32."""
+    fields: dict[str, Any] = {"dtype": "float32", "param_dtype": "float32", "remat": False}
+    known = {name: value for name, value in fields.items() if hasattr(opened.module, name)}
+    variables = jax.tree.map(lambda x: np.asarray(x, np.float32), opened.variables)
+    return dataclasses.replace(opened, module=opened.module.clone(**known), variables=variables)
+
+
+def runner(network: Classifier) -> Run:
+    """The network as ``predict`` computes it."""
+
+    @jax.jit
+    def run(variables: Any, stats: Any, images: jax.Array) -> Any:
+        return network.module.apply(variables, normalize(images, stats))
+
+    return lambda images: run(network.variables, network.stats, images)
+
+
+def prepared_images(prepared: Preprocessing, photographs: Sequence[str | Path]) -> np.ndarray:
+    """Photographs, each as it is, mirrored two ways, turned, and inverted: uint8 (5 N, H, W, C).
+
+    Args:
+      prepared: makes an image of a file's bytes.
+      photographs: image files or folders; if empty, scikit-learn's two.
+
+    Raises:
+      UserError: a photograph cannot be read.
+    """
+    if not photographs:
+        from sklearn.datasets import load_sample_images
+
+        photographs = load_sample_images().filenames
+    images = []
+    for path in find_images(photographs):
+        try:
+            image = prepared(path.read_bytes())
+        except DECODE_ERRORS as error:
+            raise unreadable(shown(path), error) from error
+        images += [image, image[::-1], image[:, ::-1], image[::-1, ::-1], 255 - image]
+    return np.stack(images)
+
+
+def difference(run: Run, images: np.ndarray, logits: np.ndarray) -> float:
+    """max |run(images) - logits| / max |logits|, of one image and of all in one batch."""
+    gaps = [np.max(np.abs(run(images[:n]) - logits[:n])) for n in (1, len(images))]
+    # A NaN stays one: it is no small difference.
+    return float(np.max(gaps) / np.maximum(np.max(np.abs(logits)), np.finfo(np.float32).tiny))
+
+
+def how_to_prepare(prepared: Preprocessing) -> str:
+    """The way from a photograph to the network's input, in words; Pillow does all of it."""
+    mode, decoder = PIL_MODES[prepared.channels], prepared.decoder
+    if decoder is not None:
+        crop = f"crop the central square of {decoder.crop_ratio:g} of the shorter side"
+        steps = [crop, f"resize to {decoder.size}x{decoder.size}, bilinear"]
+        steps += [f"pad {decoder.pad} zeros on every side"] if decoder.pad else []
+    elif prepared.resize is None:
+        steps = [f"resize to {prepared.size}x{prepared.size}, {prepared.interpolation}"]
+    else:
+        steps = [
+            f"resize the shorter side to {prepared.resize}, {prepared.interpolation}",
+            f"crop the central {prepared.size}x{prepared.size}",
+        ]
+    return "; ".join([f"decode to {mode}", *steps, "pass uint8 (N, H, W, C), not normalised"])

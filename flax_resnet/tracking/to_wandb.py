@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import uuid
 from collections.abc import Sequence
 from typing import ClassVar, Literal
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from flax_resnet.errors import UserError, check_choices
 from flax_resnet.tracking.base import About, End, Line, Tracker, Tracking
 
-OPEN_SECONDS, FINISH_SECONDS = 20.0, 8.0
-"""Limits of wandb.init, and of the uploads at the end of a run.
+REACH_SECONDS, OPEN_SECONDS, FINISH_SECONDS = 5.0, 20.0, 8.0
+"""Limits of the server's first answer, of wandb.init, and of the uploads at the end of a run.
 
 Python waits at its end for W&B's own process, and so for a wandb.init that is under way.
 """
@@ -60,7 +63,10 @@ class Wandb(Tracking):
             )
 
     def open(self, about: About) -> Tracker:
-        """Makes the run, or resumes it."""
+        """Makes the run, or resumes it, if the server answers at all."""
+        if host := self._host:
+            with contextlib.suppress(HTTPError):  # an error is an answer too
+                urlopen(host, timeout=REACH_SECONDS).close()
         return _Run(self, about)
 
 
