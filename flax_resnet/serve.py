@@ -101,6 +101,7 @@ def main(settings: Settings) -> None:
             inbrowser=settings.browser,
             prevent_thread_lock=True,
             quiet=True,
+            show_error=True,  # the one line of a UserError
             max_file_size="10mb",
             footer_links=[],
             ssr_mode=False,

@@ -223,10 +223,7 @@ def test_what_is_there_is_kept_unless_told(weights, tmp_path, call):
         (["{tmp}/none.safetensors", "{tmp}/x"], "none.safetensors"),
         (["imagenet", "{tmp}/x.onnx"], "a tag needs a network"),
         (["{tmp}", "{tmp}/x"], "holds no run"),
-        (
-            ["{source}", "{tmp}/x", "--platforms", "cpu", "gpu"],
-            "platforms cpu gpu: expected",
-        ),
+        (["{source}", "{tmp}/x", "--platforms", "cpu", "gpu"], "platforms cpu gpu: expected"),
         (["{source}", "{tmp}/x", "--platforms", "tpu"], "platforms tpu: expected some of"),
         (["{source}", "{tmp}/x", "--tolerance", "-1"], "tolerance=-1"),
         (["{source}", "{tmp}/x", "--images", "{tmp}/no.png"], "no.png: no such file or folder"),
