@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import itertools
 import math
 import typing
@@ -33,6 +34,16 @@ class TryAgain(UserError):
 
     status = 1
     """As of a process that has died: launchers start it again a few times."""
+
+
+def import_extra(package: str, extra: str) -> Any:
+    """A package that ``pip install 'flax_resnet[EXTRA]'`` brings; UserError if it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"{package} is not installed ({error}): pip install 'flax_resnet[{extra}]'"
+        ) from error
 
 
 def check_range(name: str, value: float | None, least: float, below: float = math.inf) -> None:

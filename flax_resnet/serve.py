@@ -1,4 +1,8 @@
-"""A web page on this machine: drop an image, see its classes and where the evidence lies."""
+"""A web page on this machine: drop an image, see its classes and where the evidence lies.
+
+Gradio draws the page and serves it. The library keeps the decoding (as ``predict`` decodes), the
+heat map, and an address that only this machine reaches unless ``--host`` says otherwise.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,15 @@ import tyro
 from PIL import Image
 
 from flax_resnet.augment import normalize
-from flax_resnet.classify import Classifier, PreparedFlags, flag
+from flax_resnet.classify import Classifier, PreparedFlags, flag, not_finite
 from flax_resnet.datasets.decode import DECODE_ERRORS
-from flax_resnet.errors import UserError, check_range
+from flax_resnet.errors import UserError, check_range, import_extra
 from flax_resnet.inspection.layers import grad_cam, heat
 from flax_resnet.predict import best_classes, reason
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read. Pillow starts a program for some others (EPS)."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
-MAX_FILE_SIZE = "10mb"
-KEPT_SECONDS = 600
-"""How long Gradio keeps an uploaded file."""
 MIN_SIDE = 256
 """Pictures on the page have at least this many pixels a side."""
 
@@ -64,9 +65,26 @@ class Settings(PreparedFlags):
 
 def main(settings: Settings) -> None:
     """``flax-resnet serve``."""
-    gradio()  # a missing package is reported before weights are fetched
+    with warnings.catch_warnings(action="ignore"):  # deprecations of its dependencies
+        gr = import_extra("gradio", "serve")
     opened = settings.open(settings.source)
-    page = build(Classifier.of(opened), f"{opened.name}: {settings.source}")
+    of = Classifier.of(opened)
+
+    def answer(path: str | None) -> Any:
+        try:
+            return explain(of, path)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    page = gr.Interface(
+        answer,
+        gr.Image(type="filepath", image_mode=None, label="Image"),  # the file as it is
+        [gr.Label(label="Classes"), gr.Image(label="Grad-CAM of the first class", format="png")],
+        title=f"{opened.name}: {settings.source}",
+        api_name="predict",
+        flagging_mode="never",
+        analytics_enabled=False,
+    )
     if settings.host not in LOCAL:
         print(
             f"warning: --host {settings.host}: whoever reaches this machine can use the page; "
@@ -75,7 +93,6 @@ def main(settings: Settings) -> None:
         )
     for name in ("NO_PROXY", "no_proxy"):  # Gradio asks its own server whether it is there
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), *LOCAL]))
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none to fetch
     try:
         _, url, _ = page.launch(
             server_name=settings.host,
@@ -85,10 +102,10 @@ def main(settings: Settings) -> None:
             prevent_thread_lock=True,
             quiet=True,
             show_error=True,  # the one line of a UserError
-            max_file_size=MAX_FILE_SIZE,
+            max_file_size="10mb",
             footer_links=[],
             ssr_mode=False,
-            theme=gradio().themes.Default(**fonts),
+            theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),  # no download
         )
     except OSError as error:
         raise UserError(
@@ -99,59 +116,8 @@ def main(settings: Settings) -> None:
     page.block_thread()
 
 
-def gradio() -> Any:
-    """The package.
-
-    Raises:
-      UserError: it is not installed.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its dependencies' deprecations are not the user's
-            import gradio
-    except ImportError as error:
-        raise UserError(
-            f"the page needs Gradio ({error}): pip install 'flax_resnet[serve]'"
-        ) from error
-    return gradio
-
-
-def build(of: Classifier, title: str) -> Any:
-    """The page, a ``gradio.Interface`` that is not launched yet.
-
-    Args:
-      of: the network.
-      title: heading of the page.
-    """
-    gr = gradio()
-
-    def answer(path: str | None) -> tuple[dict[str, float], np.ndarray | None]:
-        try:
-            return explain(of, path)
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    return gr.Interface(
-        answer,
-        gr.Image(type="filepath", image_mode=None, label="Image"),  # the file as it is
-        [gr.Label(label="Classes"), gr.Image(label="Grad-CAM of the first class", format="png")],
-        title=title,
-        api_name="predict",
-        flagging_mode="never",
-        analytics_enabled=False,
-        delete_cache=(60, KEPT_SECONDS),
-    )
-
-
-def explain(
-    of: Classifier, path: str | Path | None, top: int = 5
-) -> tuple[dict[str, float], np.ndarray | None]:
-    """The most probable classes of an image file, and Grad-CAM of the first.
-
-    Args:
-      of: the network.
-      path: the file; of several frames the first counts.
-      top: number of classes.
+def explain(of: Classifier, path: Path | str | None) -> tuple[dict[str, float], np.ndarray | None]:
+    """The five most probable classes of an image file, and Grad-CAM of the first.
 
     Returns:
       ({name: softmax probability}, the image under the heat map, uint8 (H, W, 3) of at least 256
@@ -169,29 +135,21 @@ def explain(
         raise UserError(
             f"this image cannot be read ({reason(error)}): expected one of {', '.join(FORMATS)}"
         ) from error
-    best = best_classes(of.module, of.variables, of.stats, pixels[None], min(top, of.num_classes))
+    best = best_classes(of.module, of.variables, of.stats, pixels[None], min(5, of.num_classes))
     (classes,), (shares,) = jax.device_get(best)
     if not np.isfinite(shares).all():
-        raise UserError(
-            "the network's output is not finite: the weights are damaged, or --mean and --std are "
-            "not theirs"
-        )
+        raise not_finite()
     labels: dict[str, float] = {}
     for index, share in zip(classes.tolist(), shares.tolist(), strict=True):
         name = of.name(index)
         labels[f"{name} ({index})" if name in labels else name] = share
-    return labels, _overlay(of, pixels, classes[0])
-
-
-def _overlay(of: Classifier, pixels: np.ndarray, index: int) -> np.ndarray | None:
-    images = normalize(jnp.asarray(pixels[None]), of.stats)
     try:
-        maps, _, _ = grad_cam(of.module, of.variables, images, [index])
+        images = normalize(jnp.asarray(pixels[None]), of.stats)
+        maps, _, _ = grad_cam(of.module, of.variables, images, [classes[0]])
     except UserError:  # the network has no map
-        return None
-    times = max(1, -(-MIN_SIDE // min(pixels.shape[:2])))
-    under = pixels.repeat(times, axis=0).repeat(times, axis=1)
-    under = under.repeat(3, axis=2) if under.shape[2] == 1 else under[..., :3]
-    (shares,) = heat(maps, *under.shape[:2])
-    colours = matplotlib.colormaps["jet"](shares, bytes=True)[..., :3]
-    return ((under.astype(np.uint16) + colours) // 2).astype(np.uint8)
+        return labels, None
+    times = -(-MIN_SIDE // min(pixels.shape[:2]))
+    under = pixels[..., :3].repeat(times, axis=0).repeat(times, axis=1)
+    (heated,) = heat(maps, *under.shape[:2])
+    colours = matplotlib.colormaps["jet"](heated, bytes=True)[..., :3]
+    return labels, ((under.astype(np.uint16) + colours) // 2).astype(np.uint8)

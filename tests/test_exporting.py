@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -23,46 +22,20 @@ from safetensors.numpy import load_file
 
 import flax_resnet
 from flax_resnet import cpu
-from flax_resnet.classify import open_network
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.errors import UserError
-from flax_resnet.exporting import loader, to_onnx, write
+from flax_resnet.exporting import loader
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, WEIGHTS, ExportError
-from flax_resnet.exporting.source import how_to_prepare
+from flax_resnet.exporting.write import difference, how_to_prepare, prepared_images
 from flax_resnet.preprocess import KERAS_V1, TORCH, Preprocessing
 from flax_resnet.pretrained import open_weights
 
-QUICK_FAMILIES = ["imagenet stem", "MiniModel of digits"]
-BATCHES = (3,)  # neither of those that an export is measured with
-
-
-def batch(rng, source, n):
-    return rng.integers(0, 256, (n, *source.preprocessing.shape), dtype=np.uint8)
-
-
-def check_stablehlo(name, directory, rng):
-    source = opened(*FAMILIES[name])
-    exported = flax_resnet.export(source, directory)
-    assert exported.difference.largest < 1e-5
-    net = loader.load(directory)
-    for n in BATCHES:
-        images = batch(rng, source, n)
-        logits = net(images)
-        assert (logits.shape, logits.dtype) == ((n, 10), np.float32)
-        assert relative(logits, own_logits(source, images)) < 1e-5
-
-
-def check_onnx(name, path, rng):
-    runtime = pytest.importorskip("onnxruntime")
-    source = opened(*FAMILIES[name])
-    exported = flax_resnet.export(source, path)
-    assert exported.difference.largest < 1e-5
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for n in BATCHES:
-        images = batch(rng, source, n)
-        (logits,) = session.run(["logits"], {"images": images})
-        assert (logits.shape, logits.dtype) == ((n, 10), np.float32)
-        assert relative(logits, own_logits(source, images)) < 1e-5
+BATCH = 3  # not a size that an export is measured with
+QUICK_FAMILIES = ("imagenet stem", "MiniModel of digits")
+EVERY = [
+    pytest.param(name, marks=() if name in QUICK_FAMILIES else pytest.mark.slow)
+    for name in FAMILIES
+]
 
 
 @pytest.fixture
@@ -71,22 +44,37 @@ def converter():
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the [onnx] extra)")
 
 
-EVERY = [
-    name if name in QUICK_FAMILIES else pytest.param(name, marks=pytest.mark.slow)
-    for name in FAMILIES
-]
+def batch(rng, source, n):
+    return rng.integers(0, 256, (n, *source.preprocessing.shape), dtype=np.uint8)
+
+
+def onnx_session(path):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["logits"], {"images": images})[0]
+
+
+def check_computes(name, path, load, rng):
+    """An export of a family computes its network on a batch of another size."""
+    source = opened(*FAMILIES[name])
+    assert flax_resnet.export(source, path).difference < 1e-5
+    images = batch(rng, source, BATCH)
+    logits = load(path)(images)
+    assert (logits.shape, logits.dtype) == ((BATCH, 10), np.float32)
+    assert relative(logits, own_logits(source, images)) < 1e-5
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_stablehlo_computes_the_network(name, tmp_path, rng):
-    check_stablehlo(name, tmp_path / "net", rng)
+    check_computes(name, tmp_path / "net", loader.load, rng)
 
 
 @pytest.mark.usefixtures("converter")
 @pytest.mark.parametrize("name", EVERY)
 def test_onnx_computes_the_network(name, tmp_path, rng, capfd):
     before = nn.max_pool, nn.Conv.__call__, nn.BatchNorm.__call__
-    check_onnx(name, tmp_path / "net.onnx", rng)
+    check_computes(name, tmp_path / "net.onnx", onnx_session, rng)
     assert capfd.readouterr() == ("", "")  # the converter and the runtime print
     assert (nn.max_pool, nn.Conv.__call__, nn.BatchNorm.__call__) == before
 
@@ -113,13 +101,18 @@ def test_the_program_is_for_every_platform(tmp_path):
     assert cpu.is_backend()
 
 
-def test_a_directory_says_what_it_holds(tmp_path, call):
+@pytest.fixture
+def weights(tmp_path):
     make_weights(tmp_path / "a.safetensors")
-    code, out, err = call("export", tmp_path / "a.safetensors", tmp_path / "net")
+    return tmp_path / "a.safetensors"
+
+
+def test_a_directory_says_what_it_holds(weights, tmp_path, call):
+    code, out, err = call("export", weights, tmp_path / "net")
     assert (code, err) == (0, "")
     line = re.fullmatch(
-        r"ResNet written to (.*): StableHLO for cpu, cuda, tpu, 0\.\d MB; largest relative "
-        r"difference (\S+) \(its loader, jax \S+; 10 images, batches of 1 and 10\)\n",
+        r"ResNet written to (.*): StableHLO for cpu, cuda, tpu, run by its loader, 0\.\d MB; "
+        r"largest relative difference (\S+) \(10 images, batches of 1 and 10\)\n",
         out,
     )
     assert line is not None, out
@@ -132,20 +125,17 @@ def test_a_directory_says_what_it_holds(tmp_path, call):
     assert about["input"]["shape"] == ["b", 8, 8, 3]
     assert about["preprocessing"]["resize"] == SQUARE.resize
     assert about["prepare"] == how_to_prepare(SQUARE)
-    assert about["jax"] == jax.__version__
-    check = about["check"]
-    assert (check["images"], check["batch_sizes"]) == (10, [1, 10])
-    assert float(line[2]) == pytest.approx(check["largest_relative_difference"], rel=0.06)
+    assert about["check"]["images"] == 10
+    assert float(line[2]) == pytest.approx(about["check"]["largest_relative_difference"], rel=0.06)
     assert (tmp_path / "net" / "load.py").read_text() == Path(loader.__file__).read_text()
 
 
-def test_images_of_ones_own_and_platforms(tmp_path, call, photos):
-    make_weights(tmp_path / "a.safetensors")
-    arguments = ("export", tmp_path / "a.safetensors", tmp_path / "net")
+def test_images_of_ones_own_and_platforms(weights, tmp_path, call, photos):
+    arguments = ("export", weights, tmp_path / "net")
     code, out, err = call(*arguments, "--images", photos / "b.png", "--platforms", "cpu", "rocm")
     assert (code, err) == (0, "")
     assert "StableHLO for cpu, rocm, " in out
-    assert "; 1 image, batches of 1 and 2)" in out
+    assert "(5 images, batches of 1 and 5)" in out
     net = loader.load(tmp_path / "net")
     (photos / "b.png").write_bytes(b"no image")
     again = call(*arguments, "--overwrite", "--images", photos / "b.png")
@@ -154,14 +144,11 @@ def test_images_of_ones_own_and_platforms(tmp_path, call, photos):
 
 
 @pytest.mark.usefixtures("converter")
-def test_a_file_says_what_it_holds(tmp_path, call):
+def test_a_file_says_what_it_holds(weights, tmp_path, call):
     onnx = pytest.importorskip("onnx")
-    make_weights(tmp_path / "a.safetensors")
-    code, out, err = call("export", tmp_path / "a.safetensors", tmp_path / "net.onnx")
+    code, out, err = call("export", weights, tmp_path / "net.onnx")
     assert (code, err) == (0, "")
-    assert " written to " in out
-    assert ": ONNX of opset 21, 0.0 MB; largest relative difference " in out
-    assert re.search(r"\(onnxruntime \S+; 10 images, batches of 1 and 10\)\n$", out)
+    assert ": ONNX of opset 21, run by onnxruntime " in out
     model = onnx.load(tmp_path / "net.onnx")
     onnx.checker.check_model(model, full_check=True)
     about = {prop.key: prop.value for prop in model.metadata_props}
@@ -171,94 +158,59 @@ def test_a_file_says_what_it_holds(tmp_path, call):
     sides = [d.dim_param or d.dim_value for d in images.type.tensor_type.shape.dim]
     assert (images.name, sides) == ("images", ["b", 8, 8, 3])
     assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
-    operations = [node.op_type for node in model.graph.node]
-    assert (
-        operations.count("BatchNormalization") == operations.count("Conv") == 3
-    )  # what runtimes fuse into convolutions
 
 
-def test_safetensors_are_those_of_convert(tmp_path, call):
-    make_weights(tmp_path / "a.safetensors")
-    code, out, err = call("export", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+def test_safetensors_are_those_of_convert(weights, tmp_path, call):
+    code, out, err = call("export", weights, tmp_path / "b.safetensors")
     assert (code, err) == (0, "")
-    assert ": safetensors with torchvision's names, 0.0 MB; " in out
-    assert "(read back; 10 images, batches of 1 and 10)" in out
-    files = [load_file(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
-    assert_trees_equal(*files)
-    kept = open_weights(tmp_path / "b.safetensors")
-    assert (kept.preprocessing, kept.class_names) == (SQUARE, NAMES)
+    assert ": safetensors with torchvision's names, read back, 0.0 MB; " in out
+    assert_trees_equal(load_file(weights), load_file(tmp_path / "b.safetensors"))
+    again = open_weights(tmp_path / "b.safetensors")
+    assert (again.preprocessing, again.class_names) == (SQUARE, NAMES)
 
 
-def test_what_is_not_near_enough_leaves_nothing(monkeypatch, tmp_path, call):
-    source, dest = tmp_path / "a.safetensors", tmp_path / "net"
-    make_weights(source)
-    factor, load = 1.01, loader.load
-
-    def run(directory):
-        net = load(directory)
-        return lambda images: factor * net(images)
-
-    monkeypatch.setattr(loader, "load", run)
-    message = "its outputs differ by 1.0e-02 of the largest (its loader"
-    assert_one_line_error(call("export", source, dest), message)
-    factor = math.nan
-    assert_one_line_error(call("export", source, dest, "--tolerance", 10), "differ by nan")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
-    factor = 1.01
-    assert call("export", source, dest, "--tolerance", 0.02)[0] == 0
-    about = json.loads((dest / "about.json").read_text())
-    assert about["check"]["largest_relative_difference"] == pytest.approx(0.01, rel=1e-3)
+@pytest.mark.parametrize(
+    ("factor", "tolerance", "message"),
+    [(1.01, 1e-4, "its outputs differ by 1.0e-02 of the largest"), (math.nan, 10, "differ by nan")],
+)
+def test_what_is_not_near_enough_leaves_nothing(
+    weights, monkeypatch, tmp_path, call, factor, tolerance, message
+):
+    run = loader.Net.__call__
+    monkeypatch.setattr(loader.Net, "__call__", lambda net, images: factor * run(net, images))
+    result = call("export", weights, tmp_path / "net", "--tolerance", tolerance)
+    assert_one_line_error(result, message)
+    assert list(tmp_path.iterdir()) == [weights]
 
 
-def test_one_image_that_differs_is_found(tmp_path, rng):
-    source = write.Source.of(opened(tiny_resnet()))
-    wrong = source.logits.copy()
+def test_one_image_that_differs_is_found():
+    source = opened(tiny_resnet())
+    images = prepared_images(source.preprocessing, ())
+    logits = own_logits(source, images)
+    wrong = logits.copy()
     wrong[7, 3] += 0.5
-    found = source.difference(lambda images: wrong[: len(images)])
-    assert found.largest == pytest.approx(0.5 / np.abs(source.logits).max(), rel=1e-5)
-    assert np.abs(source.images[0].astype(int) - source.images[7]).max() > 20
-    want = own_logits(source.opened, source.images)
-    np.testing.assert_allclose(source.logits, want, rtol=1e-5, atol=1e-5)
+    largest = difference(lambda images: wrong[: len(images)], images, logits)
+    assert largest == pytest.approx(0.5 / np.abs(logits).max(), rel=1e-5)
+    assert np.abs(images[0].astype(int) - images[7]).max() > 20
 
 
-def test_what_is_there_is_kept_unless_told(tmp_path, call):
-    source = tmp_path / "a.safetensors"
-    make_weights(source)
+def test_what_is_there_is_kept_unless_told(weights, tmp_path, call):
     dest = tmp_path / "net"
-    assert call("export", source, dest)[0] == 0
-    assert_one_line_error(call("export", source, dest), "is there already: give another name, or")
-    make_weights(source, class_names=None)
-    assert call("export", source, dest, "--overwrite")[0] == 0
+    assert call("export", weights, dest)[0] == 0
+    assert_one_line_error(call("export", weights, dest), "is there already: give another name, or")
+    make_weights(weights, class_names=None)
+    assert call("export", weights, dest, "--overwrite")[0] == 0
     assert json.loads((dest / "about.json").read_text())["class_names"] is None
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "about.json").write_text("{}")
-    result = call("export", source, mine, "--overwrite")
-    assert_one_line_error(result, f"{mine} is no exported network, and is not overwritten")
+    for place in (mine, tmp_path):
+        result = call("export", weights, place, "--overwrite")
+        assert_one_line_error(result, f"{place} is no exported network, and is not overwritten")
     assert [p.name for p in mine.iterdir()] == ["about.json"]
-    result = call("export", source, tmp_path, "--overwrite")
-    assert_one_line_error(result, "is no exported network, and is not overwritten")
     (tmp_path / "b.safetensors").mkdir()
-    result = call("export", source, tmp_path / "b.safetensors", "--overwrite")
+    result = call("export", weights, tmp_path / "b.safetensors", "--overwrite")
     assert_one_line_error(result, "is a directory: name a file")
-
-
-def test_an_export_that_cannot_be_moved_leaves_the_old_one(monkeypatch, tmp_path):
-    source = opened(tiny_resnet())
-    flax_resnet.export(source, tmp_path / "net")
-    before = (tmp_path / "net" / "about.json").read_bytes()
-    replace = write.Path.replace
-
-    def refuse(path, target):
-        if target == tmp_path / "net":
-            raise OSError(28, "No space left on device")
-        return replace(path, target)
-
-    monkeypatch.setattr(write.Path, "replace", refuse)
-    with pytest.raises(UserError, match=r"net cannot be written: .*No space left"):
-        flax_resnet.export(source, tmp_path / "net", overwrite=True)
-    assert (tmp_path / "net" / "about.json").read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["net"]
 
 
 @pytest.mark.parametrize(
@@ -271,12 +223,9 @@ def test_an_export_that_cannot_be_moved_leaves_the_old_one(monkeypatch, tmp_path
         (["{tmp}/none.safetensors", "{tmp}/x"], "none.safetensors"),
         (["imagenet", "{tmp}/x.onnx"], "a tag needs a network"),
         (["{tmp}", "{tmp}/x"], "holds no run"),
-        (
-            ["{source}", "{tmp}/x", "--platforms", "cpu", "gpu"],
-            "--platforms cpu gpu: expected",
-        ),
-        (["{source}", "{tmp}/x", "--platforms", "tpu"], "--platforms tpu: expected some of"),
-        (["{source}", "{tmp}/x", "--tolerance", "-1"], "--tolerance=-1"),
+        (["{source}", "{tmp}/x", "--platforms", "cpu", "gpu"], "platforms cpu gpu: expected"),
+        (["{source}", "{tmp}/x", "--platforms", "tpu"], "platforms tpu: expected some of"),
+        (["{source}", "{tmp}/x", "--tolerance", "-1"], "tolerance=-1"),
         (["{source}", "{tmp}/x", "--images", "{tmp}/no.png"], "no.png: no such file or folder"),
         (["{bare}", "{tmp}/x"], "do not say how images are prepared for them"),
         (["{damaged}", "{tmp}/x"], "the network's outputs are not finite"),
@@ -295,12 +244,9 @@ def test_bad_input_is_one_line(call, tmp_path, arguments, message):
     assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors"}
 
 
-@pytest.mark.parametrize("name", ["jax2onnx", "onnxruntime"])
-def test_a_missing_package_is_named(monkeypatch, tmp_path, name):
-    monkeypatch.setitem(sys.modules, name, None)
-    if name == "onnxruntime":
-        monkeypatch.setattr(to_onnx, "write", lambda source, path: path.write_bytes(b""))
-    with pytest.raises(UserError, match=rf"ONNX needs {name}, .*flax_resnet\[onnx\]"):
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(UserError, match=r"jax2onnx is not installed .*flax_resnet\[onnx\]"):
         flax_resnet.export(opened(tiny_resnet()), tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -381,23 +327,19 @@ class Trap:
         return (os.mkdir, ("trapped",))
 
 
-DAMAGES = {
-    "no program": (lambda d: (d / ARTIFACT).unlink(), "is no exported network"),
-    "no JSON": (lambda d: (d / ABOUT).write_text("{"), "is no exported network"),
-    "a list": (lambda d: (d / ABOUT).write_text("[]"), "is no exported network"),
-    "of a later version": (lambda d: changed(d, format="flax_resnet export 2"), "load.py there"),
-    "one bit of a weight": (lambda d: flip(d / WEIGHTS), "weights.npz is not what about.json desc"),
-    "one bit": (lambda d: flip(d / ARTIFACT), "is not what about.json describes"),
-    "of another kind": (lambda d: changed(d, b"PK\x03\x04" * 99), "cannot be read by jax"),
-    "empty": (lambda d: changed(d, b""), "cannot be read by jax"),
-    "a pickle": (lambda d: changed(d, pickle.dumps(Trap())), "cannot be read by jax"),
-    "no input": (lambda d: changed(d, input=None), "cannot be read by jax"),
-}
+DAMAGES = [
+    (lambda d: (d / ARTIFACT).unlink(), "No such file"),
+    (lambda d: (d / ABOUT).write_text("[]"), "TypeError"),
+    (lambda d: changed(d, format="flax_resnet export 2"), "use the load.py there"),
+    (lambda d: flip(d / WEIGHTS), "are not those that about.json desc"),
+    (lambda d: flip(d / ARTIFACT), "are not those that about.json describes"),
+    (lambda d: changed(d, pickle.dumps(Trap())), "is no exported network that jax"),
+]
 
 
 def test_a_damaged_export_is_one_line_and_nothing_is_unpickled(exported, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for number, (damage, message) in enumerate(DAMAGES.values()):
+    for number, (damage, message) in enumerate(DAMAGES):
         directory = shutil.copytree(exported[1], tmp_path / str(number))
         damage(directory)
         with pytest.raises(ExportError, match=message) as error:
@@ -407,57 +349,16 @@ def test_a_damaged_export_is_one_line_and_nothing_is_unpickled(exported, tmp_pat
     assert not (tmp_path / "trapped").exists()
 
 
-ALL = ("net", "net.onnx", "net.safetensors")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("converter")
-def test_a_trained_run_is_exported(tmp_path, digits_dir, call):
-    """ResNet-20 on the digits: its exports are right as often as it is."""
-    from experiments import digits
-
-    config = digits.get_config()
-    config = flax_resnet.replaced(config, "data.data_dir", digits_dir)
-    config = flax_resnet.replaced(config, "num_epochs", None)
-    config = flax_resnet.replaced(config, "num_steps", 120)
-    flax_resnet.train_and_evaluate(config, tmp_path / "run")
-    for name in ALL:
-        code, out, err = call("export", tmp_path / "run", tmp_path / name)
-        assert (code, err) == (0, "")
-        print(out, end="")
-    source = open_network(tmp_path / "run")
-    assert source.preprocessing.decoder is not None
-    from sklearn.datasets import load_digits
-
-    rows = load_digits()
-    images = (rows.images[..., None] * 15.9375).astype(np.uint8)
-    want = own_logits(source, images)
-    assert np.mean(want.argmax(-1) == rows.target) > 0.8
-    check_both(tmp_path, images, want)
-
-
-def check_both(directory, images, want):
-    """Of the exports ALL, those that run: they agree on every class."""
-    runtime = pytest.importorskip("onnxruntime")
-    session = runtime.InferenceSession(directory / "net.onnx", providers=["CPUExecutionProvider"])
-    for logits in (
-        loader.load(directory / "net")(images),
-        session.run(None, {"images": images})[0],
-    ):
-        assert relative(logits, want) < 1e-4
-        assert np.mean(logits.argmax(-1) == want.argmax(-1)) > 0.999
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("converter")
 def test_resnet50_at_224(tmp_path, rng):
-    """Prints sizes, times and differences; the speeds are of one batch of 8."""
+    """All three exports are as large as the weights, and agree with it on every class."""
     source = opened(flax_resnet.create("resnet50"), TORCH, class_names=None)
-    for name in ALL:
-        start = time.perf_counter()
+    for name in ("net", "net.onnx", "net.safetensors"):
         exported = flax_resnet.export(source, tmp_path / name)
-        print(f"{time.perf_counter() - start:.1f} s: {exported}")
-        assert exported.difference.largest < 1e-5
+        assert exported.difference < 1e-5
         assert 100e6 < exported.num_bytes < 106e6
     images = batch(rng, source, 8)
-    check_both(tmp_path, images, own_logits(source, images))
+    want = own_logits(source, images)
+    for run in (loader.load(tmp_path / "net"), onnx_session(tmp_path / "net.onnx")):
+        assert relative(run(images), want) < 1e-4

@@ -74,17 +74,20 @@ def test_a_network_without_maps_has_no_grad_cam(photos):
         (lambda path: path.write_bytes(b"no picture"), "this image cannot be read"),
         (lambda path: Image.new("RGB", (40, 40)).save(path, "EPS"), "expected one of BMP, GIF"),
         (lambda path: path.write_bytes(path.read_bytes()[:200]), "this image cannot be read"),
+        (None, "no image: drop one"),
     ],
 )
 def test_a_file_that_is_no_image_is_one_line(opened, tmp_path, rng, write, message):
-    paint(rng, 50, 60).save(tmp_path / "x.png")
-    write(tmp_path / "x.png")
+    path = tmp_path / "x.png"
+    paint(rng, 50, 60).save(path)
+    if write is not None:
+        write(path)
     with pytest.raises(UserError, match=message):
-        serve.explain(Classifier.of(opened), tmp_path / "x.png")
+        serve.explain(Classifier.of(opened), write and path)
 
 
 def test_weights_without_finite_outputs_are_one_line(weights, photos):
-    with pytest.raises(UserError, match="is not finite"):
+    with pytest.raises(UserError, match="are not finite"):
         serve.explain(Classifier.of(open_weights(damaged(weights))), photos / "a.jpg")
 
 
@@ -144,12 +147,9 @@ def test_a_request_is_answered(opened, weights, photos, tmp_path, clean_environm
     [
         ([], "expected an argument, SOURCE"),
         (["w.safetensors", "--port", "70000"], "--port=70000: expected 0 or more, below 65536"),
+        (["w.safetensors"], "pip install 'flax_resnet[serve]'"),
     ],
 )
-def test_bad_flags_are_one_line(call, arguments, message):
-    assert_one_line_error(call("serve", *arguments), message)
-
-
-def test_without_gradio_the_extra_is_named(call, weights, monkeypatch):
+def test_bad_flags_are_one_line(call, monkeypatch, arguments, message):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert_one_line_error(call("serve", weights), "pip install 'flax_resnet[serve]'")
+    assert_one_line_error(call("serve", *arguments), message)

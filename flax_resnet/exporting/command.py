@@ -10,9 +10,7 @@ import tyro
 
 from flax_resnet import convert
 from flax_resnet.classify import flag
-from flax_resnet.errors import check_range
 from flax_resnet.exporting import write
-from flax_resnet.predict import find_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,28 +37,20 @@ class Settings(convert.Settings):
     """Photographs, or folders of them, on which the difference is measured."""
     platforms: Annotated[tuple[str, ...], flag("NAME [NAME ...]", "cpu cuda tpu")] = write.PLATFORMS
     """What StableHLO is for; cpu is one of them."""
-    tolerance: float = write.TOLERANCE
+    tolerance: float = 1e-4
     """Largest difference of the outputs, as a share of the largest; above it nothing is kept."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        write.check_platforms(self.platforms)
-        check_range("--tolerance", self.tolerance, 0)
 
 
 def main(settings: Settings) -> None:
     """Runs the command."""
-    dest = Path(settings.dest).expanduser()
-    # What is wrong with these is said before anything is fetched.
-    write.check_dest(dest, settings.overwrite)
-    if settings.images:
-        find_images(settings.images)
+    dest, platforms, tolerance = settings.dest, settings.platforms, settings.tolerance
+    write.check(Path(dest).expanduser(), platforms, tolerance, settings.overwrite)
     exported = write.export(
         settings.open(settings.source),
         dest,
         images=settings.images,
-        platforms=settings.platforms,
-        tolerance=settings.tolerance,
+        platforms=platforms,
+        tolerance=tolerance,
         overwrite=settings.overwrite,
     )
     print(exported)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ import numpy as np
 
 FORMAT = "flax_resnet export 1"
 ARTIFACT, WEIGHTS, ABOUT = "net.stablehlo", "weights.npz", "about.json"
-HASHED = (ARTIFACT, WEIGHTS)
 
 
 class ExportError(ValueError):
@@ -40,13 +38,12 @@ class Net:
         difference to the source that was measured.
     """
 
-    def __init__(
-        self, about: Mapping[str, Any], exported: jax.export.Exported, weights: Mapping[str, Any]
-    ):
+    def __init__(self, about: Any, program: bytes, weights: bytes):
         self.about = about
         self.shape: tuple[int, ...] = tuple(about["input"]["shape"][1:])
-        self._weights = jax.device_put(dict(weights))
-        self._call = jax.jit(exported.call)
+        with np.load(io.BytesIO(weights), allow_pickle=False) as arrays:
+            self._weights = jax.device_put(dict(arrays))
+        self._call = jax.jit(jax.export.deserialize(bytearray(program)).call)
 
     def __call__(self, images: Any) -> np.ndarray:
         """Maps uint8 images (N, H, W, C), not normalised, to float32 logits (N, classes).
@@ -72,28 +69,17 @@ def load(directory: str | Path) -> Net:
     directory = Path(directory)
     try:
         about = json.loads((directory / ABOUT).read_text("utf-8"))
-        found, hashes = about["format"], about["sha256"]
-        files = {name: (directory / name).read_bytes() for name in HASHED}
-        damaged = [n for n, data in files.items() if hashlib.sha256(data).hexdigest() != hashes[n]]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ExportError(
-            f"{directory} is no exported network ({error!r:.200}): expected {ABOUT}, {ARTIFACT} "
-            f"and {WEIGHTS}; export it again"
-        ) from error
-    if found != FORMAT:
-        raise ExportError(
-            f"{directory / ABOUT} says {found!r:.80}, expected {FORMAT!r}: use the load.py there"
-        )
-    if damaged:
-        raise ExportError(
-            f"{directory / damaged[0]} is not what {ABOUT} describes: export it again"
-        )
-    try:
-        with np.load(io.BytesIO(files[WEIGHTS]), allow_pickle=False) as weights:
-            return Net(about, jax.export.deserialize(bytearray(files[ARTIFACT])), weights)
+        if about["format"] != FORMAT:
+            raise ValueError(f"it is {about['format']!r:.80}: use the load.py there")
+        files = [(directory / name).read_bytes() for name in (ARTIFACT, WEIGHTS)]
+        if [hashlib.sha256(file).hexdigest() for file in files] != [
+            about["sha256"][name] for name in (ARTIFACT, WEIGHTS)
+        ]:
+            raise ValueError(f"its files are not those that {ABOUT} describes: export it again")
+        return Net(about, *files)
     except Exception as error:  # whatever a reader of bytes may raise; no flatbuffers, too
-        lines = str(error).splitlines() or [type(error).__name__]
+        lines = str(error).splitlines() or [""]
         raise ExportError(
-            f"{directory} cannot be read by jax {jax.__version__} ({lines[0]:.200}): take a jax "
-            "nearer to the one that about.json names (and flatbuffers), or export it again"
+            f"{directory} is no exported network that jax {jax.__version__} reads "
+            f"({type(error).__name__}: {lines[0]:.200})"
         ) from error

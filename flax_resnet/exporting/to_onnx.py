@@ -6,11 +6,10 @@ transposition to ONNX's channels-first convolutions is one operation of the grap
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_resnet.errors import UserError
-from flax_resnet.exporting.source import Run, Source
+from flax_resnet.errors import UserError, import_extra
 
 OPSET = 21
 """What the oldest onnxruntime of the [onnx] extra, 1.20, knows whole; jax2onnx's default, 23,
@@ -27,51 +25,63 @@ needs 1.22."""
 INPUT, OUTPUT = "images", "logits"
 
 
-def write(source: Source, path: Path) -> str:
-    """Writes the file; returns what it is, in words.
+def write(
+    program: Callable[[jax.Array], Any],
+    spec: jax.ShapeDtypeStruct,
+    about: Mapping[str, Any],
+    path: Path,
+) -> None:
+    """Writes the file.
+
+    Args:
+      program: maps images to logits.
+      spec: shape and dtype of the images.
+      about: the file's metadata.
+      path: the file.
 
     Raises:
       UserError: the converter is not installed, or cannot convert the network.
     """
-    jax2onnx = _needed("jax2onnx")
-    with _quiet():
-        try:
+    jax2onnx = import_extra("jax2onnx", "onnx")
+    logging.disable(logging.WARNING)  # the converter's notes; what it makes is measured
+    try:
+        with warnings.catch_warnings(action="ignore"):
             model = jax2onnx.to_onnx(
-                lambda images: _traced(source, images),
-                [source.spec],
-                model_name=source.name,
+                lambda images: _without_padding(program, images),
+                [spec],
+                model_name=about["network"],
                 opset=OPSET,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
             )
-        except Exception as error:  # it has no errors of its own
-            line = (str(error).splitlines() or [""])[0]
-            raise UserError(
-                f"jax2onnx cannot convert the network ({type(error).__name__}: {line:.99}): export "
-                "it to a directory, as StableHLO"
-            ) from error
+    except Exception as error:  # it has no errors of its own
+        line = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"jax2onnx cannot convert the network ({type(error).__name__}: {line:.99}): export "
+            "it to a directory, as StableHLO"
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
     # The converter's notes on shapes within are wrong in places, and readers infer their own.
     del model.graph.value_info[:]
-    for key, value in source.about.items():
+    for key, value in about.items():
         text = value if isinstance(value, str) else json.dumps(value)
         model.metadata_props.add(key=key, value=text)
     path.write_bytes(model.SerializeToString())
-    return f"ONNX of opset {OPSET}"
 
 
-def run(path: Path) -> tuple[Run, str]:
-    """The network in a file, by onnxruntime on the CPU, and what computes it, in words."""
-    runtime = _needed("onnxruntime")
+def run(path: Path) -> tuple[str, Callable[[Any], Any]]:
+    """What the file is, in words, and its network by onnxruntime on the CPU."""
+    runtime = import_extra("onnxruntime", "onnx")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return (lambda images: session.run([OUTPUT], {INPUT: images})[0]), (
-        f"onnxruntime {runtime.__version__}"
-    )
+    kind = f"ONNX of opset {OPSET}, run by onnxruntime {runtime.__version__}"
+    return kind, lambda images: session.run([OUTPUT], {INPUT: images})[0]
 
 
-def _traced(source: Source, images: jax.Array) -> jax.Array:
-    """The network, its max-pools without padding: jax2onnx loses padding that is given in numbers.
+def _without_padding(program: Callable[[jax.Array], Any], images: jax.Array) -> Any:
+    """The program, its max-pools without padding: jax2onnx loses padding that is given in numbers.
 
     It puts functions of its own in place of flax's while it traces, nn.max_pool among them.
     """
@@ -85,31 +95,6 @@ def _traced(source: Source, images: jax.Array) -> jax.Array:
 
     nn.max_pool = max_pool  # type: ignore[assignment]
     try:
-        return source.apply(source.opened.variables, images)
+        return program(images)
     finally:
         nn.max_pool = theirs
-
-
-def _needed(name: str) -> Any:
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise UserError(
-            f"ONNX needs {name}, which is not installed: pip install 'flax_resnet[onnx]'"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the converter's notes; what it makes is measured."""
-    logs = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir", "onnxscript")]
-    before = [log.level for log in logs]
-    try:
-        for log in logs:
-            log.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(logs, before, strict=True):
-            log.setLevel(level)

@@ -4,66 +4,74 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_resnet.classify import Classifier
+from flax_resnet import cpu
+from flax_resnet.augment import normalize
+from flax_resnet.classify import Classifier, not_finite, open_network
 from flax_resnet.convert import convert
+from flax_resnet.datasets.decode import DECODE_ERRORS, PIL_MODES
+from flax_resnet.datasets.sources import unreadable
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.exporting import loader, stablehlo, to_onnx
-from flax_resnet.exporting.loader import ABOUT, HASHED
-from flax_resnet.exporting.source import Difference, Run, Source, in_float32, runner
-from flax_resnet.exporting.stablehlo import PLATFORMS
+from flax_resnet.exporting import loader, to_onnx
+from flax_resnet.exporting.loader import ABOUT, ARTIFACT, FORMAT, WEIGHTS
+from flax_resnet.predict import find_images, shown
+from flax_resnet.preprocess import Preprocessing
 from flax_resnet.pretrained import Pretrained, open_weights
+from flax_resnet.record import to_record
 
-TOLERANCE = 1e-4
+PLATFORMS = ("cpu", "cuda", "tpu")
+Run = Callable[[np.ndarray], Any]
+"""Maps uint8 images (N, H, W, C) to logits (N, classes)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """What was written; as a text, one line."""
 
     path: Path
     """The file or directory."""
     kind: str
-    """Its format, in words."""
+    """Its format, and what computed it to measure the difference."""
     num_bytes: int
     """Its size."""
     network: str
     """Name of the network."""
-    difference: Difference
-    """To the source."""
-    by: str
-    """What computed the export to measure that."""
+    difference: float
+    """max |a - b| / max |a| over the logits, a the network's and b the export's."""
+    num_images: int
+    """How many images the difference was measured on, in batches of one and of all."""
 
     def __str__(self) -> str:
-        """One line."""
-        found = self.difference
-        images = "1 image" if found.images == 1 else f"{found.images} images"
-        sizes = " and ".join(map(str, found.batch_sizes))
         return (
             f"{self.network} written to {self.path}: {self.kind}, {self.num_bytes / 1e6:.1f} MB; "
-            f"largest relative difference {found.largest:.1e} ({self.by}; {images}, batches of "
-            f"{sizes})"
+            f"largest relative difference {self.difference:.1e} ({self.num_images} images, batches "
+            f"of 1 and {self.num_images})"
         )
 
 
-def check_platforms(platforms: Sequence[str]) -> None:
-    """Raises UserError unless ``platforms`` are some of PLATFORMS or "rocm", "cpu" among them."""
+def check(dest: Path, platforms: Sequence[str], tolerance: float, overwrite: bool) -> None:
+    """Raises UserError for arguments of ``export`` that cannot be used."""
+    check_range("tolerance", tolerance, 0)
     known = (*PLATFORMS, "rocm")
-    if not {"cpu"} <= set(platforms) <= set(known) or len(set(platforms)) != len(platforms):
+    if not {"cpu"} <= set(platforms) <= set(known):
         raise UserError(
-            f"--platforms {' '.join(platforms)}: expected some of {', '.join(known)}, each once, "
-            "and cpu among them, where the export is checked"
+            f"platforms {' '.join(platforms)}: expected some of {', '.join(known)}, and cpu among "
+            "them, where the export is checked"
         )
-
-
-def check_dest(dest: Path, overwrite: bool) -> None:
-    """Raises UserError where an export cannot, or must not, take that place."""
     is_file = dest.suffix in (".onnx", ".safetensors")
     if re.fullmatch(r"\.([A-Za-z]+|hd?f?5)", dest.suffix) and not is_file:
         raise UserError(
@@ -76,88 +84,210 @@ def check_dest(dest: Path, overwrite: bool) -> None:
         raise UserError(f"{dest} is a directory: name a file")
     if not overwrite:
         raise UserError(f"{dest} is there already: give another name, or --overwrite")
-    if not is_file and not all((dest / name).is_file() for name in (ABOUT, *HASHED)):
+    if not (is_file or (dest / ARTIFACT).is_file()):
         raise UserError(f"{dest} is no exported network, and is not overwritten: give another name")
 
 
 def export(
-    opened: Pretrained,
-    dest: Path,
+    source: str | Path | Pretrained,
+    dest: str | Path,
     *,
     images: Sequence[str | Path] = (),
     platforms: Sequence[str] = PLATFORMS,
-    tolerance: float = TOLERANCE,
+    tolerance: float = 1e-4,
     overwrite: bool = False,
 ) -> Exported:
-    """Exports an opened network; arguments and errors are those of ``flax_resnet.export``."""
-    check_platforms(platforms)
-    check_range("tolerance", tolerance, 0)
-    check_dest(dest, overwrite)
-    with _on_cpu(), _in_place(dest) as partial:
-        source = Source.of(opened, images)
-        kind, by, found = _written(source, partial, platforms)
-        if not found.largest <= tolerance:
+    """Writes a network with its preprocessing, having measured that it computes the same.
+
+    It is written whole or not at all, in float32, and takes uint8 images as its preprocessing gives
+    them (safetensors has the weights alone, and the rest in its metadata).
+
+    Args:
+      source: a run's working directory, a weight file, or what ``classify.open_network`` gives.
+      dest: ends in ".onnx" (needs the [onnx] extra) or ".safetensors" (as ``convert`` writes it);
+        else a directory for StableHLO, with a ``load.py`` that needs jax and flatbuffers.
+      images: photographs, or folders of them, to measure the difference on; by default
+        scikit-learn's two. Each is used in five forms: as it is, mirrored, turned, inverted.
+      platforms: of StableHLO; "cpu" is one of them.
+      tolerance: largest difference of the outputs, as a share of the largest output.
+      overwrite: replace an export that is there.
+
+    Returns:
+      What was written, and the difference that was measured; as a text, one line.
+
+    Raises:
+      UserError: weights that cannot be had or cannot classify, a place that cannot be written, a
+        package that is missing, or a larger difference.
+    """
+    dest = Path(dest).expanduser()
+    check(dest, platforms, tolerance, overwrite)
+    # Accelerators multiply float32 less precisely, each in its own way.
+    with jax.default_device(_cpu()), _in_place(dest) as partial:
+        opened = in_float32(open_network(source) if isinstance(source, (str, Path)) else source)
+        network = Classifier.of(opened)
+        pixels = prepared_images(network.preprocessing, images)
+        logits = np.asarray(runner(network)(pixels))
+        if not np.isfinite(logits).all():
+            raise not_finite()
+        kind, run = _write(opened, network, partial, platforms)
+        largest = difference(run, pixels, logits)
+        if not largest <= tolerance:
             raise UserError(
-                f"the export is not the network: its outputs differ by {found.largest:.1e} of the "
-                f"largest ({by}), more than {tolerance:g}; nothing was written, --tolerance allows "
-                "more"
+                f"the export is not the network: its outputs differ by {largest:.1e} of the "
+                f"largest, more than {tolerance:g}; nothing was written, --tolerance allows more"
             )
-        files = [partial] if partial.is_file() else list(partial.iterdir())
-        size = sum(file.stat().st_size for file in files)
-    return Exported(dest, kind, size, source.name, found, by)
-
-
-def _written(
-    source: Source, partial: Path, platforms: Sequence[str]
-) -> tuple[str, str, Difference]:
-    """(What it is, what it was measured by, the difference)."""
-    run: Run
-    if partial.suffix == ".onnx":
-        kind = to_onnx.write(source, partial)
-        run, by = to_onnx.run(partial)
-    elif partial.suffix == ".safetensors":
-        convert(source.opened, partial)
-        kind, by = "safetensors with torchvision's names", "read back"
-        run = runner(Classifier.of(in_float32(open_weights(partial))))
-    else:
-        kind = stablehlo.write(source, partial, platforms)
-        run, by = loader.load(partial), f"its loader, jax {jax.__version__}"
-    found = source.difference(run)
-    if partial.is_dir():
-        stablehlo.finish(partial, found)
-    return kind, by, found
-
-
-@contextlib.contextmanager
-def _on_cpu() -> Iterator[None]:
-    """Computes on the CPU: accelerators multiply float32 less precisely, each in its own way."""
-    try:
-        device = jax.local_devices(backend="cpu")[0]
-    except RuntimeError as error:
-        raise UserError(
-            "exports are checked on the CPU, and $JAX_PLATFORMS leaves it out: add cpu to it"
-        ) from error
-    with jax.default_device(device):
-        yield
+        if partial.is_dir():
+            measured = {"largest_relative_difference": largest, "images": len(pixels)}
+            _write_about(partial, {**run.about, "check": measured})
+        size = sum(path.stat().st_size for path in (partial, *partial.glob("*")) if path.is_file())
+    return Exported(dest, kind, size, opened.name, largest, len(pixels))
 
 
 @contextlib.contextmanager
 def _in_place(dest: Path) -> Iterator[Path]:
     """Yields a path of the same name; it takes the place of ``dest`` if the block ends well."""
     try:
-        with tempfile.TemporaryDirectory(
-            prefix=f".{dest.name}.", suffix=".partial", dir=dest.parent
-        ) as room:
-            partial, old = Path(room) / dest.name, Path(room) / "old"
+        with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.parent) as directory:
+            partial = Path(directory) / dest.name
             yield partial
             if dest.is_dir():
-                dest.rename(old)
-            try:
-                partial.replace(dest)
-            except BaseException:
-                if old.exists():
-                    old.rename(dest)
-                raise
+                shutil.rmtree(dest)
+            partial.replace(dest)
     except OSError as error:
         why = error.strerror or error  # not the name of the unfinished one
         raise UserError(f"{dest} cannot be written: {why}") from error
+
+
+def _write(
+    opened: Pretrained, network: Classifier, path: Path, platforms: Sequence[str]
+) -> tuple[str, Any]:
+    """Writes the format that the name says; returns it in words, and what runs the export."""
+    if path.suffix == ".safetensors":
+        convert(opened, path)
+        kind = "safetensors with torchvision's names, read back"
+        return kind, runner(Classifier.of(in_float32(open_weights(path))))
+    about = {
+        "network": opened.name,
+        "class_names": network.class_names and list(network.class_names),
+        "preprocessing": to_record(network.preprocessing),
+        "prepare": how_to_prepare(network.preprocessing),
+    }
+    sides = network.preprocessing.shape
+    shape = jax.export.symbolic_shape(", ".join(["b", *map(str, sides)]))
+    spec = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    stats = jax.device_get(network.stats)
+
+    # A function of its own: jit would find a trace of another form in its cache.
+    def program(variables: Any, images: jax.Array) -> Any:
+        with cpu.plain_forms():
+            return network.module.apply(variables, normalize(images, stats))
+
+    if path.suffix == ".onnx":
+        to_onnx.write(lambda images: program(opened.variables, images), spec, about, path)
+        return to_onnx.run(path)
+    # As constants XLA would fold the weights, for minutes where they are large.
+    weights = {
+        "/".join(names): np.asarray(value)
+        for names, value in flatten_dict(dict(opened.variables)).items()
+    }
+    exported = jax.export.export(
+        jax.jit(lambda weights, images: program(unflatten_dict(weights, sep="/"), images)),
+        platforms=platforms,
+    )(weights, spec)
+    path.mkdir()
+    (path / ARTIFACT).write_bytes(exported.serialize())
+    np.savez(path / WEIGHTS, **weights)  # type: ignore[arg-type]
+    (path / "load.py").write_bytes(Path(loader.__file__).read_bytes())
+    about |= {
+        "format": FORMAT,
+        "sha256": {
+            name: hashlib.sha256((path / name).read_bytes()).hexdigest()
+            for name in (ARTIFACT, WEIGHTS)
+        },
+        "input": {"shape": ["b", *sides], "dtype": "uint8"},
+        "output": {"shape": ["b", network.num_classes], "dtype": "float32"},
+        "platforms": list(platforms),
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+    }
+    _write_about(path, about)
+    return f"StableHLO for {', '.join(platforms)}, run by its loader", loader.load(path)
+
+
+def _write_about(directory: Path, about: dict[str, Any]) -> None:
+    (directory / ABOUT).write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+
+
+def _cpu() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise UserError(
+            "exports are checked on the CPU, and $JAX_PLATFORMS leaves it out: add cpu to it"
+        ) from error
+
+
+def in_float32(opened: Pretrained) -> Pretrained:
+    """A network that computes, and has its weights, in float32."""
+    fields: dict[str, Any] = {"dtype": "float32", "param_dtype": "float32", "remat": False}
+    known = {name: value for name, value in fields.items() if hasattr(opened.module, name)}
+    variables = jax.tree.map(lambda x: np.asarray(x, np.float32), opened.variables)
+    return dataclasses.replace(opened, module=opened.module.clone(**known), variables=variables)
+
+
+def runner(network: Classifier) -> Run:
+    """The network as ``predict`` computes it."""
+
+    @jax.jit
+    def run(variables: Any, stats: Any, images: jax.Array) -> Any:
+        return network.module.apply(variables, normalize(images, stats))
+
+    return lambda images: run(network.variables, network.stats, images)
+
+
+def prepared_images(prepared: Preprocessing, photographs: Sequence[str | Path]) -> np.ndarray:
+    """Photographs, each as it is, mirrored two ways, turned, and inverted: uint8 (5 N, H, W, C).
+
+    Args:
+      prepared: makes an image of a file's bytes.
+      photographs: image files or folders; if empty, scikit-learn's two.
+
+    Raises:
+      UserError: a photograph cannot be read.
+    """
+    if not photographs:
+        from sklearn.datasets import load_sample_images
+
+        photographs = load_sample_images().filenames
+    images = []
+    for path in find_images(photographs):
+        try:
+            image = prepared(path.read_bytes())
+        except DECODE_ERRORS as error:
+            raise unreadable(shown(path), error) from error
+        images += [image, image[::-1], image[:, ::-1], image[::-1, ::-1], 255 - image]
+    return np.stack(images)
+
+
+def difference(run: Run, images: np.ndarray, logits: np.ndarray) -> float:
+    """max |run(images) - logits| / max |logits|, of one image and of all in one batch."""
+    gaps = [np.max(np.abs(run(images[:n]) - logits[:n])) for n in (1, len(images))]
+    # A NaN stays one: it is no small difference.
+    return float(np.max(gaps) / np.maximum(np.max(np.abs(logits)), np.finfo(np.float32).tiny))
+
+
+def how_to_prepare(prepared: Preprocessing) -> str:
+    """The way from a photograph to the network's input, in words; Pillow does all of it."""
+    mode, decoder = PIL_MODES[prepared.channels], prepared.decoder
+    if decoder is not None:
+        crop = f"crop the central square of {decoder.crop_ratio:g} of the shorter side"
+        steps = [crop, f"resize to {decoder.size}x{decoder.size}, bilinear"]
+        steps += [f"pad {decoder.pad} zeros on every side"] if decoder.pad else []
+    elif prepared.resize is None:
+        steps = [f"resize to {prepared.size}x{prepared.size}, {prepared.interpolation}"]
+    else:
+        steps = [
+            f"resize the shorter side to {prepared.resize}, {prepared.interpolation}",
+            f"crop the central {prepared.size}x{prepared.size}",
+        ]
+    return "; ".join([f"decode to {mode}", *steps, "pass uint8 (N, H, W, C), not normalised"])

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from flax_resnet.errors import UserError
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+from flax_resnet.errors import import_extra
 
 
 class Line(NamedTuple):
@@ -80,7 +77,7 @@ class End:
       files: config.json, and of a finished run also result.json and the figures.
     """
 
-    status: Status
+    status: str
     step: int
     result: Mapping[str, Any]
     files: tuple[Path, ...]
@@ -107,11 +104,13 @@ class Tracker(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tracking(abc.ABC):
+class Tracking:
     """Where a run's numbers go besides metrics.jsonl: subclass it for a tracker of your own."""
 
     events: ClassVar[bool] = True
     """Whether tensorboard/ is written as well."""
+    package: ClassVar[str] = ""
+    """A package that it needs, which the extra of the same name brings."""
 
     @property
     def where(self) -> str:
@@ -119,25 +118,18 @@ class Tracking(abc.ABC):
         return type(self).__name__
 
     def check(self) -> None:
-        """Checks the configuration, before anything is compiled or written.
+        """Raises UserError if it cannot be used, before anything is compiled or written."""
+        if self.package:
+            import_extra(self.package, self.package)
 
-        Raises:
-          UserError: it cannot be used.
-        """
-        return
-
-    @abc.abstractmethod
-    def open(self, about: About) -> Tracker | None:
-        """Begins the run, or resumes ``about.run_id``; None if there is nothing to track."""
+    def open(self, about: About) -> Tracker:
+        """Begins the run, or resumes ``about.run_id``."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorBoard(Tracking):
-    """Events in WORKDIR/tensorboard, which MLflow and W&B leave as well."""
-
-    def open(self, about: About) -> None:
-        """Opens nothing: the run writes the events itself."""
-        return
+    """Events in WORKDIR/tensorboard, which MLflow and W&B leave as well; the run writes them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,15 +137,6 @@ class Off(TensorBoard):
     """metrics.jsonl alone."""
 
     events: ClassVar[bool] = False
-
-
-def check_installed(package: str) -> None:
-    """Raises UserError if a package is missing; the extra that brings it has the same name."""
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"--tracking {package}: {package} is not installed: "
-            f"pip install 'flax_resnet[{package}]'"
-        )
 
 
 def masked(text: str) -> str:

@@ -8,34 +8,24 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 
-class Events:
-    """A file of TensorBoard events, written in the caller's thread."""
+class Events(EventsWriter):
+    """A file of TensorBoard events, written in the caller's thread; ``close`` ends it."""
 
     def __init__(self, directory: Path, purge_step: int):
         """Opens a new file; TensorBoard hides events of ``purge_step`` and later in older files."""
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = EventsWriter(str(directory / "events"))
-        self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
+        super().__init__(str(directory / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self.write_event(Event(step=purge_step, wall_time=time.time(), session_log=start))
         self.flush()
 
     def write(self, name: str, value: float, step: int) -> None:
-        """Records a value after ``step`` optimizer steps."""
-        self._add(step, summary=scalar(name, value, display_name=""))
-
-    def _add(self, step: int, **fields: Any) -> None:
-        self._file.write_event(Event(step=step, wall_time=time.time(), **fields))
-
-    def flush(self) -> None:
-        """Writes the recorded events to the file."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Writes the recorded events, and closes the file."""
-        self._file.close()
+        """Records a value after ``step`` optimizer steps; ``flush`` writes it to the file."""
+        summary = scalar(name, value, display_name="")
+        self.write_event(Event(step=step, wall_time=time.time(), summary=summary))

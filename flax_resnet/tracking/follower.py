@@ -6,41 +6,75 @@ have no queue. So one thread makes all calls, and the run waits for it once, at 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
+import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flax_resnet.files import replacing
-from flax_resnet.tracking.base import About, End, Line, Status, Tracker, Tracking, masked
+from flax_resnet.record import flatten
+from flax_resnet.tracking.base import About, End, Line, TensorBoard, Tracker, Tracking, masked
 
 FINISHED_SECONDS, STOPPED_SECONDS = 20.0, 8.0
 """How long a run waits for its trackers at its end: a finished run, and a stopped one."""
 MAX_LINES = 100
 """Lines in one call of Tracker.write."""
-END_TRIES = 3
 FILES = ("config.json", "result.json", "curves.png", "confusion.png")
 _opening = threading.Lock()
 """Of several seeds, one makes MLflow's experiment."""
 
 
+@contextlib.contextmanager
+def following(runs: Mapping[Path, Tracking]) -> Iterator[dict[Path, Follower]]:
+    """Has trackers follow runs; when the block ends, tells them how and waits a limited time.
+
+    Nothing that a tracker does raises here: a line on stderr says what it could not do.
+
+    Args:
+      runs: the tracker of each workdir, which holds config.json.
+
+    Yields:
+      {workdir: the thread that sends its lines} of the runs that have a tracker.
+    """
+    followers = {
+        workdir: Follower(tracking, workdir)
+        for workdir, tracking in runs.items()
+        if not isinstance(tracking, TensorBoard)
+    }
+    status, seconds = "FAILED", STOPPED_SECONDS
+    try:
+        yield followers
+        status, seconds = "FINISHED", FINISHED_SECONDS
+    except KeyboardInterrupt:  # Preempted is one
+        status = "KILLED"
+        raise
+    finally:
+        for follower in followers.values():
+            follower.end(status)
+        deadline = time.monotonic() + seconds
+        for follower in followers.values():
+            follower.wait(deadline)
+
+
 class Follower:
     """The thread that sends one run's lines to its tracker."""
 
-    def __init__(self, tracking: Tracking, about: About):
+    def __init__(self, tracking: Tracking, workdir: Path):
         """Sends nothing before ``follow``."""
-        self._tracking, self._about = tracking, about
+        self._tracking, self._workdir = tracking, workdir
         self._tracker: Tracker | None = None
         self._unsent: list[Line] = []
         self._step = 0
         self._end: End | None = None
-        self._wake, self._done = threading.Event(), threading.Event()
-        self._is_complete = self._has_warned = False
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
+        self._is_complete = False
 
     def follow(self, earlier: Sequence[Mapping[str, Any]], message: Callable[[str], None]) -> None:
         """Starts the thread.
@@ -51,6 +85,7 @@ class Follower:
         """
         self._earlier, self._message = [_line(record) for record in earlier], message
         self._step = max((line.step for line in self._earlier), default=0)
+        self._wake.set()
         self._thread.start()
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -59,84 +94,88 @@ class Follower:
         self._step = record["step"]
         self._wake.set()
 
-    def end(self, status: Status) -> None:
+    def end(self, status: str) -> None:
         """Sends the end of the run; does not wait for it."""
         if self._thread.ident is None:  # the run ended before its first line
             self.follow((), lambda text: None)
-        workdir = self._about.workdir
-        is_finished = status == "FINISHED" and (workdir / "result.json").exists()
-        paths = [workdir / name for name in (FILES if is_finished else FILES[:1])]
-        result = json.loads((workdir / "result.json").read_text()) if is_finished else {}
-        self._end = End(status, self._step, result, tuple(p for p in paths if p.exists()))
+        path = self._workdir / "result.json"
+        is_finished = status == "FINISHED" and path.exists()
+        result = json.loads(path.read_text()) if is_finished else {}
+        files = (self._workdir / name for name in (FILES if is_finished else FILES[:1]))
+        self._end = End(status, self._step, result, tuple(filter(Path.exists, files)))
         self._wake.set()
 
     def wait(self, deadline: float) -> None:
         """Waits until a time.monotonic() for the tracker to have everything, else says so."""
-        self._done.wait(max(0.0, deadline - time.monotonic()))
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if not self._is_complete:
             _say(
                 f"{self._tracking.where} did not get the end of the run and {len(self._unsent)} "
-                f"lines; {self._about.workdir} has all of it"
+                f"lines; {self._workdir} has all of it"
             )
 
     def _work(self) -> None:
-        tries = 0
-        while True:
+        """Sends what there is whenever it is woken, for the last time with the end."""
+        end, has_warned = None, False
+        while end is None:
+            self._wake.wait()
+            self._wake.clear()
             end = self._end
             try:
-                self._send(end)
+                self._tracker = self._tracker or self._open()
+                while lines := self._unsent[:MAX_LINES]:
+                    self._tracker.write(lines)
+                    del self._unsent[: len(lines)]
+                if end is not None:
+                    self._tracker.close(end)
+                    self._is_complete = True
             except Exception as error:
-                self._warn(error)
-            tries += end is not None
-            if self._is_complete or tries == END_TRIES:
-                break
-            self._wake.wait(1.0 if tries else None)
-            self._wake.clear()
-        self._done.set()
+                reason = " ".join(masked(str(error)).split())[:200]
+                if not has_warned:
+                    _say(
+                        f"{self._tracking.where} does not take the metrics "
+                        f"({type(error).__name__}: {reason}): the run goes on, and tries again "
+                        "with the next line"
+                    )
+                has_warned = True
 
-    def _send(self, end: End | None) -> None:
-        """Opens the tracker if it is not open, and sends what it does not have."""
-        if self._tracker is None:
-            with _opening:
-                self._tracker = self._tracking.open(self._about)
-            if self._tracker is None:
-                self._is_complete = True
-                return
-            self._opened(self._tracker)
-        while lines := self._unsent[:MAX_LINES]:
-            self._tracker.write(lines)
-            del self._unsent[: len(lines)]
-        if end is not None:
-            self._tracker.close(end)
-            self._is_complete = True
-
-    def _opened(self, tracker: Tracker) -> None:
-        workdir, where = self._about.workdir, self._tracking.where
-        if tracker.run_id != self._about.run_id:
+    def _open(self) -> Tracker:
+        where, path = self._tracking.where, self._workdir / "tracking.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        about = _about(self._workdir, known.get(where, {}).get("run_id"))
+        with _opening:
+            tracker = self._tracking.open(about)
+        if tracker.run_id != about.run_id:
             self._unsent[:0] = self._earlier
-        known = remembered(workdir) | {where: {"run_id": tracker.run_id}}
+        known[where] = {"run_id": tracker.run_id}
         # A full disk ends the run, not the tracker.
-        with contextlib.suppress(OSError), replacing(workdir / "tracking.json") as partial:
+        with contextlib.suppress(OSError), replacing(path) as partial:
             partial.write_text(json.dumps(known, indent=2) + "\n")
         self._message(f"tracked by {masked(tracker.address) or where}")
-
-    def _warn(self, error: Exception) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            reason = " ".join(masked(str(error)).split())[:200]
-            _say(
-                f"{self._tracking.where} does not take the metrics ({type(error).__name__}: "
-                f"{reason}): the run goes on, and tries again with the next line"
-            )
+        return tracker
 
 
-def remembered(workdir: Path) -> dict[str, Any]:
-    """What tracking.json holds: {Tracking.where: {"run_id": of the tracker's run}}."""
-    try:
-        found = json.loads((workdir / "tracking.json").read_text())
-        return {where: entry for where, entry in found.items() if isinstance(entry, dict)}
-    except (OSError, ValueError, AttributeError):
-        return {}
+def _about(workdir: Path, run_id: str | None) -> About:
+    record = json.loads((workdir / "config.json").read_text())
+    start, place = record["starts"][-1], workdir.resolve()
+    group = place.parent if re.fullmatch(r"seed\d+", place.name) else None
+    devices = collections.Counter(start["devices"])
+    tags = {
+        "workdir": place,
+        "starts": len(record["starts"]),
+        "devices": ", ".join(f"{count} x {kind}" for kind, count in devices.items()),
+        **{name: start[name] for name in ("python", "platform", "processes")},
+        **{f"git.{name}": value for name, value in (start["git"] or {}).items()},
+        **{f"package.{name}": version for name, version in start["packages"].items()},
+    }
+    return About(
+        workdir=workdir,
+        name=f"{group.name}/{place.name}" if group else place.name,
+        group=str(group) if group else None,
+        params=flatten(record["config"]),
+        tags={name: str(value) for name, value in tags.items()},
+        run_id=run_id,
+    )
 
 
 def _line(record: Mapping[str, Any]) -> Line:

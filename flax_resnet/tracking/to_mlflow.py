@@ -6,10 +6,10 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import ClassVar
 
 from flax_resnet.errors import UserError
-from flax_resnet.tracking.base import About, End, Line, Tracker, Tracking, check_installed, masked
+from flax_resnet.tracking.base import About, End, Line, Tracker, Tracking, masked
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
@@ -23,6 +23,7 @@ ENVIRONMENT = {
 class MLflow(Tracking):
     """An MLflow server; needs the [mlflow] extra."""
 
+    package: ClassVar[str] = "mlflow"
     uri: str | None = None
     """Address, such as http://127.0.0.1:5000; None: $MLFLOW_TRACKING_URI, or else MLflow's own
     default. User and password: $MLFLOW_TRACKING_USERNAME and $MLFLOW_TRACKING_PASSWORD."""
@@ -39,8 +40,6 @@ class MLflow(Tracking):
                 "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment, or "
                 "the whole address as MLFLOW_TRACKING_URI"
             )
-        if not self.experiment:
-            raise UserError("tracking.experiment='': expected a name")
 
     @property
     def address(self) -> str | None:
@@ -52,12 +51,8 @@ class MLflow(Tracking):
         """The server and the experiment."""
         return f"MLflow {masked(self.address or 'here')}, experiment {self.experiment}"
 
-    def check(self) -> None:
-        """Raises UserError if MLflow is not installed."""
-        check_installed("mlflow")
-
     def open(self, about: About) -> Tracker:
-        """Makes the run, or resumes it if it is still there."""
+        """Makes the run, or resumes it."""
         return _Run(self, about)
 
 
@@ -68,42 +63,26 @@ class _Run(Tracker):
         from mlflow import MlflowClient
         from mlflow.entities import Param, RunTag
 
-        self._client = MlflowClient(config.address)
-        run = self._earlier(about.run_id) or self._client.create_run(
-            self._experiment(config.experiment), run_name=about.named(config.run_name)
-        )
+        self._client = client = MlflowClient(config.address)
+        if about.run_id is None:
+            experiment = client.get_experiment_by_name(config.experiment)
+            number = experiment and experiment.experiment_id
+            number = number or client.create_experiment(config.experiment)
+            run = client.create_run(number, run_name=about.named(config.run_name))
+        else:
+            run = client.get_run(about.run_id)
+            client.update_run(about.run_id, status="RUNNING")
         self.run_id = run.info.run_id
-        self._client.update_run(self.run_id, status="RUNNING")
         known = run.data.params  # a param can be set once
         params = [Param(n, str(v)) for n, v in about.params.items() if n not in known]
-        tags = {**about.tags, **({"group": about.group} if about.group else {})}
-        if commit := about.tags.get("git.commit"):
-            tags["mlflow.source.git.commit"] = commit  # where its page looks for it
-        self._client.log_batch(
-            self.run_id, params=params, tags=[RunTag(n, v) for n, v in tags.items()]
-        )
+        tags = dict(about.tags)
+        if about.group:
+            tags["group"] = about.group
+        client.log_batch(self.run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
         server = config.address or ""
         if server.startswith("http"):
-            experiment = f"{server.rstrip('/')}/#/experiments/{run.info.experiment_id}"
-            self.address = f"{experiment}/runs/{self.run_id}"
-
-    def _earlier(self, run_id: str | None) -> Any:
-        """The run of an earlier start; None if there was none or it has been deleted."""
-        from mlflow.exceptions import MlflowException
-
-        if run_id is None:
-            return None
-        try:
-            run = self._client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
-        return run if run.info.lifecycle_stage == "active" else None
-
-    def _experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        return found.experiment_id if found else self._client.create_experiment(name)
+            page = f"{server.rstrip('/')}/#/experiments/{run.info.experiment_id}"
+            self.address = f"{page}/runs/{self.run_id}"
 
     def write(self, lines: Sequence[Line]) -> None:
         """Sends lines; MLflow keeps one that it gets twice only once."""
@@ -124,7 +103,5 @@ class _Run(Tracker):
         """Sends (name, value, step, time) of metrics."""
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(name, v, round(1000 * seconds), step) for name, v, step, seconds in values
-        ]
+        metrics = [Metric(n, v, round(1000 * seconds), step) for n, v, step, seconds in values]
         self._client.log_batch(self.run_id, metrics=metrics)

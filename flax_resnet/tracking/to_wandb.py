@@ -7,25 +7,25 @@ import dataclasses
 import os
 import uuid
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from flax_resnet.errors import UserError, check_choices
-from flax_resnet.tracking.base import About, End, Line, Tracker, Tracking, check_installed
+from flax_resnet.tracking.base import About, End, Line, Tracker, Tracking
 
 REACH_SECONDS, OPEN_SECONDS, FINISH_SECONDS = 5.0, 20.0, 8.0
 """Limits of the server's first answer, of wandb.init, and of the uploads at the end of a run.
 
 Python waits at its end for W&B's own process, and so for a wandb.init that is under way.
 """
-EXIT_CODES = {"FINISHED": 0, "FAILED": 1, "KILLED": 75}
 
 
 @dataclasses.dataclass(frozen=True)
 class Wandb(Tracking):
     """Weights & Biases; needs the [wandb] extra."""
 
+    package: ClassVar[str] = "wandb"
     project: str = "flax_resnet"
     """The project."""
     entity: str | None = None
@@ -38,31 +38,11 @@ class Wandb(Tracking):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if not self.project:
-            raise UserError("tracking.project='': expected a name")
 
     @property
     def where(self) -> str:
         """The team and the project."""
         return "W&B " + "/".join(name for name in (self.entity, self.project) if name)
-
-    def check(self) -> None:
-        """Looks for the key, for which W&B would ask.
-
-        Raises:
-          UserError: W&B is not installed, or has no key.
-        """
-        check_installed("wandb")
-        if not (host := self._host):
-            return
-        from requests.utils import get_netrc_auth
-
-        known = any(os.environ.get(f"WANDB_{n}") for n in ("API_KEY", "IDENTITY_TOKEN_FILE"))
-        if not (known or get_netrc_auth(host)):
-            raise UserError(
-                f"{self.where}: no key for {host}: run `wandb login`, set WANDB_API_KEY in the "
-                "environment, or take --tracking.mode offline"
-            )
 
     @property
     def _host(self) -> str:
@@ -70,8 +50,20 @@ class Wandb(Tracking):
         is_online = (self.mode or os.environ.get("WANDB_MODE", "online")) == "online"
         return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai") if is_online else ""
 
+    def check(self) -> None:
+        """Raises UserError if W&B is not installed, or has no key, for which it would ask."""
+        super().check()
+        from requests.utils import get_netrc_auth
+
+        known = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+        if (host := self._host) and not (known or get_netrc_auth(host)):
+            raise UserError(
+                f"{self.where}: no key for {host}: run `wandb login`, set WANDB_API_KEY in the "
+                "environment, or take --tracking.mode offline"
+            )
+
     def open(self, about: About) -> Tracker:
-        """Makes the run, or resumes it."""
+        """Makes the run, or resumes it, if the server answers at all."""
         if host := self._host:
             with contextlib.suppress(HTTPError):  # an error is an answer too
                 urlopen(host, timeout=REACH_SECONDS).close()
@@ -121,4 +113,4 @@ class _Run(Tracker):
                 self._run.log({path.stem: wandb.Image(str(path)), "step": end.step})
         if end.status == "KILLED":
             self._run.mark_preempting()
-        self._run.finish(exit_code=EXIT_CODES[end.status])
+        self._run.finish(exit_code=int(end.status != "FINISHED"))
