@@ -213,6 +213,24 @@ def test_what_is_there_is_kept_unless_told(weights, tmp_path, call):
     assert_one_line_error(result, "is a directory: name a file")
 
 
+def test_an_export_that_cannot_be_moved_leaves_the_old_one(monkeypatch, tmp_path):
+    source = opened(tiny_resnet())
+    flax_resnet.export(source, tmp_path / "net")
+    before = (tmp_path / "net" / "about.json").read_bytes()
+    replace = Path.replace
+
+    def refuse(path, target):
+        if target == tmp_path / "net" and path.name == "net":
+            raise OSError(28, "No space left on device")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(UserError, match=r"net cannot be written: .*No space left"):
+        flax_resnet.export(source, tmp_path / "net", overwrite=True)
+    assert (tmp_path / "net" / "about.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["net"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

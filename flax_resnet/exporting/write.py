@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -150,9 +149,15 @@ def _in_place(dest: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.parent) as directory:
             partial = Path(directory) / dest.name
             yield partial
+            before = Path(directory) / "before"
             if dest.is_dir():
-                shutil.rmtree(dest)
-            partial.replace(dest)
+                dest.replace(before)
+            try:
+                partial.replace(dest)
+            except OSError:
+                if before.exists():
+                    before.replace(dest)
+                raise
     except OSError as error:
         why = error.strerror or error  # not the name of the unfinished one
         raise UserError(f"{dest} cannot be written: {why}") from error
