@@ -234,7 +234,6 @@ def test_an_export_that_cannot_be_moved_leaves_the_old_one(monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected two arguments, SOURCE and DEST"),
         (["{source}", "{tmp}/x.pth"], "x.pth: expected a name that ends in .onnx or .safetensors"),
         (["{source}", "{tmp}/x.weights.h5"], "`convert` writes .weights.h5"),
         (["{source}", "{tmp}/none/x"], "x cannot be written"),

@@ -22,7 +22,7 @@ def test_every_command_is_one_that_its_module_takes(name, trial):
     assert words[:2] == ["python", "-m"]
     module = importlib.import_module(words[2])
     if hasattr(module, "get_config"):
-        given, rest = flags.arguments(module.get_config, words[3:])
+        given, rest, _ = flags.arguments(module.get_config, words[3:])
         chosen = flags.parse(module.get_config(**given), "runs/x", rest)
         assert given == {"target": int(name[-2:])}
         assert (chosen.workdir, chosen.in_turn) == (f"W/{name}", True)

@@ -21,7 +21,7 @@ def config_of(name, **settings):
     """The config that a study trains."""
     words = command(name, Settings(**settings))
     module = importlib.import_module(words[2])
-    given, rest = flags.arguments(module.get_config, words[3:])
+    given, rest, _ = flags.arguments(module.get_config, words[3:])
     return flags.parse(module.get_config(**given), "runs/x", rest).config
 
 

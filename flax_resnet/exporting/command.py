@@ -13,7 +13,7 @@ from flax_resnet.classify import flag
 from flax_resnet.exporting import write
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(convert.Settings):
     """Writes a trained network for use elsewhere, and prints how far its outputs are from the
     network's on real photographs; if that is too far, nothing is left.
@@ -31,7 +31,7 @@ class Settings(convert.Settings):
       flax-resnet export runs/digits digits.safetensors --overwrite
     """
 
-    dest: Annotated[tyro.conf.Positional[str], flag("DEST")] = ""
+    dest: Annotated[tyro.conf.Positional[str], flag("DEST")]
     """A name that ends in .onnx or .safetensors, or a directory for StableHLO."""
     images: Annotated[tuple[str, ...], flag("IMAGE [IMAGE ...]", "scikit-learn's two")] = ()
     """Photographs, or folders of them, on which the difference is measured."""
