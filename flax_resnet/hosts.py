@@ -49,8 +49,6 @@ Process = tuple[str | None, int | None, int | None, tuple[int, ...]]
 LAST_SECONDS = 2
 """Seconds for the others to say why they end: when process 0 is gone, JAX aborts them."""
 LOOPBACK = ("localhost:", "127.0.0.1:", "[::1]:")
-MOST_BYTES = 2**16
-"""Length of a config as JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +277,8 @@ def check_alike(facts: Mapping[str, Any]) -> None:
         "code": source_hash(),
     }
     text = json.dumps(own, default=repr).encode()
-    padded = np.frombuffer(text.ljust(MOST_BYTES), np.uint8)
+    longest = multihost_utils.process_allgather(np.int32(len(text))).max()
+    padded = np.frombuffer(text.ljust(longest), np.uint8)
     _check_equal([json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)])
 
 
