@@ -241,6 +241,10 @@ class Data:
             for part in parts:
                 yield self.place(part, split)
 
+    def eval_batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
+        """The evaluation split by ``in_order``."""
+        return self.in_order("eval", batch_size)
+
     def fingerprint(self, split: Split) -> str:
         """A hash of a split's stored images, of how they are decoded, and of its labels."""
         source = self._sources[split]
