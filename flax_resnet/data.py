@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from flax_resnet import distributed
 from flax_resnet.datasets import prepare, sources, stream
 from flax_resnet.datasets.decode import Decoder
-from flax_resnet.datasets.rows import BatchReader, decode_chunks, take
+from flax_resnet.datasets.rows import BatchReader, decode_chunks, decode_rows, take
 from flax_resnet.errors import UserError, check_choices, check_range
 from flax_resnet.files import digest
 
@@ -175,6 +175,10 @@ class Data:
         parts = self._decode(split, np.arange(len(self._sources[split])))
         images, labels = map(np.concatenate, zip(*parts, strict=True))
         return {"image": images, "label": labels}
+
+    def examples(self, split: Split, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(images uint8 (n, H, W, C), not cropped at random, labels int32 (n,)) of some rows."""
+        return decode_rows(self._sources[split], self._decoders[split], rows)
 
     def train_images(self, most: int | None = None) -> Iterator[np.ndarray]:
         """Training images for statistics, uint8 (n, H, W, C) a time.

@@ -10,9 +10,7 @@ import jax
 import numpy as np
 
 from flax_resnet.augment import normalize
-from flax_resnet.data import open_sources
 from flax_resnet.datasets.decode import DECODE_ERRORS
-from flax_resnet.datasets.rows import decode_rows
 from flax_resnet.errors import UserError
 from flax_resnet.inspection.opened import Inspected
 from flax_resnet.predict import find_images, reason, shown
@@ -24,8 +22,7 @@ IMAGES, DRAWS = 6, 6
 
 def eval_images(run: Inspected, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """(images uint8 (N, H, W, C), labels int (N,)) of rows of the evaluation split."""
-    source = open_sources(run.config.data)[1]
-    return decode_rows(source, run.config.data.decoder(run.eval_shape[2]), np.asarray(rows, int))
+    return run.data.examples("eval", np.asarray(rows, int))
 
 
 def folder_images(
