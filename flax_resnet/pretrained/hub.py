@@ -12,11 +12,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_resnet.errors import UserError
+from flax_resnet.errors import UserError, import_extra
 from flax_resnet.files import error_as_one_line
 from flax_resnet.pretrained.fetch import offline
 
@@ -42,21 +42,28 @@ def parse(address: str) -> tuple[str, str | None]:
 
 def client() -> Any:
     """An ``HfApi`` of huggingface_hub; UserError where that is not installed."""
-    try:
-        import huggingface_hub.utils
-    except ImportError as error:
-        raise UserError(
-            f"the Hugging Face hub needs huggingface_hub ({error}): pip install 'flax_resnet[hub]'"
-        ) from error
+    package = import_extra("huggingface_hub", "hub")
     if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
+        import_extra("huggingface_hub.utils", "hub").disable_progress_bars()
     endpoint = os.environ.get("HF_ENDPOINT") or None
-    return huggingface_hub.HfApi(endpoint, library_name="flax_resnet")
+    return package.HfApi(endpoint, library_name="flax_resnet")
 
 
 def one_line(what: str) -> contextlib.AbstractContextManager[None]:
     """Turns whatever huggingface_hub raises into one line that begins with ``what``."""
     return error_as_one_line(lambda error: f"{what} ({type(error).__name__}): {error}")
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without the warnings of huggingface_hub: what is wrong is said here, in one line."""
+    logs = import_extra("huggingface_hub.utils.logging", "hub")
+    before = logs.get_verbosity()
+    logs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(before)
 
 
 def fetch_folder(address: str, names: Sequence[str] = (WEIGHTS, CONFIG)) -> Path:
@@ -71,7 +78,7 @@ def fetch_folder(address: str, names: Sequence[str] = (WEIGHTS, CONFIG)) -> Path
     """
     (name, revision), api, variable = parse(address), client(), offline()
     why = f", {variable} is set" if variable else ""
-    with one_line(f"{address} cannot be downloaded{why}"):
+    with one_line(f"{address} cannot be downloaded{why}"), _unlogged():
         local = {"local_files_only": variable is not None, "allow_patterns": list(names)}
         folder = Path(api.snapshot_download(name, revision=revision, **local))
     if not (folder / names[0]).exists():
