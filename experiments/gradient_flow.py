@@ -42,10 +42,10 @@ from flax_resnet.augment import normalize, statistics
 from flax_resnet.config import write_json
 from flax_resnet.datasets.sklearn_digits import load_digits
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.files import replacing
 from flax_resnet.main import one_line_errors
 from flax_resnet.models import Block, ResNet, cifar_resnet, unstack_blocks
 from flax_resnet.models.blocks import Connection
+from flax_resnet.records.files import replacing
 
 CONNECTIONS: tuple[Connection, ...] = ("plain", "residual", "highway")
 INITS = {"batch": "he_normal", "none": "glorot_uniform"}

@@ -39,7 +39,7 @@ from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range, 
 from flax_resnet.inspection import PARTS, Session, open_run, read_record, variants
 from flax_resnet.main import one_line_errors
 from flax_resnet.models import network_name
-from flax_resnet.record import flatten, varying_fields
+from flax_resnet.records.configs import flatten, varying_fields
 from flax_resnet.summary import summarize
 
 What = Literal[

@@ -28,7 +28,7 @@ from etils import epath
 
 from flax_resnet import distributed, seals
 from flax_resnet.errors import TryAgain, UserError, check_range
-from flax_resnet.files import error_as_one_line, reason
+from flax_resnet.records.files import error_as_one_line, reason
 from flax_resnet.watch import print_report
 
 Which = int | Literal["latest", "best"]

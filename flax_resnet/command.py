@@ -21,7 +21,6 @@ from flax_resnet import (
     flags,
     models,
     predict,
-    provenance,
     push,
     recipes,
     report,
@@ -36,6 +35,7 @@ from flax_resnet.errors import UserError, check_range, did_you_mean
 from flax_resnet.exporting import command as exporting
 from flax_resnet.main import one_line_errors, start
 from flax_resnet.pretrained import tags
+from flax_resnet.records import provenance
 
 PROG = "flax-resnet"
 Shell = Literal["bash", "zsh", "fish"]

@@ -14,7 +14,7 @@ from flax_resnet import metrics, tables
 from flax_resnet.classify import flag, writing
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import read_record, variants
-from flax_resnet.record import flatten, varying_fields
+from flax_resnet.records.configs import flatten, varying_fields
 
 RESULTS = ("top1", "loss", "train_top1", "train_loss", "step", "seconds")
 

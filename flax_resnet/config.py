@@ -24,12 +24,12 @@ from flax_resnet.data import FREE, DataConfig
 from flax_resnet.datasets.decode import PACKAGES
 from flax_resnet.distributed import StateSharding
 from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_choices, check_range
-from flax_resnet.files import FULL, replacing
 from flax_resnet.guards import Guard
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD, Optimizer
-from flax_resnet.provenance import git_state, versions
-from flax_resnet.record import flatten, to_record, varying_fields
+from flax_resnet.records.configs import flatten, to_record, varying_fields
+from flax_resnet.records.files import FULL, replacing
+from flax_resnet.records.provenance import git_state, versions
 from flax_resnet.tracking import AnyTracking, TensorBoard, Tracking
 from flax_resnet.views import Views
 

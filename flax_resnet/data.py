@@ -26,7 +26,7 @@ from flax_resnet.datasets import prepare, sources, stream
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.datasets.rows import BatchReader, decode_chunks, decode_rows, take
 from flax_resnet.errors import UserError, check_choices, check_range
-from flax_resnet.files import digest
+from flax_resnet.records.files import digest
 
 # Images are decoded and summed up this many bytes of pixels at a time.
 CHUNK_BYTES = 2**24

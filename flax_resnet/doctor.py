@@ -20,7 +20,7 @@ import jax
 from flax_resnet.classify import flag
 from flax_resnet.datasets import sources
 from flax_resnet.errors import TryAgain
-from flax_resnet.provenance import git_state, versions
+from flax_resnet.records.provenance import git_state, versions
 
 PACKAGE = "flax_resnet"
 OK, ABSENT, WRONG = " ", "-", "!"

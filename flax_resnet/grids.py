@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError, did_you_mean
-from flax_resnet.record import module_fields
+from flax_resnet.records.configs import module_fields
 
 RESERVED = ("table.csv", "table.md", "together", "failures")
 LONGEST = 200

@@ -35,8 +35,8 @@ from jax.experimental import multihost_utils
 
 from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_range
 from flax_resnet.preemption import EXIT_PREEMPTED
-from flax_resnet.provenance import source_hash, versions
-from flax_resnet.record import varying_fields
+from flax_resnet.records.configs import varying_fields
+from flax_resnet.records.provenance import source_hash, versions
 from flax_resnet.watch import Watch
 
 OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

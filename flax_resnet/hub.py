@@ -9,10 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from flax_resnet import metrics, provenance
+from flax_resnet import metrics
 from flax_resnet.card import Trained, model_card
 from flax_resnet.errors import UserError
-from flax_resnet.files import error_as_one_line
 from flax_resnet.pretrained import Pretrained, open_weights, write_weights
 from flax_resnet.pretrained.fetch import offline
 from flax_resnet.pretrained.hub import (
@@ -25,7 +24,9 @@ from flax_resnet.pretrained.hub import (
     parse,
 )
 from flax_resnet.pretrained.load import open_run
-from flax_resnet.record import from_record, to_record, untracked
+from flax_resnet.records import provenance
+from flax_resnet.records.configs import from_record, to_record, untracked
+from flax_resnet.records.files import error_as_one_line
 
 CARD, RESULT = "README.md", "result.json"
 MESSAGE = "Weights, config and card, by flax_resnet"

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flax_resnet.files import replacing
+from flax_resnet.records.files import replacing
 from flax_resnet.tracking import Follower
 
 Sums = dict[str, jax.Array]

@@ -21,7 +21,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.inspection import PARTS, Part, Session, open_run, read_record
 from flax_resnet.inspection.opened import Which
 from flax_resnet.models import network_name
-from flax_resnet.record import flatten
+from flax_resnet.records.configs import flatten
 
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1100px; padding: 1em; }

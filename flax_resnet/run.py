@@ -23,7 +23,7 @@ from flax_resnet.data import Data
 from flax_resnet.datasets.rows import take
 from flax_resnet.optim import learning_rate_at
 from flax_resnet.preemption import Preempted
-from flax_resnet.record import to_record
+from flax_resnet.records.configs import to_record
 from flax_resnet.step import LOSSES, Batch, TrainState, eval_step, look_ahead, train_step
 
 SPLIT_PARTS: Mapping[str, tuple[str, ...]] = {

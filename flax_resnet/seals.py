@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 
 from flax_resnet.errors import UserError
-from flax_resnet.files import replacing
+from flax_resnet.records.files import replacing
 
 SEAL = "SEALED.json"
 # Files hashed at a time: hashing releases the interpreter's lock, and so does waiting for storage.

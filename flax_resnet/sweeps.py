@@ -18,11 +18,11 @@ import jax
 from flax_resnet import distributed, tables
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError, check_range, did_you_mean
-from flax_resnet.files import replacing
 from flax_resnet.grids import check_name, replaced
 from flax_resnet.guards import Diverged
 from flax_resnet.preemption import Preempted, Signals
-from flax_resnet.record import flatten, to_record, varying_fields
+from flax_resnet.records.configs import flatten, to_record, varying_fields
+from flax_resnet.records.files import replacing
 from flax_resnet.together import train_together, why_not
 from flax_resnet.train import finished, train_and_evaluate
 

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from flax_resnet.files import replacing
+from flax_resnet.records.files import replacing
 
 Row = Mapping[str, Any]
 FINISHED = "finished"

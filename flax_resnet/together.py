@@ -22,8 +22,8 @@ from flax_resnet import distributed, hosts, metrics, tracking
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.errors import UserError
-from flax_resnet.files import digest
-from flax_resnet.record import flatten, to_record, varying_fields
+from flax_resnet.records.configs import flatten, to_record, varying_fields
+from flax_resnet.records.files import digest
 from flax_resnet.resume import check_current, restore
 from flax_resnet.run import Run
 from flax_resnet.setup import fitted, measure_statistics, prepare

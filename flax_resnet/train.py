@@ -30,7 +30,7 @@ from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.guards import Diverged, all_finite, check_loss
 from flax_resnet.preemption import Preempted, Signals
-from flax_resnet.record import flatten, to_record
+from flax_resnet.records.configs import flatten, to_record
 from flax_resnet.resume import changes, check_current
 from flax_resnet.run import Run
 from flax_resnet.setup import opening_line, set_up

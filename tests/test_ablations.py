@@ -9,7 +9,7 @@ import pytest
 from experiments import ablations
 from flax_resnet import flags
 from flax_resnet.config import TrainConfig
-from flax_resnet.record import flatten, to_record
+from flax_resnet.records.configs import flatten, to_record
 
 MODULES = {
     name: importlib.import_module(f"experiments.ablations.{name}")

@@ -17,7 +17,7 @@ from flax_resnet.config import (
 from flax_resnet.errors import TryAgain, UserError
 from flax_resnet.models import MiniModel
 from flax_resnet.optim import SGD
-from flax_resnet.record import from_record, to_record
+from flax_resnet.records.configs import from_record, to_record
 
 
 def test_differences_leave_out_what_a_resumed_run_may_change():

@@ -21,7 +21,7 @@ from experiments import (
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.models import architecture, create
-from flax_resnet.record import from_record, to_record
+from flax_resnet.records.configs import from_record, to_record
 from flax_resnet.train import train_and_evaluate
 
 MODULES = {

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from flax_resnet.errors import TryAgain, UserError
-from flax_resnet.files import digest, error_as_one_line, replacing
+from flax_resnet.records.files import digest, error_as_one_line, replacing
 
 
 def break_off(path):

@@ -10,7 +10,7 @@ import pytest
 from helpers import max_difference
 
 import flax_resnet
-from flax_resnet.record import from_record
+from flax_resnet.records.configs import from_record
 
 OPTIMIZED = True  # compiled as the golden runs were, so that the numbers can be compared
 

@@ -11,7 +11,7 @@ from PIL import Image
 from experiments import plots
 from flax_resnet import tables
 from flax_resnet.models import cifar_resnet
-from flax_resnet.record import to_record
+from flax_resnet.records.configs import to_record
 
 
 @pytest.fixture(scope="module")

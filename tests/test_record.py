@@ -13,7 +13,7 @@ from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models import MiniModel
 from flax_resnet.optim import LAMB, SGD, Cosine, Piecewise
-from flax_resnet.record import (
+from flax_resnet.records.configs import (
     MOVED_CLASSES,
     REMOVED_FIELDS,
     find_class,

@@ -15,7 +15,7 @@ from flax_resnet import report
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import PARTS, RateSearch, embed, lr_finder
 from flax_resnet.models import cifar_resnet
-from flax_resnet.record import to_record
+from flax_resnet.records.configs import to_record
 
 VOID = {"meta", "img", "br"}
 

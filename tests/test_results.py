@@ -13,7 +13,7 @@ from helpers import assert_one_line_error
 from experiments import cifar10_resnet, digits, results, table
 from experiments.ablations import shortcuts
 from flax_resnet.errors import UserError
-from flax_resnet.record import to_record
+from flax_resnet.records.configs import to_record
 
 EXPERIMENTS = Path(results.__file__).parent
 DIGITS = "/home/someone/code/experiments/digits.py"

@@ -20,7 +20,7 @@ from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.optim import SGD, decoupled
 from flax_resnet.preemption import Preempted
-from flax_resnet.record import from_record, to_record
+from flax_resnet.records.configs import from_record, to_record
 from flax_resnet.step import TrainState, look_ahead
 from flax_resnet.train import train_and_evaluate
 

@@ -27,7 +27,7 @@ from flax_resnet.flags import parse
 from flax_resnet.inspection.opened import read_record
 from flax_resnet.optim import Adam
 from flax_resnet.preemption import Preempted
-from flax_resnet.record import flatten, from_record, to_record
+from flax_resnet.records.configs import flatten, from_record, to_record
 from flax_resnet.tracking import follower, to_wandb
 from flax_resnet.train import train_and_evaluate
 

@@ -34,7 +34,7 @@ from flax_resnet.optim import SGD, Adam
 from flax_resnet.preemption import Preempted
 from flax_resnet.preprocess import KERAS_V1
 from flax_resnet.pretrained import write_weights
-from flax_resnet.provenance import versions
+from flax_resnet.records.provenance import versions
 from flax_resnet.step import create_state, train_step
 from flax_resnet.train import train_and_evaluate
 

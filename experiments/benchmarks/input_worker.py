@@ -78,7 +78,7 @@ def ours(
 
     from flax_resnet import data, distributed
     from flax_resnet.datasets import decode
-    from flax_resnet.provenance import versions
+    from flax_resnet.records.provenance import versions
 
     config = data.DataConfig(
         name=RECORDS,
@@ -104,7 +104,7 @@ def ours(
 def decoder(task: Task) -> tuple[dict[str, str], Batches]:
     """The decoder by itself, in one thread."""
     from flax_resnet.datasets import decode
-    from flax_resnet.provenance import versions
+    from flax_resnet.records.provenance import versions
 
     crop = decode.Decoder(3, task.size, CENTRE, random_crop=task.crop == "random")
 

@@ -36,7 +36,7 @@ from flax_resnet import flags
 from flax_resnet.config import write_json
 from flax_resnet.errors import UserError
 from flax_resnet.main import one_line_errors
-from flax_resnet.provenance import git_state
+from flax_resnet.records.provenance import git_state
 
 Rows = Sequence[Mapping[str, Any]]
 DATA = "DATA_DIR"

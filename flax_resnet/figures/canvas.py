@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_resnet.files import replacing
+from flax_resnet.records.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

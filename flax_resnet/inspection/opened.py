@@ -19,7 +19,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
 from flax_resnet.pretrained.classes import class_name
 from flax_resnet.pretrained.load import read_checkpoint, saved_variables
-from flax_resnet.record import from_record, untracked
+from flax_resnet.records.configs import from_record, untracked
 
 Which = Literal["best", "latest"]
 

@@ -14,20 +14,11 @@ from typing import Any
 
 from flax_resnet.errors import UserError
 from flax_resnet.pretrained.published import Published
+from flax_resnet.records.files import cache_dir
 
 NOTHING_LEFT = 416
 CHUNK = 1 << 16
 """Bytes written at a time: the most that a download loses when its process is killed."""
-
-
-def cache_dir() -> Path:
-    """Where downloads are kept: $FLAX_RESNET_CACHE, else flax_resnet in the user's cache.
-
-    The user's cache is $XDG_CACHE_HOME or ~/.cache. Weights are in the sub-folder ``weights``.
-    """
-    if own := os.environ.get("FLAX_RESNET_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax_resnet"
 
 
 def offline() -> str | None:

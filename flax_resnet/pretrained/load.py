@@ -24,7 +24,7 @@ from flax_resnet.pretrained import hub, published
 from flax_resnet.pretrained.classes import imagenet_classes
 from flax_resnet.pretrained.fetch import fetch
 from flax_resnet.pretrained.weights import Pretrained, Variables, image_shape, open_file
-from flax_resnet.record import from_record, untracked
+from flax_resnet.records.configs import from_record, untracked
 
 SUFFIXES = (".safetensors", ".h5", ".hdf5", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
 

@@ -18,13 +18,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_resnet import models
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.errors import UserError
-from flax_resnet.files import reason, replacing
 from flax_resnet.layers import check_dtype
 from flax_resnet.models import ResNet, WeightsError
 from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.pretrained import keras_names, torch_names
 from flax_resnet.pretrained.tensors import TensorFile, read_tensors
-from flax_resnet.record import MOVED_CLASSES, class_name, from_record, to_record
+from flax_resnet.records.configs import MOVED_CLASSES, class_name, from_record, to_record
+from flax_resnet.records.files import reason, replacing
 
 Variables = Mapping[str, Any]
 METADATA_KEY = "flax_resnet"

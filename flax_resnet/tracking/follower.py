@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_resnet.files import replacing
-from flax_resnet.record import flatten
+from flax_resnet.records.configs import flatten
+from flax_resnet.records.files import replacing
 from flax_resnet.tracking.base import About, End, Line, TensorBoard, Tracker, Tracking, masked
 
 FINISHED_SECONDS, STOPPED_SECONDS = 20.0, 8.0

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, errors of the file system as one line, a hash of arrays."""
+"""Files written whole or not at all, the cache, errors as one line, a hash of arrays."""
 
 from __future__ import annotations
 
@@ -54,6 +54,16 @@ def reason(error: BaseException) -> str:
     """An error on one line, short; a full disk is named as the system names it."""
     text = " ".join((str(error) or type(error).__name__).split())
     return next((name for name in map(os.strerror, FULL) if name in text), text[:200])
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: $FLAX_RESNET_CACHE, else flax_resnet in the user's cache.
+
+    The user's cache is $XDG_CACHE_HOME or ~/.cache. Weights are in the sub-folder ``weights``.
+    """
+    if own := os.environ.get("FLAX_RESNET_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax_resnet"
 
 
 def digest(parts: Iterable[np.ndarray | bytes | str]) -> str:

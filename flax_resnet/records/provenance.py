@@ -8,21 +8,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flax_resnet.files import digest
+from flax_resnet.records.files import digest
+
+LIBRARY = Path(__file__).resolve().parents[1]
+"""The directory of the package flax_resnet."""
 
 
 def git_state() -> dict[str, Any] | None:
     """Commit of the checkout that this code runs from, and whether it was changed; else None."""
-    root = Path(__file__).resolve().parent.parent
     options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 30, "check": True}
     try:
-        ask = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
+        ask = ["git", "-C", str(LIBRARY.parent), "rev-parse", "--show-toplevel", "HEAD"]
         top, commit = subprocess.run(ask, **options).stdout.splitlines()
-        ask = ["git", "-C", str(root), "status", "--porcelain"]
+        ask = ["git", "-C", str(LIBRARY.parent), "status", "--porcelain"]
         changed = bool(subprocess.run(ask, **options).stdout)
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "changed": changed} if Path(top).resolve() == root else None
+    return {"commit": commit, "changed": changed} if Path(top).resolve() == LIBRARY.parent else None
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
@@ -38,5 +40,5 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 def source_hash() -> str:
     """A hash of this library's modules: a change in any might change what it computes."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
+    files = sorted(LIBRARY.rglob("*.py"))
     return digest([file.read_bytes() for file in files])

@@ -1,0 +1,1 @@
+"""What runs write down and read back: files, configs as JSON values, and provenance."""
