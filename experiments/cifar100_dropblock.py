@@ -16,7 +16,7 @@ Published: 70.7 % top-1 on test, 99.5 % in training (the tutorial).
 """
 
 from flax_resnet.augment import Augment
-from flax_resnet.checkpoint import CheckpointConfig
+from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.main import main

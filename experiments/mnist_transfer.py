@@ -14,7 +14,7 @@ Hardware: a 2-core CPU, about three minutes (with random weights: ImageNet's wer
 Published: 92.75 % top-1 on test (the tutorial).
 """
 
-from flax_resnet.checkpoint import CheckpointConfig
+from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.main import main

@@ -1,8 +1,8 @@
 """Residual networks in JAX and Flax: the families, their training and their study."""
 
 from flax_resnet.augment import Augment as Augment
-from flax_resnet.checkpoint import CheckpointConfig as CheckpointConfig
-from flax_resnet.checkpoint import Checkpoints as Checkpoints
+from flax_resnet.checkpoints.checkpoints import CheckpointConfig as CheckpointConfig
+from flax_resnet.checkpoints.checkpoints import Checkpoints as Checkpoints
 from flax_resnet.config import TrainConfig as TrainConfig
 from flax_resnet.data import Data as Data
 from flax_resnet.data import DataConfig as DataConfig

@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from flax_resnet import distributed
 from flax_resnet.augment import Augment, NormalizationKind
-from flax_resnet.checkpoint import CheckpointConfig
+from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.data import FREE, DataConfig
 from flax_resnet.datasets.decode import PACKAGES
 from flax_resnet.distributed import StateSharding

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.config import check_same_config
 from flax_resnet.errors import UserError
 from flax_resnet.run import SAVED_FIELDS, Run

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from flax_resnet import distributed, hosts, metrics, tracking
-from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.errors import UserError
 from flax_resnet.records.configs import flatten, to_record, varying_fields

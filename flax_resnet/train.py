@@ -26,7 +26,7 @@ from flax_resnet import (
     tables,
     tracking,
 )
-from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
 from flax_resnet.guards import Diverged, all_finite, check_loss
 from flax_resnet.preemption import Preempted, Signals

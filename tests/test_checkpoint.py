@@ -14,8 +14,8 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers import assert_trees_equal
 
-from flax_resnet import seals
-from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
+from flax_resnet.checkpoints import seals
+from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints
 from flax_resnet.errors import TryAgain, UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from flax_resnet import config as config_module
-from flax_resnet.checkpoint import CheckpointConfig
+from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.config import (
     TrainConfig,
     check_workdir,

@@ -9,7 +9,7 @@ from helpers import tiny_resnet
 from test_train import saved
 
 from flax_resnet import guards, run
-from flax_resnet.checkpoint import CheckpointConfig
+from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError

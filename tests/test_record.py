@@ -7,7 +7,7 @@ import pytest
 from helpers import tiny_resnet
 
 from flax_resnet.augment import Augment
-from flax_resnet.checkpoint import CheckpointConfig
+from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.config import TrainConfig, differences
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
@@ -105,6 +105,8 @@ def test_a_class_that_was_moved_is_found_by_its_old_name(monkeypatch):
     monkeypatch.setitem(MOVED_CLASSES, "flax_resnet.old:Net", "not_there.speedrun:Net")
     record = to_record(TrainConfig())
     record["optimizer"]["class"] = "flax_resnet.old:Step"
+    assert from_record(record) == TrainConfig()
+    record["checkpoint"]["class"] = "flax_resnet.checkpoint:CheckpointConfig"
     assert from_record(record) == TrainConfig()
     for name in ("flax_resnet.old:Net", "not_there.speedrun:Net"):
         with pytest.raises(UserError, match=f"'{name}' is in not_there.speedrun, which cannot be"):

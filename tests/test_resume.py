@@ -9,7 +9,7 @@ from test_train import saved
 
 from flax_resnet import setup
 from flax_resnet.augment import Augment
-from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
+from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.distributed import data_mesh

@@ -1,6 +1,6 @@
 from etils import epath
 
-from flax_resnet import seals
+from flax_resnet.checkpoints import seals
 
 
 def test_what_is_no_seal(tmp_path):

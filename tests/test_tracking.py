@@ -18,7 +18,7 @@ from helpers import QUICK, tiny_resnet
 
 import flax_resnet
 from flax_resnet import metrics, tracking
-from flax_resnet.checkpoint import CheckpointConfig
+from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.config import TrainConfig, differences, write_record
 from flax_resnet.data import DataConfig
 from flax_resnet.distributed import data_mesh

@@ -12,7 +12,7 @@ from helpers import assert_trees_equal, tiny_resnet
 
 from flax_resnet import metrics, run, train
 from flax_resnet.augment import Augment
-from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
+from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.datasets import sources

@@ -18,7 +18,7 @@ from test_train import saved
 from experiments import mnist_transfer
 from flax_resnet import transfer
 from flax_resnet.augment import Augment
-from flax_resnet.checkpoint import CheckpointConfig
+from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.data import Data, DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models import (

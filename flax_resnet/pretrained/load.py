@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from flax_resnet import models, seals
-from flax_resnet.checkpoint import CheckpointConfig, Checkpoints
+from flax_resnet import models
+from flax_resnet.checkpoints import seals
+from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints
 from flax_resnet.errors import UserError
 from flax_resnet.layers import Dtype
 from flax_resnet.models import ResNet

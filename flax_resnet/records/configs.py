@@ -25,6 +25,9 @@ REMOVED_FIELDS: dict[str, dict[str, Any]] = {
 """{"module:Name" of a class: {field that the class no longer has: value that turned it off}}."""
 
 MOVED_CLASSES: dict[str, str] = {
+    "flax_resnet.checkpoint:CheckpointConfig": (
+        "flax_resnet.checkpoints.checkpoints:CheckpointConfig"
+    ),
     "flax_resnet.models.speed:SpeedNet": "experiments.speedrun:SpeedNet",
     "flax_resnet.schedules:Triangle": "experiments.speedrun:Triangle",
     "flax_resnet.optim:SGD.stem_bias_until": "experiments.speedrun:SpeedSGD",

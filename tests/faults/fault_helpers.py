@@ -2,7 +2,7 @@
 
 from helpers import assert_trees_equal
 
-from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.metrics import read_metrics
 
 

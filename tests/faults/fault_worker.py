@@ -5,7 +5,8 @@ import pathlib
 import sys
 
 # A process is forked from one that has imported all this, so that fifty start in little time.
-from flax_resnet import augment, checkpoint, config, data, main, models, optim, watch
+from flax_resnet import augment, config, data, main, models, optim, watch
+from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 
 PHASES = ["starting", watch.WAITING, watch.STEP, watch.EVALUATING, watch.SAVING]
 
@@ -24,7 +25,7 @@ def get_config() -> config.TrainConfig:
         eval_every_epochs=1,
         ema_decay=0.9,
         log_every_steps=7,
-        checkpoint=checkpoint.CheckpointConfig(every_steps=5),
+        checkpoint=CheckpointConfig(every_steps=5),
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 from helpers import assert_trees_equal
 
-from flax_resnet import seals
-from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.checkpoints import seals
+from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -152,7 +152,7 @@ def test_reading_from_a_read_only_disk(on_disk, unbroken, tmp_path):
     shutil.copytree(unbroken, tmp_path / "kept/w")
     (tmp_path / "read.py").write_text(
         "import sys, pathlib, numpy as np\n"
-        "from flax_resnet.checkpoint import CheckpointConfig, Checkpoints\n"
+        "from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints\n"
         "place = pathlib.Path(sys.argv[1])\n"
         "print(Checkpoints(place).read('best')[1]['step'])\n"
         "try:\n"

@@ -26,7 +26,8 @@ from typing import Any, Literal
 import jax
 from etils import epath
 
-from flax_resnet import distributed, seals
+from flax_resnet import distributed
+from flax_resnet.checkpoints import seals
 from flax_resnet.errors import TryAgain, UserError, check_range
 from flax_resnet.records.files import error_as_one_line, reason
 from flax_resnet.watch import print_report

@@ -1,0 +1,1 @@
+"""Checkpoints: saved with orbax, sealed by hashes, chosen and restored."""
