@@ -57,11 +57,6 @@ from flax_resnet.optim import decoupled as decoupled
 from flax_resnet.optim import linear_scaled_lr as linear_scaled_lr
 from flax_resnet.preemption import Preempted as Preempted
 from flax_resnet.preprocess import Preprocessing as Preprocessing
-from flax_resnet.pretrained import load as load
-from flax_resnet.pretrained import preprocessing as preprocessing
-from flax_resnet.pretrained import read_weights as read_weights
-from flax_resnet.pretrained import tags as tags
-from flax_resnet.pretrained import write_weights as write_weights
 from flax_resnet.regularize import DropBlock as DropBlock
 from flax_resnet.regularize import drop_block as drop_block
 from flax_resnet.regularize import drop_path as drop_path
@@ -78,5 +73,11 @@ from flax_resnet.tracking import Tracker as Tracker
 from flax_resnet.tracking import Tracking as Tracking
 from flax_resnet.tracking import Wandb as Wandb
 from flax_resnet.train import train_and_evaluate as train_and_evaluate
+from flax_resnet.weights import load as load
+from flax_resnet.weights import open_weights as open_weights
+from flax_resnet.weights import preprocessing as preprocessing
+from flax_resnet.weights import read_weights as read_weights
+from flax_resnet.weights import tags as tags
+from flax_resnet.weights import write_weights as write_weights
 
 __version__ = "0.1.0"

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flax_resnet.pretrained import Pretrained
-from flax_resnet.pretrained.hub import client, is_address, parse
+from flax_resnet.weights import Pretrained
+from flax_resnet.weights.hub import client, is_address, parse
 
 CARD = """---
 {metadata}
@@ -38,9 +38,9 @@ flax-resnet predict photo.png --weights {address}
 ```
 
 ```python
-from flax_resnet.pretrained import open_weights
+import flax_resnet
 
-opened = open_weights("{address}")
+opened = flax_resnet.open_weights("{address}")
 ```
 """
 ACCURACY = """\

@@ -20,9 +20,9 @@ from flax_resnet import models
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.models import ResNet
 from flax_resnet.preprocess import Preprocessing
-from flax_resnet.pretrained import Pretrained, check_same, image_shape, open_weights
-from flax_resnet.pretrained.classes import class_name
 from flax_resnet.records.files import replacing
+from flax_resnet.weights import Pretrained, check_same, image_shape, open_weights
+from flax_resnet.weights.imagenet_classes import class_name
 
 FLAGS = "--size, --resize, --interpolation, --mean and --std"
 OWN = "the weights' own"

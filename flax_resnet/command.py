@@ -34,8 +34,8 @@ from flax_resnet.datasets.prepare import prepare
 from flax_resnet.errors import UserError, check_range, did_you_mean
 from flax_resnet.exporting import command as exporting
 from flax_resnet.main import one_line_errors, start
-from flax_resnet.pretrained import tags
 from flax_resnet.records import provenance
+from flax_resnet.weights import tags
 
 PROG = "flax-resnet"
 Shell = Literal["bash", "zsh", "fish"]

@@ -11,7 +11,7 @@ import tyro
 
 from flax_resnet.classify import PreparedFlags, flag
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained import Pretrained, write_weights
+from flax_resnet.weights import Pretrained, write_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,9 @@ from flax_resnet.data import DataConfig, open_sources
 from flax_resnet.datasets.rows import decode_chunks
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.inspection.opened import read_record
-from flax_resnet.pretrained import Pretrained, is_path
-from flax_resnet.pretrained.classes import imagenet_classes, imagenet_ids
 from flax_resnet.views import Views, averaged_logits
+from flax_resnet.weights import Pretrained, is_path
+from flax_resnet.weights.imagenet_classes import imagenet_classes, imagenet_ids
 
 CROPS = 10
 

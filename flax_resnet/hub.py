@@ -12,21 +12,13 @@ from typing import Any
 from flax_resnet import metrics
 from flax_resnet.card import Trained, model_card
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained import Pretrained, open_weights, write_weights
-from flax_resnet.pretrained.fetch import offline
-from flax_resnet.pretrained.hub import (
-    CONFIG,
-    PREFIX,
-    WEIGHTS,
-    client,
-    fetch_folder,
-    one_line,
-    parse,
-)
-from flax_resnet.pretrained.load import open_run
 from flax_resnet.records import provenance
 from flax_resnet.records.configs import from_record, to_record, untracked
 from flax_resnet.records.files import error_as_one_line
+from flax_resnet.weights import Pretrained, open_weights, write_weights
+from flax_resnet.weights.hub import CONFIG, PREFIX, WEIGHTS, client, fetch_folder, one_line, parse
+from flax_resnet.weights.loading import open_run
+from flax_resnet.weights.published_cache import offline
 
 CARD, RESULT = "README.md", "result.json"
 MESSAGE = "Weights, config and card, by flax_resnet"

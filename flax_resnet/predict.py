@@ -29,7 +29,7 @@ from flax_resnet.datasets.decode import DECODE_ERRORS
 from flax_resnet.datasets.rows import ahead
 from flax_resnet.datasets.sources import IMAGE_SUFFIXES, unreadable
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.pretrained import Pretrained
+from flax_resnet.weights import Pretrained
 
 OnError = Callable[[Path, Exception], None]
 

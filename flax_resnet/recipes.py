@@ -20,7 +20,7 @@ from flax_resnet.datasets import prepare, sources
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet, cifar_resnet, imagenet_resnet
 from flax_resnet.optim import SGD, Cosine
-from flax_resnet.pretrained import hub, is_path, open_weights
+from flax_resnet.weights import hub, is_path, open_weights
 
 SMALL = 96
 """Sides up to which images are taken by a CIFAR network, as they are."""

@@ -26,10 +26,10 @@ from flax_resnet.errors import UserError
 from flax_resnet.layers import check_bn_group, needs_x64
 from flax_resnet.models import ResNet, WeightsError, initializer
 from flax_resnet.optim import LAMB, LARS, Muon
-from flax_resnet.pretrained import Pretrained
 from flax_resnet.resume import restore
 from flax_resnet.run import Run, held
 from flax_resnet.step import TrainState, create_state
+from flax_resnet.weights import Pretrained
 
 # Training images that a network starts from, at most (``fitted``): as many as airbench takes.
 MOST_FITTED = 5000

@@ -24,11 +24,11 @@ from flax_resnet.data import SPLITS, Data, Split
 from flax_resnet.datasets.decode import PACKAGES
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
-from flax_resnet.pretrained import Pretrained, check_same, is_path, open_weights
 from flax_resnet.records.configs import to_record
 from flax_resnet.records.files import cache_dir, digest, replacing
 from flax_resnet.records.provenance import source_hash, versions
 from flax_resnet.step import TrainState
+from flax_resnet.weights import Pretrained, check_same, is_path, open_weights
 
 Variables = Mapping[str, Any]
 

@@ -14,7 +14,7 @@ from flax_resnet.augment import normalize
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.models import DropBlockResNet, MiniModel
 from flax_resnet.preprocess import KERAS_V1, Preprocessing
-from flax_resnet.pretrained import Pretrained
+from flax_resnet.weights import Pretrained
 
 CIFAR = Preprocessing(size=16, resize=None, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 PHOTO = Preprocessing(size=32, resize=36, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))

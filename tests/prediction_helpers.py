@@ -11,7 +11,7 @@ from PIL import Image
 from flax_resnet import models
 from flax_resnet.augment import normalize
 from flax_resnet.preprocess import Preprocessing
-from flax_resnet.pretrained import open_weights, write_weights
+from flax_resnet.weights import open_weights, write_weights
 
 SQUARE = Preprocessing(size=8, resize=10, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 NAMES = tuple(f"name {i}" for i in range(10))

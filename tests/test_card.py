@@ -16,8 +16,8 @@ from flax_resnet.data import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.hub import _opened as opened_of
 from flax_resnet.hub import write_repository
-from flax_resnet.pretrained import open_weights
 from flax_resnet.train import train_and_evaluate
+from flax_resnet.weights import open_weights
 
 
 @pytest.fixture(scope="module")

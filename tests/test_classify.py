@@ -18,7 +18,7 @@ from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.predict import predict
 from flax_resnet.preprocess import Preprocessing
-from flax_resnet.pretrained import open_weights, write_weights
+from flax_resnet.weights import open_weights, write_weights
 
 
 def test_flags_take_the_place_of_the_weights_preprocessing(call, tmp_path, photos):

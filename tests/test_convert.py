@@ -6,7 +6,7 @@ from helpers import assert_one_line_error, assert_trees_equal
 from prediction_helpers import NAMES, SQUARE, make_weights
 
 from flax_resnet import models
-from flax_resnet.pretrained import open_weights, write_weights
+from flax_resnet.weights import open_weights, write_weights
 
 
 def zero_weights(path, name, **fields):

@@ -18,9 +18,9 @@ from flax_resnet.errors import UserError
 from flax_resnet.evaluate import class_order, evaluate
 from flax_resnet.optim import Adam
 from flax_resnet.predict import predict
-from flax_resnet.pretrained.classes import imagenet_classes
-from flax_resnet.pretrained.load import open_run
 from flax_resnet.train import train_and_evaluate
+from flax_resnet.weights.imagenet_classes import imagenet_classes
+from flax_resnet.weights.loading import open_run
 
 CLASSES = tuple(f"kind {i}" for i in range(7))
 NUMBERS = ("top1", "top5", "loss", "calibration_error", "brier", "n")
@@ -127,7 +127,9 @@ def test_class_order():
     assert class_order(["b", "b"], ["b", "b"], 2, "x").tolist() == [0, 1]
     assert class_order(["b", "a"], ["a", "b"], 5, "x").tolist() == [1, 0]
     assert class_order(["b", "a"], None, 2, "x").tolist() == [0, 1]
-    text = (sources.Path(__file__).parents[1] / "flax_resnet" / "imagenet_classes.txt").read_text()
+    text = (
+        sources.Path(__file__).parents[1] / "flax_resnet/weights/imagenet_classes.txt"
+    ).read_text()
     ids = [line.split("\t")[0] for line in text.splitlines()]
     assert class_order(ids, imagenet_classes(), 1000, "x").tolist() == list(range(1000))
     assert class_order(ids[::-1], imagenet_classes(), 1000, "x").tolist() == [*range(999, -1, -1)]

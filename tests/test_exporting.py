@@ -28,7 +28,7 @@ from flax_resnet.exporting import loader
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, WEIGHTS, ExportError
 from flax_resnet.exporting.write import difference, how_to_prepare, prepared_images
 from flax_resnet.preprocess import KERAS_V1, TORCH, Preprocessing
-from flax_resnet.pretrained import open_weights
+from flax_resnet.weights import open_weights
 
 BATCH = 3  # not a size that an export is measured with
 QUICK_FAMILIES = ("imagenet stem", "MiniModel of digits")

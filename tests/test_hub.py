@@ -19,8 +19,8 @@ from flax_resnet.errors import UserError
 from flax_resnet.hub import CARD, RESULT
 from flax_resnet.predict import predict
 from flax_resnet.preprocess import TORCH
-from flax_resnet.pretrained import open_weights
-from flax_resnet.pretrained.hub import CONFIG, WEIGHTS, parse
+from flax_resnet.weights import open_weights
+from flax_resnet.weights.hub import CONFIG, WEIGHTS, parse
 
 OURS = (WEIGHTS, CONFIG, CARD)
 pytest.importorskip("huggingface_hub", reason="needs [hub]")
@@ -58,6 +58,25 @@ def test_a_run_goes_there_and_comes_back_to_the_bit(hub, run, tmp_path):
     assert {r.method for r in stored} == {"PUT", "GET"}
     assert {r.authorization for r in stored} == {""}
     assert {r.authorization for r in hub.seen if r not in stored} == {"Bearer hf_me"}
+
+
+OLDER = """from pathlib import Path
+
+from flax_resnet.predict import predict
+from flax_resnet.pretrained import open_weights
+
+opened = open_weights("hf://me/digits")
+for found in predict(opened, [Path("photo.png")], top=3):
+    print(found.names, found.probabilities)
+"""
+
+
+def test_the_python_of_older_cards_still_runs(hub, run, tmp_path, monkeypatch, capsys):
+    flax_resnet.push_to_hub(run, "me/digits", license="mit")
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save("photo.png")
+    exec(OLDER, {})
+    assert capsys.readouterr().out.count("'") == 6  # three names
 
 
 def test_a_second_push_is_a_commit_and_the_first_one_stays(hub, run, net):

@@ -20,7 +20,7 @@ from prediction_helpers import (
 
 from flax_resnet.errors import UserError
 from flax_resnet.predict import find_images, predict
-from flax_resnet.pretrained import open_weights
+from flax_resnet.weights import open_weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained.fetch import CHUNK, fetch
-from flax_resnet.pretrained.published import Published
 from flax_resnet.records.files import cache_dir
+from flax_resnet.weights.published import Published
+from flax_resnet.weights.published_cache import CHUNK, fetch
 
 DATA = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()

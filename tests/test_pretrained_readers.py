@@ -20,8 +20,8 @@ import pytest
 import safetensors.numpy
 
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained import torch_archive
-from flax_resnet.pretrained.tensors import MAX_HEADER, read_tensors
+from flax_resnet.weights.readers import torch_archive
+from flax_resnet.weights.readers.tensors import MAX_HEADER, read_tensors
 
 BFLOAT16 = ml_dtypes.bfloat16
 MAGIC = torch_archive.LEGACY_MAGIC

@@ -24,15 +24,11 @@ from flax_resnet.models import (
     variable_shapes,
 )
 from flax_resnet.preprocess import KERAS_V1, TORCH
-from flax_resnet.pretrained.keras_names import keras_name, layer_order
-from flax_resnet.pretrained.tensors import TensorFile, read_tensors
-from flax_resnet.pretrained.weights import (
-    METADATA_KEY,
-    _foreign,
-    open_file,
-    read_weights,
-    write_weights,
-)
+from flax_resnet.weights.keras_names import keras_name, layer_order
+from flax_resnet.weights.naming import METADATA_KEY
+from flax_resnet.weights.readers.tensors import TensorFile, read_tensors
+from flax_resnet.weights.reading import _foreign, open_file, read_weights
+from flax_resnet.weights.writing import write_weights
 
 SMALL = {"num_filters": 8, "num_classes": 7}
 
@@ -378,6 +374,7 @@ def describe(path, change):
 
 MODELS = "flax_resnet.models.resnet"
 STRANGERS = ("subprocess:Popen", "os:system", "flax_resnet.config:TrainConfig",
+             "flax_resnet.checkpoint:CheckpointConfig", "experiments.speedrun:Triangle",
              f"{MODELS}:Layers", f"os.{MODELS}:ResNet")  # fmt: skip
 BAD = [
     *(("module", change) for change in (

@@ -17,7 +17,7 @@ from flax_resnet import inspection, predict, serve
 from flax_resnet.augment import normalize
 from flax_resnet.classify import Classifier
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained import Pretrained, open_weights
+from flax_resnet.weights import Pretrained, open_weights
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from experiments.speedrun import SpeedNet, SpeedStage, Whitening, whitening_kern
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.models import trainable
-from flax_resnet.pretrained import read_weights, write_weights
 from flax_resnet.setup import set_up
+from flax_resnet.weights import read_weights, write_weights
 
 TINY = SpeedNet(num_classes=2, stage_filters=(8, 8))
 

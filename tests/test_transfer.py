@@ -33,10 +33,10 @@ from flax_resnet.models import (
 from flax_resnet.optim import SGD, Adam
 from flax_resnet.preemption import Preempted
 from flax_resnet.preprocess import KERAS_V1
-from flax_resnet.pretrained import write_weights
 from flax_resnet.records.provenance import versions
 from flax_resnet.step import create_state, train_step
 from flax_resnet.train import train_and_evaluate
+from flax_resnet.weights import write_weights
 
 SMALL = {"stage_sizes": (1, 1), "num_filters": 8, "stem": "cifar"}
 IMAGES = jnp.zeros((1, 8, 8, 3))

@@ -24,7 +24,7 @@ from flax_resnet.models import (
     stack_blocks,
     wide_resnet,
 )
-from flax_resnet.pretrained import load
+from flax_resnet.weights import load
 
 IMAGENET, CIFAR = (224, 224, 3), (32, 32, 3)
 

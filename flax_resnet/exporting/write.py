@@ -29,8 +29,8 @@ from flax_resnet.exporting import loader, to_onnx
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, FORMAT, WEIGHTS
 from flax_resnet.predict import find_images, shown
 from flax_resnet.preprocess import Preprocessing
-from flax_resnet.pretrained import Pretrained, open_weights
 from flax_resnet.records.configs import to_record
+from flax_resnet.weights import Pretrained, open_weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 Run = Callable[[np.ndarray], Any]

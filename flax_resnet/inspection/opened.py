@@ -17,9 +17,9 @@ from flax_resnet.augment import normalize
 from flax_resnet.data import Data
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
-from flax_resnet.pretrained.classes import class_name
-from flax_resnet.pretrained.load import read_checkpoint, saved_variables
 from flax_resnet.records.configs import from_record, untracked
+from flax_resnet.weights.imagenet_classes import class_name
+from flax_resnet.weights.loading import read_checkpoint, saved_variables
 
 Which = Literal["best", "latest"]
 

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained.untrusted import MAX_RANK, shown
+from flax_resnet.weights.readers.untrusted import MAX_RANK, shown
 
 Layout = Literal["keras_h5", "keras_weights"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained.published import Published
 from flax_resnet.records.files import cache_dir
+from flax_resnet.weights.published import Published
 
 NOTHING_LEFT = 416
 CHUNK = 1 << 16

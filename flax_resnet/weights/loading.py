@@ -21,11 +21,12 @@ from flax_resnet.errors import UserError
 from flax_resnet.layers import Dtype
 from flax_resnet.models import ResNet
 from flax_resnet.preprocess import Preprocessing
-from flax_resnet.pretrained import hub, published
-from flax_resnet.pretrained.classes import imagenet_classes
-from flax_resnet.pretrained.fetch import fetch
-from flax_resnet.pretrained.weights import Pretrained, Variables, image_shape, open_file
 from flax_resnet.records.configs import from_record, untracked
+from flax_resnet.weights import hub, published
+from flax_resnet.weights.imagenet_classes import imagenet_classes
+from flax_resnet.weights.pretrained import Pretrained, Variables, image_shape
+from flax_resnet.weights.published_cache import fetch
+from flax_resnet.weights.reading import open_file
 
 SUFFIXES = (".safetensors", ".h5", ".hdf5", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
 

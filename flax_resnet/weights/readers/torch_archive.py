@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained.untrusted import shown
+from flax_resnet.weights.readers.untrusted import shown
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 from collections.abc import Sequence
-from importlib import resources
+from pathlib import Path
 
 
 @functools.cache
@@ -32,5 +32,5 @@ def class_name(names: Sequence[str] | None, index: int) -> str:
 
 def _rows() -> list[list[str]]:
     """[WordNet's id, all names] of each class."""
-    text = resources.files("flax_resnet").joinpath("imagenet_classes.txt").read_text("utf-8")
+    text = Path(__file__).with_suffix(".txt").read_text("utf-8")
     return [line.split("\t") for line in text.splitlines()]

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 
 from flax_resnet.errors import UserError
-from flax_resnet.pretrained.torch_archive import LEGACY_START, read_torch
-from flax_resnet.pretrained.untrusted import MAX_RANK, shown
+from flax_resnet.weights.readers.torch_archive import LEGACY_START, read_torch
+from flax_resnet.weights.readers.untrusted import MAX_RANK, shown
 
 # Bytes of a safetensors header; objects made of it take up to 25 times as many.
 MAX_HEADER = 8 * 2**20
@@ -79,7 +79,7 @@ def _read(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
     with path.open("rb") as file:
         start = file.read(16)
     if start.startswith(_HDF5_START):
-        from flax_resnet.pretrained.hdf5 import read_h5  # h5py is imported where it is needed
+        from flax_resnet.weights.readers.hdf5 import read_h5
 
         return (*read_h5(path), {})
     if start.startswith((_ZIP_START, LEGACY_START)):

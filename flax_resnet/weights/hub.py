@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from flax_resnet.errors import UserError, import_extra
-from flax_resnet.pretrained.fetch import offline
 from flax_resnet.records.files import error_as_one_line
+from flax_resnet.weights.published_cache import offline
 
 PREFIX = "hf://"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

@@ -1,0 +1,147 @@
+"""Weight files read as networks with their variables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flax_resnet import models
+from flax_resnet.datasets.decode import Decoder
+from flax_resnet.errors import UserError
+from flax_resnet.layers import check_dtype
+from flax_resnet.models import ResNet, WeightsError
+from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
+from flax_resnet.records.configs import MOVED_CLASSES, class_name, from_record
+from flax_resnet.records.files import reason
+from flax_resnet.weights import keras_names, torch_names
+from flax_resnet.weights.naming import METADATA_KEY, naming_of
+from flax_resnet.weights.pretrained import Pretrained, Variables
+from flax_resnet.weights.readers.tensors import TensorFile, read_tensors
+
+_MODULES = [c for c in vars(models).values() if isinstance(c, type) and issubclass(c, nn.Module)]
+_MOVED = [new for old, new in MOVED_CLASSES.items() if old.startswith("flax_resnet.models.")]
+_CLASSES = {*map(class_name, (*_MODULES, Preprocessing, Decoder)), *_MOVED}
+"""The classes that the description in a weight file may name."""
+
+
+def open_file(path: str | Path, **fields: Any) -> Pretrained:
+    """Reads a weight file and infers the network from it.
+
+    Args:
+      path: .safetensors or .pth with torch's names (torchvision, timm, Hugging Face, CIFAR
+        codes), Keras's .h5 or .weights.h5, or what ``write_weights`` wrote.
+      **fields: of the network, over those inferred: ``stride_conv="1x1"``, ``include_top=False``.
+
+    Raises:
+      WeightsError: tensors are missing, left over, or of another shape.
+      UserError: the file cannot be read, or is no residual network's.
+    """
+    path = Path(path).expanduser()
+    file = read_tensors(path)
+    try:
+        return (_own if METADATA_KEY in file.metadata else _foreign)(file, fields)
+    except WeightsError:
+        raise
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
+    """The network that is inferred from the names and shapes of a file's tensors."""
+    keras = file.format.startswith("keras")
+    if keras:
+        tensors = keras_names.keras_layers(file.tensors, file.format)  # type: ignore[arg-type]
+        module = keras_names.infer_keras(tensors, keras_names.is_old(file.tensors), **fields)
+        stem = tensors["conv1_conv/0"]
+        channels = stem.shape[-2] if stem.ndim == 4 else 3
+        preprocessing = KERAS_V2 if module.block_cls.preactivation else KERAS_V1
+    else:
+        tensors = torch_names.torchvision_names(file.tensors)
+        module = torch_names.infer_resnet(tensors, **fields)
+        channels, preprocessing = torch_names.input_channels(tensors), TORCH
+    shape = (*models.default_shape(module)[:2], channels)
+    variables = _fit(module, tensors, naming_of(module, keras), shape)
+    known = module.stem != "cifar" and channels == 3
+    return Pretrained(module, variables, preprocessing if known else None, certain=keras)
+
+
+def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
+    """The network that is described in a file of ``write_weights``, with ``fields`` over it."""
+    count = len(file.tensors)
+    try:
+        about = json.loads(file.metadata[METADATA_KEY])
+        record = {name: value for name, value in about["module"].items() if name not in fields}
+        layers, hidden = sum(record.get("stage_sizes", ())), len(record.get("hidden_units", ()))
+        if torch_names.too_many(layers, count) or hidden > count:  # they would take long to trace
+            raise ValueError(f"it describes more layers than there are tensors, {count}")
+        for name in ("dtype", "param_dtype"):
+            check_dtype(record.get(name, "float32"))
+        module = _built(record, nn.Module).clone(**fields)
+        preprocessing = _built(about.get("preprocessing"), Preprocessing | None)
+        names = about.get("class_names")
+        if names is not None:  # without what a terminal would act on
+            names = tuple("".join(c if c.isprintable() else "?" for c in name) for name in names)
+        shape = models.check_shape(about["input_shape"])
+    except Exception as error:  # a description of anyone's may fail in any way
+        raise UserError(
+            f"its description of the network cannot be read ({error}): write it again, or remove "
+            f"the metadata {METADATA_KEY!r} to have the network inferred"
+        ) from error
+    variables = _fit(module, file.tensors, naming_of(module), shape)
+    return Pretrained(module, variables, preprocessing, names, certain=True)
+
+
+def _built(record: Any, kind: Any) -> Any:
+    """``from_record``, of classes of this library only: a weight file may come from anyone."""
+
+    def check(part: dict[str, Any]) -> dict[str, Any]:
+        for name in (part[key] for key in ("class", "class_itself") if key in part):
+            if MOVED_CLASSES.get(name, name) not in _CLASSES:
+                raise ValueError(
+                    f"{name!r:.80} is no network or block of flax_resnet.models; a block class of "
+                    "your own has to be given, as block_cls"
+                )
+        return part
+
+    value = from_record(json.loads(json.dumps(record), object_hook=check))
+    if not isinstance(value, kind):
+        raise ValueError(f"a {type(value).__name__} is in the place of another class")
+    return value
+
+
+def _fit(
+    module: Any,
+    tensors: Mapping[str, np.ndarray],
+    naming: models.Naming,
+    shape: tuple[int, int, int],
+) -> dict[str, Any]:
+    """A file's tensors as the variables of ``module`` on images of ``shape``, in its dtypes."""
+    unrolled = module.clone(scan_blocks=False) if isinstance(module, ResNet) else module
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    what = f"a {type(module).__name__} of stages {getattr(module, 'stage_sizes', None)}"
+    try:
+        need = flatten_dict(dict(models.variable_shapes(unrolled, images)))
+    except Exception as error:  # a network as a file describes it may fail in any way
+        raise UserError(f"the weights' shapes do not make {what}: {reason(error)}") from error
+    if not getattr(module, "include_top", True):
+        top = ("fc.", "predictions/", "head", "hidden")
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(top)}
+    values = models.match(f"the weights do not make {what}", need, tensors, naming)
+    return unflatten_dict({p: np.ascontiguousarray(x, need[p].dtype) for p, x in values.items()})
+
+
+def read_weights(path: str | Path, **fields: Any) -> tuple[nn.Module, Variables]:
+    """The network in a weight file, inferred, and its variables: (module, variables).
+
+    Arguments and errors are those of ``open_file``.
+    """
+    opened = open_file(path, **fields)
+    return opened.module, jax.tree.map(jnp.asarray, opened.variables)
