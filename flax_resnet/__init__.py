@@ -9,13 +9,13 @@ from flax_resnet.data import DataConfig as DataConfig
 from flax_resnet.distributed import data_mesh as data_mesh
 from flax_resnet.errors import UserError as UserError
 from flax_resnet.exporting import export as export
+from flax_resnet.exporting.hub import pull_from_hub as pull_from_hub
+from flax_resnet.exporting.hub import push_to_hub as push_to_hub
 from flax_resnet.grids import grid as grid
 from flax_resnet.grids import replaced as replaced
 from flax_resnet.guards import Guard as Guard
 from flax_resnet.hosts import Hosts as Hosts
 from flax_resnet.hosts import joined as joined
-from flax_resnet.hub import pull_from_hub as pull_from_hub
-from flax_resnet.hub import push_to_hub as push_to_hub
 from flax_resnet.models import BasicBlock as BasicBlock
 from flax_resnet.models import Block as Block
 from flax_resnet.models import BottleneckBlock as BottleneckBlock

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from flax_resnet.classify import flag
-from flax_resnet.hub import CARD, pull_from_hub, push_to_hub, write_repository
+from flax_resnet.exporting.hub import CARD, pull_from_hub, push_to_hub, write_repository
 
 
 @dataclasses.dataclass(frozen=True)

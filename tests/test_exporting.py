@@ -25,8 +25,8 @@ from flax_resnet import cpu
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.errors import UserError
 from flax_resnet.exporting import loader
+from flax_resnet.exporting.exports import difference, how_to_prepare, prepared_images
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, WEIGHTS, ExportError
-from flax_resnet.exporting.write import difference, how_to_prepare, prepared_images
 from flax_resnet.preprocess import KERAS_V1, TORCH, Preprocessing
 from flax_resnet.weights import open_weights
 

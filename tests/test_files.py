@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from flax_resnet.errors import TryAgain, UserError
-from flax_resnet.records.files import digest, error_as_one_line, replacing
+from flax_resnet.records.files import (
+    digest,
+    error_as_one_line,
+    os_error_as_one_line,
+    replacing,
+    replacing_tree,
+)
 
 
 def break_off(path):
@@ -32,6 +38,28 @@ def test_two_may_write_the_same_file_at_once(tmp_path):
         other.write_text("other")
     assert path.read_text() == "one"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("file", [".", "text"])
+def test_a_file_or_directory_takes_a_place_whole_or_not_at_all(tmp_path, file):
+    path = tmp_path / "net.onnx"
+    for content in ("first", "second"):
+        with replacing_tree(path) as partial:
+            assert (partial.name, partial.exists()) == ("net.onnx", False)
+            (partial / file).parent.mkdir(exist_ok=True)
+            (partial / file).write_text(content)
+        assert (path / file).read_text() == content
+    with pytest.raises(OSError, match="disk full"), replacing_tree(path) as partial:
+        break_off(partial)
+    assert [*tmp_path.iterdir()] == [path]
+    assert (path / file).read_text() == "second"
+
+
+def test_an_error_of_the_system_names_the_place_and_not_the_unfinished_file(tmp_path):
+    path = tmp_path / "none" / "x"
+    with pytest.raises(UserError) as caught, os_error_as_one_line(path), replacing(path) as partial:
+        partial.write_text("x")
+    assert str(caught.value) == f"{path} cannot be written: No such file or directory"
 
 
 def test_a_hash_tells_arrays_apart_by_dtype_shape_and_value():

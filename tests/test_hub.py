@@ -16,7 +16,7 @@ from test_pretrained_published import TIMM
 
 import flax_resnet
 from flax_resnet.errors import UserError
-from flax_resnet.hub import CARD, RESULT
+from flax_resnet.exporting.hub import CARD, RESULT
 from flax_resnet.predict import predict
 from flax_resnet.preprocess import TORCH
 from flax_resnet.weights import open_weights

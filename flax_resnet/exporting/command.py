@@ -10,7 +10,7 @@ import tyro
 
 from flax_resnet import convert
 from flax_resnet.classify import flag
-from flax_resnet.exporting import write
+from flax_resnet.exporting.exports import PLATFORMS, check, export
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Settings(convert.Settings):
     """A name that ends in .onnx or .safetensors, or a directory for StableHLO."""
     images: Annotated[tuple[str, ...], flag("IMAGE [IMAGE ...]", "scikit-learn's two")] = ()
     """Photographs, or folders of them, on which the difference is measured."""
-    platforms: Annotated[tuple[str, ...], flag("NAME [NAME ...]", "cpu cuda tpu")] = write.PLATFORMS
+    platforms: Annotated[tuple[str, ...], flag("NAME [NAME ...]", "cpu cuda tpu")] = PLATFORMS
     """What StableHLO is for; cpu is one of them."""
     tolerance: float = 1e-4
     """Largest difference of the outputs, as a share of the largest; above it nothing is kept."""
@@ -44,8 +44,8 @@ class Settings(convert.Settings):
 def main(settings: Settings) -> None:
     """Runs the command."""
     dest, platforms, tolerance = settings.dest, settings.platforms, settings.tolerance
-    write.check(Path(dest).expanduser(), platforms, tolerance, settings.overwrite)
-    exported = write.export(
+    check(Path(dest).expanduser(), platforms, tolerance, settings.overwrite)
+    exported = export(
         settings.open(settings.source),
         dest,
         images=settings.images,

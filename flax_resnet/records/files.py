@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -29,6 +30,35 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def replacing_tree(path: Path) -> Iterator[Path]:
+    """Yields a path of the same name, for a file or a directory, in a directory beside ``path``.
+
+    What is written there takes ``path``'s place when the block ends without error, and a directory
+    that was there goes; if the last step fails, that directory stays.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
+        partial, before = Path(directory) / path.name, Path(directory) / f"{path.name}.before"
+        yield partial
+        if path.is_dir():
+            path.replace(before)
+        try:
+            partial.replace(path)
+        except OSError:
+            if before.exists():
+                before.replace(path)
+            raise
+
+
+@contextlib.contextmanager
+def os_error_as_one_line(path: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError: ``path`` cannot be written, without a partial's name."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
 from flax_resnet.preprocess import Preprocessing
 from flax_resnet.records.configs import to_record
-from flax_resnet.records.files import replacing
+from flax_resnet.records.files import os_error_as_one_line, replacing
 from flax_resnet.weights import keras_names
 from flax_resnet.weights.naming import METADATA_KEY, naming_of
 from flax_resnet.weights.pretrained import Variables, image_shape
@@ -59,14 +59,11 @@ def write_weights(
         "class_names": None if class_names is None else list(class_names),
         "input_shape": models.check_shape(input_shape or image_shape(module, variables)),
     }
-    try:
-        with replacing(path) as partial:
-            if path.suffix == ".h5":
-                _write_keras(partial, module, flat)
-            else:
-                _write_safetensors(partial, module, flat, about)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    with os_error_as_one_line(path), replacing(path) as partial:
+        if path.suffix == ".h5":
+            _write_keras(partial, module, flat)
+        else:
+            _write_safetensors(partial, module, flat, about)
 
 
 def _write_safetensors(

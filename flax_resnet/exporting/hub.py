@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from flax_resnet import metrics
-from flax_resnet.card import Trained, model_card
 from flax_resnet.errors import UserError
+from flax_resnet.exporting.card import Trained, model_card
 from flax_resnet.records import provenance
 from flax_resnet.records.configs import from_record, to_record, untracked
-from flax_resnet.records.files import error_as_one_line
+from flax_resnet.records.files import error_as_one_line, replacing_tree
 from flax_resnet.weights import Pretrained, open_weights, write_weights
 from flax_resnet.weights.hub import CONFIG, PREFIX, WEIGHTS, client, fetch_folder, one_line, parse
 from flax_resnet.weights.loading import open_run
@@ -136,10 +136,8 @@ def pull_from_hub(repo_id: str, directory: str | Path) -> Path:
     folder = fetch_folder(f"{PREFIX}{repo_id.removeprefix(PREFIX)}", names)
     with _writing(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".pull_") as temporary:
-            complete = Path(temporary) / "complete"
-            shutil.copytree(folder, complete, ignore=lambda _, found: {*found} - {*names})
-            complete.replace(directory)
+        with replacing_tree(directory) as partial:
+            shutil.copytree(folder, partial, ignore=lambda _, found: {*found} - {*names})
     return directory
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from flax_resnet.exporting.loader import ABOUT, ARTIFACT, FORMAT, WEIGHTS
 from flax_resnet.predict import find_images, shown
 from flax_resnet.preprocess import Preprocessing
 from flax_resnet.records.configs import to_record
+from flax_resnet.records.files import os_error_as_one_line, replacing_tree
 from flax_resnet.weights import Pretrained, open_weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -121,7 +120,7 @@ def export(
     dest = Path(dest).expanduser()
     check(dest, platforms, tolerance, overwrite)
     # Accelerators multiply float32 less precisely, each in its own way.
-    with jax.default_device(_cpu()), _in_place(dest) as partial:
+    with jax.default_device(_cpu()), os_error_as_one_line(dest), replacing_tree(dest) as partial:
         opened = in_float32(open_network(source) if isinstance(source, (str, Path)) else source)
         network = Classifier.of(opened)
         pixels = prepared_images(network.preprocessing, images)
@@ -140,27 +139,6 @@ def export(
             _write_about(partial, {**run.about, "check": measured})
         size = sum(path.stat().st_size for path in (partial, *partial.glob("*")) if path.is_file())
     return Exported(dest, kind, size, opened.name, largest, len(pixels))
-
-
-@contextlib.contextmanager
-def _in_place(dest: Path) -> Iterator[Path]:
-    """Yields a path of the same name; it takes the place of ``dest`` if the block ends well."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.parent) as directory:
-            partial = Path(directory) / dest.name
-            yield partial
-            before = Path(directory) / "before"
-            if dest.is_dir():
-                dest.replace(before)
-            try:
-                partial.replace(dest)
-            except OSError:
-                if before.exists():
-                    before.replace(dest)
-                raise
-    except OSError as error:
-        why = error.strerror or error  # not the name of the unfinished one
-        raise UserError(f"{dest} cannot be written: {why}") from error
 
 
 def _write(
