@@ -29,7 +29,7 @@ from flax_resnet.classify import Classifier, WeightFlags, flag, not_finite, padd
 from flax_resnet.data import DataConfig, open_sources
 from flax_resnet.datasets.rows import decode_chunks
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.inspection.opened import read_record
+from flax_resnet.inspection.run import read_record
 from flax_resnet.views import Views, averaged_logits
 from flax_resnet.weights import Pretrained, is_path
 from flax_resnet.weights.imagenet_classes import imagenet_classes, imagenet_ids

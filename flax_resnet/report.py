@@ -19,7 +19,7 @@ from flax_resnet import figures, metrics, tables
 from flax_resnet.classify import flag, writing
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import PARTS, Part, Session, open_run, read_record
-from flax_resnet.inspection.opened import Which
+from flax_resnet.inspection.run import Which
 from flax_resnet.models import network_name
 from flax_resnet.records.configs import flatten
 

@@ -24,7 +24,7 @@ from flax_resnet.data import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
 from flax_resnet.flags import parse
-from flax_resnet.inspection.opened import read_record
+from flax_resnet.inspection.run import read_record
 from flax_resnet.optim import Adam
 from flax_resnet.preemption import Preempted
 from flax_resnet.records.configs import flatten, from_record, to_record

@@ -12,7 +12,7 @@ import numpy as np
 from flax_resnet.augment import normalize
 from flax_resnet.datasets.decode import DECODE_ERRORS
 from flax_resnet.errors import UserError
-from flax_resnet.inspection.opened import Inspected
+from flax_resnet.inspection.run import Inspected
 from flax_resnet.predict import find_images, reason, shown
 from flax_resnet.step import step_keys
 

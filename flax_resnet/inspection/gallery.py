@@ -13,8 +13,8 @@ import numpy as np
 from flax_resnet import figures
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import embed, layers, lr_finder, samples
-from flax_resnet.inspection.opened import Inspected
-from flax_resnet.inspection.predictions import Predictions, predictions, worst
+from flax_resnet.inspection.eval_outputs import Predictions, predictions, worst
+from flax_resnet.inspection.run import Inspected
 
 MOST_TSNE = 1000
 
