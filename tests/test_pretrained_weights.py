@@ -25,9 +25,8 @@ from flax_resnet.models import (
 )
 from flax_resnet.preprocess import KERAS_V1, TORCH
 from flax_resnet.weights.keras_names import keras_name, layer_order
-from flax_resnet.weights.naming import METADATA_KEY
 from flax_resnet.weights.readers.tensors import TensorFile, read_tensors
-from flax_resnet.weights.reading import _foreign, open_file, read_weights
+from flax_resnet.weights.reading import METADATA_KEY, _foreign, open_file, read_weights
 from flax_resnet.weights.writing import write_weights
 
 SMALL = {"num_filters": 8, "num_classes": 7}

@@ -121,12 +121,7 @@ def _measured(address: str, trained: Trained) -> tuple[list[Any], str]:
     """(the figures of the run for the YAML, these and the command that measures them again)."""
     from huggingface_hub import EvalResult
 
-    config, step, images = (
-        trained.config,
-        trained.checkpoint["step"],
-        trained.checkpoint["num_eval"],
-    )
-    data = config.data
+    config, step, data = trained.config, trained.checkpoint["step"], trained.config.data
     scores = next((row for row in trained.evaluations[::-1] if row["step"] == step), None)
     if scores is None:
         return [], f"Not known: the checkpoint of step {step} was not evaluated."
@@ -136,7 +131,7 @@ def _measured(address: str, trained: Trained) -> tuple[list[Any], str]:
         dataset_type="imagefolder" if data.folder else data.name,
         dataset_name=data_name,
         dataset_split=data.eval_split,
-        dataset_args={"images": images},
+        dataset_args={"images": trained.checkpoint["num_eval"]},
         metric_type="accuracy",
         metric_name="top-1 accuracy",
         metric_value=scores["top1"],
@@ -150,7 +145,7 @@ def _measured(address: str, trained: Trained) -> tuple[list[Any], str]:
     top1 = [row["top1"] for row in trained.evaluations]
     chosen = len(top1) > 1 and scores["top1"] == max(top1)
     return [result], ACCURACY.format(
-        images=images,
+        images=trained.checkpoint["num_eval"],
         data=escaped(data_name),
         split=escaped(data.eval_split),
         top1=scores["top1"],

@@ -80,14 +80,11 @@ def from_record(record: Any) -> Any:
         return record
     if "class_itself" in record:
         return find_class(record["class_itself"])
-    of_field = (f"{record['class']}.{name}" for name in record if not is_removed(record, name))
+    fields = fields_of(record)
+    of_field = (f"{record['class']}.{name}" for name in fields)
     cls = find_class(next((key for key in of_field if key in MOVED_CLASSES), record["class"]))
+    values = {name: from_record(value) for name, value in fields.items()}
     known = {f.name for f in dataclasses.fields(cls)}
-    values = {
-        name: from_record(value)
-        for name, value in record.items()
-        if name != "class" and not is_removed(record, name)
-    }
     for name in values.keys() - known:
         advice = f"{did_you_mean(name, known)}: the record is of another version, or mistyped"
         if name in (removed := REMOVED_FIELDS.get(record["class"], {})):
@@ -99,10 +96,10 @@ def from_record(record: Any) -> Any:
     return cls(**values)
 
 
-def is_removed(record: Mapping[str, Any], name: str) -> bool:
-    """Whether a record's field is one of REMOVED_FIELDS and has the value that turned it off."""
-    removed = REMOVED_FIELDS.get(record["class"], {})
-    return name in removed and record[name] == removed[name]
+def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields in a record of a class, but those of REMOVED_FIELDS that are turned off."""
+    off = REMOVED_FIELDS.get(record["class"], {}).items()
+    return {k: v for k, v in record.items() if k != "class" and (k, v) not in off}
 
 
 def untracked(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,15 +140,11 @@ def find_class(name: str) -> type:
 
 
 def flatten(record: Any, prefix: str = "") -> dict[str, Any]:
-    """A record as {dotted field: value}, with a class under its own field's name.
-
-    Fields that ``is_removed`` holds for are left out.
-    """
+    """A record as {dotted field: value}, with a class under its own field's name."""
     if isinstance(record, Mapping) and "class" in record:
         flat = {prefix: record["class"].partition(":")[2]} if prefix else {}
-        for name, value in record.items():
-            if name != "class" and not is_removed(record, name):
-                flat |= flatten(value, f"{prefix}.{name}" if prefix else name)
+        for name, value in fields_of(record).items():
+            flat |= flatten(value, f"{prefix}.{name}" if prefix else name)
         return flat
     if isinstance(record, Mapping):
         record = record["class_itself"].partition(":")[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,10 +23,11 @@ from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.records.configs import MOVED_CLASSES, class_name, from_record
 from flax_resnet.records.files import reason
 from flax_resnet.weights import keras_names, torch_names
-from flax_resnet.weights.naming import METADATA_KEY, naming_of
 from flax_resnet.weights.pretrained import Pretrained, Variables
 from flax_resnet.weights.readers.tensors import TensorFile, read_tensors
 
+METADATA_KEY = "flax_resnet"
+"""Key of the metadata in which ``write_weights`` describes the network."""
 _MODULES = [c for c in vars(models).values() if isinstance(c, type) and issubclass(c, nn.Module)]
 _MOVED = [new for old, new in MOVED_CLASSES.items() if old.startswith("flax_resnet.models.")]
 _CLASSES = {*map(class_name, (*_MODULES, Preprocessing, Decoder)), *_MOVED}
@@ -115,6 +117,16 @@ def _built(record: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"a {type(value).__name__} is in the place of another class")
     return value
+
+
+def naming_of(module: nn.Module, keras: bool = False) -> models.Naming:
+    """How files name and lay out a network's variables; one that is no ResNet has its own names."""
+    if not isinstance(module, ResNet):
+        return models.Naming(".".join)
+    if keras:
+        return models.Naming(functools.partial(keras_names.keras_name, module))
+    name = functools.partial(torch_names.torch_name, module)
+    return models.Naming(name, torch_names.from_torch, torch_names.to_torch)
 
 
 def _fit(

@@ -18,8 +18,8 @@ from flax_resnet.preprocess import Preprocessing
 from flax_resnet.records.configs import to_record
 from flax_resnet.records.files import os_error_as_one_line, replacing
 from flax_resnet.weights import keras_names
-from flax_resnet.weights.naming import METADATA_KEY, naming_of
 from flax_resnet.weights.pretrained import Variables, image_shape
+from flax_resnet.weights.reading import METADATA_KEY, naming_of
 
 
 def write_weights(
