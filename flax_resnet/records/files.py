@@ -53,12 +53,12 @@ def replacing_tree(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def os_error_as_one_line(path: Path) -> Iterator[None]:
-    """Turns an OSError into a UserError: ``path`` cannot be written, without a partial's name."""
+def os_error_as_one_line(place: str | Path) -> Iterator[None]:
+    """Turns an OSError into a UserError that says that ``place`` cannot be written, and why."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{place} cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

@@ -29,9 +29,9 @@ from flax_resnet.weights.readers.tensors import TensorFile, read_tensors
 METADATA_KEY = "flax_resnet"
 """Key of the metadata in which ``write_weights`` describes the network."""
 _MODULES = [c for c in vars(models).values() if isinstance(c, type) and issubclass(c, nn.Module)]
-_MOVED = [new for old, new in MOVED_CLASSES.items() if old.startswith("flax_resnet.models.")]
+_MOVED = {today for old, today in MOVED_CLASSES.items() if old.startswith("flax_resnet.models.")}
 _CLASSES = {*map(class_name, (*_MODULES, Preprocessing, Decoder)), *_MOVED}
-"""The classes that the description in a weight file may name."""
+"""Today's names of the classes that the description in a weight file may name."""
 
 
 def open_file(path: str | Path, **fields: Any) -> Pretrained:
