@@ -16,8 +16,8 @@ with 1.25 million (Training Very Deep Networks, table 2); other networks than th
 import dataclasses
 
 from experiments import cifar10_resnet
+from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
-from flax_resnet.main import main
 from flax_resnet.models import highway_net
 
 

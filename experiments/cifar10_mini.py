@@ -11,9 +11,9 @@ Published: none.
 """
 
 from flax_resnet.augment import Augment
+from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
-from flax_resnet.main import main
 from flax_resnet.models import MiniModel
 from flax_resnet.optim import Adam
 

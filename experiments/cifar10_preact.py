@@ -15,8 +15,8 @@ Published: test error, median of 5 runs: 110 layers 6.37, 164 layers 5.46, 1001 
 import dataclasses
 
 from experiments import cifar10_resnet
+from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
-from flax_resnet.main import main
 from flax_resnet.models import cifar_preact
 
 

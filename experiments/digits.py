@@ -11,8 +11,8 @@ Published: none.
 """
 
 from flax_resnet import recipes
+from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
-from flax_resnet.main import main
 
 
 def get_config() -> TrainConfig:

@@ -33,11 +33,12 @@ from flax import linen as nn
 from experiments import study_figures
 from experiments.benchmarks.driver import note
 from experiments.study_figures import Group
-from flax_resnet import flags, metrics, tables
-from flax_resnet.classify import flag
+from flax_resnet import metrics, tables
+from flax_resnet.cli import flags
+from flax_resnet.cli.experiment import one_line_errors
+from flax_resnet.cli.flags import flag
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range, did_you_mean
 from flax_resnet.inspection import PARTS, Session, open_run, read_record, variants
-from flax_resnet.main import one_line_errors
 from flax_resnet.models import network_name
 from flax_resnet.records.configs import flatten, varying_fields
 from flax_resnet.summary import summarize

@@ -23,10 +23,10 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import gradient_flow, table
-from flax_resnet import flags
+from flax_resnet.cli import flags
+from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.config import TrainConfig, free_fields, write_json
 from flax_resnet.errors import UserError
-from flax_resnet.main import one_line_errors
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import replacing
 

@@ -1,6 +1,6 @@
 """``python -m flax_resnet``."""
 
-from flax_resnet.command import command
+from flax_resnet.cli.app import command
 
 if __name__ == "__main__":
     command()

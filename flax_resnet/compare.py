@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from flax_resnet import metrics, tables
-from flax_resnet.classify import flag, writing
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import read_record, variants
 from flax_resnet.records.configs import flatten, varying_fields
@@ -75,30 +71,3 @@ def _latest(workdir: Path) -> str:
     logged = metrics.read_metrics(workdir)
     at = f"at step {logged[-1]['step']}" if logged else "before its first log line"
     return f"{workdir} is not finished: {at}\n"
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Sets runs side by side: the fields of the config in which they differ, and their results,
-    of several seeds mean and deviation.
-
-    Examples:
-      flax-resnet compare runs/digits runs/adamw
-      flax-resnet compare runs/ablations/depth --output depth.md
-    """
-
-    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], flag("RUN [RUN ...]")] = ()
-    """Working directories of runs, or directories that hold seed0, seed1, ... or variants."""
-    output: Annotated[str | None, flag("FILE.md")] = None
-    """Write to this file, whole or not at all, instead of the standard output."""
-
-    def __post_init__(self) -> None:
-        if not self.runs:
-            raise UserError("no runs are given: expected two or more working directories")
-
-
-def main(settings: Settings) -> None:
-    """``flax-resnet compare``."""
-    text = compare(settings.runs)
-    with writing(settings.output) as file:
-        file.write(text)

@@ -6,32 +6,27 @@ Runs on one device, the first.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import json
 import math
 import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import linen as nn
 
-from flax_resnet import metrics, tables
+from flax_resnet import metrics
 from flax_resnet.augment import normalize
-from flax_resnet.classify import Classifier, WeightFlags, flag, not_finite, padded, writing
+from flax_resnet.classify import Classifier, not_finite, padded
 from flax_resnet.data import DataConfig, open_sources
 from flax_resnet.datasets.rows import decode_chunks
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.inspection.run import read_record
 from flax_resnet.views import Views, averaged_logits
-from flax_resnet.weights import Pretrained, is_path
+from flax_resnet.weights import Pretrained
 from flax_resnet.weights.imagenet_classes import imagenet_classes, imagenet_ids
 
 CROPS = 10
@@ -171,105 +166,3 @@ def class_order(
     if odd or len(place) != len(data):
         return np.arange(len(data), dtype=np.int32)
     return np.array([place[name] for name in data], np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Where:
-    """Where the images are."""
-
-    name: Annotated[str | None, flag("NAME")] = None
-    """A tfds image-classification set: "imagenet2012", "cifar10", "NAME:VERSION". Weights that are
-    a run's working directory need none: its own data are taken, as it evaluated on them."""
-    data_dir: Annotated[str | None, flag("DIR", "$TFDS_DATA_DIR or ~/tensorflow_datasets")] = None
-    """Directory that holds NAME/VERSION."""
-    folder: Annotated[str | None, flag("DIR")] = None
-    """A folder instead: all images of DIR/CLASS/..., or, next to DIR/train, those of DIR/val."""
-    train_split: Annotated[str | None, flag("SPLIT", DataConfig.train_split)] = None
-    """Of a folder: the sub-folder next to which that of --data.eval-split is one."""
-    eval_split: Annotated[str | None, flag("SPLIT", DataConfig.eval_split)] = None
-    """Split to evaluate; next to a folder's train, val and the like are found too."""
-    holdout_every: Annotated[int | None, flag("N")] = None
-    """Of DIR/CLASS/... only one image in N of each class: what training on it holds out."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings(WeightFlags):
-    """Measures weights on a data set or a folder: top-1, top-5, mean loss, expected calibration
-    error (Guo et al. 2017) and Brier score.
-
-    The images are decoded as the weights want it. Classes of the same names in another order
-    are matched by name, WordNet's ids with ImageNet's classes. One device is used. Of a run,
-    --size, --resize and --interpolation take the place of how its data were decoded; where no
-    data are named, those that it was evaluated on are taken, and its --tta.
-
-    Examples:
-      flax-resnet evaluate --weights runs/digits
-      flax-resnet evaluate --model resnet50 --data.folder PHOTOS --tta flip --output result.json
-    """
-
-    data: Where = Where()
-    batch_size: int = 64
-    """Images, or crops, in one step of the device."""
-    ten_crop: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
-    """Average the probabilities of the corners and the centre, each also mirrored."""
-    tta: Annotated[
-        Views | None, flag("{none,flip,flip_shift}", "none; of a run on its own data, the run's")
-    ] = None
-    """Average the logits of an image and its mirror image, and of both shifted by a pixel."""
-    limit: Annotated[int | None, flag("N", "all")] = None
-    """Evaluate N examples, evenly spread."""
-    output: Annotated[str | None, flag("FILE.json")] = None
-    """Write the numbers to this file too."""
-
-    def asked(self) -> tuple[DataConfig, dict[str, Any]]:
-        """(the data, ``tta`` and ``holdout`` of ``evaluate``): those given, else the run's own.
-
-        Raises:
-          UserError: nothing says what images, or the record of the run cannot be read.
-        """
-        given = {name: v for name, v in dataclasses.asdict(self.data).items() if v is not None}
-        config, holdout = DataConfig(), self.data.holdout_every is not None
-        tta: Views = self.tta or "none"
-        named, run = {"name", "folder"} & given.keys(), Path(self.weights).expanduser()
-        if len(named) == 2 or not (named or (is_path(self.weights) and run.is_dir())):
-            raise UserError(
-                "expected one of --data.name NAME and --data.folder DIR: what images (weights that "
-                "are a run's working directory need neither)"
-            )
-        if not named:
-            try:
-                recorded = read_record(run)[0]
-            except UserError as error:
-                advice = "or give --data.name NAME or --data.folder DIR"
-                raise UserError(f"{error}; {advice}") from None
-            config = recorded.data
-            # With sub-folders for its splits a folder has nothing to hold out.
-            holdout = config.folder is not None
-            tta = self.tta or ("none" if self.ten_crop else recorded.tta)
-        return dataclasses.replace(config, **given), {"tta": tta, "holdout": holdout}
-
-
-def main(settings: Settings) -> None:
-    """``python -m flax_resnet evaluate``."""
-    config, how = settings.asked()
-    opened = settings.open(settings.weights)
-    with contextlib.ExitStack() as stack:  # a file that cannot be written is said at once
-        file = settings.output and stack.enter_context(writing(settings.output))
-        numbers = evaluate(
-            opened,
-            config,
-            batch_size=settings.batch_size,
-            ten_crop=settings.ten_crop,
-            limit=settings.limit,
-            **how,
-        )
-        if file:
-            asked = {**dataclasses.asdict(settings), "tta": how["tta"]}
-            unused = {"name": config.folder is not None, "holdout_every": not how["holdout"]}
-            asked["data"] = {
-                name: None if unused.get(name) else getattr(config, name) for name in asked["data"]
-            }
-            print(json.dumps({**asked, **numbers}, indent=2), file=file)
-    split = "" if config.folder else f" {config.eval_split}"
-    about = {"weights": settings.weights, "data": f"{config.title}{split}"}
-    tables.show(opened.name, [*about.items(), *tables.result_rows(numbers).items()])

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import functools
 import html
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from flax_resnet import figures, metrics, tables
-from flax_resnet.classify import flag, writing
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import PARTS, Part, Session, open_run, read_record
 from flax_resnet.inspection.run import Which
@@ -145,40 +140,3 @@ def _table(rows: Mapping[str, Any]) -> str:
     cells = ((html.escape(name), html.escape(str(value))) for name, value in rows.items())
     lines = (f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in cells)
     return "\n".join(["<table>", *lines, "</table>"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Writes one HTML file with a run's result, config and environment, its curves, confusion
-    matrix and reliability diagram, its worst-classified examples, filters, feature maps,
-    Grad-CAM, an embedding of its features, and augmented training images. It needs no network
-    to open.
-
-    Examples:
-      flax-resnet report runs/digits
-      flax-resnet report runs/digits --images PHOTOS --lr-finder --output digits.html
-    """
-
-    workdir: Annotated[tyro.conf.Positional[str], flag("WORKDIR")]
-    """A run's working directory."""
-    output: Annotated[str | None, flag("FILE.html", "WORKDIR/report.html")] = None
-    """The file to write, whole or not at all."""
-    checkpoint: Which = "best"
-    """Look at the best checkpoint by evaluation top-1, or at the latest."""
-    images: Annotated[tuple[str, ...], flag("PATH [PATH ...]", "the evaluation split's")] = ()
-    """Images, or folders of them, of any size, for feature maps and Grad-CAM."""
-    lr_finder: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
-    """Run the learning-rate finder too, which trains for up to 100 steps."""
-    seed: int = 0
-    """Of t-SNE."""
-
-
-def main(settings: Settings) -> None:
-    """``python -m flax_resnet report``."""
-    read_record(settings.workdir)  # before the output is opened
-    options = dataclasses.asdict(settings)
-    workdir, output = options.pop("workdir"), options.pop("output")
-    output = output or str(Path(workdir) / "report.html")
-    with writing(output) as file:
-        file.write(report(workdir, say=lambda line: print(line, file=sys.stderr), **options))
-    print(f"report: {output}")

@@ -108,7 +108,7 @@ def call(capsys):
     """Runs a command line in this process: (exit status, stdout, stderr)."""
 
     def call(*arguments):
-        from flax_resnet.command import command
+        from flax_resnet.cli.app import command
 
         capsys.readouterr()
         try:

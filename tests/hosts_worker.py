@@ -12,8 +12,8 @@ import tyro
 from jax.experimental import multihost_utils
 
 from flax_resnet import hosts, watch
+from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.errors import UserError
-from flax_resnet.main import one_line_errors
 
 
 def work(what: str, who: int) -> None:

@@ -7,7 +7,7 @@ import pkgutil
 import pytest
 
 from experiments import ablations
-from flax_resnet import flags
+from flax_resnet.cli import flags
 from flax_resnet.config import TrainConfig
 from flax_resnet.records.configs import flatten, to_record
 

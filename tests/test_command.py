@@ -11,7 +11,8 @@ from helpers import assert_one_line_error
 from PIL import Image
 
 import flax_resnet
-from flax_resnet import command, flags, recipes
+from flax_resnet import recipes
+from flax_resnet.cli import app, flags, train
 from flax_resnet.data import DataConfig
 from flax_resnet.records.configs import from_record
 
@@ -32,14 +33,14 @@ def here(tmp_path, monkeypatch, digits_dir):
 def test_the_overview_has_every_command(call):
     code, out, err = call("--help")
     assert (code, err) == (0, "")
-    for name, tool in command.TOOLS.items():
+    for name, tool in app.TOOLS.items():
         assert f"  {name} " in out
         assert tool.what in out
     assert call() == (0, out, "")
     assert call("--version") == (0, f"flax_resnet {flax_resnet.__version__}\n", "")
 
 
-@pytest.mark.parametrize("name", command.TOOLS)
+@pytest.mark.parametrize("name", app.TOOLS)
 def test_what_help_shows_as_examples_parses(name, call, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     code, out, err = call(name, "--help")
@@ -52,11 +53,11 @@ def test_what_help_shows_as_examples_parses(name, call, monkeypatch):
     assert found
     for example in found:
         argv = shlex.split(example)
-        if name in command.MAKES:
+        if name in train.MAKES:
             config = recipes.finetuning(DataConfig(), 5) if name == "finetune" else recipes.digits()
             assert flags.parse(config, "w", argv[1:]).config
         else:
-            assert flags.cli(command.TOOLS[name].settings, argv, "", None)
+            assert flags.cli(app.TOOLS[name].settings, argv, "", None)
 
 
 def test_training_the_digits_and_predicting(call, here, rng):
@@ -148,8 +149,8 @@ def test_flags_that_decide_the_first_config_are_read_before_the_others(call, her
         asked.append(given)
         return recipes.digits()
 
-    monkeypatch.setitem(command.MAKES, "train", ("", recipe))
-    monkeypatch.setattr(command, "start", lambda *chosen, **options: None)
+    monkeypatch.setitem(train.MAKES, "train", ("", recipe))
+    monkeypatch.setattr(app, "start", lambda *chosen, **options: None)
     words = ("--data.data_dir=a", "--num-steps", "2", "--weights", "w", "--model", "resnet20")
     assert call("train", "digits", *words) == (0, "", "")
     assert asked == [recipes.Given("a", "w", "resnet20")]
@@ -169,7 +170,7 @@ printf '%s\\n' ${{#COMPREPLY[@]}} ${{COMPREPLY[@]}}"""
         assert int(count) == len(found)
         return set(found)
 
-    assert proposed("") == {*command.TOOLS, "-h", "--help"}
+    assert proposed("") == {*app.TOOLS, "-h", "--help"}
     assert proposed("pred") == {"predict"}
     flags_of = proposed("train", "digits", "--optimizer.")
     assert {"--optimizer.momentum", "--optimizer.stage-decay"} <= flags_of

@@ -12,7 +12,8 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from test_train import saved
 
 from experiments import digits
-from flax_resnet import command, compilation, distributed, figures, main, metrics
+from flax_resnet import compilation, distributed, figures, metrics
+from flax_resnet.cli import app, experiment
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.train import train_and_evaluate
@@ -139,18 +140,18 @@ def test_what_comes_from_the_cache_still_takes_its_argument_over(fresh, mesh):
 
 def test_the_commands_use_it_and_nothing_else_does(monkeypatch, tmp_path, digits_dir):
     used = []
-    monkeypatch.setattr(main, "use_cache", lambda: used.append(True))
-    monkeypatch.setattr(main, "train_and_evaluate", lambda *_: {"best_step": 1})
-    monkeypatch.setattr(main, "sweep", lambda *_, **__: [])
+    monkeypatch.setattr(experiment, "use_cache", lambda: used.append(True))
+    monkeypatch.setattr(experiment, "train_and_evaluate", lambda *_: {"best_step": 1})
+    monkeypatch.setattr(experiment, "sweep", lambda *_, **__: [])
     argv = ["--workdir", str(tmp_path)]
-    main.main(digits.get_config, "w", argv)
-    main.ablate(digits.get_config, lambda *_: {}, "w", argv)
-    monkeypatch.setattr(command, "use_cache", lambda: used.append(True))
+    experiment.main(digits.get_config, "w", argv)
+    experiment.ablate(digits.get_config, lambda *_: {}, "w", argv)
+    monkeypatch.setattr(app, "use_cache", lambda: used.append(True))
     assert len(used) == 2
-    command.command(["names"])
+    app.command(["names"])
     assert len(used) == 3
     with pytest.raises(SystemExit):
-        command.command(["names", "--no-such-flag"])
+        app.command(["names", "--no-such-flag"])
     with pytest.raises(SystemExit):
-        main.main(digits.get_config, "w", ["--no-such-flag"])
+        experiment.main(digits.get_config, "w", ["--no-such-flag"])
     assert len(used) == 3

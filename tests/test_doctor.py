@@ -9,7 +9,7 @@ import pytest
 from helpers import assert_one_line_error
 
 import flax_resnet
-from flax_resnet import doctor
+from flax_resnet.cli import doctor
 
 
 def by_topic(data_dir=None):

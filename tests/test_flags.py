@@ -3,9 +3,9 @@ from typing import Literal
 
 import pytest
 
+from flax_resnet.cli.flags import arguments, parse
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
-from flax_resnet.flags import arguments, parse
 from flax_resnet.models import (
     BasicBlock,
     MiniModel,

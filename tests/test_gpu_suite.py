@@ -9,7 +9,7 @@ from helpers import line_of_bad_input
 from experiments.benchmarks import peers, steps
 from experiments.launch import gpu_suite, pieces
 from experiments.launch.gpu_suite import PARTS, Settings
-from flax_resnet import flags
+from flax_resnet.cli import flags
 from flax_resnet.errors import UserError
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from experiments import imagenet_resnet
-from flax_resnet import main
+from flax_resnet.cli import experiment
 from flax_resnet.errors import UserError
 from flax_resnet.hosts import Hosts, find
 from flax_resnet.preemption import EXIT_PREEMPTED
@@ -28,7 +28,7 @@ EXIT_BAD_INPUT = UserError.status
 def flags_of(words):
     """What a command line from -m on asks for; its flags are parsed."""
     assert words[:2] == ["-m", "experiments.imagenet_resnet"]
-    return main.chosen_by(imagenet_resnet.get_config, "runs", words[2:])
+    return experiment.chosen_by(imagenet_resnet.get_config, "runs", words[2:])
 
 
 @pytest.mark.parametrize("script", [SBATCH, TPU])

@@ -65,10 +65,11 @@ def test_only_the_top_sees_the_whole_config():
         "together",
         "grids",
         "sweeps",
-        "flags",
-        "main",
         "recipes",
-        "command",
+        "cli.flags",
+        "cli.experiment",
+        "cli.train",
+        "cli.app",
     }
 
 

@@ -9,7 +9,7 @@ from helpers import assert_one_line_error
 
 from experiments import digits
 from flax_resnet import metrics
-from flax_resnet.main import main
+from flax_resnet.cli.experiment import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 

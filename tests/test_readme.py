@@ -7,7 +7,8 @@ import re
 import pytest
 
 import flax_resnet
-from flax_resnet import command, flags, main, models, recipes
+from flax_resnet import models, recipes
+from flax_resnet.cli import app, experiment, flags
 from flax_resnet.data import DataConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -25,7 +26,7 @@ COMMANDS = [run for run in RUNS if hasattr(module(run[0]), "get_config")]
 
 def parse(name, arguments):
     argv = re.sub(r"\bS\b", "2", arguments).split()
-    return main.chosen_by(module(name).get_config, f"runs/{name}", argv)
+    return experiment.chosen_by(module(name).get_config, f"runs/{name}", argv)
 
 
 @pytest.mark.parametrize(("name", "arguments"), COMMANDS)
@@ -47,12 +48,12 @@ RECIPES = {"train": recipes.digits(), "finetune": recipes.finetuning(DataConfig(
 
 def test_every_tool_in_the_readme_parses():
     wanted = {"train", "finetune", "predict", "report", "compare", "export", "push", "serve"}
-    assert wanted <= {name for name, _ in TOOLS} <= command.TOOLS.keys()
+    assert wanted <= {name for name, _ in TOOLS} <= app.TOOLS.keys()
     for name, arguments in TOOLS:
         if name in RECIPES:
             assert flags.parse(RECIPES[name], "runs/x", arguments.split()[1:])
         else:
-            flags.cli(command.TOOLS[name].settings, arguments.split(), "", None)
+            flags.cli(app.TOOLS[name].settings, arguments.split(), "", None)
 
 
 def test_every_link_in_the_readme_is_to_a_file_that_is_there():

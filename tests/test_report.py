@@ -12,6 +12,7 @@ from inspection_helpers import tiny_config, tiny_run
 from PIL import Image
 
 from flax_resnet import report
+from flax_resnet.cli import reports
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import PARTS, RateSearch, embed, lr_finder
 from flax_resnet.models import cifar_resnet
@@ -122,7 +123,7 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path):
 
 def test_command_writes_the_file_whole(call, workdir, tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr(report, "report", lambda path, **options: asked.update(options) or "page\n")
+    monkeypatch.setattr(reports, "report", lambda _, **options: asked.update(options) or "page\n")
     code, out, _ = call("report", workdir, "--checkpoint", "latest", "--images", "a.png", "b")
     assert (code, out) == (0, f"report: {workdir / 'report.html'}\n")
     assert (workdir / "report.html").read_text() == "page\n"

@@ -14,8 +14,8 @@ from test_train import saved
 
 from experiments import cifar10_speedrun
 from experiments.speedrun import SpeedNet, SpeedSGD, Triangle
-from flax_resnet import flags
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
+from flax_resnet.cli import flags
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.optim import SGD, decoupled

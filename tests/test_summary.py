@@ -3,7 +3,7 @@ import pytest
 from helpers import assert_one_line_error, tiny_resnet
 
 from flax_resnet import summary
-from flax_resnet.command import command
+from flax_resnet.cli.app import command
 from flax_resnet.models import BottleneckBlock, create
 
 TINY = tiny_resnet(stage_sizes=(1, 2), num_filters=4)

@@ -19,11 +19,11 @@ from helpers import QUICK, tiny_resnet
 import flax_resnet
 from flax_resnet import metrics, tracking
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
+from flax_resnet.cli.flags import parse
 from flax_resnet.config import TrainConfig, differences, write_record
 from flax_resnet.data import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
-from flax_resnet.flags import parse
 from flax_resnet.inspection.run import read_record
 from flax_resnet.optim import Adam
 from flax_resnet.preemption import Preempted
@@ -355,12 +355,13 @@ def test_wandb_offline_has_a_stopped_run_as_one(config, tmp_path):
 
 COMMAND = """
 from helpers import tiny_resnet
-from flax_resnet import DataConfig, MLflow, TrainConfig, Wandb, main
+from flax_resnet import DataConfig, MLflow, TrainConfig, Wandb
+from flax_resnet.cli import experiment
 def get_config():
     return TrainConfig(
         model=tiny_resnet(), data=DataConfig(data_dir={data!r}), batch_size=360,
         num_steps=4, log_every_steps=1, tracking={tracking})
-main.main(get_config, {workdir!r}, [])
+experiment.main(get_config, {workdir!r}, [])
 """
 
 

@@ -13,7 +13,7 @@ import pytest
 from experiments import results
 from experiments.launch import pieces, tutorials
 from experiments.launch.tutorials import STUDIES, Settings, command
-from flax_resnet import flags
+from flax_resnet.cli import flags
 from flax_resnet.errors import UserError
 
 

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import cifar10_resnet
+from flax_resnet.cli.experiment import ablate
 from flax_resnet.config import TrainConfig
 from flax_resnet.grids import grid
-from flax_resnet.main import ablate
 from flax_resnet.models import cifar_resnet
 from flax_resnet.models.blocks import Connection
 

@@ -17,9 +17,9 @@ Published: none of these networks.
 import dataclasses
 
 from experiments import cifar10_highway
+from flax_resnet.cli.experiment import ablate
 from flax_resnet.config import TrainConfig
 from flax_resnet.grids import grid
-from flax_resnet.main import ablate
 
 BASELINE = "gate_bias=-2.0,learning_rate=0.1"
 

@@ -32,10 +32,10 @@ from typing import Any
 
 from experiments.benchmarks.driver import check_names
 from experiments.launch import pieces
-from flax_resnet import flags
+from flax_resnet.cli import flags
+from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.config import write_json
 from flax_resnet.errors import UserError
-from flax_resnet.main import one_line_errors
 from flax_resnet.records.provenance import git_state
 
 Rows = Sequence[Mapping[str, Any]]

@@ -27,10 +27,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from flax_resnet import flags
+from flax_resnet.cli import flags
+from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.errors import POSITIVE, UserError, check_range
 from flax_resnet.hosts import OURS, visible_gpus
-from flax_resnet.main import one_line_errors
 from flax_resnet.preemption import EXIT_PREEMPTED
 
 POLL_SECONDS = 0.05

@@ -28,9 +28,9 @@ from pathlib import Path
 from experiments import results
 from experiments.benchmarks.driver import check_names
 from experiments.launch import pieces
-from flax_resnet import flags
+from flax_resnet.cli import flags
+from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.errors import check_range
-from flax_resnet.main import one_line_errors
 
 ON_CPU = {"JAX_PLATFORMS": "cpu"}
 """Writing a record is no work for the accelerator."""

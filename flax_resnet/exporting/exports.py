@@ -19,7 +19,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_resnet import cpu
 from flax_resnet.augment import normalize
 from flax_resnet.classify import Classifier, not_finite, open_network
-from flax_resnet.convert import convert
 from flax_resnet.datasets.decode import DECODE_ERRORS, PIL_MODES
 from flax_resnet.datasets.sources import unreadable
 from flax_resnet.errors import UserError, check_range
@@ -30,6 +29,7 @@ from flax_resnet.preprocess import Preprocessing
 from flax_resnet.records.configs import to_record
 from flax_resnet.records.files import os_error_as_one_line, replacing_tree
 from flax_resnet.weights import Pretrained, open_weights
+from flax_resnet.weights.writing import write_weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 Run = Callable[[np.ndarray], Any]
@@ -139,6 +139,14 @@ def export(
             _write_about(partial, {**run.about, "check": measured})
         size = sum(path.stat().st_size for path in (partial, *partial.glob("*")) if path.is_file())
     return Exported(dest, kind, size, opened.name, largest, len(pixels))
+
+
+def convert(opened: Pretrained, dest: str | Path) -> str:
+    """``write_weights`` of an opened network; returns a line that says what was written."""
+    about = {n: getattr(opened, n) for n in ("preprocessing", "class_names", "input_shape")}
+    write_weights(dest, opened.module, opened.variables, **about)
+    parameters = sum(x.size for x in jax.tree.leaves(opened.variables["params"]))
+    return f"{opened.name}, {parameters:,} parameters, written to {dest}"
 
 
 def _write(

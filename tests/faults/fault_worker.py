@@ -4,9 +4,11 @@ import os
 import pathlib
 import sys
 
-# A process is forked from one that has imported all this, so that fifty start in little time.
-from flax_resnet import augment, config, data, main, models, optim, watch
+from flax_resnet import augment, config, data, models, optim, watch
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
+from flax_resnet.cli import experiment
+
+# A process is forked from one that has imported all this, so that fifty start in little time.
 
 PHASES = ["starting", watch.WAITING, watch.STEP, watch.EVALUATING, watch.SAVING]
 
@@ -53,7 +55,7 @@ def train(
 
     watch.Watch.at = telling
     sys.argv = ["worker"]
-    main.main(get_config, workdir, [*flags])
+    experiment.main(get_config, workdir, [*flags])
 
 
 def newest(workdir: pathlib.Path) -> int:
@@ -64,4 +66,4 @@ def newest(workdir: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    main.main(get_config, "runs/faults")
+    experiment.main(get_config, "runs/faults")

@@ -2,7 +2,7 @@
 
 import fault_worker
 
-from flax_resnet import main
+from flax_resnet.cli import experiment
 from flax_resnet.grids import grid
 
 
@@ -12,4 +12,4 @@ def get_grid(base, seeds):
 
 
 if __name__ == "__main__":
-    main.ablate(fault_worker.get_config, get_grid, "runs/faults")
+    experiment.ablate(fault_worker.get_config, get_grid, "runs/faults")

@@ -18,7 +18,7 @@ HERE = pathlib.Path(__file__).parent
 TRAIN = """
 import sys, fault_worker
 sys.argv[1:], sys.argv[0] = [], "worker"
-fault_worker.main.main(fault_worker.get_config, {workdir!r}, {flags!r})
+fault_worker.experiment.main(fault_worker.get_config, {workdir!r}, {flags!r})
 """
 
 

@@ -13,11 +13,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 import jax
 
-from flax_resnet.classify import flag
+from flax_resnet.cli.flags import DataDir
 from flax_resnet.datasets import sources
 from flax_resnet.errors import TryAgain
 from flax_resnet.records.provenance import git_state, versions
@@ -38,7 +37,7 @@ def findings(data_dir: str | None = None) -> Iterator[tuple[str, str, str]]:
     """
     git = git_state()
     commit = f", commit {git['commit'][:10]}{' and changes' * git['changed']}" if git else ""
-    yield OK, PACKAGE, f"{versions([PACKAGE])[PACKAGE]} in {Path(__file__).parent}{commit}"
+    yield OK, PACKAGE, f"{versions([PACKAGE])[PACKAGE]} in {Path(__file__).parents[1]}{commit}"
     for line in (jax.print_environment_info(return_string=True) or "").splitlines():
         topic, colon, text = line.partition(": ")
         if colon:
@@ -95,7 +94,7 @@ class Settings:
       flax-resnet doctor --data-dir ~/data
     """
 
-    data_dir: Annotated[str | None, flag("DIR", "$TFDS_DATA_DIR or ~/tensorflow_datasets")] = None
+    data_dir: DataDir = None
     """Directory of tfds sets to look into."""
 
 

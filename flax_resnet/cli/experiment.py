@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_resnet import analysis, distributed, flags, hosts, preemption, tables
+from flax_resnet import analysis, distributed, hosts, preemption, tables
+from flax_resnet.cli import flags
 from flax_resnet.compilation import use_cache
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError

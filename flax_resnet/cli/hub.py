@@ -6,14 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
-from flax_resnet.classify import flag
+from flax_resnet.cli.flags import Positional, Switch, flag
 from flax_resnet.exporting.hub import CARD, pull_from_hub, push_to_hub, write_repository
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Push:
     """Uploads weights to the Hugging Face hub in one commit: model.safetensors, config.json with
     the record and result of a run, and a model card. HF_TOKEN, or what `hf auth login` has saved,
     has to allow it. What a run was started with (command line, config, packages, devices) is
@@ -25,13 +23,13 @@ class Settings:
       flax-resnet push net.safetensors me/net --license cc-by-4.0 --revision trial
     """
 
-    source: Annotated[tyro.conf.Positional[str], flag("SOURCE")]
+    source: Annotated[Positional[str], flag("SOURCE")]
     """A run's working directory (its best checkpoint) or a weight file."""
-    repository: Annotated[tyro.conf.Positional[str], flag("OWNER/NAME")]
+    repository: Annotated[Positional[str], flag("OWNER/NAME")]
     """Repository on the hub; it is made where it is not there."""
     license: Annotated[str, flag("ID")]
     """Of the weights, by the hub's word for it: apache-2.0, mit, cc-by-4.0, ..."""
-    private: Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")] = False
+    private: Switch = False
     """Make a new repository private."""
     revision: Annotated[str | None, flag("BRANCH", "main")] = None
     """Add the commit to this branch, made where it is not there."""
@@ -39,18 +37,16 @@ class Settings:
     """Write the files into this directory and upload nothing; needs no network."""
 
 
-def main(given: Settings) -> None:
+def push(settings: Push) -> None:
     """``flax-resnet push``."""
-    source, repository, license = given.source, given.repository, given.license
-    if given.dry_run is not None:
-        write_repository(source, repository, given.dry_run, license=license)
-        print(f"card: {Path(given.dry_run).expanduser() / CARD}\nnothing was uploaded")
-        return
-    private, revision = given.private, given.revision
-    print(
-        "pushed:",
-        push_to_hub(source, repository, license=license, private=private, revision=revision),
-    )
+    options = dataclasses.asdict(settings)
+    source, repository = options.pop("source"), options.pop("repository")
+    directory = options.pop("dry_run")
+    if directory is not None:
+        write_repository(source, repository, directory, license=settings.license)
+        print(f"card: {Path(directory).expanduser() / CARD}\nnothing was uploaded")
+    else:
+        print("pushed:", push_to_hub(source, repository, **options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +59,12 @@ class Pull:
       flax-resnet predict PHOTO.png --weights digits/model.safetensors
     """
 
-    repository: Annotated[tyro.conf.Positional[str], flag("OWNER/NAME[@REVISION]")]
+    repository: Annotated[Positional[str], flag("OWNER/NAME[@REVISION]")]
     """Repository on the hub, at a branch, a tag or a commit."""
-    dest: Annotated[tyro.conf.Positional[str], flag("DEST")]
+    dest: Annotated[Positional[str], flag("DEST")]
     """Directory to make."""
 
 
-def pull(given: Pull) -> None:
+def pull(settings: Pull) -> None:
     """``flax-resnet pull``."""
-    print(pull_from_hub(given.repository, given.dest))
+    print(pull_from_hub(settings.repository, settings.dest))

@@ -16,12 +16,14 @@ import io
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TextIO, TypeVar
 
 import docstring_parser
 import tyro
 from flax import linen as nn
+from tyro.conf import Positional as Positional
 from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
@@ -35,14 +37,30 @@ from flax_resnet.errors import UserError, check_range, did_you_mean
 from flax_resnet.hosts import Hosts
 from flax_resnet.layers import check_dtype
 from flax_resnet.records.configs import class_name, find_class, module_fields
+from flax_resnet.records.files import replacing
 
+PROG = "flax-resnet"
 Factory = Callable[[], Any]
 Settings = TypeVar("Settings")
 Asked = TypeVar("Asked", "Invocation", "SweepInvocation")
+_parser = functools.partial(
+    argparse.ArgumentParser, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+)
+"""Makes a parser that holds the flags it finds, and leaves all others alone."""
 REGISTRY = ConstructorRegistry()
 """What tyro is told of linen modules and of their block classes."""
 OPTIONS: dict[str, Any] = {"registry": REGISTRY, "config": (tyro.conf.AvoidSubcommands,)}
 """Arguments of tyro.cli for what holds a TrainConfig."""
+
+
+def flag(metavar: str, default: str = "") -> Any:
+    """How --help shows a flag."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=default and f"(default: {default})")
+
+
+Switch = Annotated[tyro.conf.FlagCreatePairsOff[bool], flag("")]
+"""A flag without a value, and without a --no- form."""
+DataDir = Annotated[str | None, flag("DIR", "$TFDS_DATA_DIR or ~/tensorflow_datasets")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +118,6 @@ def arguments(
     given, rest = parser.parse_known_args(argv)
     text = f"Flags of this experiment alone: {'; '.join(helps)}." if helps else ""
     return vars(given), rest, text
-
-
-def _parser() -> argparse.ArgumentParser:
-    """A parser that holds the flags it finds, and leaves all others alone."""
-    return argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
 
 
 def parse(
@@ -276,7 +287,6 @@ def _module_class_rule(info: Any) -> PrimitiveConstructorSpec | None:
     """Flags that name a block class: a name in flax_resnet.models, or MODULE:NAME."""
     if typing.get_origin(info.type) is not type:
         return None
-
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="CLASS",
@@ -286,3 +296,20 @@ def _module_class_rule(info: Any) -> PrimitiveConstructorSpec | None:
         is_instance=lambda value: isinstance(value, type),
         str_from_instance=lambda cls: [class_name(cls)],
     )
+
+
+@contextlib.contextmanager
+def writing(output: str | None) -> Iterator[TextIO]:
+    """The standard output, or a file that is written whole or not at all."""
+    if output is None:
+        yield sys.stdout
+        return
+    path = Path(output).expanduser()
+    if path.is_dir():
+        raise UserError(f"--output {output} is a directory: name a file")
+    try:
+        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        why = error.strerror or error  # not the name of the unfinished file
+        raise UserError(f"--output {output} cannot be written: {why}") from error

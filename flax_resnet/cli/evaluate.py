@@ -1,0 +1,115 @@
+"""``flax-resnet evaluate``: weights measured on a data set or a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from flax_resnet import tables
+from flax_resnet.cli.flags import DataDir, Switch, flag, writing
+from flax_resnet.cli.weight_flags import WeightFlags
+from flax_resnet.data import DataConfig
+from flax_resnet.errors import UserError
+from flax_resnet.evaluate import evaluate
+from flax_resnet.inspection.run import read_record
+from flax_resnet.views import Views
+from flax_resnet.weights.loading import is_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """Where the images are."""
+
+    name: Annotated[str | None, flag("NAME")] = None
+    """A tfds image-classification set: "imagenet2012", "cifar10", "NAME:VERSION". Weights that are
+    a run's working directory need none: its own data are taken, as it evaluated on them."""
+    data_dir: DataDir = None
+    """Directory that holds NAME/VERSION."""
+    folder: Annotated[str | None, flag("DIR")] = None
+    """A folder instead: all images of DIR/CLASS/..., or, next to DIR/train, those of DIR/val."""
+    train_split: Annotated[str | None, flag("SPLIT", DataConfig.train_split)] = None
+    """Of a folder: the sub-folder next to which that of --data.eval-split is one."""
+    eval_split: Annotated[str | None, flag("SPLIT", DataConfig.eval_split)] = None
+    """Split to evaluate; next to a folder's train, val and the like are found too."""
+    holdout_every: Annotated[int | None, flag("N")] = None
+    """Of DIR/CLASS/... only one image in N of each class: what training on it holds out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(WeightFlags):
+    """Measures weights on a data set or a folder: top-1, top-5, mean loss, expected calibration
+    error (Guo et al. 2017) and Brier score.
+
+    The images are decoded as the weights want it. Classes of the same names in another order
+    are matched by name, WordNet's ids with ImageNet's classes. One device is used. Of a run,
+    --size, --resize and --interpolation take the place of how its data were decoded; where no
+    data are named, those that it was evaluated on are taken, and its --tta.
+
+    Examples:
+      flax-resnet evaluate --weights runs/digits
+      flax-resnet evaluate --model resnet50 --data.folder PHOTOS --tta flip --output result.json
+    """
+
+    data: Where = Where()
+    batch_size: int = 64
+    """Images, or crops, in one step of the device."""
+    ten_crop: Switch = False
+    """Average the probabilities of the corners and the centre, each also mirrored."""
+    tta: Annotated[
+        Views | None, flag("{none,flip,flip_shift}", "none; of a run on its own data, the run's")
+    ] = None
+    """Average the logits of an image and its mirror image, and of both shifted by a pixel."""
+    limit: Annotated[int | None, flag("N", "all")] = None
+    """Evaluate N examples, evenly spread."""
+    output: Annotated[str | None, flag("FILE.json")] = None
+    """Write the numbers to this file too."""
+
+    def asked(self) -> tuple[DataConfig, dict[str, Any]]:
+        """The data and the other arguments of ``evaluate``: those given, else the run's own.
+
+        Raises:
+          UserError: nothing says what images, or the record of the run cannot be read.
+        """
+        given = {name: v for name, v in dataclasses.asdict(self.data).items() if v is not None}
+        config, holdout = DataConfig(), self.data.holdout_every is not None
+        tta: Views = self.tta or "none"
+        named, run = {"name", "folder"} & given.keys(), Path(self.weights).expanduser()
+        if len(named) == 2 or not (named or (is_path(self.weights) and run.is_dir())):
+            raise UserError(
+                "expected one of --data.name NAME and --data.folder DIR: what images (weights that "
+                "are a run's working directory need neither)"
+            )
+        if not named:
+            try:
+                recorded = read_record(run)[0]
+            except UserError as error:
+                advice = "or give --data.name NAME or --data.folder DIR"
+                raise UserError(f"{error}; {advice}") from None
+            config = recorded.data
+            # With sub-folders for its splits a folder has nothing to hold out.
+            holdout = config.folder is not None
+            tta = self.tta or ("none" if self.ten_crop else recorded.tta)
+        options = {name: getattr(self, name) for name in ("batch_size", "ten_crop", "limit")}
+        return dataclasses.replace(config, **given), {**options, "tta": tta, "holdout": holdout}
+
+
+def main(settings: Settings) -> None:
+    """``python -m flax_resnet evaluate``."""
+    config, options = settings.asked()
+    opened = settings.open(settings.weights)
+    with contextlib.ExitStack() as stack:  # a file that cannot be written is said at once
+        file = settings.output and stack.enter_context(writing(settings.output))
+        numbers = evaluate(opened, config, **options)
+        if file:
+            asked = {**dataclasses.asdict(settings), "tta": options["tta"]}
+            unused = {"name": config.folder is not None, "holdout_every": not options["holdout"]}
+            asked["data"] = {
+                name: None if unused.get(name) else getattr(config, name) for name in asked["data"]
+            }
+            print(json.dumps({**asked, **numbers}, indent=2), file=file)
+    split = "" if config.folder else f" {config.eval_split}"
+    about = {"weights": settings.weights, "data": f"{config.title}{split}"}
+    tables.show(opened.name, [*about.items(), *tables.result_rows(numbers).items()])
