@@ -14,9 +14,10 @@ import jax
 from jax.sharding import Mesh
 
 from flax_resnet import distributed, tables, views
+from flax_resnet.checks import check_batch
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
-from flax_resnet.setup import check_batch, prepare
+from flax_resnet.setup import prepare
 from flax_resnet.summary import FLOPS_A_MAC, summarize
 
 COLLECTIVE = re.compile(
@@ -87,8 +88,10 @@ def analyze(config: TrainConfig, mesh: Mesh | None = None) -> dict[str, dict[str
     seen, data = views.NUMBER[config.tta], run.data
     sizes, shapes = (config.batch_size, config.eval_batch_size), (data.batch_shape, data.eval_shape)
     return {
-        "train": costs(sizes[0], shapes[0], FLOPS_A_MAC["train"], run.compile_step),
-        "eval": costs(sizes[1], shapes[1], FLOPS_A_MAC["eval"] * seen, run.compile_evaluation),
+        "train": costs(sizes[0], shapes[0], FLOPS_A_MAC["train"], run.programs.compile_step),
+        "eval": costs(
+            sizes[1], shapes[1], FLOPS_A_MAC["eval"] * seen, run.programs.compile_evaluation
+        ),
     }
 
 

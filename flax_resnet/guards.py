@@ -91,13 +91,3 @@ def memory_advice(advice: str) -> Iterator[None]:
         if not any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "ut of memory")):
             raise
         raise UserError(f"out of memory: {advice} ({first[:120]})") from error
-
-
-def step_advice(batch_size: int, accum_steps: int, num_devices: int) -> str:
-    """What helps where a training step takes too much memory; batch_size is that of all devices."""
-    return (
-        f"batch_size={batch_size}, {batch_size // num_devices // accum_steps} images at once on "
-        f"each of {num_devices} devices; set a larger --accum-steps (the same step in smaller "
-        "parts), --model.remat (computes blocks again), --model.dtype bfloat16, --sharding fsdp "
-        "(on several devices) or a smaller --batch-size"
-    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 from flax_resnet.checkpoints.checkpoints import Checkpoints
-from flax_resnet.config import check_same_config
 from flax_resnet.errors import UserError
-from flax_resnet.run import SAVED_FIELDS, Run
+from flax_resnet.run import Progress, Run
+from flax_resnet.workdir import check_same_config
 
 
 def restore(run: Run) -> bool:
@@ -29,8 +30,8 @@ def restore(run: Run) -> bool:
         _check_same(run, meta, f"checkpoint {step} in {checkpoints.directory}")
         arrays, _ = checkpoints.restore(run.state.arrays(), step)
     run.state = run.state.replace(**arrays)
-    for name in SAVED_FIELDS:
-        setattr(run, name, meta.get(name, getattr(run, name)))
+    names = [field.name for field in dataclasses.fields(Progress) if field.name in meta]
+    run.progress = dataclasses.replace(run.progress, **{name: meta[name] for name in names})
     run.resumed_on = meta["ran_on"]
     return True
 
@@ -44,10 +45,10 @@ def check_current(run: Run) -> None:
     reader = Checkpoints(run.config.checkpoint.place(run.workdir), say=lambda line: None)
     with contextlib.closing(reader):
         newest = reader.latest_step() or 0
-    if newest != run.step or (run.workdir / "result.json").exists():
+    if newest != run.progress.step or (run.workdir / "result.json").exists():
         raise UserError(
             f"{run.workdir} has gone on to step {newest} while this one was set up at step "
-            f"{run.step}: another process was at work there; start again"
+            f"{run.progress.step}: another process was at work there; start again"
         )
 
 

@@ -20,15 +20,18 @@ import numpy as np
 
 from flax_resnet import distributed, hosts, metrics, tracking
 from flax_resnet.checkpoints.checkpoints import Checkpoints
-from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
+from flax_resnet.config import TrainConfig, write_json
 from flax_resnet.errors import UserError
+from flax_resnet.initial_state import fitted, measured
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import digest
+from flax_resnet.result import conclude
 from flax_resnet.resume import check_current, restore
 from flax_resnet.run import Run
-from flax_resnet.setup import fitted, measure_statistics, prepare
-from flax_resnet.train import conclude, finished, go
+from flax_resnet.setup import prepare
+from flax_resnet.train import finished, opened_log, train_to_end
 from flax_resnet.watch import COMPILING, RECORDING, SETTING_UP
+from flax_resnet.workdir import check_workdir, claimed
 
 
 class NotTogether(UserError):
@@ -75,10 +78,13 @@ def set_up(
             f"{configs[0].data.title} is streamed, and networks that train together need it on the "
             "device: raise --data.resident-mb, or train them in turn"
         )
-    measure_statistics(run)
-    stats = run.state.normalization
-    starts = (run.start(config.seed).replace(normalization=stats) for config in configs)
-    states = [fitted(run, start).arrays() for start in starts]
+    stats = measured(config, run.data, run.state).normalization
+    states = []
+    for one in configs:
+        start = run.start(one.seed).replace(normalization=stats)
+        state, seconds = fitted(config, run.data, start)
+        states.append(state.arrays())
+        run.progress.start_seconds += seconds
     stacked = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(states))
     run.state = run.state.replace(**distributed.put_batch(run.mesh, stacked))
     run.members = tuple(configs)
@@ -159,8 +165,8 @@ def _train_group(
         for chosen in set(trackings.values()):
             chosen.check()
         run = set_up(list(configs.values()), own, devices)
-        watch.at(COMPILING, run.step)
-        steps = run.compile()
+        watch.at(COMPILING, run.progress.step)
+        programs = run.programs.compile(run.dispatch_lengths)
         for path in open_ones:
             stack.enter_context(claimed(path, configs[path]))
         own.mkdir(parents=True, exist_ok=True)
@@ -169,19 +175,11 @@ def _train_group(
         write_json(own / "members.json", names)
         followers = stack.enter_context(tracking.following(trackings))
         logs = [
-            metrics.RunLog(
-                path,
-                run.step,
-                run.num_steps,
-                lead=path in open_ones,
-                quiet=True,
-                events=configs[path].tracking.events,
-                follower=followers.get(path),
-            )
-            for path in configs
+            opened_log(run, path, config, followers, lead=path in open_ones, quiet=True)
+            for path, config in configs.items()
         ]
-        go(run, *steps, metrics.RunLogs(logs, run.num_steps), watch, stop)
-        watch.at(RECORDING, run.step)
+        train_to_end(run, programs, metrics.RunLogs(logs, run.num_steps), watch, stop)
+        watch.at(RECORDING, run.progress.step)
         for i, path in enumerate(configs):
             if path in open_ones:
                 _leave(run, i, path)
@@ -203,7 +201,7 @@ def _leave(together: Run, index: int, workdir: Path) -> None:
     )
     config = run.config.checkpoint
     with contextlib.closing(Checkpoints(config.place(workdir), config)) as checkpoints:
-        if checkpoints.latest_step() != run.step:  # not killed just here before
-            checkpoints.save(run.step, run.arrays(), run.meta(), run.evaluation)
+        if checkpoints.latest_step() != run.progress.step:  # not killed just here before
+            checkpoints.save(run.progress.step, run.arrays(), run.meta(), run.evaluation)
             checkpoints.wait()
     conclude(run, quiet=True)

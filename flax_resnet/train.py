@@ -1,4 +1,8 @@
-"""The one loop: a config and a workdir in, a trained network and its record out."""
+"""The one loop: a config and a workdir in, a trained network and its record out.
+
+``train_and_evaluate`` sets a run up, compiles its steps and claims its directory;
+``train_to_end`` takes the steps, logs, evaluates and saves; ``conclude`` writes the result.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +19,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import (
-    dispatch,
-    distributed,
-    figures,
-    hosts,
-    metrics,
-    models,
-    profiling,
-    tables,
-    tracking,
-)
+from flax_resnet import distributed, hosts, metrics, profiling, tracking
 from flax_resnet.checkpoints.checkpoints import Checkpoints
-from flax_resnet.config import TrainConfig, check_workdir, claimed, write_json
+from flax_resnet.config import TrainConfig
 from flax_resnet.guards import Diverged, all_finite, check_loss
 from flax_resnet.preemption import Preempted, Signals
 from flax_resnet.records.configs import flatten, to_record
-from flax_resnet.resume import changes, check_current
+from flax_resnet.result import conclude
+from flax_resnet.resume import check_current
 from flax_resnet.run import Run
-from flax_resnet.setup import opening_line, set_up
+from flax_resnet.setup import opening_lines, set_up
+from flax_resnet.step_programs import Compiled, by_step, step_memory, steps_in
 from flax_resnet.watch import (
     COMPILING,
     EVALUATING,
@@ -44,6 +40,7 @@ from flax_resnet.watch import (
     WAITING,
     Watch,
 )
+from flax_resnet.workdir import check_workdir, claimed
 
 # Dispatch is asynchronous: without a bound the host would queue every batch of the run.
 MOST_DISPATCHES_IN_FLIGHT = 2
@@ -77,56 +74,105 @@ def train_and_evaluate(
         goes on. It is a KeyboardInterrupt.
     """
     workdir = Path(workdir).expanduser()
-    with hosts.watching(config.guard.report_after) as watch:
+    with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(hosts.watching(config.guard.report_after))
         watch.at(SETTING_UP, 0)
         record = flatten(to_record(config), "config")
         del record["config.data.data_dir"]  # each host may have its own copy of the data
         hosts.check_alike({**record, "workdir": str(workdir)})
-        return _train(config, workdir, mesh, quiet, stop, watch)
+        check_workdir(workdir, config)
+        lead = distributed.is_lead()
+        # The lead's word: another may not see the file yet, or see it already.
+        if distributed.same_everywhere(finished(workdir) is not None):
+            result = finished(workdir) or {}
+            if result and lead and not quiet:
+                print(
+                    f"{workdir} is finished: {result['step']} steps, top-1 "
+                    f"{100 * result['top1']:.2f} %. Nothing to do; another --workdir trains again."
+                )
+            return result
+        if lead:
+            config.tracking.check()
 
+        # The data, the model, the optimizer and their state, at step 0 or from a checkpoint.
+        run = set_up(config, workdir, distributed.data_mesh() if mesh is None else mesh)
+        watch.at(COMPILING, run.progress.step)
+        programs = run.programs.compile(run.dispatch_lengths)
 
-def _train(
-    config: TrainConfig,
-    workdir: Path,
-    mesh: Mesh | None,
-    quiet: bool,
-    stop: Callable[[], bool] | None,
-    watch: Watch,
-) -> dict[str, Any]:
-    check_workdir(workdir, config)
-    # The lead's word: another may not see the file yet, or see it already.
-    if distributed.same_everywhere(finished(workdir) is not None):
-        result = finished(workdir) or {}
-        if result and not quiet and distributed.is_lead():
-            print(
-                f"{workdir} is finished: {result['step']} steps, top-1 {100 * result['top1']:.2f} "
-                "%. Nothing to do; another --workdir trains again."
-            )
-        return result
-    lead = distributed.is_lead()
-    if lead:
-        config.tracking.check()
-    run = set_up(config, workdir, distributed.data_mesh() if mesh is None else mesh)
-    watch.at(COMPILING, run.step)
-    steps = run.compile()  # what can be wrong has been by now; only then is anything written
-    with claimed(workdir, config):
-        watch.at(SETTING_UP, run.step)
+        # What can be wrong has been by now; only then is anything written.
+        stack.enter_context(claimed(workdir, config))
+        watch.at(SETTING_UP, run.progress.step)
         check_current(run)
         with tracking.following({workdir: config.tracking} if lead else {}) as followers:
-            log = metrics.RunLog(
-                workdir,
-                run.step,
-                run.num_steps,
-                lead=lead,
-                quiet=quiet,
-                events=config.tracking.events,
-                follower=followers.get(workdir),
-            )
-            go(run, *steps, log, watch, stop)
-            watch.at(RECORDING, run.step)
+            log = opened_log(run, workdir, config, followers, lead=lead, quiet=quiet)
+            train_to_end(run, programs, log, watch, stop)
+            watch.at(RECORDING, run.progress.step)
             result = conclude(run, quiet=quiet) if lead else {}
-        distributed.same_everywhere(run.step)  # nobody leaves before the record is whole
+        distributed.same_everywhere(run.progress.step)  # nobody leaves before the record is whole
         return result
+
+
+def train_to_end(
+    run: Run,
+    programs: Compiled,
+    log: metrics.RunLog | metrics.RunLogs,
+    watch: Watch,
+    stop: Callable[[], bool] | None = None,
+) -> None:
+    """Takes a run that is set up and compiled to its end: steps, evaluations and checkpoints.
+
+    Args:
+      run: ends at its last step, evaluated.
+      programs: the run's steps.
+      log: gets the metrics; it is closed.
+      watch: is told what the run is doing.
+      stop: as of ``train_and_evaluate``.
+
+    Raises:
+      Preempted: it was stopped, and saved.
+      UserError: the loss diverged, a checkpoint could not be written, or memory did not suffice.
+    """
+    config, progress = run.config, run.progress
+    with contextlib.ExitStack() as stack:
+        stack.callback(log.close)
+        directory = config.checkpoint.place(run.workdir)
+        checkpoints = Checkpoints(directory, config.checkpoint, progress.step)
+        stack.callback(checkpoints.close)
+        signals = stack.enter_context(Signals(stop))
+        stack.enter_context(step_memory(config, run.mesh))
+        train_step = stack.enter_context(_traced(run, programs.train_step, log))
+        for line in opening_lines(run):
+            log.message(line)
+        log.message(f"compiled in {programs.seconds:.1f} s")
+        stack.enter_context(_last_good_named(checkpoints, run, watch))
+
+        began = time.perf_counter() - progress.seconds - programs.seconds
+        progress.spent["compile"] += programs.seconds
+        loop = _Loop(
+            run, programs.eval_step, checkpoints, log, signals, watch, began, progress.step
+        )
+        loop.finish_what_was_stopped()
+        watch.at(WAITING, progress.step)
+        for batch in loop.timer.waiting(run.dispatches()):
+            watch.at(STEP, progress.step)
+            loop.step(train_step, batch)
+            progress.owes_evaluation = loop.is_due((run.eval_every,))
+            saves = loop.is_due(run.save_every)
+            if saves or progress.step % config.log_every_steps == 0:
+                # Saves end an interval too, so that a resumed run logs what an unbroken one does.
+                loop.log_interval()
+            if signals():
+                loop.save_and_stop()
+            evaluates = progress.owes_evaluation
+            if evaluates:
+                loop.evaluate()
+            if saves:
+                loop.save(loop.scores() if evaluates else None)
+                loop.timer.reset()
+            watch.at(WAITING, progress.step)
+        loop.close_record()
+        watch.at(SAVING, progress.step)
+        checkpoints.wait()
 
 
 def finished(workdir: Path) -> dict[str, Any] | None:
@@ -135,211 +181,151 @@ def finished(workdir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def go(
-    run: Run,
-    step_fn: Callable[..., Any],
-    eval_fn: Callable[..., Any],
-    log: metrics.RunLog | metrics.RunLogs,
-    watch: Watch,
-    stop: Callable[[], bool] | None = None,
-) -> None:
-    """Takes a run that is set up and compiled (``run.compile()``) to its end; closes ``log``.
+def opened_log(
+    run: Run, workdir: Path, config: TrainConfig, followers: Mapping[Path, Any], **options: bool
+) -> metrics.RunLog:
+    """The log of a run in ``workdir``, from the run's step on; ``options`` are RunLog's."""
+    follower, events = followers.get(workdir), config.tracking.events
+    step, num_steps = run.progress.step, run.num_steps
+    return metrics.RunLog(workdir, step, num_steps, events=events, follower=follower, **options)
 
-    Raises:
-      Preempted: it was stopped, and saved.
-      UserError: the loss diverged, a checkpoint could not be written, or memory did not suffice.
-    """
-    config = run.config
-    with contextlib.ExitStack() as stack:
-        stack.callback(log.close)
-        directory = config.checkpoint.place(run.workdir)
-        checkpoints = Checkpoints(directory, config.checkpoint, run.step)
-        stack.callback(checkpoints.close)
-        signals = stack.enter_context(Signals(stop))
-        stack.enter_context(run.step_memory())
-        # The workdir of networks that train together goes when they are finished.
-        profiles = (run.workdir.parent.parent if run.members else run.workdir) / "profile"
-        steps_of = lambda state, batch: dispatch.num_steps(batch)  # noqa: E731
-        tracing = profiling.traced(step_fn, config.profile_steps, profiles, log.message, steps_of)
-        step_fn = stack.enter_context(tracing)
-        log.message(opening_line(run))
-        if changed := changes(run):
-            log.message(changed)
-        if run.group > 1 and set(run.taken) == {1}:
-            log.message(
-                f"steps_per_dispatch={run.group} and never so many steps with nothing logged, "
-                "evaluated or saved between them: each is a dispatch of its own"
-            )
-        log.message(f"compiled in {run.compile_seconds:.1f} s")
-        began = time.perf_counter() - run.seconds - run.compile_seconds
-        try:
-            loop = _Loop(run, step_fn, eval_fn, checkpoints, log, signals, watch, began, run.step)
-            loop.train()
-        except Diverged as error:
-            watch.at(SAVING, run.step)
-            checkpoints.wait()
-            last = checkpoints.latest_step()
-            none = "no checkpoint was saved before"
-            good = none if last is None else f"the last good one is {last}"
-            raise Diverged(
-                f"{error}; checkpoints: {good}, in {checkpoints.directory}. Lower "
-                "--optimizer.learning-rate or set --optimizer.max-grad-norm, in another --workdir"
-            ) from error
-        watch.at(SAVING, run.step)
+
+def _traced(run: Run, train_step: Callable[..., Any], log: metrics.RunLog | metrics.RunLogs) -> Any:
+    """Context of the train step, of which some calls are traced where the config says so."""
+    # The workdir of networks that train together goes when they are finished.
+    profiles = (run.workdir.parent.parent if run.members else run.workdir) / "profile"
+    steps_of = lambda state, batch: steps_in(batch)  # noqa: E731
+    return profiling.traced(train_step, run.config.profile_steps, profiles, log.message, steps_of)
+
+
+@contextlib.contextmanager
+def _last_good_named(checkpoints: Checkpoints, run: Run, watch: Watch) -> Iterator[None]:
+    """Adds the last good checkpoint to the message of a run that diverged."""
+    try:
+        yield
+    except Diverged as error:
+        watch.at(SAVING, run.progress.step)
         checkpoints.wait()
+        last = checkpoints.latest_step()
+        none = "no checkpoint was saved before"
+        good = none if last is None else f"the last good one is {last}"
+        raise Diverged(
+            f"{error}; checkpoints: {good}, in {checkpoints.directory}. Lower "
+            "--optimizer.learning-rate or set --optimizer.max-grad-norm, in another --workdir"
+        ) from error
 
 
 @dataclasses.dataclass
 class _Loop:
-    """Trains from ``run.step`` to the end; evaluates, logs and saves on the way."""
+    """What ``train_to_end`` does with a run: steps, log lines, evaluations and checkpoints."""
 
     run: Run
-    step_fn: Callable[..., Any]
-    eval_fn: Callable[..., Any]
+    eval_step: Callable[..., Any]
     checkpoints: Checkpoints
     log: metrics.RunLog | metrics.RunLogs
     stop: Callable[[], bool]
     watch: Watch
     began: float
     saved: int  # the step of the newest checkpoint, or 0
-    timer: metrics.Timer = dataclasses.field(default_factory=metrics.Timer)
+    timer: metrics.Timer = dataclasses.field(default_factory=metrics.Timer)  # of the log interval
     pending: list[Any] = dataclasses.field(default_factory=list)  # sums not yet logged
 
-    def train(self) -> None:
-        """The loop."""
-        run, config, watch = self.run, self.run.config, self.watch
-        if run.open_interval is not None:
-            self.pending = [{name: np.asarray(x) for name, x in run.open_interval.items()}]
-            run.open_interval = None
-        if run.owes_evaluation:
-            self._evaluate()
-            if self._due(run.save_every):
-                self.checkpoints.rate(run.step, self._scores())
-        watch.at(WAITING, run.step)
-        images = math.prod(run.lead) * config.batch_size
-        for batch in self.timer.waiting(run.dispatches()):
-            watch.at(STEP, run.step)
-            steps = dispatch.num_steps(batch)
-            self.timer.images += steps * images
-            run.state, sums = self.step_fn(run.state, batch)
-            run.step += steps
-            self.pending.append(sums)
-            if len(self.pending) > MOST_DISPATCHES_IN_FLIGHT:
-                jax.block_until_ready(self.pending[-1 - MOST_DISPATCHES_IN_FLIGHT])
-            run.owes_evaluation = self._due((run.eval_every,))
-            saves = self._due(run.save_every)
-            if saves or run.step % config.log_every_steps == 0:
-                # Saves end an interval too, so that a resumed run logs what an unbroken one does.
-                self._log_interval()
-            if self.stop():
-                self._save_and_stop()
-            evaluates = run.owes_evaluation
-            if evaluates:
-                self._evaluate()
-            if saves:
-                self._save(self._scores() if evaluates else None)
-                self.timer.reset()
-            watch.at(WAITING, run.step)
-        if run.confusion is None:  # the last checkpoint was the end, and the record was not written
-            self._evaluate(is_logged=True)
-            run.seconds = time.perf_counter() - self.began
+    def finish_what_was_stopped(self) -> None:
+        """Takes up the log interval and the evaluation that the run was stopped in."""
+        run, progress = self.run, self.run.progress
+        if progress.open_interval is not None:
+            self.pending = [{name: np.asarray(x) for name, x in progress.open_interval.items()}]
+            progress.open_interval = None
+        if progress.owes_evaluation:
+            self.evaluate()
+            if self.is_due(run.save_every):
+                self.checkpoints.rate(progress.step, self.scores())
 
-    def _due(self, every: Sequence[int]) -> bool:
-        step = self.run.step
+    def step(self, train_step: Callable[..., Any], batch: Any) -> None:
+        """Dispatches the steps of a batch or a Group."""
+        run, steps = self.run, steps_in(batch)
+        self.timer.images += steps * math.prod(run.leading_axes) * run.config.batch_size
+        run.state, sums = train_step(run.state, batch)
+        self.run.progress.step += steps
+        self.pending.append(sums)
+        if len(self.pending) > MOST_DISPATCHES_IN_FLIGHT:
+            jax.block_until_ready(self.pending[-1 - MOST_DISPATCHES_IN_FLIGHT])
+
+    def is_due(self, every: Sequence[int]) -> bool:
+        """Whether one of ``every`` divides the step, or the run ends with it."""
+        step = self.run.progress.step
         return step == self.run.num_steps or any(step % n == 0 for n in every)
 
     def _sums(self) -> list[dict[str, Any]]:
-        return dispatch.by_step(self.pending, len(self.run.lead))
+        return by_step(self.pending, len(self.run.leading_axes))
 
-    def _scores(self) -> dict[str, float]:
+    def scores(self) -> dict[str, float]:
+        """Metrics of the last evaluation, of several networks their means."""
         return {name: float(np.mean(value)) for name, value in self.run.evaluation.items()}
 
-    def _log_interval(self) -> None:
-        run, sums = self.run, self._sums()
+    def log_interval(self) -> None:
+        """Logs the training metrics since the last line; raises Diverged by their loss."""
+        run, progress, sums = self.run, self.run.progress, self._sums()
         config, means = run.config, metrics.means(sums)
-        limit = config.guard.limit(config.loss, config.model.num_classes, run.first_loss)
-        check_loss(sums, run.step, limit)
-        if run.first_loss is None:
-            run.first_loss = float(np.nanmax(means["loss"]))
+        limit = config.guard.limit(config.loss, config.model.num_classes, progress.first_loss)
+        check_loss(sums, progress.step, limit)
+        if progress.first_loss is None:
+            progress.first_loss = float(np.nanmax(means["loss"]))
         values = {**means, "learning_rate": run.learning_rate(), **self.timer.summary()}
-        self.log.write("train", run.step, run.epoch, values)
+        self.log.write("train", progress.step, run.epoch, values)
         self.pending.clear()
         self.timer.reset()
 
-    def _evaluate(self, is_logged: bool = False) -> None:
-        run = self.run
+    def evaluate(self, is_logged: bool = False) -> None:
+        """Evaluates the state, and logs it unless that ``is_logged`` already."""
+        run, progress = self.run, self.run.progress
 
         def stop() -> bool:
-            self.watch.at(EVALUATING, run.step)
+            self.watch.at(EVALUATING, progress.step)
             return self.stop()
 
         try:
-            run.evaluate(self.eval_fn, stop)
+            run.evaluate(self.eval_step, stop)
         except Preempted:
-            self._save_and_stop()
-        run.owes_evaluation = False
+            self.save_and_stop()
+        progress.owes_evaluation = False
         if not is_logged:
-            self.log.write("eval", run.step, run.epoch, run.evaluation)
+            self.log.write("eval", progress.step, run.epoch, run.evaluation)
 
-    def _save(self, scores: dict[str, float] | None) -> None:
-        run = self.run
-        self.watch.at(SAVING, run.step)
+    def save(self, scores: dict[str, float] | None) -> None:
+        """Saves a checkpoint, rated by ``scores`` where it has just been evaluated."""
+        run, progress = self.run, self.run.progress
+        self.watch.at(SAVING, progress.step)
         state = jax.block_until_ready(run.state)
         now = time.perf_counter()
         # Not the optimizer's state: the best loss of ReduceOnPlateau begins at infinity.
-        if not run.lead and not all_finite((state.params, state.batch_stats, state.ema)):
+        if not run.leading_axes and not all_finite((state.params, state.batch_stats, state.ema)):
             raise Diverged(
-                f"the run diverged: the parameters are not finite any more at step {run.step}"
+                f"the run diverged: the parameters are not finite any more at step {progress.step}"
             )
-        run.seconds = now - self.began
-        run.train_seconds = run.seconds - sum(run.spent.values())
-        self.checkpoints.save(run.step, run.arrays(), run.meta(), scores)
-        run.spent["save"] += time.perf_counter() - now
-        self.saved = run.step
+        progress.seconds = now - self.began
+        progress.train_seconds = progress.seconds - sum(progress.spent.values())
+        self.checkpoints.save(progress.step, run.arrays(), run.meta(), scores)
+        progress.spent["save"] += time.perf_counter() - now
+        self.saved = progress.step
 
-    def _save_and_stop(self) -> None:
+    def save_and_stop(self) -> None:
         """Saves where the run stands, so that it goes on as if it had not been stopped."""
-        run, sums = self.run, self._sums()
+        progress, sums = self.run.progress, self._sums()
         if sums:
-            check_loss(sums, run.step, math.inf)  # the mean is judged when the interval is whole
-            run.open_interval = {n: np.asarray(x).tolist() for n, x in metrics.totals(sums).items()}
-        if self.saved != run.step:  # it was restored, and has only been evaluating since
-            self._save(None)
+            # The mean is judged when the interval is whole.
+            check_loss(sums, progress.step, math.inf)
+            totals = metrics.totals(sums)
+            progress.open_interval = {name: np.asarray(x).tolist() for name, x in totals.items()}
+        if self.saved != progress.step:  # it was restored, and has only been evaluating since
+            self.save(None)
         self.checkpoints.wait()
-        at = f"stopped at step {run.step} of {run.num_steps}, which is saved"
+        at = f"stopped at step {progress.step} of {self.run.num_steps}, which is saved"
         self.log.message(f"{at}: the same command goes on")
         raise Preempted
 
-
-def conclude(run: Run, *, quiet: bool = False) -> dict[str, Any]:
-    """Draws the figures, prints the closing table, and writes result.json last."""
-    workdir, records = run.workdir, metrics.read_metrics(run.workdir)
-    best = max((r for r in records if r["split"] == "eval"), key=lambda r: (r["top1"], r["step"]))
-    last = [r for r in records if r["split"] == "train"][-1]
-    name = f"{models.network_name(run.config.model)} on {run.config.data.title}"
-    figures.curves(records, workdir / "curves.png", f"{name}, seed {run.config.seed}")
-    title = f"{name}: top-1 {100 * run.evaluation['top1']:.2f} % of {run.data.num_eval}"
-    assert run.confusion is not None
-    figures.confusion(run.confusion, run.data.class_names, workdir / "confusion.png", title)
-    result = {
-        "step": run.step,
-        "epochs": run.epoch,
-        **run.evaluation,
-        "best_top1": best["top1"],
-        "best_step": best["step"],
-        "train_top1": last["top1"],
-        "train_loss": last["loss"],
-        "parameters": sum(x.size for x in jax.tree.leaves((run.whole or run.state).params)),
-        "seconds": run.seconds / run.shared_by,
-        "start_seconds": run.start_seconds / run.shared_by,
-        "train_seconds": run.train_seconds / run.shared_by,
-        "compile_seconds": run.spent["compile"] / run.shared_by,
-        "eval_seconds": run.spent["evaluate"] / run.shared_by,
-        "num_train": run.data.num_train,
-        "num_eval": run.data.num_eval,
-        **({"together": run.shared_by} if run.shared_by > 1 else {}),
-    }
-    if not quiet:
-        tables.show(name, [*tables.result_rows(result).items(), ("record", workdir)])
-    write_json(workdir / "result.json", result)
-    return result
+    def close_record(self) -> None:
+        """Evaluates where the last checkpoint was the end, and the record was not written."""
+        if self.run.confusion is None:
+            self.evaluate(is_logged=True)
+            self.run.progress.seconds = time.perf_counter() - self.began

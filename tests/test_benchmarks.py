@@ -74,7 +74,7 @@ def test_the_seeds_row_compares_both_ways(digits_dir, monkeypatch):
     monkeypatch.setattr(seeds, "step_seconds", lambda run: ready.append(run) or next(times))
     settings = seeds.Settings((2,), depth=8, image_size=8, batch_size=16, data_dir=digits_dir)
     row = seeds.measure(settings, 2)
-    assert [run.lead for run in ready] == [(), (2,)]
+    assert [run.leading_axes for run in ready] == [(), (2,)]
     assert (row["one_step_seconds"]["median"], row["together_step_seconds"]["median"]) == (0.5, 2.0)
     assert row["together_over_in_turn"] == 2.0
 
@@ -111,7 +111,7 @@ def test_devices_by_themselves_each_take_the_step_of_one_device(tiny_scaling, rn
     images = distributed.put_batch(two, batch)
     after, _ = scaling.compile_alone(ready, ready.state, images)(ready.state, images)
     single, _ = scaling.set_up(tiny_scaling, meshes[0])
-    step = single.compile_step()
+    step = single.programs.compile_step()
     start = jax.device_get(single.state)
     for device in range(2):
         rows = {name: x[2 * device : 2 * device + 2] for name, x in batch.items()}

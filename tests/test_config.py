@@ -5,19 +5,14 @@ import pathlib
 
 import pytest
 
-from flax_resnet import config as config_module
+from flax_resnet import workdir as workdir_module
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
-from flax_resnet.config import (
-    TrainConfig,
-    check_workdir,
-    claimed,
-    differences,
-    write_record,
-)
+from flax_resnet.config import TrainConfig
 from flax_resnet.errors import TryAgain, UserError
 from flax_resnet.models import MiniModel
 from flax_resnet.optim import SGD
 from flax_resnet.records.configs import from_record, to_record
+from flax_resnet.workdir import check_workdir, claimed, differences, write_record
 
 
 def test_differences_leave_out_what_a_resumed_run_may_change():
@@ -82,7 +77,7 @@ def test_workdirs_that_cannot_hold_a_run(tmp_path, monkeypatch):
         (tmp_path / "odd" / "config.json").write_text(text)
         with pytest.raises(UserError, match=r"config.json is not a run's record"):
             check_workdir(tmp_path / "odd", TrainConfig())
-    monkeypatch.setattr(config_module.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(workdir_module.os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=r"w cannot be written \(.* is not writable\)"):
         check_workdir(tmp_path / "w", TrainConfig())
 
@@ -110,7 +105,7 @@ def test_the_record_says_what_ran_and_keeps_every_start(tmp_path, monkeypatch):
     assert start["argv"] == ["digits.py", "--seed", "0"]
     assert start["devices"] == ["cpu"] * 8
     assert start["packages"]["jax"] == importlib.metadata.version("jax")
-    assert set(start["packages"]) == set(config_module.RECORDED_PACKAGES)
+    assert set(start["packages"]) == set(workdir_module.RECORDED_PACKAGES)
     git = pathlib.Path(__file__).parents[1] / ".git"
     assert start["git"] is None or len(start["git"]["commit"]) == 40
     assert (start["git"] is not None) == git.exists()
@@ -146,16 +141,16 @@ def test_bad_fields(fields):
 
 @pytest.mark.parametrize("seen", [None, 2, 3])
 def test_a_workdir_that_processes_do_not_share_is_named(tmp_path, monkeypatch, seen):
-    monkeypatch.setattr(config_module.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(config_module.jax, "process_index", lambda: 1)
-    monkeypatch.setattr(config_module.distributed, "same_everywhere", lambda value: 3)
+    monkeypatch.setattr(workdir_module.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(workdir_module.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(workdir_module.distributed, "same_everywhere", lambda value: 3)
     waits = []
-    monkeypatch.setattr(config_module.time, "sleep", waits.append)
+    monkeypatch.setattr(workdir_module.time, "sleep", waits.append)
     if seen is not None:  # an old run's record of this host alone, or what the lead has written
         (tmp_path / "config.json").write_text(json.dumps({"starts": [{}] * seen}))
     if seen == 3:
-        config_module._check_shared(tmp_path)
+        workdir_module._check_shared(tmp_path)
         return
     with pytest.raises(TryAgain, match="is not the same directory in process 1 as in process 0"):
-        config_module._check_shared(tmp_path)
+        workdir_module._check_shared(tmp_path)
     assert sum(waits) == 90  # longer than NFS remembers

@@ -13,13 +13,14 @@ import pytest
 from helpers import assert_trees_equal, device_bytes, max_difference, tiny_resnet
 from test_train import saved, timeless
 
-from flax_resnet import dispatch, metrics, run, setup, together
+from flax_resnet import metrics, setup, step_programs, together
 from flax_resnet.analysis import collectives
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.optim import SGD
+from flax_resnet.step_programs import StepPrograms
 from flax_resnet.train import train_and_evaluate
 
 BATCH = 32
@@ -56,18 +57,18 @@ def config(plain):
 @pytest.fixture
 def calls(monkeypatch):
     """Steps of each call of the compiled train step."""
-    taken, compiled = [], run.Run.compile
+    taken, compiled = [], StepPrograms.compile
 
-    def compile_counting(self):
-        step, evaluate = compiled(self)
+    def compile_counting(self, lengths):
+        programs = compiled(self, lengths)
 
         def counting(state, batch):
-            taken.append(dispatch.num_steps(batch))
-            return step(state, batch)
+            taken.append(step_programs.steps_in(batch))
+            return programs.train_step(state, batch)
 
-        return counting, evaluate
+        return programs._replace(train_step=counting)
 
-    monkeypatch.setattr(run.Run, "compile", compile_counting)
+    monkeypatch.setattr(StepPrograms, "compile", compile_counting)
     return taken
 
 
@@ -82,12 +83,12 @@ def trained(config, workdir, mesh):
 
 
 def after_all(ready):
-    step, _ = ready.compile()
+    step = ready.programs.compile(ready.dispatch_lengths).train_step
     sums = []
     for batch in ready.dispatches():
         ready.state, one = step(ready.state, batch)
         sums.append(one)
-    each = dispatch.by_step(sums, len(ready.lead))
+    each = step_programs.by_step(sums, len(ready.leading_axes))
     return ready.state, [one["loss"] for one in each]
 
 
@@ -107,14 +108,14 @@ def after_all(ready):
     ],
 )
 def test_groups_are_aligned_and_cross_nothing(first, end, size, pauses, want):
-    assert list(dispatch.lengths(first, end, size, pauses)) == want
+    assert list(step_programs.dispatch_lengths(first, end, size, pauses)) == want
 
 
 def test_what_is_left_does_not_depend_on_where_a_run_was_stopped():
-    whole = list(dispatch.lengths(0, 200, 8, (50, 46)))
+    whole = list(step_programs.dispatch_lengths(0, 200, 8, (50, 46)))
     assert whole.count(8) == 19
     for i, step in enumerate(itertools.accumulate(whole, initial=0)):
-        assert list(dispatch.lengths(step, 200, 8, (50, 46))) == whole[i:]
+        assert list(step_programs.dispatch_lengths(step, 200, 8, (50, 46))) == whole[i:]
 
 
 # Runs.
@@ -148,7 +149,7 @@ def test_groups_leave_the_record_of_single_steps(
 def test_a_run_may_be_one_dispatch_and_compiles_no_other(
     plain, tmp_path, mesh, calls, monkeypatch, capsys
 ):
-    monkeypatch.setattr(run.Run, "compile_step", lambda self: pytest.fail("is not needed"))
+    monkeypatch.setattr(StepPrograms, "compile_step", lambda self: pytest.fail("is not needed"))
     short = dataclasses.replace(plain, num_steps=2, steps_per_dispatch=1000)
     result = train_and_evaluate(short, tmp_path / "w", mesh=mesh)
     assert calls == [2]
@@ -177,8 +178,10 @@ def test_streamed_sets_are_stacked_and_batches_cut_in_parts(plain, tmp_path, mes
 
 def test_eight_devices_take_the_steps_of_one_to_1e_10_in_x64(plain, tmp_path, meshes, monkeypatch):
     """In a loop, as other devices than a CPU have it, with the state split."""
-    grouped = dispatch.grouped
-    monkeypatch.setattr(dispatch, "grouped", lambda *given, unroll: grouped(*given, unroll=False))
+    grouped = step_programs.grouped
+    monkeypatch.setattr(
+        step_programs, "grouped", lambda *given, unroll: grouped(*given, unroll=False)
+    )
     with jax.enable_x64(True):
         model = plain.model.clone(num_filters=8, dtype="float64", param_dtype="float64")
         one = dataclasses.replace(plain, model=model, num_steps=3)
@@ -189,7 +192,7 @@ def test_eight_devices_take_the_steps_of_one_to_1e_10_in_x64(plain, tmp_path, me
         rows = group.batch["row"]
         assert rows.shape == (3, BATCH)
         assert {x.data.shape for x in rows.addressable_shards} == {(3, BATCH // 8)}
-        program, resident = ready.compile_group()
+        program, resident = ready.programs.compile_group()
         assert program.memory_analysis().alias_size_in_bytes == device_bytes(ready.state)
         # Each split parameter is gathered in the loop, and no image or row.
         split = [x for x in jax.tree.leaves(ready.state.params) if x.ndim > 1]

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 from helpers import tiny_resnet
 from test_train import saved
 
-from flax_resnet import guards, run
+from flax_resnet import guards
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
@@ -16,6 +17,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.guards import Diverged, Guard, all_finite, check_loss
 from flax_resnet.optim import SGD, ReduceOnPlateau
 from flax_resnet.preemption import Preempted
+from flax_resnet.step_programs import StepPrograms, step_memory
 from flax_resnet.train import train_and_evaluate
 
 
@@ -61,7 +63,8 @@ def test_finiteness_looks_at_every_float():
 def test_out_of_memory_names_the_batch_and_the_levers():
     levers = "a larger --accum-steps .* --model.remat .* bfloat16, --sharding fsdp .* or a smaller"
     said = f"out of memory: batch_size=256, 16 images at once on each of 8 devices; set {levers}"
-    with pytest.raises(UserError, match=said), guards.memory_advice(guards.step_advice(256, 2, 8)):
+    config, eight = TrainConfig(batch_size=256, accum_steps=2), types.SimpleNamespace(size=8)
+    with pytest.raises(UserError, match=said), step_memory(config, eight):
         jnp.zeros((1 << 50,), jnp.float32).block_until_ready()
     said = "out of this machine's memory: take fewer --data"
     with pytest.raises(UserError, match=said), guards.memory_advice("x"):
@@ -92,13 +95,13 @@ def after_steps(monkeypatch):
     """Sets a function of what every training step gives, whose result it gives instead."""
 
     def set_to(change):
-        steps = run.Run.steps
+        steps = StepPrograms.steps
 
         def changed(self):
             step, evaluate = steps(self)
             return lambda state, batch: change(*step(state, batch)), evaluate
 
-        monkeypatch.setattr(run.Run, "steps", changed)
+        monkeypatch.setattr(StepPrograms, "steps", changed)
 
     return set_to
 

@@ -124,7 +124,7 @@ def test_a_step_can_be_traced(photos, tmp_path, mesh):
     assert batch["image"].shape == (8, 16, 16, 3)
     labels = np.asarray(batch["label"])[:6].reshape(2, 3)
     assert (labels == labels[:, :1]).all()
-    state, sums = jax.eval_shape(run.steps()[0], run.state, batch)
+    state, sums = jax.eval_shape(run.programs.steps()[0], run.state, batch)
     assert sums["loss"].dtype == np.float32
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, run.state)
 

@@ -19,8 +19,9 @@ from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD
-from flax_resnet.run import Run, held
+from flax_resnet.run import Run
 from flax_resnet.step import create_state
+from flax_resnet.step_programs import state_sharding
 
 OPTIMIZED = True  # XLA's combiner of all-reduces is an optimisation
 SHAPE = (8, 8, 3)
@@ -34,7 +35,7 @@ FUSED = {"all-reduce": 2}
 
 @functools.cache
 def step_of(model, batch_size=BATCH, **fields):
-    """(run, compiled train step): as Run.compile_step makes it, for shapes alone."""
+    """(run, compiled train step): as StepPrograms.compile_step makes it, for shapes alone."""
     mesh = distributed.data_mesh()
     config = TrainConfig(model=model, batch_size=batch_size, **fields)
     tx, schedule = SGD().build(100, 10)
@@ -43,11 +44,11 @@ def step_of(model, batch_size=BATCH, **fields):
     state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
-        held(state, mesh, config.sharding),
+        state_sharding(state, mesh, config.sharding),
     )
     data = types.SimpleNamespace(batch_shape=SHAPE)
     run = Run(config, pathlib.Path(), mesh, data, 100, 10, schedule, state, start=None)
-    return run, run.compile_step()
+    return run, run.programs.compile_step()
 
 
 def sent(model, **fields):

@@ -8,7 +8,7 @@ from helpers import tiny_resnet
 
 from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
-from flax_resnet.config import TrainConfig, differences
+from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models import MiniModel
@@ -22,6 +22,7 @@ from flax_resnet.records.configs import (
     to_record,
     varying_fields,
 )
+from flax_resnet.workdir import differences
 
 CONFIGS = [
     TrainConfig(),

@@ -66,7 +66,7 @@ def test_a_run_goes_from_eight_devices_to_one_to_four_and_from_whole_to_split(
 
 def save(run, step):
     """A checkpoint of a run as it stands, as if it were at ``step``."""
-    run.step = step
+    run.progress.step = step
     opened = Checkpoints(run.config.checkpoint.place(run.workdir), run.config.checkpoint)
     opened.save(step, run.arrays(), run.meta(), None)
     opened.close()
@@ -78,7 +78,7 @@ def test_what_was_saved_is_restored_bit_for_bit_on_other_devices(adam, tmp_path,
     stored, _ = saved(tmp_path / "w")
     for kind, mesh in [("replicated", meshes[0]), ("zero", meshes[1]), ("fsdp", meshes[1])]:
         run = setup.set_up(dataclasses.replace(adam, sharding=kind), tmp_path / "w", mesh)
-        assert run.step == 3
+        assert run.progress.step == 3
         for name in ("params", "batch_stats", "ema", "key"):
             assert_trees_equal(getattr(run.state, name), stored[name])
         assert run.state.params["head"]["kernel"].sharding.device_set == set(mesh.devices.flat)
@@ -92,4 +92,6 @@ def test_another_runs_checkpoints_are_refused(adam, tmp_path, mesh):
     other = dataclasses.replace(one, seed=5)
     with pytest.raises(UserError, match=r"another config \(seed: there 0, here 5\): choose"):
         setup.set_up(other, tmp_path / "b", mesh)
-    assert setup.set_up(one, tmp_path / "c", mesh).step == 2  # the workdir was lost, they are not
+    assert (
+        setup.set_up(one, tmp_path / "c", mesh).progress.step == 2
+    )  # the workdir was lost, they are not

@@ -24,7 +24,7 @@ def config(digits_dir):
 
 def rate_of(config, tmp_path, mesh):
     """The step's DropBlock schedule."""
-    return setup.set_up(config, tmp_path, mesh).steps()[0].keywords["dropblock_rate"]
+    return setup.set_up(config, tmp_path, mesh).programs.steps()[0].keywords["dropblock_rate"]
 
 
 def test_the_tutorials_dropblock_rate_rises_by_0005_an_epoch(config, tmp_path, mesh):

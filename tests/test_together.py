@@ -44,7 +44,7 @@ def variants(data_dir, dtype="float32"):
 
 def last_state(run):
     """The state after all of a run's steps."""
-    step, _ = run.compile()
+    step = run.programs.compile(run.dispatch_lengths).train_step
     for batch in run.batches():
         run.state, _ = step(run.state, batch)
     return run.state

@@ -20,7 +20,7 @@ import flax_resnet
 from flax_resnet import metrics, tracking
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.cli.flags import parse
-from flax_resnet.config import TrainConfig, differences, write_record
+from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
@@ -30,6 +30,7 @@ from flax_resnet.preemption import Preempted
 from flax_resnet.records.configs import flatten, from_record, to_record
 from flax_resnet.tracking import follower, to_wandb
 from flax_resnet.train import train_and_evaluate
+from flax_resnet.workdir import differences, write_record
 
 HERE = pathlib.Path(__file__).parent
 RUNS = {}

@@ -22,6 +22,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.models import DropBlockResNet, MiniModel
 from flax_resnet.optim import LARS, Adam, Cosine
 from flax_resnet.preemption import Preempted
+from flax_resnet.step_programs import StepPrograms
 from flax_resnet.train import train_and_evaluate
 
 
@@ -314,14 +315,14 @@ def test_a_run_that_was_set_up_before_another_went_on_does_not_undo_it(
     config, whole, tmp_path, monkeypatch
 ):
     workdir, one = tmp_path / "w", data_mesh(jax.devices()[:1])
-    compile_ = run.Run.compile
+    compile_ = StepPrograms.compile
 
-    def meanwhile(self):
+    def meanwhile(self, lengths):
         monkeypatch.undo()
         shutil.copytree(whole[0], workdir)  # another process runs to its end
-        return compile_(self)
+        return compile_(self, lengths)
 
-    monkeypatch.setattr(run.Run, "compile", meanwhile)
+    monkeypatch.setattr(StepPrograms, "compile", meanwhile)
     with pytest.raises(UserError, match=r"has gone on to step 12 while this one was .* step 0"):
         train_and_evaluate(config, workdir, mesh=one)
     assert saved(workdir)[1]["step"] == 12

@@ -16,11 +16,12 @@ from helpers import QUICK, assert_trees_equal, max_difference, noisy, random_bat
 from test_train import saved
 
 from experiments import mnist_transfer
-from flax_resnet import transfer
+from flax_resnet import features as features_module
 from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.data import Data, DataConfig
 from flax_resnet.errors import UserError
+from flax_resnet.initial_state import measure_norms, start_from
 from flax_resnet.models import (
     BottleneckBlock,
     MiniModel,
@@ -142,7 +143,9 @@ def test_features_are_computed_once_and_never_stale(
     monkeypatch.setattr(Mine, "factor", 2.0)
     train_and_evaluate(changed, tmp_path / "block", mesh=mesh)
     assert capsys.readouterr().out.count("computes the features") == 2
-    monkeypatch.setattr(transfer, "versions", lambda names: {**versions(names), "simplejpeg": "9"})
+    monkeypatch.setattr(
+        features_module, "versions", lambda names: {**versions(names), "simplejpeg": "9"}
+    )
     monkeypatch.setenv("FLAX_RESNET_CACHE", "/proc/flax_resnet")
     train_and_evaluate(config, tmp_path / "decoder", mesh=mesh)
     said = capsys.readouterr().out
@@ -184,22 +187,22 @@ def test_a_head_that_fits_is_kept_and_another_starts_as_a_fresh_one():
     given = noisy(theirs, images)
     key = jax.random.key(3)
     for model in (theirs, theirs.clone(scan_blocks=True)):
-        variables, fresh = transfer.start_from(model, given, key, images)
+        variables, fresh = start_from(model, given, key, images)
         assert not fresh
         assert jax.tree.all(jax.tree.map(lambda x, s: x.shape == s.shape, variables,
                                          dict(variable_shapes(model, images))))  # fmt: skip
     for fields in ({"hidden_units": (4,)}, {"num_classes": 3, "scan_blocks": True}):
         model = theirs.clone(**fields)
-        variables, fresh = transfer.start_from(model, given, key, images)
+        variables, fresh = start_from(model, given, key, images)
         assert fresh
         want = initialize(model, key, images)["params"]
         for name in [n for n in want if n == "head" or n.startswith("hidden")]:
             assert_trees_equal(variables["params"][name], want[name])
     with pytest.raises(WeightsError, match="of another shape"):
-        transfer.start_from(theirs.clone(num_filters=4), given, key, images)
+        start_from(theirs.clone(num_filters=4), given, key, images)
     mini = MiniModel(num_classes=4, stage_sizes=(1, 1, 1))
     given = noisy(mini, images)
-    variables, fresh = transfer.start_from(mini.clone(num_classes=9), given, key, images)
+    variables, fresh = start_from(mini.clone(num_classes=9), given, key, images)
     assert fresh
     assert variables["params"]["head"]["kernel"].shape[1] == 9
     assert_trees_equal(variables["batch_stats"], given["batch_stats"])
@@ -244,7 +247,7 @@ def test_what_is_frozen_does_not_move_by_a_bit(rng, fields, stats_move, kernels_
 def measured(model, given, mesh, size, **data):
     """(BatchNorm's statistics as they are measured, the training split)."""
     opened = Data(DataConfig(channels=3, **data), mesh, 10)
-    return transfer.measure_norms(state_of(model, given), model, opened, size), opened
+    return measure_norms(state_of(model, given), model, opened, size), opened
 
 
 def test_norms_are_measured_on_the_whole_training_split(digits_dir, mesh):

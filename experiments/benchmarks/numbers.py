@@ -159,7 +159,7 @@ def outputs(task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return state.apply_fn(state.variables(), normalize(images, state.normalization))
 
     found = {"logits": np.asarray(logits(state, batch["image"]), np.float32)}
-    after, sums = jax.jit(functools.partial(ready.steps()[0]))(state, batch)
+    after, sums = jax.jit(functools.partial(ready.programs.steps()[0]))(state, batch)
     found["loss"] = np.asarray(sums["loss"] / sums["count"])
     trees = {
         "gradient": optax.tree.get(after.opt_state, "trace"),

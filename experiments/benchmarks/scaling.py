@@ -146,7 +146,7 @@ def set_up(settings: Settings, mesh: Mesh) -> tuple[run.Run, Batch]:
 def compile_alone(ready: run.Run, state: Any, batch: Batch) -> jax.stages.Compiled:
     """The same step on the same devices, each with the whole state and its images: none is sent."""
     config = dataclasses.replace(ready.config, sharding="replicated")
-    step, _ = dataclasses.replace(ready, config=config).steps()
+    step, _ = dataclasses.replace(ready, config=config).programs.steps()
     whole, split = PartitionSpec(), PartitionSpec(distributed.DATA_AXIS)
     # The devices' states part, and are said to be equal: nothing looks.
     alone = jax.shard_map(
@@ -162,7 +162,7 @@ def measure(settings: Settings, number: int) -> Row:
     leaves = jax.tree.leaves(ready.state)
     shapes = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in leaves]
     state_bytes = sum(math.prod(shape) * size for shape, size in shapes)
-    compiled = cast(jax.stages.Compiled, ready.compile_step())
+    compiled = cast(jax.stages.Compiled, ready.programs.compile_step())
     state, own = ready.state, distributed.put_replicated(mesh, jax.device_get(ready.state))
     alone = compile_alone(ready, own, batch)
     if sent := collectives(alone):

@@ -69,7 +69,7 @@ def configs(settings: Settings, num_seeds: int) -> list[TrainConfig]:
 
 def step_seconds(ready: Run) -> list[float]:
     """Seconds of each step but the first, which also loads the program."""
-    step = ready.compile_step()
+    step = ready.programs.compile_step()
     seconds = []
     for batch in ready.batches():
         (ready.state, _), took = common.timed(step, ready.state, batch)

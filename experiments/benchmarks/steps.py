@@ -28,6 +28,7 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
 from flax_resnet.step import Batch, create_state
+from flax_resnet.step_programs import state_sharding
 from flax_resnet.summary import FLOPS_A_MAC, summarize
 
 Kind = Literal["train", "eval"]
@@ -114,7 +115,7 @@ def noise_run(config: TrainConfig, mesh: Mesh, image_size: int) -> tuple[run.Run
     stats = {"mean": np.full(CHANNELS, 0.5), "std": np.full(CHANNELS, 0.25)}
     start = functools.partial(create_state, model, tx, image_shape=shape, normalization=stats)
     fresh = start(seed=0)
-    state = distributed.put(fresh, run.held(fresh, mesh, config.sharding))
+    state = distributed.put(fresh, state_sharding(fresh, mesh, config.sharding))
     rng = np.random.default_rng(0)
     noise = {
         "image": rng.integers(0, 256, (config.batch_size, *shape), np.uint8),
@@ -150,9 +151,9 @@ def training(ready: run.Run, batch: Batch) -> tuple[jax.stages.Compiled, Turn]:
     size, state, given = ready.config.steps_per_dispatch, ready.state, cast(Any, batch)
     step: Callable[..., Any]
     if size == 1:
-        compiled = step = cast(Any, ready.compile_step())
+        compiled = step = cast(Any, ready.programs.compile_step())
     else:
-        compiled, resident = ready.compile_group()
+        compiled, resident = ready.programs.compile_group()
         rows = np.tile(np.arange(ready.config.batch_size, dtype=np.int32), (size, 1))
         given = distributed.put_local(distributed.group_sharding(ready.mesh), {"row": rows})
 
@@ -169,7 +170,7 @@ def training(ready: run.Run, batch: Batch) -> tuple[jax.stages.Compiled, Turn]:
 
 def evaluation(ready: run.Run, batch: Batch) -> tuple[jax.stages.Compiled, Turn]:
     """(the step that a run compiles, what times it in the loop of a run)."""
-    compiled = cast(jax.stages.Compiled, ready.compile_evaluation())
+    compiled = cast(jax.stages.Compiled, ready.programs.compile_evaluation())
     mask = distributed.put_batch(ready.mesh, np.ones(ready.config.eval_batch_size, bool))
     masked = {**batch, "mask": mask}
 

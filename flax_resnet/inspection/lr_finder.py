@@ -81,12 +81,15 @@ def find_rate(
     mesh = distributed.data_mesh(jax.local_devices()[:1])
     with tempfile.TemporaryDirectory() as empty:
         run = set_up(config, Path(empty), mesh)
-    step = run.compile_step()
-    state, losses, average, least = run.state, [], 0.0, math.inf
+    step = run.programs.compile_step()
+    losses, average, least = [], 0.0, math.inf
+    rates: list[float] = []
     smoothed: list[float] = []
     diverged = False
     for batch in run.batches():
-        state, sums = step(state, batch)
+        run.state, sums = step(run.state, batch)
+        run.progress.step += 1
+        rates.append(run.learning_rate())
         losses.append(float(sums["loss"]) / float(sums["count"]))
         average = SMOOTHING * average + (1 - SMOOTHING) * losses[-1]
         smoothed.append(average / (1 - SMOOTHING ** len(losses)))
@@ -95,11 +98,9 @@ def find_rate(
             break
         least = min(least, smoothed[-1])
     if diverged and not math.isfinite(losses[-1]):
-        del losses[-1], smoothed[-1]
-    rates = np.array([float(run.schedule(i)) for i in range(len(losses))])
-    return RateSearch(
-        rates, np.array(losses), np.array(smoothed), _steepest(rates, smoothed), diverged
-    )
+        del rates[-1], losses[-1], smoothed[-1]
+    best = _steepest(np.array(rates), smoothed)
+    return RateSearch(np.array(rates), np.array(losses), np.array(smoothed), best, diverged)
 
 
 def _steepest(rates: np.ndarray, smoothed: list[float]) -> float | None:

@@ -108,6 +108,22 @@ def initializer(module: nn.Module, images: Any) -> Callable[[jax.Array], Any]:
     return init
 
 
+def split_top(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(parameters of the trunk, parameters of the head and of the hidden layers before it)."""
+    top = {name: x for name, x in params.items() if is_top(name)}
+    return {name: x for name, x in params.items() if name not in top}, top
+
+
+def is_top(name: str) -> bool:
+    """Whether parameters of this name are those of the head or of a hidden layer before it."""
+    return name == "head" or name.startswith("hidden")
+
+
+def has_top(node: Any) -> bool:
+    """Whether a node of a state's tree holds a network's parameters, the head among them."""
+    return isinstance(node, Mapping) and "head" in node
+
+
 def replace_head(
     module: Any, variables: Mapping[str, Any], num_classes: int
 ) -> tuple[Any, dict[str, Any]]:
@@ -251,8 +267,7 @@ def match_variables(module: nn.Module, want: Any, given: Mapping[str, Any]) -> d
         given = (stack_blocks if module.scan_blocks else unstack_blocks)(module, given)
     have, need = (flatten_dict(dict(tree), sep="/") for tree in (given, want))
     if not any(key.startswith("params/head/") for key in need):
-        top = ("params/head/", "params/hidden")
-        have = {key: x for key, x in have.items() if not key.startswith(top)}
+        have = {k: x for k, x in have.items() if k[:7] != "params/" or not is_top(k.split("/")[1])}
     if odd := [
         k for k, x in have.items() if not jnp.issubdtype(getattr(x, "dtype", str), jnp.floating)
     ]:

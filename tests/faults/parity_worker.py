@@ -53,7 +53,7 @@ def run(name: str, out: pathlib.Path) -> None:
     )
     mesh = distributed.data_mesh()
     here = setup.set_up(config, out / "nowhere", mesh)
-    step, evaluate = here.compile()
+    step, evaluate, _ = here.programs.compile(here.dispatch_lengths)
     for batch in here.dispatches():
         here.state, _ = step(here.state, batch)
     here.evaluate(evaluate)
