@@ -41,12 +41,12 @@ from flax_resnet import metrics
 from flax_resnet.augment import normalize, statistics
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
-from flax_resnet.config import write_json
 from flax_resnet.datasets.sklearn_digits import load_digits
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.models import Block, ResNet, cifar_resnet, unstack_blocks
 from flax_resnet.models.blocks import Connection
 from flax_resnet.records.files import replacing
+from flax_resnet.run_dir import RESULT, write_json
 
 CONNECTIONS: tuple[Connection, ...] = ("plain", "residual", "highway")
 INITS = {"batch": "he_normal", "none": "glorot_uniform"}
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "hardware": common.hardware(),
             "networks": [{k: v for k, v in r.items() if k != "runs"} for r in results],
         }
-        write_json(workdir / "result.json", record)
+        write_json(workdir / RESULT, record)
         draw(results, workdir / "gradient_flow.png")
         print(f"figure: {workdir / 'gradient_flow.png'}")
 

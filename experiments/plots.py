@@ -33,14 +33,15 @@ from flax import linen as nn
 from experiments import study_figures
 from experiments.benchmarks.driver import note
 from experiments.study_figures import Group
-from flax_resnet import metrics, tables
+from flax_resnet import tables
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.cli.flags import flag
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range, did_you_mean
-from flax_resnet.inspection import PARTS, Session, open_run, read_record, variants
+from flax_resnet.inspection import PARTS, Session, open_run
 from flax_resnet.models import network_name
 from flax_resnet.records.configs import flatten, varying_fields
+from flax_resnet.run_dir import CONFIG, read_config, read_metrics, variants
 from flax_resnet.summary import summarize
 
 What = Literal[
@@ -130,10 +131,10 @@ def find_groups(
     found = []
     for path in (Path(p).expanduser() for p in paths):
         groups = variants(path)
-        if groups[0][1] == [path] and (seeds := list(path.glob("seed*/config.json"))):
+        if groups[0][1] == [path] and (seeds := list(path.glob(f"seed*/{CONFIG}"))):
             say(f"{path} is a run itself, and is drawn; the {len(seeds)} seeds in it are not")
         found += groups
-    lines = {w: metrics.read_metrics(w) for _, workdirs in found for w in workdirs}
+    lines = {w: read_metrics(w) for _, workdirs in found for w in workdirs}
     alone = sum(map(bool, lines.values())) == 1
     for workdir, own in lines.items():
         lacks = _lacks(own)
@@ -158,7 +159,7 @@ def _lacks(lines: Sequence[Mapping[str, Any]]) -> str:
 def study_title(paths: Sequence[str | Path], count: int) -> str:
     """The networks and the data of all runs below paths, and n, how many of them are drawn."""
     found = [w for p in paths for _, dirs in variants(p) for w in dirs]
-    configs = [read_record(workdir)[0] for workdir in found]
+    configs = [read_config(workdir)[0] for workdir in found]
     networks = list(dict.fromkeys(network_name(config.model) for config in configs))
     data = list(dict.fromkeys(config.data.title for config in configs))
     many = f"{len(networks)} networks"
@@ -187,7 +188,7 @@ def depth_points(
     rows = _finished(directory)
     runs = []
     for row in rows:
-        config, record = read_record(directory / row["workdir"])
+        config, record = read_config(directory / row["workdir"])
         runs.append((row, config.model, flatten(record["config"])))
     fields = _series_fields([flat for *_, flat in runs], by)
     points: dict[str, list[tuple[int, float, float | None]]] = {}

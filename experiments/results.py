@@ -25,10 +25,11 @@ import tyro
 from experiments import gradient_flow, table
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
-from flax_resnet.config import TrainConfig, write_json
+from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import replacing
+from flax_resnet.run_dir import CONFIG, finished, read_record, record_errors, write_json
 from flax_resnet.workdir import free_fields
 
 HERE = Path(__file__).parent
@@ -69,19 +70,16 @@ def find_runs(workdir: Path) -> tuple[list[Run], list[str]]:
         variant, _, seed = failure.stem.rpartition("-seed")
         name = (failure.parent.parent / variant).relative_to(workdir).as_posix()
         states[name, int(seed)] = "failed"
-    for path in sorted(path.parent for path in workdir.rglob("config.json")):
+    for path in sorted(path.parent for path in workdir.rglob(CONFIG)):
         variant = re.sub(r"(^|/)seed\d+$|^\.$", "", path.relative_to(workdir).as_posix())
-        try:
-            record = json.loads((path / "config.json").read_text())
-            run = {"variant": variant, "seed": record["config"]["seed"], "path": path, **record}
-            run["starts"][-1]["argv"][0]
-            if not (path / "result.json").exists():
-                states.setdefault((variant, run["seed"]), "not finished")
-                continue
-            runs.append({**run, "result": json.loads((path / "result.json").read_text())})
-            states.pop((variant, run["seed"]), None)
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{path}: not a run's record ({error!r}): leave it out") from error
+        record, result = read_record(path), finished(path)
+        with record_errors(path / CONFIG):
+            seed, _ = record["config"]["seed"], record["starts"][-1]["argv"][0]
+        if result is None:
+            states.setdefault((variant, seed), "not finished")
+            continue
+        runs.append({"variant": variant, "seed": seed, "path": path, **record, "result": result})
+        states.pop((variant, seed), None)
     if not runs:
         raise UserError(
             f"{workdir}: no finished run is in it (result.json beside config.json): name the "
@@ -155,7 +153,7 @@ def collect(
 
 def collect_networks(workdir: Path, note: str = "") -> tuple[str, dict[str, Any]]:
     """The record of experiments.gradient_flow, which trains nothing: (its name, it)."""
-    result = json.loads((workdir / "result.json").read_text())
+    result = finished(workdir) or {}
     given, hardware = result["settings"], result["hardware"]
     usual = json.loads(json.dumps(dataclasses.asdict(gradient_flow.Settings())))
     changed = {n: v for n, v in given.items() if v != usual[n] and n != "workdir"}
@@ -267,8 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         output, workdirs = Path(settings.output), list(map(Path, settings.workdirs))
         records = output / "results"
         if workdirs:
-            trains = any(workdirs[0].rglob("config.json")) or len(workdirs) > 1
-            if trains or not (workdirs[0] / "result.json").exists():
+            trains = any(workdirs[0].rglob(CONFIG)) or len(workdirs) > 1
+            if trains or not finished(workdirs[0]):
                 name, record = collect(workdirs, settings.note, settings.data_note)
             else:
                 name, record = collect_networks(workdirs[0], settings.note)

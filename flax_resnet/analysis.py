@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flax_resnet import distributed, tables, views
+from flax_resnet import distributed, text_tables, views
 from flax_resnet.checks import check_batch
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
@@ -109,7 +109,7 @@ def show(config: TrainConfig) -> None:
         for what in columns[0]
     ]
     title = f"a step of {type(config.model).__name__} on {each}"
-    tables.show(title, rows, ["", *analyses], numbers=2)
+    text_tables.show(title, rows, ["", *analyses], numbers=2)
     print(
         "XLA counts what it has made of the program, a loop's body once; the network's multiply-"
         "adds are those of convolutions and dense layers, two FLOP each, thrice in training."

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from flax import linen as nn
 
@@ -17,7 +15,6 @@ from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
 from flax_resnet.guards import Guard
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim import SGD, Optimizer
-from flax_resnet.records.files import replacing
 from flax_resnet.tracking import AnyTracking, TensorBoard, Tracking
 from flax_resnet.views import Views
 
@@ -132,9 +129,3 @@ class TrainConfig:
                 f"tta={self.tta!r} with cache_features: features have no mirror image; leave one "
                 "out"
             )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=2) + "\n")

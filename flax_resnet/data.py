@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -164,6 +165,15 @@ class Data:
             "image_shape": list(self.image_shape),
             "class_names": list(self.class_names),
         }
+
+    def check_same(self, recorded: Mapping[str, Any], workdir: Path) -> None:
+        """Raises UserError unless these are the data that the run in ``workdir`` recorded."""
+        for name, here in self.describe().items():
+            if recorded[name] != here:
+                raise UserError(
+                    f"{workdir} was trained on data with {name} {recorded[name]!s:.80} and it is "
+                    f"{here!s:.80} now: put the same data back, or name another directory"
+                )
 
     @property
     def sizes(self) -> str:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import base64
 import functools
 import html
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_resnet import figures, metrics, tables
+from flax_resnet import figures
 from flax_resnet.errors import UserError
-from flax_resnet.inspection import PARTS, Part, Session, open_run, read_record
+from flax_resnet.inspection import PARTS, Part, Session, open_run
 from flax_resnet.inspection.run import Which
 from flax_resnet.models import network_name
 from flax_resnet.records.configs import flatten
+from flax_resnet.run_dir import RESULT, finished, read_config, read_metrics, record_errors
+from flax_resnet.text_tables import result_rows
 
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1100px; padding: 1em; }
@@ -47,9 +48,9 @@ def report(
       say: called with a line for each picture that begins.
     """
     workdir = Path(workdir).expanduser()
-    config, record = read_record(workdir)
+    config, record = read_config(workdir)
     name = f"{network_name(config.model)} on {config.data.title}, seed {config.seed}"
-    records = metrics.read_metrics(workdir)
+    records = read_metrics(workdir)
 
     def draw_curves(path: Path) -> str:
         if not records:
@@ -65,7 +66,7 @@ def report(
         say(part.heading)
         return part.draw(session(), path)
 
-    starts = [_start(number, one) for number, one in enumerate(record.get("starts", ()), 1)]
+    starts = [_start(number, one) for number, one in enumerate(record["starts"], 1)]
     sections = [
         ("result", "Result", _result(workdir)),
         _picture("curves", "Curves", draw_curves),
@@ -117,12 +118,13 @@ def _page(name: str, workdir: Path, sections: Sequence[Section]) -> str:
 
 def _result(workdir: Path) -> str:
     try:
-        result = json.loads((workdir / "result.json").read_text())
-        return _table(tables.result_rows(result) | {"training images": result["num_train"]})
-    except OSError:
-        return "<p>No result: the run is not finished.</p>"
-    except (ValueError, KeyError, TypeError) as error:
-        return f"<p>{html.escape(f'No result: {error!r}.')}</p>"
+        result = finished(workdir)
+        if result is None:
+            return "<p>No result: the run is not finished.</p>"
+        with record_errors(workdir / RESULT):
+            return _table(result_rows(result) | {"training images": result["num_train"]})
+    except UserError as error:
+        return f"<p>{html.escape(f'No result: {error}')}</p>"
 
 
 def _start(number: int, start: Mapping[str, Any]) -> str:

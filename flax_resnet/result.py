@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from flax_resnet import figures, metrics, models, tables
-from flax_resnet.config import write_json
+from flax_resnet import figures, models, text_tables
 from flax_resnet.run import Run
+from flax_resnet.run_dir import read_metrics, write_json
 
 
 def conclude(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     """Draws the figures, prints the closing table, and writes result.json last."""
-    workdir, records = run.workdir, metrics.read_metrics(run.workdir)
+    workdir, records = run.workdir, read_metrics(run.workdir)
     best = max((r for r in records if r["split"] == "eval"), key=lambda r: (r["top1"], r["step"]))
     last = [r for r in records if r["split"] == "train"][-1]
     name = f"{models.network_name(run.config.model)} on {run.config.data.title}"
@@ -39,6 +39,6 @@ def conclude(run: Run, *, quiet: bool = False) -> dict[str, Any]:
         **({"together": shared_by} if shared_by > 1 else {}),
     }
     if not quiet:
-        tables.show(name, [*tables.result_rows(result).items(), ("record", workdir)])
+        text_tables.show(name, [*text_tables.result_rows(result).items(), ("record", workdir)])
     write_json(workdir / "result.json", result)
     return result

@@ -53,12 +53,7 @@ def check_current(run: Run) -> None:
 
 
 def _check_same(run: Run, meta: dict[str, Any], what: str) -> None:
-    for name, here in run.data.describe().items():
-        if meta[name] != here:
-            raise UserError(
-                f"{run.workdir} was trained on data with {name} {meta[name]} and it is {here} now: "
-                "give the same data, or another --workdir"
-            )
+    run.data.check_same(meta, run.workdir)
     check_same_config(f"{what} is", meta["config"], run.config)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_resnet import tables
+from flax_resnet import text_tables
 from flax_resnet.models import ResNet
 
 COUNTED = (nn.Conv, nn.Dense, nn.BatchNorm)
@@ -128,7 +128,7 @@ def show(title: str, summary: Summary, *, parts: bool = False) -> None:
         (row.name, row.kind, "x".join(map(str, row.shape)), f"{row.parameters:,}", f"{row.macs:,}")
         for row in (by_part(summary.rows) if parts else summary.rows)
     ]
-    tables.show(title, rows, header, numbers=2)
+    text_tables.show(title, rows, header, numbers=2)
     print(
         f"parameters {summary.parameters:,}; running statistics {summary.statistics:,}\n"
         f"multiply-adds {summary.macs:,} for one image ({summary.macs / 1e9:.3f} G; convolutions "

@@ -8,17 +8,14 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from flax_resnet.records.files import replacing
+from flax_resnet.text_tables import markdown_table
 
 Row = Mapping[str, Any]
 FINISHED = "finished"
@@ -30,52 +27,6 @@ SHOWN: tuple[tuple[str, str, bool, int], ...] = (
     ("training error (%)", "train_top1", True, 2),
     ("evaluation loss (nats)", "loss", False, 3),
 )
-
-
-class Measure(NamedTuple):
-    """How a number of a run's result is written."""
-
-    label: str
-    unit: str
-    times: float = 1
-    digits: int = 4
-
-    def text(self, value: float) -> str:
-        """The number with its unit."""
-        return f"{self.times * value:.{self.digits}f} {self.unit}".rstrip()
-
-
-MEASURES: Mapping[str, Measure] = {
-    "top1": Measure("evaluation top-1", "%", 100, 2),
-    "top5": Measure("evaluation top-5", "%", 100, 2),
-    "loss": Measure("evaluation loss", "nats"),
-    "calibration_error": Measure("calibration error", "%", 100, 2),
-    "brier": Measure("Brier score", ""),
-    "best_top1": Measure("best top-1", "%", 100, 2),
-    "train_top1": Measure("training top-1", "%", 100, 2),
-    "train_loss": Measure("training loss", "nats"),
-    "step": Measure("steps", "", digits=0),
-    "seconds": Measure("time", "s", digits=1),
-}
-"""{field of a result.json or of what ``evaluate`` returns: how it is written}."""
-
-
-def result_rows(result: Mapping[str, Any]) -> dict[str, str]:
-    """{label: text} of the numbers that a result.json, or ``evaluate``, has."""
-    notes = {"train_top1": "(last interval)"}
-    if "n" in result:
-        notes["top1"] = f"of {result['n']} images"
-        notes["seconds"] = f"({result['n'] / result['seconds']:.0f} images a second)"
-    else:
-        notes["top1"] = f"of {result['num_eval']} images"
-        notes["best_top1"] = f"at step {result['best_step']}"
-        notes["step"] = f"({result['epochs']:g} epochs)"
-        notes["seconds"] = "with compilation and evaluation"
-    return {
-        measure.label: f"{measure.text(result[field])} {notes.get(field, '')}".rstrip()
-        for field, measure in MEASURES.items()
-        if field in result
-    }
 
 
 def by_variant(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -182,27 +133,6 @@ def _compared(test: Mapping[str, float], p: float) -> list[str]:
     width = "" if math.isnan(test["half_width"]) else f" ± {test['half_width']:.2f}"
     shown = "-" if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
     return [f"{test['difference']:+.2f}{width}", shown]
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; bars in cells are escaped."""
-    lines = [header, ["---"] * len(header), *rows]
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
-
-
-def show(
-    title: str, rows: Iterable[Sequence[Any]], header: Sequence[str] = (), numbers: int = 0
-) -> None:
-    """Prints a table to the terminal; the last ``numbers`` columns are aligned to the right."""
-    table = Table(title=title, title_justify="left", show_header=bool(header))
-    for i, name in enumerate(header):
-        justify: Any = "right" if i >= len(header) - numbers else "left"
-        table.add_column(name, justify=justify, no_wrap=True)
-    for row in rows:
-        table.add_row(*map(str, row))
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "120"))
-    Console(highlight=False, width=width).print(table)
 
 
 def plus_minus(values: Iterable[float], digits: int = 2) -> str:

@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_resnet import distributed, hosts, metrics, tracking
+from flax_resnet import distributed, hosts, tracking
 from flax_resnet.checkpoints.checkpoints import Checkpoints
-from flax_resnet.config import TrainConfig, write_json
+from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.initial_state import fitted, measured
 from flax_resnet.records.configs import flatten, to_record, varying_fields
@@ -28,8 +28,10 @@ from flax_resnet.records.files import digest
 from flax_resnet.result import conclude
 from flax_resnet.resume import check_current, restore
 from flax_resnet.run import Run
+from flax_resnet.run_dir import finished, write_json
 from flax_resnet.setup import prepare
-from flax_resnet.train import finished, opened_log, train_to_end
+from flax_resnet.tracking.run_log import RunLogs
+from flax_resnet.train import opened_log, train_to_end
 from flax_resnet.watch import COMPILING, RECORDING, SETTING_UP
 from flax_resnet.workdir import check_workdir, claimed
 
@@ -178,7 +180,7 @@ def _train_group(
             opened_log(run, path, config, followers, lead=path in open_ones, quiet=True)
             for path, config in configs.items()
         ]
-        train_to_end(run, programs, metrics.RunLogs(logs, run.num_steps), watch, stop)
+        train_to_end(run, programs, RunLogs(logs, run.num_steps), watch, stop)
         watch.at(RECORDING, run.progress.step)
         for i, path in enumerate(configs):
             if path in open_ones:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,8 +27,10 @@ from flax_resnet.records.configs import flatten, to_record
 from flax_resnet.result import conclude
 from flax_resnet.resume import check_current
 from flax_resnet.run import Run
+from flax_resnet.run_dir import finished
 from flax_resnet.setup import opening_lines, set_up
 from flax_resnet.step_programs import Compiled, by_step, step_memory, steps_in
+from flax_resnet.tracking.run_log import RunLog, RunLogs, Timer
 from flax_resnet.watch import (
     COMPILING,
     EVALUATING,
@@ -115,7 +116,7 @@ def train_and_evaluate(
 def train_to_end(
     run: Run,
     programs: Compiled,
-    log: metrics.RunLog | metrics.RunLogs,
+    log: RunLog | RunLogs,
     watch: Watch,
     stop: Callable[[], bool] | None = None,
 ) -> None:
@@ -175,22 +176,16 @@ def train_to_end(
         checkpoints.wait()
 
 
-def finished(workdir: Path) -> dict[str, Any] | None:
-    """What a finished run's result.json holds; None of a run that is not."""
-    path = workdir / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def opened_log(
     run: Run, workdir: Path, config: TrainConfig, followers: Mapping[Path, Any], **options: bool
-) -> metrics.RunLog:
+) -> RunLog:
     """The log of a run in ``workdir``, from the run's step on; ``options`` are RunLog's."""
     follower, events = followers.get(workdir), config.tracking.events
     step, num_steps = run.progress.step, run.num_steps
-    return metrics.RunLog(workdir, step, num_steps, events=events, follower=follower, **options)
+    return RunLog(workdir, step, num_steps, events=events, follower=follower, **options)
 
 
-def _traced(run: Run, train_step: Callable[..., Any], log: metrics.RunLog | metrics.RunLogs) -> Any:
+def _traced(run: Run, train_step: Callable[..., Any], log: RunLog | RunLogs) -> Any:
     """Context of the train step, of which some calls are traced where the config says so."""
     # The workdir of networks that train together goes when they are finished.
     profiles = (run.workdir.parent.parent if run.members else run.workdir) / "profile"
@@ -222,12 +217,12 @@ class _Loop:
     run: Run
     eval_step: Callable[..., Any]
     checkpoints: Checkpoints
-    log: metrics.RunLog | metrics.RunLogs
+    log: RunLog | RunLogs
     stop: Callable[[], bool]
     watch: Watch
     began: float
     saved: int  # the step of the newest checkpoint, or 0
-    timer: metrics.Timer = dataclasses.field(default_factory=metrics.Timer)  # of the log interval
+    timer: Timer = dataclasses.field(default_factory=Timer)  # of the log interval
     pending: list[Any] = dataclasses.field(default_factory=list)  # sums not yet logged
 
     def finish_what_was_stopped(self) -> None:

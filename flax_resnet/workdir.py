@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import json
 import os
 import sys
 import time
@@ -18,12 +17,13 @@ import jax
 from flax import linen as nn
 
 from flax_resnet import distributed
-from flax_resnet.config import TrainConfig, write_json
+from flax_resnet.config import TrainConfig
 from flax_resnet.datasets.decode import PACKAGES
 from flax_resnet.errors import TryAgain, UserError
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import FULL
 from flax_resnet.records.provenance import git_state, versions
+from flax_resnet.run_dir import CONFIG, read_record, write_json
 
 # Fields of a network that say how it is computed and not what: a resumed run may change them.
 FREE_MODEL_FIELDS = ("model.remat",)
@@ -92,18 +92,14 @@ def check_workdir(workdir: Path, config: TrainConfig) -> None:
             f"--workdir {workdir} cannot be written ({existing} is "
             f"{'not writable' if existing.is_dir() else 'not a directory'}): choose another"
         )
-    path = workdir / "config.json"
+    path = workdir / CONFIG
     if not path.exists():
         if (workdir / "checkpoints").exists():
             raise UserError(
                 f"--workdir {workdir} holds checkpoints and no config.json: choose another"
             )
         return
-    try:
-        record = json.loads(path.read_text())
-        there, _ = record["config"], record["starts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a run's record ({error!r}): choose another") from error
+    there = read_record(workdir)["config"]
     check_same_config(f"--workdir {workdir} holds a run", there, config)
 
 
@@ -148,8 +144,8 @@ def _check_shared(workdir: Path) -> None:
 
     def starts() -> int:
         try:
-            return len(json.loads((workdir / "config.json").read_text())["starts"])
-        except (OSError, ValueError, KeyError):
+            return len(read_record(workdir)["starts"])
+        except UserError:
             return 0
 
     written = distributed.same_everywhere(starts())
@@ -165,8 +161,8 @@ def _check_shared(workdir: Path) -> None:
 
 def write_record(workdir: Path, config: TrainConfig) -> None:
     """Writes config.json: the config, and for each start of the run what it ran on."""
-    path = workdir / "config.json"
-    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    path = workdir / CONFIG
+    starts = read_record(workdir)["starts"] if path.exists() else []
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "argv": sys.argv,

@@ -12,10 +12,11 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from test_train import saved
 
 from experiments import digits
-from flax_resnet import compilation, distributed, figures, metrics
+from flax_resnet import compilation, distributed, figures
 from flax_resnet.cli import app, experiment
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
+from flax_resnet.run_dir import read_metrics
 from flax_resnet.train import train_and_evaluate
 
 CACHE = {
@@ -81,7 +82,7 @@ def test_a_place_that_cannot_be_written_is_one_line(fresh, monkeypatch, capsys, 
 def numbers(workdir):
     """What a run's metrics say, without times."""
     times = ("images_per_second", "data_wait")
-    records = metrics.read_metrics(workdir)
+    records = read_metrics(workdir)
     return [{k: v for k, v in record.items() if k not in times} for record in records]
 
 

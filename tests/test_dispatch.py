@@ -13,14 +13,16 @@ import pytest
 from helpers import assert_trees_equal, device_bytes, max_difference, tiny_resnet
 from test_train import saved, timeless
 
-from flax_resnet import metrics, setup, step_programs, together
+from flax_resnet import setup, step_programs, together
 from flax_resnet.analysis import collectives
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.optim import SGD
+from flax_resnet.run_dir import read_metrics
 from flax_resnet.step_programs import StepPrograms
+from flax_resnet.tracking import run_log
 from flax_resnet.train import train_and_evaluate
 
 BATCH = 32
@@ -132,17 +134,17 @@ def singly(config, tmp_path_factory):
 def test_groups_leave_the_record_of_single_steps(
     config, singly, tmp_path, mesh, calls, monkeypatch, capsys
 ):
-    summary, images = metrics.Timer.summary, []
+    summary, images = run_log.Timer.summary, []
     monkeypatch.setattr(
-        metrics.Timer, "summary", lambda self: images.append(self.images) or summary(self)
+        run_log.Timer, "summary", lambda self: images.append(self.images) or summary(self)
     )
     train_and_evaluate(by(config, 3), tmp_path / "w", mesh=mesh)
     assert calls == [3, 3, 1, 1, 1, 3]
     assert images == [6 * BATCH, BATCH, 5 * BATCH]
     assert "46 an epoch, 3 a dispatch, on 1 x cpu" in capsys.readouterr().out
     assert_trees_equal(saved(tmp_path / "w")[0], saved(singly)[0])
-    records = timeless(metrics.read_metrics(tmp_path / "w"))
-    assert records == timeless(metrics.read_metrics(singly))
+    records = timeless(read_metrics(tmp_path / "w"))
+    assert records == timeless(read_metrics(singly))
     assert saved(tmp_path / "w")[1]["ran_on"]["steps_per_dispatch"] == 3
 
 

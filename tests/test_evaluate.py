@@ -8,7 +8,7 @@ from helpers import assert_one_line_error, tiny_resnet
 from inspection_helpers import tiny_config
 from prediction_helpers import apply, damaged, make_weights, paint
 
-from flax_resnet import figures, metrics
+from flax_resnet import figures
 from flax_resnet.augment import normalize
 from flax_resnet.classify import open_network
 from flax_resnet.config import TrainConfig
@@ -18,9 +18,10 @@ from flax_resnet.errors import UserError
 from flax_resnet.evaluate import class_order, evaluate
 from flax_resnet.optim import Adam
 from flax_resnet.predict import predict
+from flax_resnet.run_dir import read_metrics
 from flax_resnet.train import train_and_evaluate
 from flax_resnet.weights.imagenet_classes import imagenet_classes
-from flax_resnet.weights.loading import open_run
+from flax_resnet.weights.loading import open_run_weights
 
 CLASSES = tuple(f"kind {i}" for i in range(7))
 NUMBERS = ("top1", "top5", "loss", "calibration_error", "brier", "n")
@@ -197,8 +198,8 @@ def folder_run(tmp_path, image_folder, mesh, monkeypatch):
 
 
 def test_a_run_on_a_folder_gives_its_own_top1(call, folder_run, tmp_path):
-    kept = open_run(folder_run)[1]["step"]
-    lines = [line for line in metrics.read_metrics(folder_run) if line["split"] == "eval"]
+    kept = open_run_weights(folder_run)[1]["step"]
+    lines = [line for line in read_metrics(folder_run) if line["split"] == "eval"]
     (recorded,) = [line for line in lines if line["step"] == kept]
     file = tmp_path / "numbers.json"
 
@@ -233,7 +234,7 @@ def test_sub_folders_for_splits_hold_out_nothing(call, folder_run, image_folder,
 def test_a_directory_that_does_not_say_its_data_is_one_line(call, folder_run, tmp_path):
     assert_one_line_error(call("evaluate", "--weights", tmp_path / "photos"), "holds no run")
     (folder_run / "config.json").write_text("{}")
-    told = "is not a run's record (KeyError('config')): give another run; or give --data.name NAME"
+    told = "(KeyError('config')): name another directory; or give --data.name NAME"
     assert_one_line_error(call("evaluate", "--weights", folder_run), told)
 
 

@@ -261,22 +261,7 @@ def test_best_and_latest_checkpoints(workdir, run):
     assert run.class_name(12) == "class 12"
 
 
-def test_variants_of_a_sweep_are_by_name_and_their_seeds_by_number(tmp_path):
-    for name in ("b/seed0", "a/seed10", "a/seed9"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "config.json").touch()
-    nine, ten = tmp_path / "a/seed9", tmp_path / "a/seed10"
-    assert inspection.variants(tmp_path) == [("a", [nine, ten]), ("b", [tmp_path / "b/seed0"])]
-    assert inspection.variants(tmp_path / "a") == [("a", [nine, ten])]
-    assert inspection.variants(nine) == [("seed9", [nine])]
-
-
 def test_what_is_no_run_is_one_line(tmp_path, workdir, run):
-    with pytest.raises(UserError, match="holds no run: expected a config"):
-        inspection.open_run(tmp_path)
-    (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UserError, match="is not a run's record"):
-        inspection.open_run(tmp_path)
     shutil.copy(workdir / "config.json", tmp_path)
     with pytest.raises(UserError, match="holds no run: expected its checkpoints"):
         inspection.open_run(tmp_path)

@@ -8,8 +8,8 @@ import pytest
 from helpers import assert_one_line_error
 
 from experiments import digits
-from flax_resnet import metrics
 from flax_resnet.cli.experiment import main
+from flax_resnet.run_dir import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -79,5 +79,5 @@ def test_mini_model_learns_real_cifar10(environment, tmp_path, shared_data):
     workdir, module = tmp_path / "w", "experiments.cifar10_mini"
     code, _, err = run(environment, "--workdir", workdir, *arguments, module=module)
     assert code == 0, err
-    losses = [r["loss"] for r in metrics.read_metrics(workdir) if r["split"] == "train"]
+    losses = [r["loss"] for r in read_metrics(workdir) if r["split"] == "train"]
     assert losses[-1] < 0.85 * losses[0]

@@ -112,7 +112,7 @@ def test_without_data_the_rest_is_there(workdir, tmp_path):
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path):
     config = tiny_config(None, model=cifar_resnet(20))
-    (tmp_path / "config.json").write_text(json.dumps({"config": to_record(config)}))
+    (tmp_path / "config.json").write_text(json.dumps({"config": to_record(config), "starts": []}))
     found = Page(report.report(tmp_path))
     assert found.images == []
     assert found.text["h1"] == ["resnet20 on sklearn_digits, seed 3"]

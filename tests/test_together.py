@@ -15,8 +15,9 @@ from flax_resnet.data import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
 from flax_resnet.grids import replaced
-from flax_resnet.metrics import RunLog, read_metrics
 from flax_resnet.optim import SGD, Cosine, ReduceOnPlateau
+from flax_resnet.run_dir import read_metrics
+from flax_resnet.tracking.run_log import RunLog
 from flax_resnet.train import train_and_evaluate
 
 OPTIMIZED = True  # or the grouped convolutions of several networks take their time

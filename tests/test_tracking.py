@@ -17,18 +17,19 @@ import pytest
 from helpers import QUICK, tiny_resnet
 
 import flax_resnet
-from flax_resnet import metrics, tracking
+from flax_resnet import tracking
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.cli.flags import parse
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
-from flax_resnet.inspection.run import read_record
 from flax_resnet.optim import Adam
 from flax_resnet.preemption import Preempted
 from flax_resnet.records.configs import flatten, from_record, to_record
+from flax_resnet.run_dir import read_config, read_metrics
 from flax_resnet.tracking import follower, to_wandb
+from flax_resnet.tracking.run_log import RunLog
 from flax_resnet.train import train_and_evaluate
 from flax_resnet.workdir import differences, write_record
 
@@ -85,7 +86,7 @@ def logging(workdir, start=0):
     workdir.mkdir(parents=True, exist_ok=True)
     write_record(workdir, TrainConfig(tracking=Mine()))
     with tracking.following({workdir: Mine()}) as followers:
-        log = metrics.RunLog(workdir, start, 99, quiet=True, follower=followers[workdir])
+        log = RunLog(workdir, start, 99, quiet=True, follower=followers[workdir])
         with contextlib.closing(log):
             wait_for((workdir / "tracking.json").exists)
             yield log
@@ -113,7 +114,7 @@ def test_a_tracker_gets_the_config_every_line_and_the_end_from_one_thread(tmp_pa
     with logging(workdir) as log:
         write(log, (3, "train"), (5, "train"), (5, "eval"))
     run = RUNS["run0"]
-    assert records(run) == metrics.read_metrics(workdir)
+    assert records(run) == read_metrics(workdir)
     assert [(line.step, line.split) for line in run.lines] == [
         (3, "train"), (5, "train"), (5, "eval")
     ]  # fmt: skip
@@ -140,7 +141,7 @@ def test_a_run_started_again_goes_on_in_the_same_run_of_the_tracker(tmp_path):
     with logging(tmp_path, start=5) as log:
         write(log, (8, "train"))
     (run,) = RUNS.values()
-    assert records(run) == metrics.read_metrics(tmp_path)
+    assert records(run) == read_metrics(tmp_path)
     assert [about.run_id for about in run.about] == [None, "run0"]
     assert [end.status for end in run.ends] == ["KILLED", "FINISHED"]
     RUNS["gone"] = RUNS.pop("run0")  # the tracker made a new run, which gets everything
@@ -148,7 +149,7 @@ def test_a_run_started_again_goes_on_in_the_same_run_of_the_tracker(tmp_path):
         write(log, (9, "train"))
         _ = 1 / 0
     run = RUNS["run1"]
-    assert records(run) == metrics.read_metrics(tmp_path)
+    assert records(run) == read_metrics(tmp_path)
     assert [line.step for line in run.lines] == [3, 5, 5, 8, 9]
     assert [end.status for end in run.ends] == ["FAILED"]
 
@@ -187,7 +188,7 @@ def test_a_tracker_that_is_down_costs_at_most_30_seconds_and_no_line(
     assert last == (
         f"tracking: Mine did not get the end of the run and 2 lines; {tmp_path} has all of it"
     )
-    assert [record["step"] for record in metrics.read_metrics(tmp_path)] == [1, 2, 3]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
     run.free.set()
 
 
@@ -219,7 +220,7 @@ def test_a_record_names_its_tracker_and_a_resumed_run_may_change_it(tmp_path):
     write_record(tmp_path, TrainConfig(seed=5, tracking=Mine()))
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace("test_tracking:Mine", "elsewhere:Mine"))
-    assert read_record(tmp_path)[0] == TrainConfig(seed=5)
+    assert read_config(tmp_path)[0] == TrainConfig(seed=5)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_seeds_that_train_together_are_a_run_each_of_one_group(config, tmp_path)
     for run in RUNS.values():
         (about,), (end,) = run.about, run.ends
         assert about.group == str(root)
-        assert records(run) == metrics.read_metrics(about.workdir)
+        assert records(run) == read_metrics(about.workdir)
         assert (end.status, end.step) == ("FINISHED", 12)
 
 
@@ -326,7 +327,7 @@ def test_an_mlflow_server_has_a_stopped_run_as_one_with_every_line(config, serve
         for m in client.get_metric_history(run.info.run_id, name)
     }
     expected = {(f"result/{name}", 12, value) for name, value in result.items()}
-    for record in metrics.read_metrics(workdir):
+    for record in read_metrics(workdir):
         step, split = record.pop("step"), record.pop("split")
         expected |= {(f"{split}/{name}", step, value) for name, value in record.items()}
     assert stored == expected
@@ -391,7 +392,7 @@ def test_a_server_that_is_down_costs_a_run_at_most_30_seconds_and_no_line(
         wait_for(lambda: (workdir / "result.json").exists() or process.poll() is not None)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
-    steps = [r["step"] for r in metrics.read_metrics(workdir) if r["split"] == "train"]
+    steps = [r["step"] for r in read_metrics(workdir) if r["split"] == "train"]
     assert steps == [1, 2, 3, 4]
     assert "does not take the metrics (" in err or name == "mlflow"
     assert "did not get the end of the run and 5 lines" in err

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import assert_trees_equal, tiny_resnet
 
-from flax_resnet import metrics, run, train
+from flax_resnet import run, train
 from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints
 from flax_resnet.config import TrainConfig
@@ -22,7 +22,9 @@ from flax_resnet.errors import UserError
 from flax_resnet.models import DropBlockResNet, MiniModel
 from flax_resnet.optim import LARS, Adam, Cosine
 from flax_resnet.preemption import Preempted
+from flax_resnet.run_dir import read_metrics
 from flax_resnet.step_programs import StepPrograms
+from flax_resnet.tracking.run_log import RunLog
 from flax_resnet.train import train_and_evaluate
 
 
@@ -73,7 +75,7 @@ def test_a_run_leaves_its_record(whole):
         "checkpoints", "config.json", "confusion.png", "curves.png",
         "metrics.jsonl", "result.json", "tensorboard",
     ]  # fmt: skip
-    records = metrics.read_metrics(workdir)
+    records = read_metrics(workdir)
     assert [(r["split"], r["step"]) for r in records] == [
         ("train", 3), ("train", 5), ("eval", 5), ("train", 6), ("train", 9),
         ("train", 10), ("eval", 10), ("train", 12), ("eval", 12),
@@ -118,14 +120,14 @@ def crash_after(monkeypatch):
     """Makes the loop crash when it has logged training metrics of a step."""
 
     def arrange(step):
-        write = metrics.RunLog.write
+        write = RunLog.write
 
         def crashing(self, split, at, *rest):
             write(self, split, at, *rest)
             if at >= step:
                 raise Stop
 
-        monkeypatch.setattr(metrics.RunLog, "write", crashing)
+        monkeypatch.setattr(RunLog, "write", crashing)
 
     yield arrange
     monkeypatch.undo()
@@ -145,7 +147,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
     assert (f"resumes at step {resumed}" in capsys.readouterr().out) == (resumed > 0)
     assert_trees_equal(saved(broken)[0], saved(whole)[0])
     assert_trees_equal(saved(broken, "best")[0], saved(whole, "best")[0])
-    assert timeless(metrics.read_metrics(broken)) == timeless(metrics.read_metrics(whole))
+    assert timeless(read_metrics(broken)) == timeless(read_metrics(whole))
     clock = dict.fromkeys(k for k in want if k.endswith("seconds"))
     assert {**got, **clock} == {**want, **clock}
     assert len(json.loads((broken / "config.json").read_text())["starts"]) == 2
@@ -158,7 +160,7 @@ def test_a_run_cut_off_after_its_last_checkpoint_is_closed(config, tmp_path, mes
         train_and_evaluate(config, tmp_path / "w", mesh=mesh)
     monkeypatch.undo()
     result = train_and_evaluate(config, tmp_path / "w", mesh=mesh)
-    records = metrics.read_metrics(tmp_path / "w")
+    records = read_metrics(tmp_path / "w")
     assert (result["step"], result["top1"]) == (12, records[-1]["top1"])
     assert (tmp_path / "w" / "confusion.png").exists()
 
@@ -260,7 +262,7 @@ def test_evaluations_need_not_all_save(config, tmp_path, mesh):
         checkpoint=CheckpointConfig(every_evals=3, keep_last=9),
     )
     train_and_evaluate(config, tmp_path / "w", mesh=mesh)
-    steps = [r["step"] for r in metrics.read_metrics(tmp_path / "w") if r["split"] == "eval"]
+    steps = [r["step"] for r in read_metrics(tmp_path / "w") if r["split"] == "eval"]
     assert steps == [2, 4, 6, 8]
     kept = {int(p.name) for p in (tmp_path / "w" / "checkpoints").iterdir() if p.name.isdigit()}
     assert kept == {6, 8}
@@ -289,7 +291,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
     assert (meta["step"], meta["owes_evaluation"], int(state["step"])) == (step, owes, step)
     train_and_evaluate(config, workdir, mesh=one)
     assert f"resumes at step {step}" in capsys.readouterr().out
-    assert timeless(metrics.read_metrics(workdir)) == timeless(metrics.read_metrics(whole[0]))
+    assert timeless(read_metrics(workdir)) == timeless(read_metrics(whole[0]))
     assert_trees_equal(saved(workdir)[0], saved(whole[0])[0])
     assert_trees_equal(saved(workdir, "best")[0], saved(whole[0], "best")[0])
 
@@ -308,7 +310,7 @@ def test_a_run_stopped_twice_in_the_same_evaluation_keeps_its_checkpoint(
         monkeypatch.setattr(Checkpoints, "save", None)  # a second one of step 5 is not written
     monkeypatch.undo()
     train_and_evaluate(once, workdir, mesh=one)
-    assert timeless(metrics.read_metrics(workdir)) == timeless(metrics.read_metrics(whole[0]))
+    assert timeless(read_metrics(workdir)) == timeless(read_metrics(whole[0]))
 
 
 def test_a_run_that_was_set_up_before_another_went_on_does_not_undo_it(
@@ -326,5 +328,5 @@ def test_a_run_that_was_set_up_before_another_went_on_does_not_undo_it(
     with pytest.raises(UserError, match=r"has gone on to step 12 while this one was .* step 0"):
         train_and_evaluate(config, workdir, mesh=one)
     assert saved(workdir)[1]["step"] == 12
-    assert metrics.read_metrics(workdir) == metrics.read_metrics(whole[0])
+    assert read_metrics(workdir) == read_metrics(whole[0])
     assert json.loads((workdir / "result.json").read_text())["step"] == 12

@@ -34,9 +34,9 @@ from experiments.benchmarks.driver import check_names
 from experiments.launch import pieces
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
-from flax_resnet.config import write_json
 from flax_resnet.errors import UserError
 from flax_resnet.records.provenance import git_state
+from flax_resnet.run_dir import read_json, write_json
 
 Rows = Sequence[Mapping[str, Any]]
 DATA = "DATA_DIR"
@@ -156,8 +156,7 @@ def part_file(name: str, settings: Settings) -> Path:
 
 def ended(name: str, settings: Settings) -> dict[str, Any] | None:
     """What a part has left; None where it has not ended, or by another command."""
-    path = part_file(name, settings)
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found = read_json(part_file(name, settings)) or {}
     return found if found.get("command") == shlex.join(command(name, settings)) else None
 
 

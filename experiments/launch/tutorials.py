@@ -31,6 +31,7 @@ from experiments.launch import pieces
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.errors import check_range
+from flax_resnet.run_dir import RESULT
 
 ON_CPU = {"JAX_PLATFORMS": "cpu"}
 """Writing a record is no work for the accelerator."""
@@ -115,7 +116,7 @@ def recording(name: str, settings: Settings) -> list[str]:
 
 def finished(name: str, settings: Settings) -> bool:
     """True where every seed has its result."""
-    found = (Path(settings.workdir) / name).rglob("result.json")
+    found = (Path(settings.workdir) / name).rglob(RESULT)
     return sum(1 for _ in found) >= settings.seeds
 
 

@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from flax_resnet import tables
+from flax_resnet import text_tables
 from flax_resnet.cli.flags import DataDir, Switch, flag, writing
 from flax_resnet.cli.weight_flags import WeightFlags
 from flax_resnet.data import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.evaluate import evaluate
-from flax_resnet.inspection.run import read_record
+from flax_resnet.run_dir import read_config
 from flax_resnet.views import Views
 from flax_resnet.weights.loading import is_path
 
@@ -84,7 +84,7 @@ class Settings(WeightFlags):
             )
         if not named:
             try:
-                recorded = read_record(run)[0]
+                recorded = read_config(run)[0]
             except UserError as error:
                 advice = "or give --data.name NAME or --data.folder DIR"
                 raise UserError(f"{error}; {advice}") from None
@@ -112,4 +112,4 @@ def main(settings: Settings) -> None:
             print(json.dumps({**asked, **numbers}, indent=2), file=file)
     split = "" if config.folder else f" {config.eval_split}"
     about = {"weights": settings.weights, "data": f"{config.title}{split}"}
-    tables.show(opened.name, [*about.items(), *tables.result_rows(numbers).items()])
+    text_tables.show(opened.name, [*about.items(), *text_tables.result_rows(numbers).items()])

@@ -10,8 +10,9 @@ from typing import Annotated
 from flax_resnet.cli.flags import Positional, Switch, flag, writing
 from flax_resnet.compare import compare
 from flax_resnet.errors import UserError
-from flax_resnet.inspection.run import Which, read_record
+from flax_resnet.inspection.run import Which
 from flax_resnet.report import report
+from flax_resnet.run_dir import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Report:
 
 def write_report(settings: Report) -> None:
     """``flax-resnet report``."""
-    read_record(settings.workdir)  # before the output is opened
+    read_config(settings.workdir)  # before the output is opened
     options = dataclasses.asdict(settings)
     workdir, output = options.pop("workdir"), options.pop("output")
     output = output or str(Path(workdir) / "report.html")

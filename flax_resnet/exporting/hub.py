@@ -9,15 +9,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from flax_resnet import metrics
 from flax_resnet.errors import UserError
 from flax_resnet.exporting.card import Trained, model_card
 from flax_resnet.records import provenance
 from flax_resnet.records.configs import from_record, to_record, untracked
 from flax_resnet.records.files import error_as_one_line, replacing_tree
+from flax_resnet.run_dir import finished, read_metrics, read_record
 from flax_resnet.weights import Pretrained, open_weights, write_weights
 from flax_resnet.weights.hub import CONFIG, PREFIX, WEIGHTS, client, fetch_folder, one_line, parse
-from flax_resnet.weights.loading import open_run
+from flax_resnet.weights.loading import open_run_weights
 from flax_resnet.weights.published_cache import offline
 
 CARD, RESULT = "README.md", "result.json"
@@ -148,17 +148,12 @@ def _opened(source: str | Path | Pretrained) -> tuple[Pretrained, Trained | None
     workdir = Path(source).expanduser()
     if not workdir.is_dir():
         return open_weights(source), None, None, None
-    opened, checkpoint = open_run(workdir)
+    opened, checkpoint = open_run_weights(workdir)
     home = re.escape(str(Path.home())) + r"(?![\w.-])"  # which is nobody else's business
-
-    def read(name: str) -> Any:
-        return json.loads(re.sub(home, "~", (workdir / name).read_text()))
-
-    with error_as_one_line(lambda error: f"{workdir}: its record cannot be read: {error}"):
-        record = read(CONFIG)
-        result = read(RESULT) if (workdir / RESULT).exists() else None
+    text = json.dumps([read_record(workdir), finished(workdir)], ensure_ascii=False)
+    record, result = json.loads(re.sub(home, "~", text))
     config = from_record(untracked(record["config"]))
-    evaluations = [line for line in metrics.read_metrics(workdir) if line["split"] == "eval"]
+    evaluations = [line for line in read_metrics(workdir) if line["split"] == "eval"]
     return opened, Trained(config, checkpoint, evaluations), record, result
 
 

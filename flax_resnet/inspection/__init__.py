@@ -20,9 +20,9 @@ from flax_resnet.inspection.lr_finder import RateSearch as RateSearch
 from flax_resnet.inspection.lr_finder import find_rate as find_rate
 from flax_resnet.inspection.run import Inspected as Inspected
 from flax_resnet.inspection.run import open_run as open_run
-from flax_resnet.inspection.run import read_record as read_record
-from flax_resnet.inspection.run import variants as variants
 from flax_resnet.inspection.samples import Augmented as Augmented
 from flax_resnet.inspection.samples import augmented as augmented
 from flax_resnet.inspection.samples import eval_images as eval_images
 from flax_resnet.inspection.samples import folder_images as folder_images
+from flax_resnet.run_dir import read_record as read_record
+from flax_resnet.run_dir import variants as variants

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +14,8 @@ from flax import linen as nn
 from flax_resnet import distributed, models
 from flax_resnet.augment import normalize
 from flax_resnet.data import Data
-from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
-from flax_resnet.records.configs import from_record, untracked
+from flax_resnet.run_dir import read_config
 from flax_resnet.weights.imagenet_classes import class_name
 from flax_resnet.weights.loading import read_checkpoint, saved_variables
 
@@ -70,14 +68,9 @@ class Inspected:
         """
         mesh = distributed.data_mesh(jax.local_devices()[:1])
         with_rows = self.config.augment.alternating_flip
-        found = Data(self.config.data, mesh, self.config.model.num_classes, with_rows=with_rows)
-        for name, here in found.describe().items():
-            if self.data_record[name] != here:
-                raise UserError(
-                    f"{self.workdir} was trained on data with {name} {self.data_record[name]!s:.80}"
-                    f" and it is {here!s:.80} now: put the same data back"
-                )
-        return found
+        data = Data(self.config.data, mesh, self.config.model.num_classes, with_rows=with_rows)
+        data.check_same(self.data_record, self.workdir)
+        return data
 
     def normalized(self, images: np.ndarray) -> jax.Array:
         """uint8 images (N, H, W, C) as the network takes them."""
@@ -99,7 +92,7 @@ def open_run(workdir: str | Path, checkpoint: Which = "best") -> Inspected:
       UserError: there is no run or no checkpoint, or it cannot be read.
     """
     workdir = Path(workdir).expanduser()
-    config = read_record(workdir)[0]
+    config = read_config(workdir)[0]
     state, meta = read_checkpoint(workdir, checkpoint)
     module = config.model
     variables = saved_variables(module, state)
@@ -118,43 +111,3 @@ def open_run(workdir: str | Path, checkpoint: Which = "best") -> Inspected:
         class_names=tuple(meta["class_names"]),
         data_record=meta,
     )
-
-
-def read_record(workdir: str | Path) -> tuple[Any, dict[str, Any]]:
-    """(TrainConfig, all that config.json holds: "config" as JSON values, and "starts").
-
-    Raises:
-      UserError: there is no run, or its record cannot be read.
-    """
-    path = Path(workdir).expanduser() / "config.json"
-    try:
-        record = json.loads(path.read_text())
-        return from_record(untracked(record["config"])), record
-    except FileNotFoundError:
-        raise UserError(f"{workdir} holds no run: expected a config.json there") from None
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a run's record ({error!r}): give another run") from error
-
-
-def variants(path: str | Path) -> list[tuple[str, list[Path]]]:
-    """[(name, working directories of its seeds)] of a run, a variant or a sweep.
-
-    Raises:
-      UserError: the directory holds none of these.
-    """
-    path = Path(path).expanduser()
-    if (path / "config.json").is_file():
-        return [(path.name, [path])]
-    below = [*path.glob("seed*/config.json")] or [*path.glob("*/seed*/config.json")]
-    groups: dict[Path, list[Path]] = {}
-    seeds = [file.parent for file in below]
-    for seed in sorted(seeds, key=lambda path: (path.parent, len(path.name), path.name)):
-        groups.setdefault(seed.parent, []).append(seed)
-    if not groups:
-        raise UserError(
-            f"{path} holds no run: expected a working directory (config.json), a variant "
-            "(seedN/config.json) or a sweep (VARIANT/seedN/config.json)"
-        )
-    return [(variant.name, seeds) for variant, seeds in groups.items()]

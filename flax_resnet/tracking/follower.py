@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import re
 import sys
 import threading
@@ -18,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from flax_resnet.records.configs import flatten
-from flax_resnet.records.files import replacing
+from flax_resnet.run_dir import CONFIG, RESULT, finished, read_json, read_record, write_json
 from flax_resnet.tracking.base import About, End, Line, TensorBoard, Tracker, Tracking, masked
 
 FINISHED_SECONDS, STOPPED_SECONDS = 20.0, 8.0
 """How long a run waits for its trackers at its end: a finished run, and a stopped one."""
 MAX_LINES = 100
 """Lines in one call of Tracker.write."""
-FILES = ("config.json", "result.json", "curves.png", "confusion.png")
+FILES = (CONFIG, RESULT, "curves.png", "confusion.png")
 _opening = threading.Lock()
 """Of several seeds, one makes MLflow's experiment."""
 
@@ -98,10 +97,8 @@ class Follower:
         """Sends the end of the run; does not wait for it."""
         if self._thread.ident is None:  # the run ended before its first line
             self.follow((), lambda text: None)
-        path = self._workdir / "result.json"
-        is_finished = status == "FINISHED" and path.exists()
-        result = json.loads(path.read_text()) if is_finished else {}
-        files = (self._workdir / name for name in (FILES if is_finished else FILES[:1]))
+        result = finished(self._workdir) or {} if status == "FINISHED" else {}
+        files = (self._workdir / name for name in (FILES if result else FILES[:1]))
         self._end = End(status, self._step, result, tuple(filter(Path.exists, files)))
         self._wake.set()
 
@@ -141,7 +138,7 @@ class Follower:
 
     def _open(self) -> Tracker:
         where, path = self._tracking.where, self._workdir / "tracking.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = read_json(path) or {}
         about = _about(self._workdir, known.get(where, {}).get("run_id"))
         with _opening:
             tracker = self._tracking.open(about)
@@ -149,14 +146,14 @@ class Follower:
             self._unsent[:0] = self._earlier
         known[where] = {"run_id": tracker.run_id}
         # A full disk ends the run, not the tracker.
-        with contextlib.suppress(OSError), replacing(path) as partial:
-            partial.write_text(json.dumps(known, indent=2) + "\n")
+        with contextlib.suppress(OSError):
+            write_json(path, known)
         self._message(f"tracked by {masked(tracker.address) or where}")
         return tracker
 
 
 def _about(workdir: Path, run_id: str | None) -> About:
-    record = json.loads((workdir / "config.json").read_text())
+    record = read_record(workdir)
     start, place = record["starts"][-1], workdir.resolve()
     group = place.parent if re.fullmatch(r"seed\d+", place.name) else None
     devices = collections.Counter(start["devices"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from flax_resnet.layers import Dtype
 from flax_resnet.models import ResNet
 from flax_resnet.preprocess import Preprocessing
 from flax_resnet.records.configs import from_record, untracked
+from flax_resnet.run_dir import read_record
 from flax_resnet.weights import hub, published
 from flax_resnet.weights.imagenet_classes import imagenet_classes
 from flax_resnet.weights.pretrained import Pretrained, Variables, image_shape
@@ -120,7 +120,7 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
     else:
         path = Path(weights).expanduser()
         if path.is_dir():
-            return open_run(path)[0]
+            return open_run_weights(path)[0]
         known = published.find_source(path.name)
     opened = _described(open_file(path), known, path)
     if entry is None:
@@ -191,7 +191,7 @@ def check_same(opened: Pretrained, module: nn.Module, name: str) -> None:
         raise UserError(f"the weights are not of {name} ({'; '.join(fields)}): {advice}")
 
 
-def open_run(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
+def open_run_weights(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
     """The best checkpoint of a run, else its newest: (its network, what it says of itself)."""
     state, meta = read_checkpoint(workdir)
     config = from_record(untracked(meta["config"]))
@@ -217,11 +217,9 @@ def read_checkpoint(
     workdir: Path, which: Literal["best", "latest"] = "best"
 ) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """(the state, what the checkpoint says of itself), from where the run's record has them."""
-    try:
-        record = json.loads((workdir / "config.json").read_text())
-        elsewhere = record["config"]["checkpoint"]["directory"]
-    except (OSError, ValueError, KeyError, TypeError):
-        elsewhere = None
+    elsewhere = None
+    with contextlib.suppress(UserError, KeyError, TypeError):
+        elsewhere = read_record(workdir)["config"]["checkpoint"]["directory"]
     directory = CheckpointConfig(directory=elsewhere).place(workdir)
     if not seals.is_remote(directory) and not directory.is_dir():
         raise UserError(
