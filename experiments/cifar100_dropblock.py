@@ -19,7 +19,7 @@ from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.models import DropBlockResNet
 from flax_resnet.optim import Adam, Cosine
 

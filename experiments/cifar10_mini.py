@@ -13,7 +13,7 @@ Published: none.
 from flax_resnet.augment import Augment
 from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.models import MiniModel
 from flax_resnet.optim import Adam
 

@@ -32,7 +32,7 @@ from flax_resnet import distributed
 from flax_resnet.augment import Augment
 from flax_resnet.cli.experiment import chosen_by, main
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.optim import decoupled
 from flax_resnet.run_dir import write_json

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from flax_resnet.augment import Augment
 from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet, imagenet_resnet
 from flax_resnet.optim import LAMB, SGD, Cosine, Piecewise, linear_scaled_lr

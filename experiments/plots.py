@@ -40,9 +40,9 @@ from flax_resnet.cli.flags import flag
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range, did_you_mean
 from flax_resnet.inspection import PARTS, Session, open_run
 from flax_resnet.models import network_name
+from flax_resnet.models.summary import summarize
 from flax_resnet.records.configs import flatten, varying_fields
 from flax_resnet.run_dir import CONFIG, read_config, read_metrics, variants
-from flax_resnet.summary import summarize
 
 What = Literal[
     "curves", "paper", "depth", "confusion", "reliability", "worst", "filters", "maps",

@@ -19,17 +19,8 @@ import optax
 from flax import linen as nn
 
 from flax_resnet.errors import POSITIVE, check_range
-from flax_resnet.layers import (
-    Dtype,
-    InitKind,
-    Layers,
-    as_dtype,
-    check_images,
-    convolve,
-    lecun_third_uniform,
-    max_pool,
-    whole_numbers,
-)
+from flax_resnet.models.arguments import Dtype, as_dtype, check_images, whole_numbers
+from flax_resnet.models.layers import InitKind, Layers, convolve, lecun_third_uniform, max_pool
 from flax_resnet.optim import SGD
 from flax_resnet.schedules import Shape, check_shares
 
@@ -193,13 +184,7 @@ class SpeedNet(nn.Module):
     @property
     def layers(self) -> Layers:
         """What makes this network's convolutions, norms and dense layers."""
-        layers = Layers(
-            bn_momentum=self.bn_momentum,
-            bn_epsilon=self.bn_epsilon,
-            bn_scale=False,
-            kernel_init=self.kernel_init,
-        )
-        return layers.with_dtypes(self.dtype, self.param_dtype, self.axis_name)
+        return Layers(bn_scale=False).with_fields_of(self)
 
     @property
     def frozen_parameters(self) -> tuple[str, ...]:

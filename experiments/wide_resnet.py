@@ -16,7 +16,7 @@ from flax_resnet import models
 from flax_resnet.augment import Augment
 from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.optim import SGD, Piecewise
 
 

@@ -5,7 +5,7 @@ from flax_resnet.checkpoints.checkpoints import CheckpointConfig as CheckpointCo
 from flax_resnet.checkpoints.checkpoints import Checkpoints as Checkpoints
 from flax_resnet.config import TrainConfig as TrainConfig
 from flax_resnet.data import Data as Data
-from flax_resnet.data import DataConfig as DataConfig
+from flax_resnet.data_config import DataConfig as DataConfig
 from flax_resnet.distributed import data_mesh as data_mesh
 from flax_resnet.errors import UserError as UserError
 from flax_resnet.exporting import export as export
@@ -42,6 +42,10 @@ from flax_resnet.models import stack_blocks as stack_blocks
 from flax_resnet.models import trainable as trainable
 from flax_resnet.models import unstack_blocks as unstack_blocks
 from flax_resnet.models import wide_resnet as wide_resnet
+from flax_resnet.models.regularize import DropBlock as DropBlock
+from flax_resnet.models.regularize import drop_block as drop_block
+from flax_resnet.models.regularize import drop_path as drop_path
+from flax_resnet.models.summary import summarize as summarize
 from flax_resnet.optim import LAMB as LAMB
 from flax_resnet.optim import LARS as LARS
 from flax_resnet.optim import SGD as SGD
@@ -57,14 +61,10 @@ from flax_resnet.optim import decoupled as decoupled
 from flax_resnet.optim import linear_scaled_lr as linear_scaled_lr
 from flax_resnet.preemption import Preempted as Preempted
 from flax_resnet.preprocess import Preprocessing as Preprocessing
-from flax_resnet.regularize import DropBlock as DropBlock
-from flax_resnet.regularize import drop_block as drop_block
-from flax_resnet.regularize import drop_path as drop_path
 from flax_resnet.step import TrainState as TrainState
 from flax_resnet.step import create_state as create_state
 from flax_resnet.step import eval_step as eval_step
 from flax_resnet.step import train_step as train_step
-from flax_resnet.summary import summarize as summarize
 from flax_resnet.sweeps import sweep as sweep
 from flax_resnet.sweeps import train_seeds as train_seeds
 from flax_resnet.tracking import MLflow as MLflow

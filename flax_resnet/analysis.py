@@ -17,8 +17,8 @@ from flax_resnet import distributed, text_tables, views
 from flax_resnet.checks import check_batch
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
+from flax_resnet.models.summary import FLOPS_A_MAC, summarize
 from flax_resnet.setup import prepare
-from flax_resnet.summary import FLOPS_A_MAC, summarize
 
 COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
@@ -85,7 +85,7 @@ def analyze(config: TrainConfig, mesh: Mesh | None = None) -> dict[str, dict[str
             "seconds to compile": seconds,
         }
 
-    seen, data = views.NUMBER[config.tta], run.data
+    seen, data = views.VIEWS_PER_IMAGE[config.tta], run.data
     sizes, shapes = (config.batch_size, config.eval_batch_size), (data.batch_shape, data.eval_shape)
     return {
         "train": costs(sizes[0], shapes[0], FLOPS_A_MAC["train"], run.programs.compile_step),

@@ -13,8 +13,8 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.distributed import check_divisible
 from flax_resnet.errors import UserError
-from flax_resnet.layers import check_bn_group, needs_x64
 from flax_resnet.models import ResNet
+from flax_resnet.models.arguments import check_bn_group, needs_x64
 from flax_resnet.optim import LAMB, LARS, Muon
 from flax_resnet.step import TrainState
 

@@ -7,13 +7,14 @@ from typing import Literal
 
 from flax import linen as nn
 
-from flax_resnet.augment import Augment, NormalizationKind
+from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
-from flax_resnet.data import FREE, DataConfig
+from flax_resnet.data_config import FREE, DataConfig
 from flax_resnet.distributed import StateSharding
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
 from flax_resnet.guards import Guard
 from flax_resnet.models import cifar_resnet
+from flax_resnet.normalization import NormalizationKind
 from flax_resnet.optim import SGD, Optimizer
 from flax_resnet.tracking import AnyTracking, TensorBoard, Tracking
 from flax_resnet.views import Views

@@ -16,90 +16,21 @@ import hashlib
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from flax_resnet import distributed
-from flax_resnet.datasets import prepare, sources, stream
-from flax_resnet.datasets.decode import Decoder
-from flax_resnet.datasets.rows import BatchReader, decode_chunks, decode_rows, take
-from flax_resnet.errors import UserError, check_choices, check_range
+from flax_resnet.data_config import SPLITS, DataConfig, Split
+from flax_resnet.datasets import prepare, sources
+from flax_resnet.datasets.rows import BatchReader, decode_chunks, decode_rows, read_ahead, take
+from flax_resnet.errors import UserError
 from flax_resnet.records.files import digest
 
 # Images are decoded and summed up this many bytes of pixels at a time.
 CHUNK_BYTES = 2**24
-Split = Literal["train", "eval"]
-SPLITS: tuple[Split, ...] = ("train", "eval")
-# Metadata of fields that a resumed run may change: they say where things lie, how to get at them
-# and how often to look, and decide no number.
-FREE = {"free": True}
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Which images, and how they reach the devices."""
-
-    name: str = sources.DIGITS
-    """A tfds image-classification set: "cifar10", "mnist", "imagenet2012", "NAME:VERSION"."""
-    data_dir: str | None = dataclasses.field(default=None, metadata=FREE)
-    """Directory that holds NAME/VERSION; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
-    folder: str | None = None
-    """Read this folder of images, one sub-folder a class, instead of a tfds set."""
-    train_split: str = "train"
-    """Training split: a name, or a slice such as "train[:90%]"."""
-    eval_split: str = "test"
-    """Evaluation split."""
-    holdout_every: int = 5
-    """A folder without split sub-folders holds out one in so many images of each class."""
-    image_size: int | None = None
-    """Resize to this height and width; None keeps the stored size."""
-    eval_image_size: int | None = None
-    """With image_size: evaluate at this height and width instead (Touvron et al. 2019)."""
-    crop_ratio: float = 1.0
-    """With image_size: side of the centre crop over the shorter side (ImageNet: 0.875)."""
-    pad: int = 0
-    """Pad with so many pixels of zero on every side (MNIST's 28 to 32: 2)."""
-    channels: Literal[1, 3, 4] | None = None
-    """Convert to grey, RGB or RGBA (3 repeats a grey channel); None keeps what is stored."""
-    random_resized_crop: bool = False
-    """With image_size: train on a random area and aspect of each image (Szegedy et al. 2015)."""
-    repeats: int = 1
-    """Train on so many copies of each image in a row, each changed on its own (repeated
-    augmentation, Hoffer et al. 2020); all images have come only after so many epochs."""
-    resident_mb: int = dataclasses.field(default=2048, metadata=FREE)
-    """Sets of up to this many MiB of pixels live on the device; larger ones stream."""
-    num_workers: int = dataclasses.field(default=2, metadata=FREE)
-    """Worker processes that decode a streamed set; 0 decodes in threads of this process, and the
-    training loop waits for Python with them."""
-    statistics_examples: int = 100_000
-    """Normalisation statistics read at most so many training images, evenly spaced."""
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "eval_image_size", "repeats", "statistics_examples"):
-            check_range(f"data.{name}", getattr(self, name), 1)
-        for name in ("resident_mb", "num_workers", "pad"):
-            check_range(f"data.{name}", getattr(self, name), 0)
-        check_range("data.holdout_every", self.holdout_every, 2)
-        check_choices(self)
-        if not 0 < self.crop_ratio <= 1:
-            raise UserError(f"data.crop_ratio={self.crop_ratio}: expected a share in (0, 1]")
-        sized = {"crop_ratio": 1.0, "random_resized_crop": False, "eval_image_size": None}
-        for name, off in sized.items():
-            if getattr(self, name) != off and self.image_size is None:
-                raise UserError(f"data.{name} needs a size to train at: set --data.image-size")
-
-    def decoder(self, channels: int, split: Split = "eval") -> Decoder:
-        """What turns stored bytes into pixels of so many channels, without random crops."""
-        size = self.eval_image_size if split == "eval" else None
-        return Decoder(channels, size or self.image_size, self.crop_ratio, pad=self.pad)
-
-    @property
-    def title(self) -> str:
-        """What to call the data: the folder, or the set's name."""
-        return self.folder or self.name
 
 
 class Data:
@@ -307,7 +238,7 @@ class Data:
         if self.resident:
             yield from map(reader.rows, range(start, stop))
         else:
-            yield from stream.batches(reader, start, stop, self._config.num_workers)
+            yield from read_ahead(reader, start, stop, self._config.num_workers)
 
 
 def _image_shape(

@@ -20,11 +20,12 @@ import numpy as np
 from flax import linen as nn
 
 from flax_resnet import metrics
-from flax_resnet.augment import normalize
 from flax_resnet.classify import Classifier, not_finite, padded
-from flax_resnet.data import DataConfig, open_sources
+from flax_resnet.data import open_sources
+from flax_resnet.data_config import DataConfig
 from flax_resnet.datasets.rows import decode_chunks
 from flax_resnet.errors import UserError, check_range
+from flax_resnet.normalization import normalize
 from flax_resnet.views import Views, averaged_logits
 from flax_resnet.weights import Pretrained
 from flax_resnet.weights.imagenet_classes import imagenet_classes, imagenet_ids

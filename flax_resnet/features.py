@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from flax_resnet.augment import normalize
-from flax_resnet.data import SPLITS, Data, Split
+from flax_resnet.data import Data
+from flax_resnet.data_config import SPLITS, Split
 from flax_resnet.datasets.decode import PACKAGES
-from flax_resnet.models.surgery import has_top, split_top
+from flax_resnet.models.variables import has_top, split_top
+from flax_resnet.normalization import normalize
 from flax_resnet.records.configs import to_record
 from flax_resnet.records.files import cache_dir, digest, replacing
 from flax_resnet.records.provenance import source_hash, versions

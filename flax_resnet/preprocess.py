@@ -9,15 +9,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from flax_resnet.augment import IMAGENET_MEAN, IMAGENET_STD, Statistics
 from flax_resnet.datasets.decode import LARGEST, PIL_MODES, Decoder, open_image
 from flax_resnet.errors import UserError, check_choices, check_range, check_whole, is_number
-
-_RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
+from flax_resnet.normalization import IMAGENET_MEAN, IMAGENET_STD, Statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +106,7 @@ class Preprocessing:
         return np.stack([self._crop(i, *at) for i in (image, mirrored) for at in corners])
 
     def statistics(self) -> Statistics:
-        """What augment.normalize takes: {"mean", "std"}, with ``bgr`` also {"order"}."""
+        """What normalization.normalize takes: {"mean", "std"}, with ``bgr`` also {"order"}."""
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         if len(std) != self.channels:
             std = std.reshape(self.shape)
@@ -120,7 +114,7 @@ class Preprocessing:
         return stats | ({"order": np.array([2, 1, 0], np.int32)} if self.bgr else {})
 
     def _resized(self, data: bytes) -> Image.Image:
-        image, how = open_image(data, self.channels), _RESAMPLING[self.interpolation]
+        image = open_image(data, self.channels)
         width, height = image.size
         if self.resize is None:
             new = (self.size, self.size)
@@ -130,7 +124,7 @@ class Preprocessing:
             new = (int(self.resize * width / short), int(self.resize * height / short))
         if math.prod(new) > Image.MAX_IMAGE_PIXELS:  # type: ignore[operator]
             raise ValueError(f"at {width}x{height} it is too long and thin to resize")
-        return image if new == image.size else image.resize(new, how)
+        return image.resize(new, Image.Resampling[self.interpolation.upper()])
 
     def _centre(self, image: Image.Image) -> tuple[int, int]:
         """(left, top) of a centred crop; halves round to even, as torchvision's do."""

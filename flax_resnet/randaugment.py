@@ -32,7 +32,7 @@ MOST = 10.0
 GREY = (19595, 38470, 7471)
 
 
-def randaugment(
+def apply_randaugment(
     key: jax.Array,
     images: jax.Array,
     *,

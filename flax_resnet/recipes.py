@@ -15,7 +15,7 @@ import tyro
 
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.datasets import prepare, sources
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet, cifar_resnet, imagenet_resnet

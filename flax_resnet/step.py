@@ -13,9 +13,10 @@ from flax import linen as nn
 from flax.training import train_state
 
 from flax_resnet import metrics
-from flax_resnet.augment import Augment, normalize
-from flax_resnet.layers import as_dtype
+from flax_resnet.augment import Augment
 from flax_resnet.models import initialize, trainable
+from flax_resnet.models.arguments import as_dtype
+from flax_resnet.normalization import normalize
 from flax_resnet.views import Views, averaged_logits
 
 Batch = dict[str, jax.Array]
@@ -69,7 +70,7 @@ def create_state(
         frozen are kept from it.
       seed: initialisation follows from it, and the key of all steps.
       image_shape: (H, W, C).
-      normalization: {"mean", "std"}, as augment.statistics gives; with float64 parameters it
+      normalization: {"mean", "std"}, as normalization.statistics gives; with float64 parameters it
         is float64, and so are the images.
       ema: keep averaged variables beside the trained ones.
       init: gives the variables from a key and the images' shape; by default fresh ones.

@@ -21,11 +21,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from flax_resnet import cpu, distributed, guards
+from flax_resnet import distributed, guards
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.datasets.rows import take
 from flax_resnet.step import LOSSES, TrainState, eval_step, look_ahead, train_step
+from flax_resnet.xla import backend
 
 SPLIT_PARTS: Mapping[str, tuple[str, ...]] = {
     "replicated": (),
@@ -155,7 +156,7 @@ class StepPrograms:
             self.steps()[0],
             lambda state: constrain(state, self._state_sharding),
             batch_of if resident else None,
-            unroll=cpu.is_backend(),
+            unroll=backend.is_cpu(),
         )
         like = self._batch(self.group_size, *self.leading_axes, config.batch_size, sharding=split)
         if resident:
@@ -182,7 +183,7 @@ class StepPrograms:
         self, step: Callable[..., Any], out: Any, memory: Any, *like: Any, **options: Any
     ) -> jax.stages.Compiled:
         """``step``, compiled for the mesh, of the state and what ``like`` describes."""
-        options |= {"out_shardings": out, "compiler_options": cpu.compiler_options()}
+        options |= {"out_shardings": out, "compiler_options": backend.compiler_options()}
         with memory:
             return jax.jit(step, **options).lower(self.state, *like).compile()
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import distributed, hosts, metrics, profiling, tracking
+from flax_resnet import distributed, hosts, metrics, tracking
 from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.config import TrainConfig
 from flax_resnet.guards import Diverged, all_finite, check_loss
@@ -42,6 +42,7 @@ from flax_resnet.watch import (
     Watch,
 )
 from flax_resnet.workdir import check_workdir, claimed
+from flax_resnet.xla import trace
 
 # Dispatch is asynchronous: without a bound the host would queue every batch of the run.
 MOST_DISPATCHES_IN_FLIGHT = 2
@@ -190,7 +191,7 @@ def _traced(run: Run, train_step: Callable[..., Any], log: RunLog | RunLogs) -> 
     # The workdir of networks that train together goes when they are finished.
     profiles = (run.workdir.parent.parent if run.members else run.workdir) / "profile"
     steps_of = lambda state, batch: steps_in(batch)  # noqa: E731
-    return profiling.traced(train_step, run.config.profile_steps, profiles, log.message, steps_of)
+    return trace.traced(train_step, run.config.profile_steps, profiles, log.message, steps_of)
 
 
 @contextlib.contextmanager

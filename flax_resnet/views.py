@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from flax_resnet.errors import UserError
 
 Views = Literal["none", "flip", "flip_shift"]
-NUMBER: Mapping[Views, int] = {"none": 1, "flip": 2, "flip_shift": 6}
-"""Number of views of an image, by kind."""
+VIEWS_PER_IMAGE: Mapping[Views, int] = {"none": 1, "flip": 2, "flip_shift": 6}
+"""Number of views averaged at test time, by kind."""
 
 
 def check_views(kind: str) -> None:
     """Raises UserError unless there is such a kind."""
-    if kind not in NUMBER:
-        raise UserError(f"tta={kind!r}: expected one of {', '.join(NUMBER)}")
+    if kind not in VIEWS_PER_IMAGE:
+        raise UserError(f"tta={kind!r}: expected one of {', '.join(VIEWS_PER_IMAGE)}")
 
 
 def views(images: jax.Array, kind: Views) -> tuple[jax.Array, jax.Array]:
@@ -31,7 +31,7 @@ def views(images: jax.Array, kind: Views) -> tuple[jax.Array, jax.Array]:
         what comes in is the image reflected (K. Jordan 2024, arXiv:2404.00498, section 3.5).
 
     Returns:
-      ((N, V, H, W, C), float32 (V,) that sum to one), V is NUMBER[kind].
+      ((N, V, H, W, C), float32 (V,) that sum to one), V is VIEWS_PER_IMAGE[kind].
     """
     check_views(kind)
     shifts, shares = [images], [1.0]

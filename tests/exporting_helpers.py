@@ -10,9 +10,9 @@ from helpers import tiny_resnet
 from prediction_helpers import NAMES, SQUARE, apply
 
 from flax_resnet import models
-from flax_resnet.augment import normalize
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.models import DropBlockResNet, MiniModel
+from flax_resnet.normalization import normalize
 from flax_resnet.preprocess import KERAS_V1, Preprocessing
 from flax_resnet.weights import Pretrained
 

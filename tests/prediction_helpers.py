@@ -9,7 +9,7 @@ from helpers import tiny_resnet
 from PIL import Image
 
 from flax_resnet import models
-from flax_resnet.augment import normalize
+from flax_resnet.normalization import normalize
 from flax_resnet.preprocess import Preprocessing
 from flax_resnet.weights import open_weights, write_weights
 

@@ -19,7 +19,8 @@ from helpers import (
 
 from flax_resnet import distributed
 from flax_resnet.errors import UserError
-from flax_resnet.layers import Layers, check_bn_group
+from flax_resnet.models.arguments import check_bn_group
+from flax_resnet.models.layers import Layers
 from flax_resnet.step import train_step
 
 OPTIMIZED = True  # one device against eight

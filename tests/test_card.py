@@ -9,15 +9,15 @@ import yaml
 from inspection_helpers import tiny_config, tiny_run
 from prediction_helpers import make_weights
 
-pytest.importorskip("huggingface_hub", reason="needs [hub]")
-
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.exporting.card import escaped, model_card
 from flax_resnet.exporting.hub import _opened as opened_of
 from flax_resnet.exporting.hub import write_repository
 from flax_resnet.train import train_and_evaluate
 from flax_resnet.weights import open_weights
+
+pytest.importorskip("huggingface_hub", reason="needs [hub]")
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,18 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from test_train import saved
 
 from experiments import digits
-from flax_resnet import compilation, distributed, figures
+from flax_resnet import distributed, figures
 from flax_resnet.cli import app, experiment
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.run_dir import read_metrics
 from flax_resnet.train import train_and_evaluate
+from flax_resnet.xla import program_cache
 
 CACHE = {
     "jax_compilation_cache_dir": None,
     "jax_enable_compilation_cache": True,
-    **{name: default for name, (default, _) in compilation.SETTINGS.items()},
+    **{name: default for name, (default, _) in program_cache.SETTINGS.items()},
 }
 MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
@@ -44,7 +45,7 @@ def test_the_default_is_in_the_users_cache_by_machine_and_cores(fresh, monkeypat
     monkeypatch.delenv("FLAX_RESNET_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(fresh))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
-    found = compilation.use_cache()
+    found = program_cache.use_cache()
     assert found == fresh / "flax_resnet" / "xla" / f"{platform.machine()}-64-cores"
     assert found.stat().st_mode & 0o077 == 0
     assert jax.config.jax_compilation_cache_dir == str(found)
@@ -54,27 +55,27 @@ def test_the_default_is_in_the_users_cache_by_machine_and_cores(fresh, monkeypat
 
 def test_what_the_user_has_set_is_left_alone(fresh):
     jax.config.update(MIN_SECONDS, 7)
-    assert compilation.use_cache() is not None
+    assert program_cache.use_cache() is not None
     assert getattr(jax.config, MIN_SECONDS) == 7
     jax.config.update("jax_compilation_cache_dir", "/mine")
-    assert compilation.use_cache() is None
+    assert program_cache.use_cache() is None
     assert jax.config.jax_compilation_cache_dir == "/mine"
 
 
 def test_who_has_switched_it_off_has_none_nor_have_several_processes(fresh, monkeypatch):
     jax.config.update("jax_enable_compilation_cache", False)
-    assert compilation.use_cache() is None
+    assert program_cache.use_cache() is None
     jax.config.update("jax_enable_compilation_cache", True)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert compilation.use_cache() is None
+    assert program_cache.use_cache() is None
     assert not fresh.exists()
 
 
 @pytest.mark.parametrize("place", ["/proc/cache", "/dev/null"])
 def test_a_place_that_cannot_be_written_is_one_line(fresh, monkeypatch, capsys, place):
     monkeypatch.setenv("FLAX_RESNET_CACHE", place)
-    assert compilation.use_cache() is None
+    assert program_cache.use_cache() is None
     assert re.fullmatch(r"compiled programs are not kept: .*\n", capsys.readouterr().err)
     assert jax.config.jax_compilation_cache_dir is None
 
@@ -90,7 +91,7 @@ def numbers(workdir):
 def test_a_warm_start_equals_a_cold_one(fresh, digits_dir, tmp_path, mesh, monkeypatch):
     for name in ("curves", "confusion"):
         monkeypatch.setattr(figures, name, lambda *_: None)
-    place = compilation.use_cache()
+    place = program_cache.use_cache()
     jax.config.update(MIN_SECONDS, 0)  # on any machine
     data = DataConfig(data_dir=digits_dir)
     config = TrainConfig(tiny_resnet(), data, batch_size=64, num_steps=3, log_every_steps=1)
@@ -110,7 +111,7 @@ def test_a_warm_start_equals_a_cold_one(fresh, digits_dir, tmp_path, mesh, monke
 def test_what_comes_from_the_cache_still_takes_its_argument_over(fresh, mesh):
     """And a program whose entry a killed process left half written is kept again."""
     whole = distributed.replicated(mesh)
-    place = compilation.use_cache()
+    place = program_cache.use_cache()
     jax.config.update(MIN_SECONDS, 0)
 
     def compiled():
@@ -133,7 +134,7 @@ def test_what_comes_from_the_cache_still_takes_its_argument_over(fresh, mesh):
     for path in place.glob("*-atime"):
         path.unlink()
     jax.config.update("jax_compilation_cache_dir", None)
-    compilation.use_cache()
+    program_cache.use_cache()
     assert entries() == {}
     compiled()
     assert set(entries()) == set(before)

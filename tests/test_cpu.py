@@ -10,7 +10,8 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from flax_resnet import cpu, layers
+from flax_resnet.models import cpu_forms, layers
+from flax_resnet.xla import backend
 
 DIMENSIONS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
@@ -34,7 +35,7 @@ def test_max_pool_and_its_gradients_are_the_plain_ones(rng, shape, window, strid
         return nn.max_pool(x, (window, window), (strides, strides), padding)
 
     def ours(x):
-        return cpu.max_pool(x, window, strides, padding)
+        return cpu_forms.max_pool(x, window, strides, padding)
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
     def both(f, x, dy, dx):
@@ -55,7 +56,7 @@ def test_max_pool_and_its_gradients_are_the_plain_ones(rng, shape, window, strid
 
 def test_max_pool_keeps_what_is_not_a_number():
     x = jnp.zeros((1, 4, 4, 1)).at[0, 3, 3, 0].set(jnp.nan)
-    pooled = cpu.max_pool(x, 2, 2, ((0, 0), (0, 0)))[0, ..., 0]
+    pooled = cpu_forms.max_pool(x, 2, 2, ((0, 0), (0, 0)))[0, ..., 0]
     np.testing.assert_array_equal(jnp.isnan(pooled), [[False, False], [False, True]])
 
 
@@ -74,7 +75,7 @@ def convolution(strides=1, padding=1, groups=1, dilation=1):
         return lax.conv_general_dilated(x, kernel, *arguments, **options)
 
     def ours(x, kernel):
-        return cpu.convolve(x, kernel, *arguments, **options)
+        return cpu_forms.convolve(x, kernel, *arguments, **options)
 
     return plain, ours
 
@@ -150,7 +151,7 @@ def test_batch_norm_and_its_derivatives_are_flaxs(rng):
         along = [jnp.asarray(rng.standard_normal(a.shape)) for a in point]
 
         def ours(x, scale, bias):
-            return cpu.batch_norm(x, scale, bias, 1e-3)
+            return cpu_forms.batch_norm(x, scale, bias, 1e-3)
 
         @functools.partial(jax.jit, static_argnums=0)
         def everything(normalize, x, scale, bias):
@@ -171,8 +172,8 @@ def test_batch_norm_and_its_derivatives_are_flaxs(rng):
 
 
 def test_the_compilers_options_change_no_number(rng):
-    options = cpu.compiler_options()
-    assert options == {cpu.YNN: cpu.FUSION_TYPES}
+    options = backend.compiler_options()
+    assert options == {backend.YNN: backend.FUSION_TYPES}
     x = jnp.asarray(rng.standard_normal((64, 8, 8, 32)), jnp.float32)
     kernel = jnp.asarray(rng.standard_normal((3, 3, 32, 32)), jnp.float32)
     plain, _ = convolution()
@@ -192,27 +193,27 @@ def test_plain_forms_are_traced_within_a_block_alone():
         return "reduce_window_max" in str(pool(jnp.zeros((1, 8, 8, 2))))
 
     assert not program()
-    with cpu.plain_forms():
-        assert not cpu.is_backend()
+    with backend.plain_forms():
+        assert not backend.is_cpu()
         assert program()
-        with pytest.raises(ZeroDivisionError), cpu.plain_forms():
+        with pytest.raises(ZeroDivisionError), backend.plain_forms():
             _ = 1 / 0
         assert program()
-    assert cpu.is_backend()
+    assert backend.is_cpu()
     assert not program()
 
 
 def test_a_users_choice_stands_and_other_backends_have_no_options(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", f"--{cpu.YNN}=")
-    assert cpu.compiler_options() is None
+    monkeypatch.setenv("XLA_FLAGS", f"--{backend.YNN}=")
+    assert backend.compiler_options() is None
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
-    assert cpu.compiler_options() is not None
-    monkeypatch.setattr(cpu.jax, "default_backend", lambda: "gpu")
-    assert cpu.compiler_options() is None
+    assert backend.compiler_options() is not None
+    monkeypatch.setattr(backend.jax, "default_backend", lambda: "gpu")
+    assert backend.compiler_options() is None
 
 
 def test_usable_cores_are_those_of_the_process(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 5, 7}, raising=False)
-    assert cpu.usable_cores() == 3
+    assert backend.usable_cores() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert cpu.usable_cores() == (os.cpu_count() or 1)
+    assert backend.usable_cores() == (os.cpu_count() or 1)

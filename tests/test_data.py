@@ -8,7 +8,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from flax_resnet import TrainConfig, train_and_evaluate
-from flax_resnet.data import Data, DataConfig
+from flax_resnet.data import Data
+from flax_resnet.data_config import DataConfig
 from flax_resnet.datasets import rows, sources
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.datasets.rows import BatchReader, batch_rows

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from flax_resnet.datasets import decode, jpeg, resample
+from flax_resnet.datasets import decode, jpeg
 from flax_resnet.datasets.decode import DECODE_ERRORS, Decoder
 
 WAYS = {
@@ -42,9 +42,9 @@ def by_pillow(data, box, size, channels=3, gap=None):
 
 
 def crop(data, box, size):
-    """What jpeg and resample make of a crop, and the rows that were decoded."""
+    """What jpeg.decode and decode.resized make of a crop, and the rows that were decoded."""
     pixels, inner = jpeg.decode(data, jpeg.read_header(data), box, size)
-    return resample.resized(pixels, inner, size), len(pixels)
+    return decode.resized(pixels, inner, size), len(pixels)
 
 
 def levels(a, b):
@@ -87,7 +87,7 @@ def test_a_fraction_of_a_large_crop_is_near(photo, size, rng):
         pixels, inner = jpeg.decode(data, header, box, size)
         assert pixels.shape[1] in (320, 160, 80)
         assert min(inner[2] - inner[0], inner[3] - inner[1]) >= jpeg.GAP * size
-        found = resample.resized(pixels, inner, size)
+        found = decode.resized(pixels, inner, size)
         difference = levels(found, by_pillow(data, box, size))
         assert difference.mean() < 3
         assert difference.max() <= 24
@@ -125,11 +125,11 @@ def test_random_crops_are_drawn_from_the_sizes_alone(photo):
 def test_without_simd_pillow_resizes(photo, monkeypatch, rng):
     data, decoder = as_jpeg(photo), Decoder(3, 150, random_crop=True)
     fast = decoder(data, np.random.default_rng(0))
-    monkeypatch.setattr(resample, "simd", None)
+    monkeypatch.setattr(decode, "simd", None)
     assert levels(fast, decoder(data, np.random.default_rng(0))).max() <= 1
     grey = rng.integers(0, 256, (9, 9, 1), dtype=np.uint8)
-    np.testing.assert_array_equal(resample.resized(grey, (0, 0, 9, 9), 9), grey)
-    assert resample.resized(grey, (1, 2, 8.5, 9), 4).shape == (4, 4, 1)
+    np.testing.assert_array_equal(decode.resized(grey, (0, 0, 9, 9), 9), grey)
+    assert decode.resized(grey, (1, 2, 8.5, 9), 4).shape == (4, 4, 1)
 
 
 def test_orientation_is_not_applied(photo):

@@ -17,7 +17,7 @@ from flax_resnet import setup, step_programs, together
 from flax_resnet.analysis import collectives
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.optim import SGD
 from flax_resnet.run_dir import read_metrics

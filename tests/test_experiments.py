@@ -19,7 +19,7 @@ from experiments import (
     wide_resnet,
 )
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.models import architecture, create
 from flax_resnet.records.configs import from_record, to_record
 from flax_resnet.train import train_and_evaluate

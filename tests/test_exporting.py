@@ -21,7 +21,6 @@ from prediction_helpers import NAMES, SQUARE, damaged, make_weights
 from safetensors.numpy import load_file
 
 import flax_resnet
-from flax_resnet import cpu
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.errors import UserError
 from flax_resnet.exporting import loader
@@ -29,6 +28,7 @@ from flax_resnet.exporting.exports import difference, how_to_prepare, prepared_i
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, WEIGHTS, ExportError
 from flax_resnet.preprocess import KERAS_V1, TORCH, Preprocessing
 from flax_resnet.weights import open_weights
+from flax_resnet.xla import backend
 
 BATCH = 3  # not a size that an export is measured with
 QUICK_FAMILIES = ("imagenet stem", "MiniModel of digits")
@@ -98,7 +98,7 @@ def test_the_program_is_for_every_platform(tmp_path):
     assert "stablehlo.select" not in program
     # The stem, four blocks of two and three shortcuts; each platform has its own.
     assert program.count("stablehlo.convolution") == 3 * (1 + 4 * 2 + 3)
-    assert cpu.is_backend()
+    assert backend.is_cpu()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from test_train import saved
 from flax_resnet import guards
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.guards import Diverged, Guard, all_finite, check_loss
 from flax_resnet.optim import SGD, ReduceOnPlateau

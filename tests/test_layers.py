@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_resnet.layers import Layers, average_pool_2, max_pool, shortcut_a
+from flax_resnet.models.layers import Layers, average_pool_2, max_pool, shortcut_a
 
 OPTIMIZED = True
 LAYERS = Layers()

@@ -24,8 +24,8 @@ from test_parity_families import (
     random_variables,
 )
 
-from flax_resnet.augment import normalize
 from flax_resnet.models import create
+from flax_resnet.normalization import normalize
 from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.weights.reading import open_file, read_weights
 from flax_resnet.weights.writing import write_weights

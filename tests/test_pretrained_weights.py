@@ -24,6 +24,7 @@ from flax_resnet.models import (
     variable_shapes,
 )
 from flax_resnet.preprocess import KERAS_V1, TORCH
+from flax_resnet.records.configs import MOVED_CLASSES
 from flax_resnet.weights.keras_names import keras_name, layer_order
 from flax_resnet.weights.readers.tensors import TensorFile, read_tensors
 from flax_resnet.weights.reading import METADATA_KEY, _foreign, open_file, read_weights
@@ -374,7 +375,9 @@ def describe(path, change):
 MODELS = "flax_resnet.models.resnet"
 STRANGERS = ("subprocess:Popen", "os:system", "flax_resnet.config:TrainConfig",
              "flax_resnet.checkpoint:CheckpointConfig", "experiments.speedrun:Triangle",
-             f"{MODELS}:Layers", f"os.{MODELS}:ResNet")  # fmt: skip
+             f"{MODELS}:Layers", f"os.{MODELS}:ResNet", "flax_resnet.regularize:DropBlock",
+             "flax_resnet.models.regularize:DropBlock", "flax_resnet.layers:Layers",
+             "flax_resnet.schedules:Triangle", "experiments.speedrun:SpeedSGD")  # fmt: skip
 BAD = [
     *(("module", change) for change in (
         {"class": 7}, {"block_cls": {"class_itself": f"{MODELS}:ResNet"}}, {"block_cls": {}},
@@ -408,6 +411,19 @@ def test_descriptions_name_networks_of_this_library_only(tmp_path, name):
         path, _ = saved(tmp_path, create("resnet20", **SMALL))
         describe(path, lambda about, change=change: about["module"].update(change))
         with pytest.raises(UserError, match=r"is no network or block of flax_resnet\.models"):
+            read_weights(path)
+
+
+def test_the_wall_is_for_the_names_of_today(tmp_path, monkeypatch):
+    """A network's older name is read; no older name opens a way to another class."""
+    path, _ = saved(tmp_path, create("resnet20", **SMALL))
+    for today, readable in ((f"{MODELS}:ResNet", True), ("flax_resnet.optim:SGD", False)):
+        monkeypatch.setitem(MOVED_CLASSES, "flax_resnet.old:Net", today)
+        describe(path, lambda about: about["module"].update({"class": "flax_resnet.old:Net"}))
+        if readable:
+            assert type(read_weights(path)[0]).__name__ == "ResNet"
+            continue
+        with pytest.raises(UserError, match=r"'flax_resnet.old:Net' is no network or block"):
             read_weights(path)
 
 

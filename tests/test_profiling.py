@@ -11,9 +11,9 @@ from test_compilation import numbers
 from test_train import saved
 
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
-from flax_resnet.profiling import FIRST_STEPS, traced
+from flax_resnet.data_config import DataConfig
 from flax_resnet.train import train_and_evaluate
+from flax_resnet.xla.trace import FIRST_STEPS, traced
 
 
 def events(directory):

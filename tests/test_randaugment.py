@@ -109,7 +109,9 @@ def test_images_differ_and_a_key_repeats():
     pixels = np.random.default_rng(0).integers(0, 256, (1, 9, 9, 3), dtype=np.uint8)
     images = np.repeat(pixels, 40, 0)
     apply = jax.jit(
-        lambda key, p: randaugment.randaugment(key, images, ops=2, magnitude=9.0, probability=p)
+        lambda key, p: randaugment.apply_randaugment(
+            key, images, ops=2, magnitude=9.0, probability=p
+        )
     )
     once = np.asarray(apply(KEY, 1.0))
     np.testing.assert_array_equal(once, apply(KEY, 1.0))
@@ -123,4 +125,4 @@ def test_four_channels_are_refused():
     with pytest.raises(
         UserError, match=r"of 4 channels: it is for 1 and 3, set --data\.channels 3"
     ):
-        randaugment.randaugment(KEY, np.zeros((1, 9, 9, 4), np.uint8), ops=1, magnitude=1.0)
+        randaugment.apply_randaugment(KEY, np.zeros((1, 9, 9, 4), np.uint8), ops=1, magnitude=1.0)

@@ -9,9 +9,11 @@ from helpers import tiny_resnet
 from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models import MiniModel
+from flax_resnet.models.layers import Layers
+from flax_resnet.models.regularize import DropBlock
 from flax_resnet.optim import LAMB, SGD, Cosine, Piecewise
 from flax_resnet.records.configs import (
     MOVED_CLASSES,
@@ -99,6 +101,11 @@ def test_a_field_that_was_removed_is_ignored_where_it_was_off_and_else_named(mon
         match=r"no field 'gone' any more, and \(1, 3\) in .* write \[1, 2\] there",
     ):
         from_record(record)
+
+
+def test_a_module_that_was_moved_is_found_by_its_old_name():
+    assert find_class("flax_resnet.regularize:DropBlock") is DropBlock
+    assert find_class("flax_resnet.layers:Layers") is Layers
 
 
 def test_a_class_that_was_moved_is_found_by_its_old_name(monkeypatch):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_resnet.regularize import DropBlock, block_chance, drop_block, drop_path
+from flax_resnet.models.regularize import DropBlock, block_chance, drop_block, drop_path
 
 KEY = jax.random.key(0)
 

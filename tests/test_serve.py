@@ -14,9 +14,9 @@ from PIL import Image
 from prediction_helpers import SQUARE, damaged, make_weights, paint
 
 from flax_resnet import inspection, predict, serve
-from flax_resnet.augment import normalize
 from flax_resnet.classify import Classifier
 from flax_resnet.errors import UserError
+from flax_resnet.normalization import normalize
 from flax_resnet.weights import Pretrained, open_weights
 
 

@@ -10,7 +10,7 @@ from helpers import max_difference, tiny_resnet
 from flax_resnet import setup
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.distributed import split_shardings
 from flax_resnet.optim import SGD
 

@@ -16,8 +16,9 @@ from helpers import (
 )
 
 from flax_resnet import distributed, metrics
-from flax_resnet.augment import Augment, normalize
+from flax_resnet.augment import Augment
 from flax_resnet.models import cifar_resnet
+from flax_resnet.normalization import normalize
 from flax_resnet.optim import SGD
 from flax_resnet.step import (
     create_state,

@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 from helpers import assert_one_line_error, tiny_resnet
 
-from flax_resnet import summary
 from flax_resnet.cli.app import command
-from flax_resnet.models import BottleneckBlock, create
+from flax_resnet.models import BottleneckBlock, create, summary
 
 TINY = tiny_resnet(stage_sizes=(1, 2), num_filters=4)
 

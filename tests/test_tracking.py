@@ -21,7 +21,7 @@ from flax_resnet import tracking
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.cli.flags import parse
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
 from flax_resnet.optim import Adam

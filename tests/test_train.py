@@ -14,7 +14,7 @@ from flax_resnet import run, train
 from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.datasets import sources
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.distributed import data_mesh

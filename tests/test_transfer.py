@@ -19,7 +19,8 @@ from experiments import mnist_transfer
 from flax_resnet import features as features_module
 from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
-from flax_resnet.data import Data, DataConfig
+from flax_resnet.data import Data
+from flax_resnet.data_config import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.initial_state import measure_norms, start_from
 from flax_resnet.models import (

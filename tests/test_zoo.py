@@ -7,7 +7,6 @@ import pytest
 from helpers import assert_trees_equal, count_parameters, shapes_of
 
 from experiments import plots
-from flax_resnet import summary
 from flax_resnet.errors import UserError
 from flax_resnet.models import (
     BottleneckBlock,
@@ -22,6 +21,7 @@ from flax_resnet.models import (
     names,
     replace_head,
     stack_blocks,
+    summary,
     wide_resnet,
 )
 from flax_resnet.weights import load

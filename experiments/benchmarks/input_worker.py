@@ -76,11 +76,11 @@ def ours(
     import grain
     import jax
 
-    from flax_resnet import data, distributed
+    from flax_resnet import data, data_config, distributed
     from flax_resnet.datasets import decode
     from flax_resnet.records.provenance import versions
 
-    config = data.DataConfig(
+    config = data_config.DataConfig(
         name=RECORDS,
         data_dir=task.folder,
         folder=None if records else task.folder,

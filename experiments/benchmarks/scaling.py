@@ -45,7 +45,7 @@ from flax_resnet import distributed, models, run
 from flax_resnet.analysis import collectives
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.layers import check_bn_group
+from flax_resnet.models.arguments import check_bn_group
 from flax_resnet.step import Batch
 
 COLUMNS: Columns = {

@@ -27,9 +27,9 @@ from flax_resnet import distributed, models, optim, run
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
+from flax_resnet.models.summary import FLOPS_A_MAC, summarize
 from flax_resnet.step import Batch, create_state
 from flax_resnet.step_programs import state_sharding
-from flax_resnet.summary import FLOPS_A_MAC, summarize
 
 Kind = Literal["train", "eval"]
 OptimizerName = Literal["sgd", "adam"]

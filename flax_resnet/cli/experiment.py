@@ -13,11 +13,11 @@ from typing import Any
 
 from flax_resnet import analysis, distributed, hosts, preemption, tables
 from flax_resnet.cli import flags
-from flax_resnet.compilation import use_cache
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.sweeps import check_finished, sweep, train_seeds
 from flax_resnet.train import train_and_evaluate
+from flax_resnet.xla.program_cache import use_cache
 
 NEXT = """look at it: flax-resnet report {workdir}
 use it: flax-resnet predict IMAGE --weights {workdir} (its best checkpoint, of step {step})"""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any
 
-from flax_resnet import models, summary
+from flax_resnet import models
 from flax_resnet.cli.flags import Positional, Switch, flag
 from flax_resnet.errors import check_range
+from flax_resnet.models import summary
 from flax_resnet.weights.published import tags
 
 

@@ -18,9 +18,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from flax_resnet.datasets import resample
-from flax_resnet.datasets.resample import Box
-
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom edge, in pixels."""
 # What is decoded at a fraction has at least so many times the result's pixels on each side: pixels
 # then differ from those of a full decode by half a level on average, and by 16 at most.
 GAP = 1.5
@@ -84,8 +83,13 @@ def _most_pixels() -> float:
     return Image.MAX_IMAGE_PIXELS or math.inf
 
 
+def reach(length: float, size: int) -> float:
+    """How many pixels the filter takes beyond a crop whose ``length`` becomes ``size``."""
+    return max(1.0, length / size)
+
+
 def decode(data: bytes, header: Header, box: Box, size: int) -> tuple[np.ndarray, Box] | None:
-    """Decodes what a crop needs that ``resample.resized`` then brings to ``size``.
+    """Decodes what a crop needs that ``decode.resized`` then brings to ``size``.
 
     Args:
       data: the file.
@@ -101,7 +105,7 @@ def decode(data: bytes, header: Header, box: Box, size: int) -> tuple[np.ndarray
     rows = header.height
     if header.height_at is not None:
         # Chroma is interpolated from the blocks below those that the filter takes.
-        last = bottom + resample.reach(bottom - top, size)
+        last = bottom + reach(bottom - top, size)
         blocks = math.ceil(last / header.block_rows) + 1
         rows = min(rows, blocks * header.block_rows)
     factor, side = 1, min(right - left, bottom - top)

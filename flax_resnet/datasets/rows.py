@@ -1,25 +1,33 @@
-"""Which examples make batch k, and their decoding."""
+"""Batches in step order: which examples make batch k, their decoding, and reading ahead."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
 
-from flax_resnet.cpu import usable_cores
 from flax_resnet.datasets import sources
 from flax_resnet.datasets.decode import DECODE_ERRORS, Decoder
 from flax_resnet.errors import UserError
+from flax_resnet.xla.backend import usable_cores
 
 # Files or records read at a time: enough that storage is asked for several at once, and few enough
 # that the processor still has them at hand when they are decoded: records of 60 kB by 64 took more
 # than twice as long each as by 16 (a 2-core CPU, n = 1).
 READ = 16
+# Threads that decode in this process: each has a batch in hand, and Python lets no more be of use.
+MOST_THREADS = 8
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -210,3 +218,78 @@ def ahead(
                 yield begun.popleft()
         while begun:
             yield begun.popleft()
+
+
+def read_ahead(reader: BatchReader, start: int, stop: int, num_workers: int) -> Generator[Any]:
+    """Reads the batches from step ``start`` to before ``stop`` ahead, by Grain, in their order.
+
+    An element of Grain's is a whole batch: what it does for each element is then nothing beside
+    the decoding. Batches of worker processes come in shared memory.
+
+    Args:
+      reader: of one batch.
+      start: first step.
+      stop: one past the last.
+      num_workers: processes that read; 0 reads in threads of this one.
+    """
+    import grain
+
+    # A worker process costs seconds to start; a handful of batches does not repay it.
+    workers = num_workers if stop - start > 4 * num_workers else 0
+    threads = thread_count(workers)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 + threads)
+    made: Any = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
+    if workers:
+        _mark_flags_parsed()
+        # Grain hands their batches on in shared memory.
+        made = made.mp_prefetch(
+            grain.MultiprocessingOptions(workers, per_worker_buffer_size=2), worker_init_fn=_depend
+        )
+    with contextlib.ExitStack() as stack:
+        with _signals_held():  # a worker begins with what its parent holds, until it ignores it
+            iterator = iter(made)
+            stack.callback(iterator.close)
+            first = list(itertools.islice(iterator, 1))
+        yield from itertools.chain(first, iterator)
+
+
+def thread_count(workers: int) -> int:
+    """Threads of each worker process; of this one without them.
+
+    They are no more than the cores: they would wait for each other, and for Python.
+    """
+    return max(1, min(2 if workers else MOST_THREADS, usable_cores() // max(1, workers)))
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """SIGTERM and SIGINT of this thread wait until the block is left."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _depend(worker: int, workers: int) -> None:
+    """In a worker process: it ends with its parent, even a killed one, and by no signal before.
+
+    What stops the run (Slurm tells all processes) is for the main one.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _mark_flags_parsed() -> None:
+    """Grain hands absl's flags to its workers, and refuses while nobody has parsed them."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

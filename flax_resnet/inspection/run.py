@@ -12,9 +12,9 @@ import numpy as np
 from flax import linen as nn
 
 from flax_resnet import distributed, models
-from flax_resnet.augment import normalize
 from flax_resnet.data import Data
 from flax_resnet.models import ResNet
+from flax_resnet.normalization import normalize
 from flax_resnet.run_dir import read_config
 from flax_resnet.weights.imagenet_classes import class_name
 from flax_resnet.weights.loading import read_checkpoint, saved_variables
@@ -37,7 +37,7 @@ class Inspected:
     variables: Any
     """{"params", "batch_stats"} on the device, the averaged ones where the run kept an average."""
     stats: Any
-    """What ``augment.normalize`` takes."""
+    """What ``normalization.normalize`` takes."""
     key: jax.Array
     """The key data of the run's steps."""
     image_shape: tuple[int, int, int]

@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flax_resnet.augment import normalize
 from flax_resnet.datasets.decode import DECODE_ERRORS
 from flax_resnet.errors import UserError
 from flax_resnet.inspection.run import Inspected
+from flax_resnet.normalization import normalize
 from flax_resnet.predict import find_images, reason, shown
 from flax_resnet.step import step_keys
 
@@ -113,7 +113,7 @@ def augmented(run: Inspected) -> Augmented:
 
 
 def displayed(normalized: np.ndarray, run: Inspected) -> np.ndarray:
-    """Normalised images (..., H, W, C) back to uint8, the inverse of ``augment.normalize``."""
+    """Normalised images (..., H, W, C) back to uint8, the inverse of ``normalize``."""
     mean, std = (np.asarray(run.stats[name], np.float64) for name in ("mean", "std"))
     values = np.asarray(normalized, np.float64) * std + mean
     if "order" in run.stats:

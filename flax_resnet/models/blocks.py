@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_resnet.errors import UserError, check_choices
-from flax_resnet.layers import Layers, ShortcutKind, average_pool_2, shortcut_a
-from flax_resnet.regularize import DropBlock, Rate, drop_path, is_zero
+from flax_resnet.models.layers import Layers, ShortcutKind, average_pool_2, shortcut_a
+from flax_resnet.models.regularize import DropBlock, Rate, drop_path, is_zero
 
 Connection = Literal["residual", "plain", "highway"]
 StrideConv = Literal["1x1", "3x3"]

@@ -17,14 +17,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_resnet.errors import check_range
-from flax_resnet.layers import (
-    KERAS_DEFAULTS,
-    Dtype,
-    Layers,
-    check_images,
-    max_pool,
-    whole_numbers,
-)
+from flax_resnet.models.arguments import Dtype, check_images, whole_numbers
+from flax_resnet.models.layers import KERAS_DEFAULTS, Layers, max_pool
 
 
 class ResidualUnit(nn.Module):
@@ -98,7 +92,7 @@ class MiniModel(nn.Module):
     @property
     def layers(self) -> Layers:
         """What makes this network's convolutions, norms and dense layers."""
-        return KERAS_DEFAULTS.with_dtypes(self.dtype, self.param_dtype, self.axis_name)
+        return KERAS_DEFAULTS.with_fields_of(self)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

@@ -12,48 +12,22 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 
 from flax_resnet.errors import UserError, check_choices, check_range
-from flax_resnet.layers import (
-    BiasKind,
-    Dtype,
-    InitKind,
-    Layers,
-    NormKind,
-    ShortcutKind,
-    check_images,
-    max_pool,
-    whole_numbers,
-)
+from flax_resnet.models.arguments import Dtype, check_images, whole_numbers
 from flax_resnet.models.blocks import BasicBlock, Block, Connection, StrideConv
-from flax_resnet.regularize import Rate, is_zero
+from flax_resnet.models.layers import BiasKind, InitKind, Layers, NormKind, ShortcutKind, max_pool
+from flax_resnet.models.regularize import Rate, is_zero
+from flax_resnet.models.stages import Feature, block_name, blocks_name
 
 StemKind = Literal["imagenet", "deep", "cifar"]
-
-
-@struct.dataclass
-class Feature:
-    """What one stage gives.
-
-    Attributes:
-      map: (N, ceil(H / stride), ceil(W / stride), width).
-      name: "stage1", "stage2", ...
-      stride: pixels of the input from one pixel of the map to the next.
-      width: channels.
-    """
-
-    map: jax.Array
-    name: str = struct.field(pytree_node=False)
-    stride: int = struct.field(pytree_node=False)
-    width: int = struct.field(pytree_node=False)
 
 
 class ResNet(nn.Module):
     """A residual network: stem, stages of ``block_cls``, global average, dense head.
 
     Blocks are named ``stageI_blockJ``; with ``scan_blocks`` the equal ones of a stage are one
-    ``stageI_blocks`` with a leading axis. ``models.surgery`` converts between the two.
+    ``stageI_blocks`` with a leading axis. ``models.variables`` converts between the two.
 
     Attributes:
       stage_sizes: blocks in each stage; every stage after the first halves the map.
@@ -180,17 +154,7 @@ class ResNet(nn.Module):
     @property
     def layers(self) -> Layers:
         """What makes this network's convolutions, norms and dense layers."""
-        return Layers(
-            norm_kind=self.norm_kind,
-            bn_momentum=self.bn_momentum,
-            bn_epsilon=self.bn_epsilon,
-            bn_group=self.bn_group,
-            conv_bias=self.conv_bias,
-            kernel_init=self.kernel_init,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            axis_name=self.axis_name,
-        )
+        return Layers().with_fields_of(self)
 
     @property
     def stem_stride(self) -> int:
@@ -377,21 +341,6 @@ class ResNet(nn.Module):
 
     def _check_input(self, x: jax.Array) -> None:
         least = self.stem_stride * 2 ** (len(self.stage_sizes) - 1)
-        check_images(x, least, "stem='cifar' or fewer stages")
         first = "stem_conv1" if self.stem == "deep" else "stem_conv"
         kernel = self.variables.get("params", {}).get(first, {}).get("kernel")
-        if kernel is not None and kernel.shape[2] != x.shape[3]:
-            raise UserError(
-                f"input has {x.shape[3]} channels, the weights' stem takes {kernel.shape[2]}: "
-                "repeat or drop channels, or start from other weights"
-            )
-
-
-def block_name(stage: int, index: int) -> str:
-    """Name of a block, of stage and index from 0: "stage1_block1"."""
-    return f"stage{stage + 1}_block{index + 1}"
-
-
-def blocks_name(stage: int) -> str:
-    """Name of a stage's scanned blocks, with a leading axis: "stage1_blocks"."""
-    return f"stage{stage + 1}_blocks"
+        check_images(x, least, "stem='cifar' or fewer stages", kernel)

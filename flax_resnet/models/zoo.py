@@ -10,7 +10,7 @@ from typing import Any, Literal
 from flax import linen as nn
 
 from flax_resnet.errors import UserError, did_you_mean
-from flax_resnet.layers import check_dtype, whole_numbers
+from flax_resnet.models.arguments import check_dtype, whole_numbers
 from flax_resnet.models.blocks import (
     BasicBlock,
     Block,

@@ -28,6 +28,9 @@ MOVED_CLASSES: dict[str, str] = {
     "flax_resnet.checkpoint:CheckpointConfig": (
         "flax_resnet.checkpoints.checkpoints:CheckpointConfig"
     ),
+    "flax_resnet.data:DataConfig": "flax_resnet.data_config:DataConfig",
+    "flax_resnet.layers:Layers": "flax_resnet.models.layers:Layers",
+    "flax_resnet.regularize:DropBlock": "flax_resnet.models.regularize:DropBlock",
     "flax_resnet.models.speed:SpeedNet": "experiments.speedrun:SpeedNet",
     "flax_resnet.schedules:Triangle": "experiments.speedrun:Triangle",
     "flax_resnet.optim:SGD.stem_bias_until": "experiments.speedrun:SpeedSGD",

@@ -17,8 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_resnet import models
 from flax_resnet.datasets.decode import Decoder
 from flax_resnet.errors import UserError
-from flax_resnet.layers import check_dtype
 from flax_resnet.models import ResNet, WeightsError
+from flax_resnet.models.arguments import check_dtype
 from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.records.configs import MOVED_CLASSES, class_name, from_record
 from flax_resnet.records.files import reason

@@ -4,7 +4,7 @@ import os
 import pathlib
 import sys
 
-from flax_resnet import augment, config, data, models, optim, watch
+from flax_resnet import augment, config, data_config, models, optim, watch
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.cli import experiment
 
@@ -18,7 +18,7 @@ def get_config() -> config.TrainConfig:
     return config.TrainConfig(
         model=models.ResNet((1,), models.BasicBlock, num_classes=10, num_filters=4,
                             stem="cifar", dropout_rate=0.1),
-        data=data.DataConfig(data_dir=os.environ["FAULTS_DATA"]),
+        data=data_config.DataConfig(data_dir=os.environ["FAULTS_DATA"]),
         augment=augment.Augment(width_shift=0.1, cutout=2, mixup=0.2),
         optimizer=optim.Adam(schedule=optim.Cosine(warmup=0.2)),
         batch_size=72,

@@ -12,7 +12,7 @@ from experiments.speedrun import SpeedNet
 from flax_resnet import distributed, hosts, setup
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import DataConfig
+from flax_resnet.data_config import DataConfig
 from flax_resnet.models import BasicBlock, ResNet
 from flax_resnet.optim import SGD
 

@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from flax_resnet import SGD, Augment, CheckpointConfig, Cosine, ResNet, TrainConfig
-from flax_resnet.cli.app import command
+from flax_resnet.command import command
 from flax_resnet.data import DataConfig
 from flax_resnet.hub import write_repository
 from flax_resnet.preemption import Preempted

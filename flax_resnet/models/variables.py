@@ -12,7 +12,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.models.resnet import ResNet, block_name, blocks_name
+from flax_resnet.models.resnet import ResNet
+from flax_resnet.models.stages import block_name, blocks_name
 
 
 def stack_blocks(module: ResNet, tree: Any) -> Any:

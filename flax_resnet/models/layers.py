@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -12,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_resnet import cpu
 from flax_resnet.errors import UserError, check_choices, check_range
+from flax_resnet.models import cpu_forms
+from flax_resnet.models.arguments import Dtype, as_dtype, check_bn_group
+from flax_resnet.xla import backend
 
-Dtype = Any  # a numpy dtype, or its name: "float32", "bfloat16", "float64"
 ShortcutKind = Literal["A", "B", "C", "D"]
 NormKind = Literal["batch", "frozen", "none"]
 BiasKind = Literal["none", "unnormalized", "all"]
@@ -96,9 +96,10 @@ class Layers:
                 "of a device's batch, the other the batches of all devices; leave one out"
             )
 
-    def with_dtypes(self, dtype: Dtype, param_dtype: Dtype, axis_name: str | None) -> Layers:
-        """The same with the dtypes and the mapped axis of a network."""
-        return dataclasses.replace(self, dtype=dtype, param_dtype=param_dtype, axis_name=axis_name)
+    def with_fields_of(self, network: nn.Module) -> Layers:
+        """A copy with the values of the network's fields that have the names of fields here."""
+        names = (f.name for f in dataclasses.fields(self) if hasattr(network, f.name))
+        return dataclasses.replace(self, **{name: getattr(network, name) for name in names})
 
     def conv(
         self,
@@ -165,7 +166,7 @@ class Layers:
             return lambda x: x
         train = train and self.norm_kind != "frozen"
         kind: Callable[..., nn.BatchNorm] = nn.BatchNorm
-        if train and (self.bn_group is not None or (cpu.is_backend() and not self.axis_name)):
+        if train and (self.bn_group is not None or (backend.is_cpu() and not self.axis_name)):
             kind = functools.partial(BatchNorm, group=self.bn_group)
         return kind(
             use_running_average=not train,
@@ -216,7 +217,7 @@ class BatchNorm(nn.BatchNorm):
         bias = self.param("bias", self.bias_init, x.shape[-1:], self.param_dtype)
         dtype = jnp.result_type(x, scale, bias) if self.dtype is None else self.dtype
         wide = x.astype(jnp.promote_types(dtype, jnp.float32))
-        normalize = functools.partial(cpu.batch_norm, epsilon=self.epsilon)
+        normalize = functools.partial(cpu_forms.batch_norm, epsilon=self.epsilon)
         if self.group is None:
             y, mean, var = normalize(wide, scale, bias)
         else:
@@ -230,19 +231,6 @@ class BatchNorm(nn.BatchNorm):
         return y.astype(dtype).reshape(x.shape)
 
 
-def check_bn_group(bn_group: int | None, batch_size: int, accum_steps: int = 1) -> None:
-    """Raises UserError unless each of ``accum_steps`` parts of a batch is whole groups."""
-    rows = batch_size // accum_steps
-    if bn_group is None or rows % bn_group == 0:
-        return
-    below = max(n for n in range(1, min(bn_group, rows) + 1) if rows % n == 0)
-    parts = f", each of accum_steps={accum_steps} parts of {batch_size}" if accum_steps > 1 else ""
-    raise UserError(
-        f"bn_group={bn_group} does not divide a batch of {rows} images{parts}: use {below}, None "
-        "for all of them, or another batch"
-    )
-
-
 def convolve(
     x: jax.Array,
     kernel: jax.Array,
@@ -251,7 +239,7 @@ def convolve(
     **options: Any,
 ) -> jax.Array:
     """``lax.conv_general_dilated`` in the form that the backend runs fast."""
-    form = cpu.convolve if cpu.is_backend() else jax.lax.conv_general_dilated
+    form = cpu_forms.convolve if backend.is_cpu() else jax.lax.conv_general_dilated
     return form(x, kernel, strides, padding, **options)
 
 
@@ -270,8 +258,8 @@ def max_pool(x: jax.Array, window: int, strides: int, pad: int | Literal["SAME"]
     padding: Any = ((pad, pad), (pad, pad))
     if isinstance(pad, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], square, steps, pad)
-    if cpu.is_backend():
-        return cpu.max_pool(x, window, strides, padding)
+    if backend.is_cpu():
+        return cpu_forms.max_pool(x, window, strides, padding)
     return nn.max_pool(x, square, strides=steps, padding=padding)
 
 
@@ -314,58 +302,3 @@ def average_pool_2(x: jax.Array, strides: int = 2, dilation: int = 1) -> jax.Arr
             x.dtype
         )
     return x
-
-
-def check_images(x: jax.Array, least: int, remedy: str) -> None:
-    """Raises UserError unless ``x`` is images (N, H, W, C) of ``least`` pixels or more a side."""
-    if x.ndim != 4:
-        raise UserError(f"input of shape {x.shape}: expected images (N, H, W, C)")
-    if min(x.shape[1:3]) < least:
-        raise UserError(
-            f"input is {x.shape[1]}x{x.shape[2]}, the least for this network is {least}x{least}: "
-            f"enlarge the images, or choose {remedy}"
-        )
-
-
-def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
-    """``values`` as a tuple of ints, each 1 or more.
-
-    Raises:
-      UserError: they are not, or there are none.
-    """
-    try:
-        numbers = tuple(operator.index(n) for n in values)
-    except TypeError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise UserError(f"{name}={values!r}: expected one or more whole numbers above 0")
-    return numbers
-
-
-def check_dtype(dtype: Dtype) -> Dtype:
-    """``dtype``, where it is a floating-point dtype, or the name of one, that this jax has.
-
-    Raises:
-      UserError: it is not.
-    """
-    try:
-        floats = jnp.issubdtype(as_dtype(dtype), jnp.floating)
-    except TypeError:
-        floats = False
-    if not floats:
-        raise UserError(f"dtype {dtype!r}: expected one such as float32 or bfloat16")
-    if needs_x64(dtype):
-        raise UserError(
-            f"dtype {dtype!r} needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment"
-        )
-    return dtype
-
-
-def needs_x64(dtype: Dtype) -> bool:
-    """True for a dtype, or its name, that this jax would silently narrow."""
-    return dtype is not None and jax.dtypes.canonicalize_dtype(as_dtype(dtype)) != as_dtype(dtype)
-
-
-def as_dtype(dtype: Dtype) -> Any:
-    """The dtype that ``dtype`` (a dtype, its name, or None) stands for."""
-    return None if dtype is None else jnp.dtype(dtype)

@@ -1,4 +1,4 @@
-"""Forms of a network's operations that XLA's CPU backend runs fast, and how to compile for it.
+"""Forms of a network's operations that XLA's CPU backend runs fast.
 
 Each computes what the plain form does, in another order of summation at most; on other backends the
 plain form is what runs. What they are worth is in docs/performance.md.
@@ -6,58 +6,13 @@ plain form is what runs. What they are worth is in docs/performance.md.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-YNN = "xla_cpu_experimental_ynn_fusion_type"
-# By default XLA gives convolutions to YNNPACK, which has no fast gradient of a kernel, and sums
-# over the batch to its own loops; the other way round both are faster.
-FUSION_TYPES = "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
-
-_for_others: ContextVar[bool] = ContextVar("for_others", default=False)
-
-
-def is_backend() -> bool:
-    """Whether programs are compiled for a CPU alone."""
-    return jax.default_backend() == "cpu" and not _for_others.get()
-
-
-@contextlib.contextmanager
-def plain_forms() -> Iterator[None]:
-    """What is traced within is for any backend: it has the plain forms.
-
-    A function under ``jax.jit`` must be a new one: a trace from outside is found in its cache.
-    """
-    token = _for_others.set(True)
-    try:
-        yield
-    finally:
-        _for_others.reset(token)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux alone has it
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def compiler_options() -> dict[str, Any] | None:
-    """What to give ``jax.jit(..., compiler_options=...)``: options for a CPU, None elsewhere.
-
-    A choice in $XLA_FLAGS stands.
-    """
-    if not is_backend() or YNN in os.environ.get("XLA_FLAGS", ""):
-        return None
-    return {YNN: FUSION_TYPES}
 
 
 def max_pool(

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-from flax_resnet.cpu import usable_cores
 from flax_resnet.records.files import cache_dir
+from flax_resnet.xla.backend import usable_cores
 
 SETTINGS = {
     "jax_compilation_cache_max_size": (-1, 2**30),

@@ -1,0 +1,53 @@
+"""The backend that programs are compiled for, and compiler options for a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+
+YNN = "xla_cpu_experimental_ynn_fusion_type"
+# By default XLA gives convolutions to YNNPACK, which has no fast gradient of a kernel, and sums
+# over the batch to its own loops; the other way round both are faster.
+FUSION_TYPES = "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+
+_for_others: ContextVar[bool] = ContextVar("for_others", default=False)
+
+
+def is_cpu() -> bool:
+    """Whether programs are compiled for a CPU alone."""
+    return jax.default_backend() == "cpu" and not _for_others.get()
+
+
+@contextlib.contextmanager
+def plain_forms() -> Iterator[None]:
+    """What is traced within is for any backend: it has the plain forms.
+
+    A function under ``jax.jit`` must be a new one: a trace from outside is found in its cache.
+    """
+    token = _for_others.set(True)
+    try:
+        yield
+    finally:
+        _for_others.reset(token)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux alone has it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def compiler_options() -> dict[str, Any] | None:
+    """What to give ``jax.jit(..., compiler_options=...)``: options for a CPU, None elsewhere.
+
+    A choice in $XLA_FLAGS stands.
+    """
+    if not is_cpu() or YNN in os.environ.get("XLA_FLAGS", ""):
+        return None
+    return {YNN: FUSION_TYPES}
