@@ -1,6 +1,6 @@
 """What the tests of benchmarks.peers share: small networks of each kind, ours beside its spec."""
 
-from experiments.benchmarks.peer_nets import specs
+from experiments.benchmarks.peers import specs
 from flax_resnet.models import BasicBlock, BottleneckBlock, DropBlockResNet, MiniModel, ResNet
 
 SMALL = {

@@ -18,12 +18,12 @@ from experiments.benchmarks import (
     input,
     input_worker,
     numbers,
-    peers,
     scaling,
     seeds,
     steps,
     train_step,
 )
+from experiments.benchmarks.peers import comparison
 from flax_resnet import distributed, models
 from flax_resnet.datasets import sources
 from flax_resnet.step import create_state
@@ -227,11 +227,15 @@ def test_timings_are_medians_with_their_spread():
         (numbers.main, "--batch-size 1", "--batch-size=1: expected 2"),
         (input.main, "--photographs 1", "--photographs=1: expected 2 or more"),
         (input.main, "--cores 4096", "--cores 4096: there are"),
-        (peers.main, "--models resnet30", "--models 'resnet30': expected some of mini, resnet20"),
-        (peers.main, "--peers tourch", "did you mean 'torch'?"),
-        (peers.main, "--limit 0", "--limit=0.0: expected more than 0"),
-        (peers.main, "--image-size 12", "--image-size 12: expected a multiple of 8"),
-        (peers.main, "--cores 9999", "--cores 9999: there are "),
+        (
+            comparison.main,
+            "--models resnet30",
+            "--models 'resnet30': expected some of mini",
+        ),
+        (comparison.main, "--peers tourch", "did you mean 'torch'?"),
+        (comparison.main, "--limit 0", "--limit=0.0: expected more than 0"),
+        (comparison.main, "--image-size 12", "--image-size 12: expected a multiple of 8"),
+        (comparison.main, "--cores 9999", "--cores 9999: there are "),
         (airbench.main, "--target 97", "--target 97: expected one of (93, 94, 95, 96)"),
     ],
 )

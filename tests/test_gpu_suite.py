@@ -6,7 +6,8 @@ import json
 import pytest
 from helpers import line_of_bad_input
 
-from experiments.benchmarks import peers, steps
+from experiments.benchmarks import steps
+from experiments.benchmarks.peers import comparison
 from experiments.launch import gpu_suite, pieces
 from experiments.launch.gpu_suite import PARTS, Settings
 from flax_resnet.cli import flags
@@ -21,6 +22,7 @@ def test_every_command_is_one_that_its_module_takes(name, trial):
     words = gpu_suite.command(name, Settings(data_dir="D", workdir="W", trial=trial))
     assert words[:2] == ["python", "-m"]
     module = importlib.import_module(words[2])
+    module = getattr(module, "comparison", module)  # a package's commands are a module in it
     if hasattr(module, "get_config"):
         given, rest, _ = flags.arguments(module.get_config, words[3:])
         chosen = flags.parse(module.get_config(**given), "runs/x", rest)
@@ -116,7 +118,7 @@ def test_the_trial_runs_all_and_records_it(tmp_path, capsys):
     assert set(exact["differences"].values()) == {0.0}  # the CPU's beside the CPU's
     gradient = rounded["differences"]["gradient"]
     assert 0 < gradient == pytest.approx(rounded["bound"]["gradient"] / 2)
-    assert [row["peer"] for row in rows["small"]] == [peers.OURS, *peers.OTHERS]
+    assert [row["peer"] for row in rows["small"]] == [comparison.OURS, *comparison.OTHERS]
     assert {row["parameters"] for row in rows["small"][:4]} == {269_722}
     # torch.compile needs a C++ compiler, which a machine may lack.
     assert [row["error"] for row in rows["small"][:4]] == [None] * 4

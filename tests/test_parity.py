@@ -11,7 +11,7 @@ import pytest
 from parity_helpers import assert_close, keras, torch
 from test_parity_peers import KERAS_NORM, load_keras, named, perturbed
 
-from experiments.benchmarks.peer_nets import keras_nets, specs
+from experiments.benchmarks.peers import keras_nets, specs
 from flax_resnet import augment, optim
 from flax_resnet.models import MiniModel
 

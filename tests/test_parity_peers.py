@@ -9,7 +9,7 @@ from helpers import drawn, shapes_of
 from parity_helpers import assert_close, channels_first, keras, torch, torch_layout
 from peer_helpers import SIDE, SMALL
 
-from experiments.benchmarks.peer_nets import keras_nets, specs, torch_nets
+from experiments.benchmarks.peers import keras_nets, specs, torch_nets
 from flax_resnet import models
 
 OPTIMIZED = True

@@ -8,8 +8,8 @@ import pytest
 from helpers import drawn, shapes_of
 from peer_helpers import SIDE, SMALL
 
-from experiments.benchmarks import driver, peers, steps, workers
-from experiments.benchmarks.peer_nets import flax_nets, specs
+from experiments.benchmarks import driver, steps, workers
+from experiments.benchmarks.peers import comparison, flax_nets, specs
 from flax_resnet import models
 
 BEST = steps.Peak(200.0, "float32", 64, {"jax": 200.0, "torch": "none"})
@@ -107,18 +107,18 @@ def test_peers_are_compared_round_by_round():
 
     found = [entrant("ours", [1.0, 2.0]), entrant("flax", [2.0, 2.0])]
     found.append(workers.Entrant("torch", error="died of signal 9"))
-    task = peers.Settings(batch_size=4, cores=1).task("mini", "ours")
-    rows = peers.rows(found, task, 8.0, BEST)
+    task = comparison.Settings(batch_size=4, cores=1).task("mini", "ours")
+    rows = comparison.rows(found, task, 8.0, BEST)
     ours, flax, torch = rows
     assert ours["step_seconds"] == {"median": 1.5, "least": 1.0, "most": 2.0, "n": 2}
     assert flax["ratio_to_ours"] == {"median": 1.5, "least": 1.0, "most": 2.0, "n": 2}
     assert (flax["images_per_second"], flax["gflops"], flax["peak_share"]) == (2.0, 4.0, 0.02)
     assert torch["error"] == "died of signal 9"
     assert "step_seconds" not in torch
-    lines = driver.table(peers.COLUMNS, rows, keys=2).splitlines()
+    lines = driver.table(comparison.COLUMNS, rows, keys=2).splitlines()
     assert lines[3] == "| mini | flax | 2 (2-2) | 4 | 2 | 1.5 (1-2) | 2 | 2 |"
     assert lines[-1] == "mini, torch: died of signal 9"
     found[0].error = "out of memory"
-    assert peers.rows(found, task, 8.0, BEST)[1]["ratio_to_ours"] is None
+    assert comparison.rows(found, task, 8.0, BEST)[1]["ratio_to_ours"] is None
     with pytest.raises(AssertionError, match="different sizes: ours 10, flax 11 parameters"):
-        peers.check_parameters({"ours": 10, "flax": 11})
+        comparison.check_parameters({"ours": 10, "flax": 11})

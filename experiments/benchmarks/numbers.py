@@ -34,7 +34,7 @@ import optax
 import flax_resnet
 from experiments.benchmarks import common, driver, steps, workers
 from experiments.benchmarks.driver import Columns, Row
-from experiments.benchmarks.peer_nets.specs import NETWORKS
+from experiments.benchmarks.peers.specs import NETWORKS
 from flax_resnet.errors import UserError, check_choices
 from flax_resnet.normalization import normalize
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from experiments.benchmarks import common, workers
 from experiments.benchmarks.driver import Columns, Row, check_least, table, timing_cell
 from experiments.benchmarks.driver import run as run_benchmark
-from experiments.benchmarks.peer_nets.specs import NETWORKS
+from experiments.benchmarks.peers.specs import NETWORKS
 from flax_resnet import distributed, models, optim, run
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data

@@ -45,13 +45,14 @@ from typing import Literal
 
 import jax
 
-from experiments.benchmarks import common, driver, peer_worker, steps, workers
+from experiments.benchmarks import common, driver, steps, workers
 from experiments.benchmarks.driver import Columns, Row, note, timing_cell
-from experiments.benchmarks.peer_nets.specs import NETWORKS
+from experiments.benchmarks.peers import worker
+from experiments.benchmarks.peers.specs import NETWORKS
 from flax_resnet import models
 from flax_resnet.errors import POSITIVE, UserError, check_choices
 
-OURS, *OTHERS = peer_worker.PEERS
+OURS, *OTHERS = worker.PEERS
 COLUMNS: Columns = {
     "network": lambda row: row["network"],
     "peer": lambda row: row["peer"],
@@ -112,10 +113,10 @@ class Settings:
                 f"frameworks pad alike, such as {-(-self.image_size // 8) * 8}"
             )
 
-    def task(self, network: str, peer: str) -> peer_worker.Task:
+    def task(self, network: str, peer: str) -> worker.Task:
         """What a peer is told to build."""
         known = NETWORKS[network]
-        return peer_worker.Task(
+        return worker.Task(
             peer=peer,
             network=network,
             image_size=self.image_size or known.image_size,
@@ -149,8 +150,8 @@ def started(settings: Settings, network: str, stack: contextlib.ExitStack) -> li
     for name in (OURS, *settings.peers):
         note(f"{network}: builds {name}")
         task = dataclasses.asdict(settings.task(network, name))
-        worker = (peer_worker.__name__, task, settings.device, settings.threads, settings.limit)
-        peers.append(workers.Entrant.start(stack, name, *worker))
+        of_peer = (worker.__name__, task, settings.device, settings.threads, settings.limit)
+        peers.append(workers.Entrant.start(stack, name, *of_peer))
     check_parameters({p.name: p.about["parameters"] for p in peers if p.worker})
     return peers
 
@@ -163,7 +164,7 @@ def check_parameters(counts: Mapping[str, int]) -> None:
 
 
 def rows(
-    peers: Sequence[workers.Entrant], task: peer_worker.Task, gflop: float, best: steps.Peak
+    peers: Sequence[workers.Entrant], task: worker.Task, gflop: float, best: steps.Peak
 ) -> list[Row]:
     """A row for each peer: its figures, or why it has none."""
     ours = next(peer for peer in peers if peer.name == OURS)
@@ -225,7 +226,3 @@ def report(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures the peak and every network's peers; prints lines of JSON, then the table."""
     driver.run("peers", Settings, __doc__ or "", argv, measured, report)
-
-
-if __name__ == "__main__":
-    main()

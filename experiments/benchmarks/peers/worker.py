@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from experiments.benchmarks import workers
-from experiments.benchmarks.peer_nets import specs
+from experiments.benchmarks.peers import specs
 
 MOMENTUM = 0.9
 CHANNELS = 3
@@ -77,7 +77,7 @@ def plain_flax(task: Task) -> workers.Built:
     import optax
 
     from experiments.benchmarks import common
-    from experiments.benchmarks.peer_nets import flax_nets
+    from experiments.benchmarks.peers import flax_nets
 
     net = flax_nets.build(task.spec, task.dtype)
     images, labels = _jax_noise(task)
@@ -99,7 +99,7 @@ def keras_jax(task: Task) -> workers.Built:
     import keras
 
     from experiments.benchmarks import common
-    from experiments.benchmarks.peer_nets import keras_nets
+    from experiments.benchmarks.peers import keras_nets
 
     if task.dtype == "bfloat16":
         keras.mixed_precision.set_global_policy("mixed_bfloat16")
@@ -169,7 +169,7 @@ def torch_eager(task: Task, *, compiled: bool = False) -> workers.Built:
     """PyTorch, channels last, with a fused optimizer; bfloat16 by autocast; or torch.compile's."""
     import torch
 
-    from experiments.benchmarks.peer_nets import torch_nets
+    from experiments.benchmarks.peers import torch_nets
 
     gpu = task.device == "gpu"
     device = torch.device("cuda" if gpu else "cpu")

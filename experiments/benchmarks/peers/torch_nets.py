@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experiments.benchmarks.peer_nets import specs
+from experiments.benchmarks.peers import specs
 
 
 def conv(inputs: int, filters: int, kernel: int, stride: int, bias: bool) -> nn.Conv2d:

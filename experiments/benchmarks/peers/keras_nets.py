@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import layers, ops
 
-from experiments.benchmarks.peer_nets import specs
+from experiments.benchmarks.peers import specs
 
 Tensor = Any  # a KerasTensor
 

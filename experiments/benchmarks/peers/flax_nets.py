@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 from flax.training import train_state
 
-from experiments.benchmarks.peer_nets import specs
+from experiments.benchmarks.peers import specs
 
 
 class Layers:

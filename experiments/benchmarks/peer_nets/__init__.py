@@ -1,1 +1,0 @@
-"""The same four networks as other frameworks' users write them, for benchmarks.peers."""
