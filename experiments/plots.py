@@ -42,7 +42,7 @@ from flax_resnet.inspection import PARTS, Session, open_run
 from flax_resnet.models import network_name
 from flax_resnet.models.summary import summarize
 from flax_resnet.records.configs import flatten, varying_fields
-from flax_resnet.run_dir import CONFIG, read_config, read_metrics, variants
+from flax_resnet.run_dir import CONFIG, read_config, read_metrics, read_record, variants
 
 What = Literal[
     "curves", "paper", "depth", "confusion", "reliability", "worst", "filters", "maps",
@@ -159,7 +159,7 @@ def _lacks(lines: Sequence[Mapping[str, Any]]) -> str:
 def study_title(paths: Sequence[str | Path], count: int) -> str:
     """The networks and the data of all runs below paths, and n, how many of them are drawn."""
     found = [w for p in paths for _, dirs in variants(p) for w in dirs]
-    configs = [read_config(workdir)[0] for workdir in found]
+    configs = [read_config(workdir) for workdir in found]
     networks = list(dict.fromkeys(network_name(config.model) for config in configs))
     data = list(dict.fromkeys(config.data.title for config in configs))
     many = f"{len(networks)} networks"
@@ -188,8 +188,9 @@ def depth_points(
     rows = _finished(directory)
     runs = []
     for row in rows:
-        config, record = read_config(directory / row["workdir"])
-        runs.append((row, config.model, flatten(record["config"])))
+        workdir = directory / row["workdir"]
+        flat = flatten(read_record(workdir)["config"])
+        runs.append((row, read_config(workdir).model, flat))
     fields = _series_fields([flat for *_, flat in runs], by)
     points: dict[str, list[tuple[int, float, float | None]]] = {}
     for row, model, flat in runs:

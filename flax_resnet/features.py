@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from flax_resnet.data import Data
 from flax_resnet.data_config import SPLITS, Split
@@ -49,8 +50,9 @@ def with_cached_features(
         # A block of one's own: what it computes, since its source may call anything.
         images = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.float32)
         program = digest([str(jax.make_jaxpr(trunk.apply)(variables, images))])
+    leaves = tree_leaves_with_path((variables, state.normalization))
     common = {
-        "arrays": digest(_parts((variables, state.normalization))),
+        "arrays": digest([part for path, x in leaves for part in (keystr(path), np.asarray(x))]),
         "network": to_record(trunk),
         "program": program,
         "versions": {"jax": jax.__version__, "own": source_hash(), **versions(PACKAGES)},
@@ -91,12 +93,6 @@ def with_trunk(top: TrainState, whole: TrainState) -> TrainState:
     top = top.replace(apply_fn=whole.apply_fn, batch_stats=whole.batch_stats, ema=ema)
     graft = lambda old, new: {**old, **new} if has_top(old) else new  # noqa: E731
     return jax.tree.map(graft, whole, top, is_leaf=has_top)
-
-
-def _parts(tree: Any) -> list[Any]:
-    """Names and values of a tree's arrays, for a hash."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [p for path, x in leaves for p in (jax.tree_util.keystr(path), np.asarray(x))]
 
 
 def _compute(

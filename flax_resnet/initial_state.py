@@ -162,12 +162,8 @@ def fitted(config: TrainConfig, data: Data, state: TrainState) -> tuple[TrainSta
     """A state at step 0 with the parameters that its network computes from training images.
 
     Such a network has ``from_images(params, images)``: it is given normalised images (N, H, W, C),
-    evenly spread over the split, and gives the parameters. With ``weights`` it is not asked.
-
-    Args:
-      config: the run.
-      data: the run's data.
-      state: its normalisation has been measured.
+    evenly spread over the split, and gives the parameters. With ``weights`` it is not asked. The
+    normalisation of ``state`` has been measured.
 
     Returns:
       (the state, the seconds that this took; 0 where the network computes nothing from images).

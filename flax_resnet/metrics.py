@@ -110,11 +110,6 @@ def outputs(step: Callable[[Any], Any], batches: Iterable[Any]) -> Iterator[tupl
         running = started
 
 
-def evaluated(step: Callable[[Any], Mapping[str, Any]], batches: Iterable[Any]) -> dict[str, Any]:
-    """Adds up, as ``totals`` does, the sums that a step gives for each of the batches."""
-    return totals(sums for _, sums in outputs(step, batches))
-
-
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Softmax cross-entropy in nats, (N,), in at least float32. Targets (N, K) sum to one."""
     return optax.softmax_cross_entropy(_wide(logits), targets)

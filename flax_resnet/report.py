@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_resnet import figures
+from flax_resnet import figures, run_dir
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import PARTS, Part, Session, open_run
 from flax_resnet.inspection.run import Which
 from flax_resnet.models import network_name
 from flax_resnet.records.configs import flatten
-from flax_resnet.run_dir import RESULT, finished, read_config, read_metrics, record_errors
 from flax_resnet.text_tables import result_rows
 
 CSS = """
@@ -48,9 +47,9 @@ def report(
       say: called with a line for each picture that begins.
     """
     workdir = Path(workdir).expanduser()
-    config, record = read_config(workdir)
+    config, record = run_dir.read_config(workdir), run_dir.read_record(workdir)
     name = f"{network_name(config.model)} on {config.data.title}, seed {config.seed}"
-    records = read_metrics(workdir)
+    records = run_dir.read_metrics(workdir)
 
     def draw_curves(path: Path) -> str:
         if not records:
@@ -118,10 +117,10 @@ def _page(name: str, workdir: Path, sections: Sequence[Section]) -> str:
 
 def _result(workdir: Path) -> str:
     try:
-        result = finished(workdir)
+        result = run_dir.finished(workdir)
         if result is None:
             return "<p>No result: the run is not finished.</p>"
-        with record_errors(workdir / RESULT):
+        with run_dir.record_errors(workdir / run_dir.RESULT):
             return _table(result_rows(result) | {"training images": result["num_train"]})
     except UserError as error:
         return f"<p>{html.escape(f'No result: {error}')}</p>"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any
 
 from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.errors import UserError
@@ -27,7 +26,9 @@ def restore(run: Run) -> bool:
         if step is None:
             return False
         meta = checkpoints.meta(step)
-        _check_same(run, meta, f"checkpoint {step} in {checkpoints.directory}")
+        run.data.check_same(meta, run.workdir)
+        what = f"checkpoint {step} in {checkpoints.directory} is"
+        check_same_config(what, meta["config"], run.config)
         arrays, _ = checkpoints.restore(run.state.arrays(), step)
     run.state = run.state.replace(**arrays)
     names = [field.name for field in dataclasses.fields(Progress) if field.name in meta]
@@ -50,11 +51,6 @@ def check_current(run: Run) -> None:
             f"{run.workdir} has gone on to step {newest} while this one was set up at step "
             f"{run.progress.step}: another process was at work there; start again"
         )
-
-
-def _check_same(run: Run, meta: dict[str, Any], what: str) -> None:
-    run.data.check_same(meta, run.workdir)
-    check_same_config(f"{what} is", meta["config"], run.config)
 
 
 def changes(run: Run) -> str:

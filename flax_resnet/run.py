@@ -150,14 +150,12 @@ class Run:
         mesh, size = distributed.describe(self.mesh), self.programs.group_size
         return {**mesh, "sharding": self.config.sharding, "steps_per_dispatch": size}
 
-    def batches(self) -> Iterator[Batch]:
-        """The training batches that are left."""
-        return self.data.train_batches(*self._order)
-
     def dispatches(self) -> Iterator[Any]:
-        """The same as a compiled train step takes them: batches, and Groups of them."""
+        """What is left to train on, as a compiled train step takes it: batches, and Groups."""
         split = distributed.group_sharding(self.mesh)
-        parts = self.data.host_batches(*self._order)
+        seeds = [config.seed for config in self.members] or self.config.seed
+        size, step = self.config.batch_size, self.progress.step
+        parts = self.data.host_batches(seeds, size, step, self.num_steps)
         with contextlib.closing(parts):
             for count in self.dispatch_lengths:
                 several = list(itertools.islice(parts, count))
@@ -166,12 +164,6 @@ class Run:
                 else:
                     stacked = jax.tree.map(lambda *x: np.stack(x), *several)
                     yield Group(distributed.put_local(split, stacked))
-
-    @property
-    def _order(self) -> tuple[int | list[int], int, int, int]:
-        """(seed or seeds of the data order, images in a batch, first step, step of the end)."""
-        seeds = [config.seed for config in self.members] or self.config.seed
-        return seeds, self.config.batch_size, self.progress.step, self.num_steps
 
     def evaluate(
         self, step: Callable[..., metrics.Sums], stop: Callable[[], bool] = lambda: False
@@ -206,6 +198,7 @@ def evaluate(
     Returns:
       (means of the metrics over all examples, int (K, K) confusion counts).
     """
-    total = metrics.evaluated(functools.partial(step, state), batches)
+    outputs = metrics.outputs(functools.partial(step, state), batches)
+    total = metrics.totals(sums for _, sums in outputs)
     confusion = total.pop("confusion").astype(np.int64)
     return metrics.means([total]), confusion

@@ -49,11 +49,11 @@ def read_record(workdir: str | Path) -> dict[str, Any]:
     return record
 
 
-def read_config(workdir: str | Path) -> tuple[Any, dict[str, Any]]:
-    """(TrainConfig without its tracker, what ``read_record`` returns, and raises)."""
+def read_config(workdir: str | Path) -> Any:
+    """TrainConfig of a run, with the default tracker; raises what ``read_record`` raises."""
     record = read_record(workdir)
     with record_errors(Path(workdir).expanduser() / CONFIG):
-        return from_record(untracked(record["config"])), record
+        return from_record(untracked(record["config"]))
 
 
 def finished(workdir: Path) -> dict[str, Any] | None:

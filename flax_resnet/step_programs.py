@@ -58,9 +58,6 @@ class StepPrograms:
 
     Attributes:
       config: the run; of networks that train together, the first of their configs.
-      mesh: devices to compile for.
-      data: the programs have its shapes; several steps in one program hold a resident split.
-      num_steps: optimizer steps of the whole run.
       state: the state that the steps take, or its shapes and shardings.
       leading_axes: (S,) where the state is that of S networks that train together, or ().
     """
@@ -133,11 +130,8 @@ class StepPrograms:
     def compile_step(self) -> Callable[..., Any]:
         """The train step, compiled for the mesh, its state donated."""
         batch = self._batch(*self.leading_axes, self.config.batch_size)
-        out, memory = (
-            (self._state_sharding, self._sums_sharding),
-            step_memory(self.config, self.mesh),
-        )
-        return self._compiled(self.steps()[0], out, memory, batch, donate_argnums=0)
+        memory = step_memory(self.config, self.mesh)
+        return self._compiled(self.steps()[0], self._shardings, memory, batch, donate_argnums=0)
 
     def compile_group(self) -> tuple[jax.stages.Compiled, Any]:
         """(program of ``group_size`` train steps, the training split where it is resident).
@@ -151,10 +145,11 @@ class StepPrograms:
         def batch_of(arrays: Any, rows: Any) -> Any:
             return constrain(take(arrays, rows), distributed.batch_sharding(mesh))
 
+        of_state, of_sums = self._shardings
         # In a while loop a convolution's backward pass is some 20 times slower on a CPU.
         steps = grouped(
             self.steps()[0],
-            lambda state: constrain(state, self._state_sharding),
+            lambda state: constrain(state, of_state),
             batch_of if resident else None,
             unroll=backend.is_cpu(),
         )
@@ -162,7 +157,7 @@ class StepPrograms:
         if resident:
             like = {"row": like["label"]} | {n: x for n, x in like.items() if n == "epoch"}
         arrays = self.data.train_arrays if resident else None
-        out = self._state_sharding, split if self.leading_axes else self._sums_sharding
+        out = of_state, split if self.leading_axes else of_sums
         memory = step_memory(config, mesh)
         return self._compiled(steps, out, memory, arrays, like, donate_argnums=0), arrays
 
@@ -177,7 +172,7 @@ class StepPrograms:
             "mask": label.update(dtype=jnp.bool_),
         }
         memory = eval_memory(self.config, self.mesh)
-        return self._compiled(self.steps()[1], self._sums_sharding, memory, batch)
+        return self._compiled(self.steps()[1], self._shardings[1], memory, batch)
 
     def _compiled(
         self, step: Callable[..., Any], out: Any, memory: Any, *like: Any, **options: Any
@@ -188,17 +183,12 @@ class StepPrograms:
             return jax.jit(step, **options).lower(self.state, *like).compile()
 
     @property
-    def _state_sharding(self) -> Any:
-        """Sharding of the state; each device has its share of networks that train together."""
+    def _shardings(self) -> tuple[Any, NamedSharding]:
+        """Shardings of the state and of metric sums; devices share networks that train together."""
         if self.leading_axes:
-            return distributed.batch_sharding(self.mesh)
-        return state_sharding(self.state, self.mesh, self.config.sharding)
-
-    @property
-    def _sums_sharding(self) -> NamedSharding:
-        """Sharding of the metric sums of a step."""
-        axes, mesh = self.leading_axes, self.mesh
-        return distributed.batch_sharding(mesh) if axes else distributed.replicated(mesh)
+            return (distributed.batch_sharding(self.mesh),) * 2
+        state = state_sharding(self.state, self.mesh, self.config.sharding)
+        return state, distributed.replicated(self.mesh)
 
     def _batch(self, *images: int, sharding: NamedSharding | None = None) -> dict[str, Any]:
         """Shapes, dtypes and sharding of a training batch with leading axes ``images``."""

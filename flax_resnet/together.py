@@ -25,13 +25,12 @@ from flax_resnet.errors import UserError
 from flax_resnet.initial_state import fitted, measured
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import digest
-from flax_resnet.result import conclude
 from flax_resnet.resume import check_current, restore
 from flax_resnet.run import Run
 from flax_resnet.run_dir import finished, write_json
 from flax_resnet.setup import prepare
 from flax_resnet.tracking.run_log import RunLogs
-from flax_resnet.train import opened_log, train_to_end
+from flax_resnet.train import conclude, open_log, train_to_end
 from flax_resnet.watch import COMPILING, RECORDING, SETTING_UP
 from flax_resnet.workdir import check_workdir, claimed
 
@@ -177,7 +176,7 @@ def _train_group(
         write_json(own / "members.json", names)
         followers = stack.enter_context(tracking.following(trackings))
         logs = [
-            opened_log(run, path, config, followers, lead=path in open_ones, quiet=True)
+            open_log(run, path, config, followers, lead=path in open_ones, quiet=True)
             for path, config in configs.items()
         ]
         train_to_end(run, programs, RunLogs(logs, run.num_steps), watch, stop)

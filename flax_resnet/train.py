@@ -18,29 +18,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import distributed, hosts, metrics, tracking
+from flax_resnet import distributed, figures, hosts, metrics, models, text_tables, tracking
+from flax_resnet import watch as phases
 from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.config import TrainConfig
 from flax_resnet.guards import Diverged, all_finite, check_loss
 from flax_resnet.preemption import Preempted, Signals
 from flax_resnet.records.configs import flatten, to_record
-from flax_resnet.result import conclude
 from flax_resnet.resume import check_current
 from flax_resnet.run import Run
-from flax_resnet.run_dir import finished
+from flax_resnet.run_dir import finished, read_metrics, write_json
 from flax_resnet.setup import opening_lines, set_up
 from flax_resnet.step_programs import Compiled, by_step, step_memory, steps_in
 from flax_resnet.tracking.run_log import RunLog, RunLogs, Timer
-from flax_resnet.watch import (
-    COMPILING,
-    EVALUATING,
-    RECORDING,
-    SAVING,
-    SETTING_UP,
-    STEP,
-    WAITING,
-    Watch,
-)
+from flax_resnet.watch import Watch
 from flax_resnet.workdir import check_workdir, claimed
 from flax_resnet.xla import trace
 
@@ -78,7 +69,7 @@ def train_and_evaluate(
     workdir = Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(hosts.watching(config.guard.report_after))
-        watch.at(SETTING_UP, 0)
+        watch.at(phases.SETTING_UP, 0)
         record = flatten(to_record(config), "config")
         del record["config.data.data_dir"]  # each host may have its own copy of the data
         hosts.check_alike({**record, "workdir": str(workdir)})
@@ -98,17 +89,17 @@ def train_and_evaluate(
 
         # The data, the model, the optimizer and their state, at step 0 or from a checkpoint.
         run = set_up(config, workdir, distributed.data_mesh() if mesh is None else mesh)
-        watch.at(COMPILING, run.progress.step)
+        watch.at(phases.COMPILING, run.progress.step)
         programs = run.programs.compile(run.dispatch_lengths)
 
         # What can be wrong has been by now; only then is anything written.
         stack.enter_context(claimed(workdir, config))
-        watch.at(SETTING_UP, run.progress.step)
+        watch.at(phases.SETTING_UP, run.progress.step)
         check_current(run)
         with tracking.following({workdir: config.tracking} if lead else {}) as followers:
-            log = opened_log(run, workdir, config, followers, lead=lead, quiet=quiet)
+            log = open_log(run, workdir, config, followers, lead=lead, quiet=quiet)
             train_to_end(run, programs, log, watch, stop)
-            watch.at(RECORDING, run.progress.step)
+            watch.at(phases.RECORDING, run.progress.step)
             result = conclude(run, quiet=quiet) if lead else {}
         distributed.same_everywhere(run.progress.step)  # nobody leaves before the record is whole
         return result
@@ -121,14 +112,7 @@ def train_to_end(
     watch: Watch,
     stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Takes a run that is set up and compiled to its end: steps, evaluations and checkpoints.
-
-    Args:
-      run: ends at its last step, evaluated.
-      programs: the run's steps.
-      log: gets the metrics; it is closed.
-      watch: is told what the run is doing.
-      stop: as of ``train_and_evaluate``.
+    """Takes a run that is set up and compiled to its end; closes ``log``.
 
     Raises:
       Preempted: it was stopped, and saved.
@@ -142,7 +126,16 @@ def train_to_end(
         stack.callback(checkpoints.close)
         signals = stack.enter_context(Signals(stop))
         stack.enter_context(step_memory(config, run.mesh))
-        train_step = stack.enter_context(_traced(run, programs.train_step, log))
+        # The workdir of networks that train together goes when they are finished.
+        profiles = (run.workdir.parent.parent if run.members else run.workdir) / "profile"
+        tracing = trace.traced(
+            programs.train_step,
+            config.profile_steps,
+            profiles,
+            log.message,
+            lambda state, batch: steps_in(batch),
+        )
+        train_step = stack.enter_context(tracing)
         for line in opening_lines(run):
             log.message(line)
         log.message(f"compiled in {programs.seconds:.1f} s")
@@ -154,9 +147,9 @@ def train_to_end(
             run, programs.eval_step, checkpoints, log, signals, watch, began, progress.step
         )
         loop.finish_what_was_stopped()
-        watch.at(WAITING, progress.step)
+        watch.at(phases.WAITING, progress.step)
         for batch in loop.timer.waiting(run.dispatches()):
-            watch.at(STEP, progress.step)
+            watch.at(phases.STEP, progress.step)
             loop.step(train_step, batch)
             progress.owes_evaluation = loop.is_due((run.eval_every,))
             saves = loop.is_due(run.save_every)
@@ -171,13 +164,15 @@ def train_to_end(
             if saves:
                 loop.save(loop.scores() if evaluates else None)
                 loop.timer.reset()
-            watch.at(WAITING, progress.step)
-        loop.close_record()
-        watch.at(SAVING, progress.step)
+            watch.at(phases.WAITING, progress.step)
+        if run.confusion is None:  # the last checkpoint was the end, the record was not written
+            loop.evaluate(is_logged=True)
+            progress.seconds = time.perf_counter() - began
+        watch.at(phases.SAVING, progress.step)
         checkpoints.wait()
 
 
-def opened_log(
+def open_log(
     run: Run, workdir: Path, config: TrainConfig, followers: Mapping[Path, Any], **options: bool
 ) -> RunLog:
     """The log of a run in ``workdir``, from the run's step on; ``options`` are RunLog's."""
@@ -186,21 +181,13 @@ def opened_log(
     return RunLog(workdir, step, num_steps, events=events, follower=follower, **options)
 
 
-def _traced(run: Run, train_step: Callable[..., Any], log: RunLog | RunLogs) -> Any:
-    """Context of the train step, of which some calls are traced where the config says so."""
-    # The workdir of networks that train together goes when they are finished.
-    profiles = (run.workdir.parent.parent if run.members else run.workdir) / "profile"
-    steps_of = lambda state, batch: steps_in(batch)  # noqa: E731
-    return trace.traced(train_step, run.config.profile_steps, profiles, log.message, steps_of)
-
-
 @contextlib.contextmanager
 def _last_good_named(checkpoints: Checkpoints, run: Run, watch: Watch) -> Iterator[None]:
     """Adds the last good checkpoint to the message of a run that diverged."""
     try:
         yield
     except Diverged as error:
-        watch.at(SAVING, run.progress.step)
+        watch.at(phases.SAVING, run.progress.step)
         checkpoints.wait()
         last = checkpoints.latest_step()
         none = "no checkpoint was saved before"
@@ -277,7 +264,7 @@ class _Loop:
         run, progress = self.run, self.run.progress
 
         def stop() -> bool:
-            self.watch.at(EVALUATING, progress.step)
+            self.watch.at(phases.EVALUATING, progress.step)
             return self.stop()
 
         try:
@@ -291,7 +278,7 @@ class _Loop:
     def save(self, scores: dict[str, float] | None) -> None:
         """Saves a checkpoint, rated by ``scores`` where it has just been evaluated."""
         run, progress = self.run, self.run.progress
-        self.watch.at(SAVING, progress.step)
+        self.watch.at(phases.SAVING, progress.step)
         state = jax.block_until_ready(run.state)
         now = time.perf_counter()
         # Not the optimizer's state: the best loss of ReduceOnPlateau begins at infinity.
@@ -320,8 +307,37 @@ class _Loop:
         self.log.message(f"{at}: the same command goes on")
         raise Preempted
 
-    def close_record(self) -> None:
-        """Evaluates where the last checkpoint was the end, and the record was not written."""
-        if self.run.confusion is None:
-            self.evaluate(is_logged=True)
-            self.run.progress.seconds = time.perf_counter() - self.began
+
+def conclude(run: Run, *, quiet: bool = False) -> dict[str, Any]:
+    """Draws the figures, prints the closing table, and writes result.json last."""
+    workdir, records = run.workdir, read_metrics(run.workdir)
+    best = max((r for r in records if r["split"] == "eval"), key=lambda r: (r["top1"], r["step"]))
+    last = [r for r in records if r["split"] == "train"][-1]
+    name = f"{models.network_name(run.config.model)} on {run.config.data.title}"
+    figures.curves(records, workdir / "curves.png", f"{name}, seed {run.config.seed}")
+    title = f"{name}: top-1 {100 * run.evaluation['top1']:.2f} % of {run.data.num_eval}"
+    assert run.confusion is not None
+    progress, shared_by = run.progress, run.shared_by
+    figures.confusion(run.confusion, run.data.class_names, workdir / "confusion.png", title)
+    result = {
+        "step": progress.step,
+        "epochs": run.epoch,
+        **run.evaluation,
+        "best_top1": best["top1"],
+        "best_step": best["step"],
+        "train_top1": last["top1"],
+        "train_loss": last["loss"],
+        "parameters": run.parameters,
+        "seconds": progress.seconds / shared_by,
+        "start_seconds": progress.start_seconds / shared_by,
+        "train_seconds": progress.train_seconds / shared_by,
+        "compile_seconds": progress.spent["compile"] / shared_by,
+        "eval_seconds": progress.spent["evaluate"] / shared_by,
+        "num_train": run.data.num_train,
+        "num_eval": run.data.num_eval,
+        **({"together": shared_by} if shared_by > 1 else {}),
+    }
+    if not quiet:
+        text_tables.show(name, [*text_tables.result_rows(result).items(), ("record", workdir)])
+    write_json(workdir / "result.json", result)
+    return result

@@ -147,7 +147,8 @@ def test_a_workdir_that_processes_do_not_share_is_named(tmp_path, monkeypatch, s
     waits = []
     monkeypatch.setattr(workdir_module.time, "sleep", waits.append)
     if seen is not None:  # an old run's record of this host alone, or what the lead has written
-        (tmp_path / "config.json").write_text(json.dumps({"starts": [{}] * seen}))
+        record = {"config": {"class": ""}, "starts": [{}] * seen}
+        (tmp_path / "config.json").write_text(json.dumps(record))
     if seen == 3:
         workdir_module._check_shared(tmp_path)
         return

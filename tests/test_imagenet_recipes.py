@@ -120,7 +120,7 @@ def small(recipe, photos):
 
 def test_a_step_can_be_traced(photos, tmp_path, mesh):
     run = set_up(small("a1", photos), tmp_path / "w", mesh)
-    (batch,) = run.batches()
+    (batch,) = run.dispatches()
     assert batch["image"].shape == (8, 16, 16, 3)
     labels = np.asarray(batch["label"])[:6].reshape(2, 3)
     assert (labels == labels[:, :1]).all()

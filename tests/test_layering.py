@@ -65,7 +65,6 @@ def test_only_the_top_sees_the_whole_config():
         "initial_state",
         "analysis",
         "train",
-        "result",
         "together",
         "grids",
         "sweeps",

@@ -12,6 +12,7 @@ from flax_resnet.run_dir import (
     read_config,
     read_json,
     read_metrics,
+    read_record,
     variants,
     write_json,
 )
@@ -20,8 +21,8 @@ from flax_resnet.workdir import write_record
 
 def test_what_is_written_is_read(tmp_path):
     write_record(tmp_path, TrainConfig(seed=5))
-    config, record = read_config(tmp_path)
-    assert config == TrainConfig(seed=5)
+    record = read_record(tmp_path)
+    assert read_config(tmp_path) == TrainConfig(seed=5)
     assert (record["config"]["seed"], len(record["starts"])) == (5, 1)
     assert finished(tmp_path) is None
     write_json(tmp_path / RESULT, {"top1": 0.5})

@@ -64,7 +64,7 @@ def test_split_and_whole_states_agree_to_1e_10_in_x64_after_5_steps(
         for how, mesh in [("replicated", meshes[0]), (kind, meshes[1])]:
             run = setup.set_up(dataclasses.replace(config, sharding=how), tmp_path / how, mesh)
             step, evaluate, _ = run.programs.compile(run.dispatch_lengths)
-            for batch in run.batches():
+            for batch in run.dispatches():
                 run.state, _ = step(run.state, batch)
             run.evaluate(evaluate)
             states[how], evaluations[how] = run.state.arrays(), run.evaluation

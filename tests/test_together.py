@@ -46,7 +46,7 @@ def variants(data_dir, dtype="float32"):
 def last_state(run):
     """The state after all of a run's steps."""
     step = run.programs.compile(run.dispatch_lengths).train_step
-    for batch in run.batches():
+    for batch in run.dispatches():
         run.state, _ = step(run.state, batch)
     return run.state
 

@@ -220,7 +220,7 @@ def test_a_record_names_its_tracker_and_a_resumed_run_may_change_it(tmp_path):
     write_record(tmp_path, TrainConfig(seed=5, tracking=Mine()))
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace("test_tracking:Mine", "elsewhere:Mine"))
-    assert read_config(tmp_path)[0] == TrainConfig(seed=5)
+    assert read_config(tmp_path) == TrainConfig(seed=5)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def step_seconds(ready: Run) -> list[float]:
     """Seconds of each step but the first, which also loads the program."""
     step = ready.programs.compile_step()
     seconds = []
-    for batch in ready.batches():
+    for batch in ready.dispatches():
         (ready.state, _), took = common.timed(step, ready.state, batch)
         seconds.append(took)
     return seconds[1:]

@@ -84,7 +84,7 @@ class Settings(WeightFlags):
             )
         if not named:
             try:
-                recorded = read_config(run)[0]
+                recorded = read_config(run)
             except UserError as error:
                 advice = "or give --data.name NAME or --data.folder DIR"
                 raise UserError(f"{error}; {advice}") from None

@@ -77,7 +77,9 @@ def find_rate(
         config.optimizer, learning_rate=highest, schedule=Rising(lowest)
     )
     here = dataclasses.replace(config.checkpoint, directory=None)  # not where a run of it is
-    config = dataclasses.replace(config, optimizer=optimizer, num_steps=num_steps, checkpoint=here)
+    config = dataclasses.replace(
+        config, optimizer=optimizer, num_steps=num_steps, steps_per_dispatch=1, checkpoint=here
+    )
     mesh = distributed.data_mesh(jax.local_devices()[:1])
     with tempfile.TemporaryDirectory() as empty:
         run = set_up(config, Path(empty), mesh)
@@ -86,7 +88,7 @@ def find_rate(
     rates: list[float] = []
     smoothed: list[float] = []
     diverged = False
-    for batch in run.batches():
+    for batch in run.dispatches():
         run.state, sums = step(run.state, batch)
         run.progress.step += 1
         rates.append(run.learning_rate())

@@ -92,7 +92,7 @@ def open_run(workdir: str | Path, checkpoint: Which = "best") -> Inspected:
       UserError: there is no run or no checkpoint, or it cannot be read.
     """
     workdir = Path(workdir).expanduser()
-    config = read_config(workdir)[0]
+    config = read_config(workdir)
     state, meta = read_checkpoint(workdir, checkpoint)
     module = config.model
     variables = saved_variables(module, state)
