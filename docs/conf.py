@@ -35,7 +35,7 @@ html_static_path = ["_static"]
 html_css_files = ["style.css"]
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
-# The notebook is shown as it was executed; tests/test_docs.py executes it, and every other block.
+# The notebook is shown as it was executed; tests/docs executes it, and every other block.
 nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["colon_fence", "deflist"]

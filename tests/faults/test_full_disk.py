@@ -14,7 +14,7 @@ from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.run_dir import read_metrics
 
 pytestmark = pytest.mark.slow
-HERE = pathlib.Path(__file__).parent
+SUPPORT = pathlib.Path(__file__).parents[1] / "support"
 TRAIN = """
 import sys, fault_worker
 sys.argv[1:], sys.argv[0] = [], "worker"
@@ -28,7 +28,7 @@ def environment(digits_dir, clean_environment, tmp_path_factory):
     return clean_environment | {
         "FAULTS_DATA": digits_dir,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")]),
     }
 
 

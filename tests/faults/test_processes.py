@@ -10,7 +10,7 @@ import pytest
 from experiments.launch import local
 
 pytestmark = pytest.mark.slow
-HERE = pathlib.Path(__file__).parent
+SUPPORT = pathlib.Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def numbers(digits_dir, clean_environment, tmp_path_factory):
 
     def trained(processes, devices, ways=tuple(parity_worker.WAYS)):
         out = tmp_path_factory.mktemp(f"{processes}x{devices}")
-        command = [sys.executable, str(HERE / "parity_worker.py"), str(out), *ways]
+        command = [sys.executable, str(SUPPORT / "parity_worker.py"), str(out), *ways]
         settings = local.Settings(processes=processes, devices=devices)
         assert local.launch(command, settings, environment) == 0
         return {name: dict(np.load(out / f"{name}.npz")) for name in ways}

@@ -15,7 +15,7 @@ from flax_resnet import tables
 from flax_resnet.run_dir import read_metrics
 
 pytestmark = pytest.mark.slow
-WORKER = str(pathlib.Path(__file__).with_name("fault_worker.py"))
+WORKER = str(pathlib.Path(__file__).parents[1] / "support" / "fault_worker.py")
 
 
 @pytest.fixture(scope="module")
