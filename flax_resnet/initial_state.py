@@ -21,8 +21,8 @@ from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet, WeightsError, initializer
 from flax_resnet.models.variables import split_top
 from flax_resnet.normalization import normalize, statistics, statistics_shape
-from flax_resnet.pretrained import open_weights
 from flax_resnet.step import TrainState, create_state
+from flax_resnet.weights import open_weights
 from flax_resnet.weights.loading import check_same, is_path
 from flax_resnet.weights.pretrained import Pretrained
 

@@ -24,13 +24,15 @@ REMOVED_FIELDS: dict[str, dict[str, Any]] = {
 }
 """{"module:Name" of a class: {field that the class no longer has: value that turned it off}}."""
 
+MOVED_MODULES: dict[str, str] = {
+    "flax_resnet.checkpoint": "flax_resnet.checkpoints.checkpoints",
+    "flax_resnet.data": "flax_resnet.data_config",
+    "flax_resnet.layers": "flax_resnet.models.layers",
+    "flax_resnet.regularize": "flax_resnet.models.regularize",
+}
+"""{module that older records name for its classes: the module that has them today}."""
+
 MOVED_CLASSES: dict[str, str] = {
-    "flax_resnet.checkpoint:CheckpointConfig": (
-        "flax_resnet.checkpoints.checkpoints:CheckpointConfig"
-    ),
-    "flax_resnet.data:DataConfig": "flax_resnet.data_config:DataConfig",
-    "flax_resnet.layers:Layers": "flax_resnet.models.layers:Layers",
-    "flax_resnet.regularize:DropBlock": "flax_resnet.models.regularize:DropBlock",
     "flax_resnet.models.speed:SpeedNet": "experiments.speedrun:SpeedNet",
     "flax_resnet.schedules:Triangle": "experiments.speedrun:Triangle",
     "flax_resnet.optim:SGD.stem_bias_until": "experiments.speedrun:SpeedSGD",
@@ -115,13 +117,19 @@ def class_name(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
+def todays_name(name: str) -> str:
+    """``module:Name`` today of the class that a record names ``module:Name``."""
+    module, colon, qualname = name.partition(":")
+    return MOVED_CLASSES.get(name, f"{MOVED_MODULES.get(module, module)}{colon}{qualname}")
+
+
 def find_class(name: str) -> type:
     """The dataclass or linen module class that ``module:Name`` names.
 
     A record may come from anyone, so a name does not import arbitrary modules: only those of
     this library, those that the program has imported itself, and those of MOVED_CLASSES.
     """
-    today = MOVED_CLASSES.get(name, name)
+    today = todays_name(name)
     moved = today in MOVED_CLASSES.values()
     module_name, _, qualname = today.partition(":")
     module = sys.modules.get(module_name)

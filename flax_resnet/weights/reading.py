@@ -20,7 +20,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet, WeightsError
 from flax_resnet.models.arguments import check_dtype
 from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
-from flax_resnet.records.configs import MOVED_CLASSES, class_name, from_record
+from flax_resnet.records.configs import MOVED_CLASSES, class_name, from_record, todays_name
 from flax_resnet.records.files import reason
 from flax_resnet.weights import keras_names, torch_names
 from flax_resnet.weights.pretrained import Pretrained, Variables
@@ -106,7 +106,7 @@ def _built(record: Any, kind: Any) -> Any:
 
     def check(part: dict[str, Any]) -> dict[str, Any]:
         for name in (part[key] for key in ("class", "class_itself") if key in part):
-            if MOVED_CLASSES.get(name, name) not in _CLASSES:
+            if todays_name(name) not in _CLASSES:
                 raise ValueError(
                     f"{name!r:.80} is no network or block of flax_resnet.models; a block class of "
                     "your own has to be given, as block_cls"
