@@ -21,7 +21,7 @@ from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
 from flax_resnet.data_config import DataConfig
 from flax_resnet.models import DropBlockResNet
-from flax_resnet.optim import Adam, Cosine
+from flax_resnet.optim.optimizers import Adam, Cosine
 
 NUM_EPOCHS = 80
 RISE_EPOCHS = 40

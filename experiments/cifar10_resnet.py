@@ -19,7 +19,7 @@ from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
 from flax_resnet.data_config import DataConfig
 from flax_resnet.models import cifar_resnet
-from flax_resnet.optim import SGD, Piecewise
+from flax_resnet.optim.optimizers import SGD, Piecewise
 
 NUM_STEPS = 64_000
 DROPS = (32_000, 48_000)

@@ -34,8 +34,8 @@ from flax_resnet.cli.experiment import chosen_by, main
 from flax_resnet.config import TrainConfig
 from flax_resnet.data_config import DataConfig
 from flax_resnet.errors import UserError
-from flax_resnet.optim import decoupled
-from flax_resnet.run_dir import write_json
+from flax_resnet.optim.optimizers import decoupled
+from flax_resnet.records.run_dir import write_json
 from flax_resnet.tables import mean_and_deviation
 
 WORKDIR = "runs/cifar10_speedrun"

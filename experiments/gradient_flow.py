@@ -46,7 +46,7 @@ from flax_resnet.models import Block, ResNet, cifar_resnet, unstack_blocks
 from flax_resnet.models.blocks import Connection
 from flax_resnet.normalization import normalize, statistics
 from flax_resnet.records.files import replacing
-from flax_resnet.run_dir import RESULT, write_json
+from flax_resnet.records.run_dir import RESULT, write_json
 
 CONNECTIONS: tuple[Connection, ...] = ("plain", "residual", "highway")
 INITS = {"batch": "he_normal", "none": "glorot_uniform"}

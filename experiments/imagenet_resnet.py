@@ -32,7 +32,7 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.data_config import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet, imagenet_resnet
-from flax_resnet.optim import LAMB, SGD, Cosine, Piecewise, linear_scaled_lr
+from flax_resnet.optim.optimizers import LAMB, SGD, Cosine, Piecewise, linear_scaled_lr
 
 Recipe = Literal["90", "nvidia", "a1", "a2", "a3"]
 

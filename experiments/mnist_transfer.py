@@ -19,7 +19,7 @@ from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
 from flax_resnet.data_config import DataConfig
 from flax_resnet.models import keras_resnet
-from flax_resnet.optim import Adam
+from flax_resnet.optim.optimizers import Adam
 
 
 def get_config() -> TrainConfig:

@@ -42,7 +42,7 @@ from flax_resnet.inspection import PARTS, Session, open_run
 from flax_resnet.models import network_name
 from flax_resnet.models.summary import summarize
 from flax_resnet.records.configs import flatten, varying_fields
-from flax_resnet.run_dir import CONFIG, read_config, read_metrics, read_record, variants
+from flax_resnet.records.run_dir import CONFIG, read_config, read_metrics, read_record, variants
 
 What = Literal[
     "curves", "paper", "depth", "confusion", "reliability", "worst", "filters", "maps",

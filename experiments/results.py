@@ -29,7 +29,7 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import replacing
-from flax_resnet.run_dir import CONFIG, finished, read_record, record_errors, write_json
+from flax_resnet.records.run_dir import CONFIG, finished, read_record, record_errors, write_json
 from flax_resnet.workdir import free_fields
 
 HERE = Path(__file__).parent

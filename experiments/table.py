@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax_resnet.records.text_tables import markdown_table
 from flax_resnet.tables import by_variant, plus_minus
-from flax_resnet.text_tables import markdown_table
 
 LABELS = ("Claim", "Command", "Hardware", "Published")
 MOST_CHANGES = 6

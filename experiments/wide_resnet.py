@@ -17,7 +17,7 @@ from flax_resnet.augment import Augment
 from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
 from flax_resnet.data_config import DataConfig
-from flax_resnet.optim import SGD, Piecewise
+from flax_resnet.optim.optimizers import SGD, Piecewise
 
 
 def get_config(depth: int = 28, width: int = 10) -> TrainConfig:

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flax_resnet import distributed, text_tables, views
+from flax_resnet import distributed, views
 from flax_resnet.checks import check_batch
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models.summary import FLOPS_A_MAC, summarize
+from flax_resnet.records import text_tables
 from flax_resnet.setup import prepare
 
 COLLECTIVE = re.compile(

@@ -15,7 +15,7 @@ from flax_resnet.distributed import check_divisible
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
 from flax_resnet.models.arguments import check_bn_group, needs_x64
-from flax_resnet.optim import LAMB, LARS, Muon
+from flax_resnet.optim.optimizers import LAMB, LARS, Muon
 from flax_resnet.step import TrainState
 
 

@@ -15,7 +15,7 @@ from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
 from flax_resnet.guards import Guard
 from flax_resnet.models import cifar_resnet
 from flax_resnet.normalization import NormalizationKind
-from flax_resnet.optim import SGD, Optimizer
+from flax_resnet.optim.optimizers import SGD, Optimizer
 from flax_resnet.tracking import AnyTracking, TensorBoard, Tracking
 from flax_resnet.views import Views
 

@@ -19,7 +19,7 @@ from flax_resnet.data_config import DataConfig
 from flax_resnet.datasets import prepare, sources
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet, cifar_resnet, imagenet_resnet
-from flax_resnet.optim import SGD, Cosine
+from flax_resnet.optim.optimizers import SGD, Cosine
 from flax_resnet.weights import hub, is_path, open_weights
 
 SMALL = 96

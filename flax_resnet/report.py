@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_resnet import figures, run_dir
+from flax_resnet import figures
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import PARTS, Part, Session, open_run
 from flax_resnet.inspection.run import Which
 from flax_resnet.models import network_name
+from flax_resnet.records import run_dir
 from flax_resnet.records.configs import flatten
-from flax_resnet.text_tables import result_rows
+from flax_resnet.records.text_tables import result_rows
 
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1100px; padding: 1em; }

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from flax_resnet import distributed, features, metrics
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
-from flax_resnet.optim import learning_rate_at
+from flax_resnet.optim.optimizers import learning_rate_at
 from flax_resnet.preemption import Preempted
 from flax_resnet.records.configs import to_record
 from flax_resnet.step import Batch, TrainState

@@ -23,7 +23,7 @@ from flax_resnet.guards import Diverged
 from flax_resnet.preemption import Preempted, Signals
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import replacing
-from flax_resnet.run_dir import finished
+from flax_resnet.records.run_dir import finished
 from flax_resnet.together import train_together, why_not
 from flax_resnet.train import train_and_evaluate
 

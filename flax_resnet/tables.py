@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flax_resnet.records.files import replacing
-from flax_resnet.text_tables import markdown_table
+from flax_resnet.records.text_tables import markdown_table
 
 Row = Mapping[str, Any]
 FINISHED = "finished"

@@ -25,9 +25,9 @@ from flax_resnet.errors import UserError
 from flax_resnet.initial_state import fitted, measured
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import digest
+from flax_resnet.records.run_dir import finished, write_json
 from flax_resnet.resume import check_current, restore
 from flax_resnet.run import Run
-from flax_resnet.run_dir import finished, write_json
 from flax_resnet.setup import prepare
 from flax_resnet.tracking.run_log import RunLogs
 from flax_resnet.train import conclude, open_log, train_to_end

@@ -18,16 +18,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import distributed, figures, hosts, metrics, models, text_tables, tracking
+from flax_resnet import distributed, figures, hosts, metrics, models, tracking
 from flax_resnet import watch as phases
 from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.config import TrainConfig
 from flax_resnet.guards import Diverged, all_finite, check_loss
 from flax_resnet.preemption import Preempted, Signals
+from flax_resnet.records import text_tables
 from flax_resnet.records.configs import flatten, to_record
+from flax_resnet.records.run_dir import finished, read_metrics, write_json
 from flax_resnet.resume import check_current
 from flax_resnet.run import Run
-from flax_resnet.run_dir import finished, read_metrics, write_json
 from flax_resnet.setup import opening_lines, set_up
 from flax_resnet.step_programs import Compiled, by_step, step_memory, steps_in
 from flax_resnet.tracking.run_log import RunLog, RunLogs, Timer

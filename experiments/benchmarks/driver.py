@@ -13,7 +13,7 @@ from experiments.benchmarks import common, workers
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.errors import UserError, check_range, did_you_mean
-from flax_resnet.text_tables import markdown_table
+from flax_resnet.records.text_tables import markdown_table
 
 Settings = TypeVar("Settings")
 Row = dict[str, Any]

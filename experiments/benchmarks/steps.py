@@ -23,11 +23,12 @@ from experiments.benchmarks import common, workers
 from experiments.benchmarks.driver import Columns, Row, check_least, table, timing_cell
 from experiments.benchmarks.driver import run as run_benchmark
 from experiments.benchmarks.peers.specs import NETWORKS
-from flax_resnet import distributed, models, optim, run
+from flax_resnet import distributed, models, run
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
 from flax_resnet.models.summary import FLOPS_A_MAC, summarize
+from flax_resnet.optim import optimizers
 from flax_resnet.step import Batch, create_state
 from flax_resnet.step_programs import state_sharding
 
@@ -96,10 +97,10 @@ class Settings:
         return self.image_size or models.default_shape(config.model)[0]
 
 
-def optimizer(name: OptimizerName, learning_rate: float) -> optim.Optimizer:
+def optimizer(name: OptimizerName, learning_rate: float) -> optimizers.Optimizer:
     """The optimizer of a name; SGD has a momentum of 0.9."""
     check_range("--learning-rate", learning_rate, POSITIVE)
-    return optim.SGD(learning_rate) if name == "sgd" else optim.Adam(learning_rate)
+    return optimizers.SGD(learning_rate) if name == "sgd" else optimizers.Adam(learning_rate)
 
 
 def one_device() -> Mesh:

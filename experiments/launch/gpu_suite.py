@@ -36,7 +36,7 @@ from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.errors import UserError
 from flax_resnet.records.provenance import git_state
-from flax_resnet.run_dir import read_json, write_json
+from flax_resnet.records.run_dir import read_json, write_json
 
 Rows = Sequence[Mapping[str, Any]]
 DATA = "DATA_DIR"

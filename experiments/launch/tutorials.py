@@ -31,7 +31,7 @@ from experiments.launch import pieces
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.errors import check_range
-from flax_resnet.run_dir import RESULT
+from flax_resnet.records.run_dir import RESULT
 
 ON_CPU = {"JAX_PLATFORMS": "cpu"}
 """Writing a record is no work for the accelerator."""

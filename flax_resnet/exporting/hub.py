@@ -14,7 +14,7 @@ from flax_resnet.exporting.card import Trained, model_card
 from flax_resnet.records import provenance
 from flax_resnet.records.configs import from_record, to_record, untracked
 from flax_resnet.records.files import error_as_one_line, replacing_tree
-from flax_resnet.run_dir import finished, read_metrics, read_record
+from flax_resnet.records.run_dir import finished, read_metrics, read_record
 from flax_resnet.weights import Pretrained, open_weights, write_weights
 from flax_resnet.weights.hub import CONFIG, PREFIX, WEIGHTS, client, fetch_folder, one_line, parse
 from flax_resnet.weights.loading import open_run_weights

@@ -24,5 +24,5 @@ from flax_resnet.inspection.samples import Augmented as Augmented
 from flax_resnet.inspection.samples import augmented as augmented
 from flax_resnet.inspection.samples import eval_images as eval_images
 from flax_resnet.inspection.samples import folder_images as folder_images
-from flax_resnet.run_dir import read_record as read_record
-from flax_resnet.run_dir import variants as variants
+from flax_resnet.records.run_dir import read_record as read_record
+from flax_resnet.records.run_dir import variants as variants

@@ -15,7 +15,7 @@ import numpy as np
 
 from flax_resnet import distributed
 from flax_resnet.errors import POSITIVE, UserError, check_range
-from flax_resnet.schedules import Shape
+from flax_resnet.optim.schedules import Shape
 from flax_resnet.setup import set_up
 
 SMOOTHING = 0.9

@@ -15,7 +15,7 @@ from flax_resnet import distributed, models
 from flax_resnet.data import Data
 from flax_resnet.models import ResNet
 from flax_resnet.normalization import normalize
-from flax_resnet.run_dir import read_config
+from flax_resnet.records.run_dir import read_config
 from flax_resnet.weights.imagenet_classes import class_name
 from flax_resnet.weights.loading import read_checkpoint, saved_variables
 

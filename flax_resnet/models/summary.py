@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_resnet import text_tables
 from flax_resnet.models import ResNet
+from flax_resnet.records import text_tables
 
 COUNTED = (nn.Conv, nn.Dense, nn.BatchNorm)
 FLOPS_A_MAC = {"train": 6, "eval": 2}

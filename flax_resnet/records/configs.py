@@ -28,7 +28,9 @@ MOVED_MODULES: dict[str, str] = {
     "flax_resnet.checkpoint": "flax_resnet.checkpoints.checkpoints",
     "flax_resnet.data": "flax_resnet.data_config",
     "flax_resnet.layers": "flax_resnet.models.layers",
+    "flax_resnet.optim": "flax_resnet.optim.optimizers",
     "flax_resnet.regularize": "flax_resnet.models.regularize",
+    "flax_resnet.schedules": "flax_resnet.optim.schedules",
 }
 """{module that older records name for its classes: the module that has them today}."""
 

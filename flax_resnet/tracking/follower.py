@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from flax_resnet.records.configs import flatten
-from flax_resnet.run_dir import CONFIG, RESULT, finished, read_json, read_record, write_json
+from flax_resnet.records.run_dir import (
+    CONFIG,
+    RESULT,
+    finished,
+    read_json,
+    read_record,
+    write_json,
+)
 from flax_resnet.tracking.base import About, End, Line, TensorBoard, Tracker, Tracking, masked
 
 FINISHED_SECONDS, STOPPED_SECONDS = 20.0, 8.0

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flax_resnet.records.files import replacing
-from flax_resnet.run_dir import METRICS, read_metrics
+from flax_resnet.records.run_dir import METRICS, read_metrics
 from flax_resnet.tracking.follower import Follower
 
 

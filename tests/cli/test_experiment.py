@@ -9,7 +9,7 @@ from helpers import assert_one_line_error
 
 from experiments import digits
 from flax_resnet.cli.experiment import main
-from flax_resnet.run_dir import read_metrics
+from flax_resnet.records.run_dir import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 

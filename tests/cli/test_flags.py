@@ -13,7 +13,7 @@ from flax_resnet.models import (
     cifar_resnet,
     keras_resnet,
 )
-from flax_resnet.optim import SGD, AdamW, Cosine, OneCycle
+from flax_resnet.optim.optimizers import SGD, AdamW, Cosine, OneCycle
 
 BASE = TrainConfig(
     model=cifar_resnet(20, num_classes=7), optimizer=SGD(schedule=Cosine(warmup=0.1))

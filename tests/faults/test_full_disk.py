@@ -11,7 +11,7 @@ from helpers import assert_trees_equal
 
 from flax_resnet.checkpoints import seals
 from flax_resnet.checkpoints.checkpoints import Checkpoints
-from flax_resnet.run_dir import read_metrics
+from flax_resnet.records.run_dir import read_metrics
 
 pytestmark = pytest.mark.slow
 SUPPORT = pathlib.Path(__file__).parents[1] / "support"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fault_helpers import assert_same_end
 
-from flax_resnet.run_dir import read_metrics
+from flax_resnet.records.run_dir import read_metrics
 
 pytestmark = pytest.mark.slow
 KILLS, TERMS = 50, 15

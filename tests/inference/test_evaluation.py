@@ -16,9 +16,9 @@ from flax_resnet.datasets import sources
 from flax_resnet.errors import UserError
 from flax_resnet.evaluate import class_order, evaluate
 from flax_resnet.normalization import normalize
-from flax_resnet.optim import Adam
+from flax_resnet.optim.optimizers import Adam
 from flax_resnet.predict import predict
-from flax_resnet.run_dir import read_metrics
+from flax_resnet.records.run_dir import read_metrics
 from flax_resnet.train import train_and_evaluate
 from flax_resnet.weights.imagenet_classes import imagenet_classes
 from flax_resnet.weights.loading import open_run_weights

@@ -15,7 +15,6 @@ from helpers import (
     tiny_resnet,
 )
 
-from flax_resnet import optim
 from flax_resnet.models import (
     BottleneckBlock,
     MiniModel,
@@ -26,6 +25,7 @@ from flax_resnet.models import (
     trainable,
     unstack_blocks,
 )
+from flax_resnet.optim import optimizers
 from flax_resnet.step import create_state, train_step
 
 
@@ -57,7 +57,7 @@ def test_stacking_and_unstacking_are_inverse_and_put_equal_blocks_together(model
 
 def test_a_state_is_stacked_with_its_moments_and_averages():
     model = tiny_resnet(stage_sizes=(3,), num_filters=4)
-    tx, _ = optim.Adam(learning_rate=1e-2).build(10, 5)
+    tx, _ = optimizers.Adam(learning_rate=1e-2).build(10, 5)
     arrays, scanned = (
         create_state(net, tx, 0, (8, 8, 3), UNIT_STATS, ema=True).arrays()
         for net in (model, model.clone(scan_blocks=True))
@@ -69,7 +69,7 @@ def test_a_state_is_stacked_with_its_moments_and_averages():
 def test_frozen_parts_are_kept_from_the_optimizer(rng):
     """Weight decay would move them even without a gradient."""
     model = tiny_resnet(stage_sizes=(1, 1), frozen_stages=1)
-    tx, _ = optim.AdamW(learning_rate=0.1, weight_decay=0.5).build(10, 5)
+    tx, _ = optimizers.AdamW(learning_rate=0.1, weight_decay=0.5).build(10, 5)
     state = create_state(model, tx, 0, (8, 8, 3), UNIT_STATS)
     after, _ = jax.jit(train_step)(state, random_batch(rng))
     for name in ("stem_conv", "stem_norm", "stage1_block1"):
@@ -93,7 +93,7 @@ class Classifier(nn.Module):
 
 def test_a_frozen_network_inside_another_is_kept_from_the_optimizer_too(rng):
     backbone = tiny_resnet(include_top=False, pooling="avg", frozen_stages=1)
-    tx, _ = optim.AdamW(learning_rate=0.1, weight_decay=0.5).build(10, 5)
+    tx, _ = optimizers.AdamW(learning_rate=0.1, weight_decay=0.5).build(10, 5)
     state = create_state(Classifier(backbone), tx, 0, (8, 8, 3), UNIT_STATS)
     after, _ = jax.jit(train_step)(state, random_batch(rng))
     assert_trees_equal(after.params["backbone"], state.params["backbone"])

@@ -5,8 +5,8 @@ import optax
 import pytest
 from helpers import speed_gradients
 
-from flax_resnet import optim
 from flax_resnet.errors import UserError
+from flax_resnet.optim import optimizers
 
 PARAMS = {"conv": {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([3.0])}}
 GRADS = {"conv": {"kernel": jnp.array([0.5, 0.25]), "bias": jnp.array([-1.0])}}
@@ -22,7 +22,7 @@ def updates(optimizer, steps=1, params=PARAMS):
 
 
 def test_sgd_adds_decay_to_kernels_only_and_keeps_momentum():
-    sgd = optim.SGD(learning_rate=0.1, weight_decay=0.01, momentum=0.9)
+    sgd = optimizers.SGD(learning_rate=0.1, weight_decay=0.01, momentum=0.9)
     first = updates(sgd)
     np.testing.assert_allclose(first["kernel"], [-0.1 * 0.51, -0.1 * 0.23], rtol=1e-6)
     np.testing.assert_allclose(first["bias"], [0.1], rtol=1e-6)
@@ -40,14 +40,14 @@ CLIPPED = 0.1 / np.linalg.norm([0.5, 0.25, -1.0])
 @pytest.mark.parametrize(
     ("optimizer", "kernel", "bias"),
     [
-        (optim.SGD(momentum=0.9, nesterov=True), -0.19 * GRADIENT, 0.19),
-        (optim.SGD(weight_decay=0.01, decay_norm_and_bias=True),
+        (optimizers.SGD(momentum=0.9, nesterov=True), -0.19 * GRADIENT, 0.19),
+        (optimizers.SGD(weight_decay=0.01, decay_norm_and_bias=True),
          -0.1 * (GRADIENT + 0.01 * KERNEL), 0.1 * (1 - 0.03)),
-        (optim.SGD(1.0, momentum=0.0, max_grad_norm=0.1), -CLIPPED * GRADIENT, CLIPPED),
-        (optim.Adam(0.1), [-0.1, -0.1], 0.1),
-        (optim.Adam(0.1, eps=0.25), -0.1 * GRADIENT / (GRADIENT + 0.25), 0.1 / 1.25),
-        (optim.LARS(momentum=0.0, trust_coefficient=0.5), -0.05 * TRUST * GRADIENT, 0.1),
-        (optim.LAMB(0.1, weight_decay=0.0), [-0.1 * np.sqrt(2.5)] * 2, 0.3),
+        (optimizers.SGD(1.0, momentum=0.0, max_grad_norm=0.1), -CLIPPED * GRADIENT, CLIPPED),
+        (optimizers.Adam(0.1), [-0.1, -0.1], 0.1),
+        (optimizers.Adam(0.1, eps=0.25), -0.1 * GRADIENT / (GRADIENT + 0.25), 0.1 / 1.25),
+        (optimizers.LARS(momentum=0.0, trust_coefficient=0.5), -0.05 * TRUST * GRADIENT, 0.1),
+        (optimizers.LAMB(0.1, weight_decay=0.0), [-0.1 * np.sqrt(2.5)] * 2, 0.3),
     ],
 )  # fmt: skip
 def test_the_first_update(optimizer, kernel, bias):
@@ -57,20 +57,20 @@ def test_the_first_update(optimizer, kernel, bias):
 
 
 def test_adamw_decouples_its_decay():
-    plain = updates(optim.AdamW(learning_rate=0.1, weight_decay=0.0))
-    decayed = updates(optim.AdamW(learning_rate=0.1, weight_decay=0.5))
+    plain = updates(optimizers.AdamW(learning_rate=0.1, weight_decay=0.0))
+    decayed = updates(optimizers.AdamW(learning_rate=0.1, weight_decay=0.5))
     shift = np.asarray(decayed["kernel"] - plain["kernel"])
     np.testing.assert_allclose(shift, -0.1 * 0.5 * np.asarray(PARAMS["conv"]["kernel"]), rtol=1e-5)
     np.testing.assert_array_equal(decayed["bias"], plain["bias"])
 
 
 def test_plateau_reduces_after_patience_epochs_without_improvement():
-    schedule = optim.ReduceOnPlateau(factor=0.5, patience=2)
-    tx, rate = optim.SGD(learning_rate=1.0, momentum=0.0, schedule=schedule).build(1000, 10)
+    schedule = optimizers.ReduceOnPlateau(factor=0.5, patience=2)
+    tx, rate = optimizers.SGD(learning_rate=1.0, momentum=0.0, schedule=schedule).build(1000, 10)
     state, rates = tx.init(PARAMS), []
     for step in range(60):
         loss = jnp.float32(1.0 - step / 100 if step < 20 else 0.9)
-        rates.append(float(optim.learning_rate_at(rate, state, step)))
+        rates.append(float(optimizers.learning_rate_at(rate, state, step)))
         _, state = tx.update(GRADS, state, PARAMS, value=loss)
     # Epochs 0 and 1 improve (mean losses 0.955, 0.855), epochs 2 and 3 do not: halved at 40.
     assert rates[:40] == [1.0] * 40
@@ -79,11 +79,11 @@ def test_plateau_reduces_after_patience_epochs_without_improvement():
 
 def test_is_kernel_goes_by_name_so_stacked_biases_are_not_decayed():
     stacked = {"norm": {"scale": jnp.ones((5, 3))}, "conv": {"kernel": jnp.ones((5, 3, 3, 1, 1))}}
-    assert optim.is_kernel(stacked) == {"norm": {"scale": False}, "conv": {"kernel": True}}
+    assert optimizers.is_kernel(stacked) == {"norm": {"scale": False}, "conv": {"kernel": True}}
 
 
 def test_linear_scaling_rule():
-    assert optim.linear_scaled_lr(0.1, 8192) == pytest.approx(3.2)
+    assert optimizers.linear_scaled_lr(0.1, 8192) == pytest.approx(3.2)
 
 
 @pytest.mark.parametrize(
@@ -97,12 +97,12 @@ def test_linear_scaling_rule():
 )
 def test_numbers_that_are_no_rates_are_refused(fields):
     with pytest.raises(UserError, match=rf"optimizer\.{next(iter(fields))}="):
-        optim.Adam(**fields)
+        optimizers.Adam(**fields)
 
 
 def test_muon_makes_hidden_kernels_orthogonal_and_gives_the_rest_momentum(rng):
     params, grads = speed_gradients(rng, 1)
-    muon = optim.Muon(learning_rate=0.5, rest_scale=0.4, rest_momentum=0.9, ns_steps=12)
+    muon = optimizers.Muon(learning_rate=0.5, rest_scale=0.4, rest_momentum=0.9, ns_steps=12)
     tx, _ = muon.build(4, 1)
     state = tx.init(params)
     delta, _ = jax.jit(tx.update)(grads[0], state, params, value=0.0)

@@ -1,21 +1,24 @@
 import pytest
 
-from flax_resnet import optim
 from flax_resnet.errors import UserError
+from flax_resnet.optim import optimizers
 
 
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [
-        (optim.Constant(), {0: 2.0, 99: 2.0}),
-        (optim.Constant(warmup=0.1), {0: 0.0, 5: 1.0, 10: 2.0, 99: 2.0}),
-        (optim.Constant(warmup=0.1, warmup_start=0.5), {0: 1.0, 5: 1.5, 10: 2.0}),
-        (optim.Piecewise(), {0: 2.0, 49: 2.0, 50: 0.2, 74: 0.2, 75: 0.02, 99: 0.02}),
-        (optim.Piecewise(boundaries=(0.3,), factor=0.5, warmup=0.1), {10: 2.0, 36: 2.0, 37: 1.0}),
-        (optim.Cosine(), {0: 2.0, 50: 1.0, 100: 0.0}),
-        (optim.Cosine(final=0.1), {0: 2.0, 50: 1.1, 100: 0.2}),
-        (optim.Cosine(warmup=0.2), {0: 0.0, 10: 1.0, 20: 2.0, 60: 1.0, 100: 0.0}),
-        (optim.OneCycle(), {0: 0.08, 30: 2.0, 100: 8e-6}),
+        (optimizers.Constant(), {0: 2.0, 99: 2.0}),
+        (optimizers.Constant(warmup=0.1), {0: 0.0, 5: 1.0, 10: 2.0, 99: 2.0}),
+        (optimizers.Constant(warmup=0.1, warmup_start=0.5), {0: 1.0, 5: 1.5, 10: 2.0}),
+        (optimizers.Piecewise(), {0: 2.0, 49: 2.0, 50: 0.2, 74: 0.2, 75: 0.02, 99: 0.02}),
+        (
+            optimizers.Piecewise(boundaries=(0.3,), factor=0.5, warmup=0.1),
+            {10: 2.0, 36: 2.0, 37: 1.0},
+        ),
+        (optimizers.Cosine(), {0: 2.0, 50: 1.0, 100: 0.0}),
+        (optimizers.Cosine(final=0.1), {0: 2.0, 50: 1.1, 100: 0.2}),
+        (optimizers.Cosine(warmup=0.2), {0: 0.0, 10: 1.0, 20: 2.0, 60: 1.0, 100: 0.0}),
+        (optimizers.OneCycle(), {0: 0.08, 30: 2.0, 100: 8e-6}),
     ],
 )
 def test_schedules(schedule, rates):
@@ -27,10 +30,10 @@ def test_schedules(schedule, rates):
 @pytest.mark.parametrize(
     ("cls", "fields"),
     [
-        (optim.Cosine, {"warmup": 1.5}),
-        (optim.Constant, {"warmup": float("nan")}),
-        (optim.Piecewise, {"boundaries": (32_000,)}),
-        (optim.OneCycle, {"rise": 1.0}),
+        (optimizers.Cosine, {"warmup": 1.5}),
+        (optimizers.Constant, {"warmup": float("nan")}),
+        (optimizers.Piecewise, {"boundaries": (32_000,)}),
+        (optimizers.OneCycle, {"rise": 1.0}),
     ],
 )
 def test_schedules_take_shares_of_the_run(cls, fields):
@@ -40,5 +43,5 @@ def test_schedules_take_shares_of_the_run(cls, fields):
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 def test_a_warmup_leaves_a_step_however_short_the_run(num_steps):
-    built = optim.Cosine(warmup=0.96).build(1.0, num_steps)
+    built = optimizers.Cosine(warmup=0.96).build(1.0, num_steps)
     assert float(built(num_steps - 1)) == 1.0

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flax_resnet import optim
 from flax_resnet.errors import UserError
+from flax_resnet.optim import optimizers
 
 PARTS = (
     "stem_conv",
@@ -30,13 +30,13 @@ def stepwise(optimizer, num_steps, wrap=lambda tree: tree):
 
 @pytest.mark.parametrize("wrap", [lambda tree: tree, lambda tree: {"backbone": tree}])
 def test_each_stage_has_its_share_of_the_learning_rate(wrap):
-    (moves,) = stepwise(optim.SGD(learning_rate=1.0, momentum=0, stage_decay=0.5), 1, wrap)
+    (moves,) = stepwise(optimizers.SGD(learning_rate=1.0, momentum=0, stage_decay=0.5), 1, wrap)
     assert moves == {"head": 1, "hidden1": 1, "final_norm": 0.5, "stage2_block1": 0.5,
                      "stage2_block2": 0.5, "stage1_block1": 0.25, "stem_conv": 0.125}  # fmt: skip
 
 
 def test_stages_begin_to_move_one_after_the_other():
-    optimizer = optim.SGD(learning_rate=1.0, momentum=0, stage_decay=0.5, unfreeze=(0.25, 0.5))
+    optimizer = optimizers.SGD(learning_rate=1.0, momentum=0, stage_decay=0.5, unfreeze=(0.25, 0.5))
     moves = stepwise(optimizer, 8)
     assert [m["head"] for m in moves] == [1] * 8
     assert [m["stage2_block2"] for m in moves] == [0] * 2 + [0.5] * 6
@@ -46,7 +46,7 @@ def test_stages_begin_to_move_one_after_the_other():
 
 
 def test_weight_decay_does_not_move_what_is_still_frozen():
-    tx, _ = optim.AdamW(weight_decay=0.5, unfreeze=(0.5,)).build(4, 1)
+    tx, _ = optimizers.AdamW(weight_decay=0.5, unfreeze=(0.5,)).build(4, 1)
     params = {name: {"kernel": jnp.ones(2)} for name in PARTS}
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, value=1.0)
     assert not updates["stage2_block1"]["kernel"].any()
@@ -62,4 +62,4 @@ def test_weight_decay_does_not_move_what_is_still_frozen():
 )
 def test_bad_fields_of_fine_tuning(fields, message):
     with pytest.raises(UserError, match=message):
-        optim.SGD(**fields)
+        optimizers.SGD(**fields)

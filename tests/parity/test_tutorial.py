@@ -12,8 +12,9 @@ from parity_helpers import assert_close, keras, torch
 from peer_parity import KERAS_NORM, load_keras, named, perturbed
 
 from experiments.benchmarks.peers import keras_nets, specs
-from flax_resnet import augment, optim
+from flax_resnet import augment
 from flax_resnet.models import MiniModel
+from flax_resnet.optim import optimizers
 
 OPTIMIZED = True
 
@@ -67,7 +68,7 @@ def test_adam_equals_keras(rng):
     start = rng.normal(size=(4, 3)).astype(np.float32)
     grads = [rng.normal(size=(4, 3)).astype(np.float32) for _ in range(5)]
     theirs, variable = keras.optimizers.Adam(1e-3), keras.Variable(start)
-    tx, _ = optim.Adam(learning_rate=1e-3, eps=1e-7).build(10, 5)
+    tx, _ = optimizers.Adam(learning_rate=1e-3, eps=1e-7).build(10, 5)
     ours, state = {"kernel": jnp.asarray(start)}, tx.init({"kernel": jnp.asarray(start)})
     for grad in grads:
         theirs.apply([jnp.asarray(grad)], [variable])
@@ -81,7 +82,7 @@ def test_sgd_with_decay_equals_torch(rng, nesterov):
     start = rng.normal(size=(4, 3)).astype(np.float32)
     theirs = torch.nn.Parameter(torch.tensor(start))
     sgd = torch.optim.SGD([theirs], 0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
-    config = optim.SGD(0.1, weight_decay=0.01, momentum=0.9, nesterov=nesterov)
+    config = optimizers.SGD(0.1, weight_decay=0.01, momentum=0.9, nesterov=nesterov)
     tx, _ = config.build(10, 5)
     ours, state = {"kernel": jnp.asarray(start)}, tx.init({"kernel": jnp.asarray(start)})
     for _ in range(5):

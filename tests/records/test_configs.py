@@ -14,7 +14,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.models import MiniModel
 from flax_resnet.models.layers import Layers
 from flax_resnet.models.regularize import DropBlock
-from flax_resnet.optim import LAMB, SGD, Cosine, Piecewise
+from flax_resnet.optim.optimizers import LAMB, SGD, Cosine, Piecewise
 from flax_resnet.records.configs import (
     MOVED_CLASSES,
     REMOVED_FIELDS,
@@ -87,7 +87,7 @@ def test_flatten_names_fields_by_dots():
 
 
 def test_a_field_that_was_removed_is_ignored_where_it_was_off_and_else_named(monkeypatch):
-    monkeypatch.setitem(REMOVED_FIELDS, "flax_resnet.optim:SGD", {"gone": [1, 2]})
+    monkeypatch.setitem(REMOVED_FIELDS, "flax_resnet.optim.optimizers:SGD", {"gone": [1, 2]})
     config = TrainConfig()
     record = to_record(config)
     record["optimizer"]["gone"] = [1, 2]
@@ -109,7 +109,7 @@ def test_a_module_that_was_moved_is_found_by_its_old_name():
 
 
 def test_a_class_that_was_moved_is_found_by_its_old_name(monkeypatch):
-    monkeypatch.setitem(MOVED_CLASSES, "flax_resnet.old:Step", "flax_resnet.optim:SGD")
+    monkeypatch.setitem(MOVED_CLASSES, "flax_resnet.old:Step", "flax_resnet.optim.optimizers:SGD")
     monkeypatch.setitem(MOVED_CLASSES, "flax_resnet.old:Net", "not_there.speedrun:Net")
     record = to_record(TrainConfig())
     record["optimizer"]["class"] = "flax_resnet.old:Step"

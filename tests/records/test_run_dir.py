@@ -4,7 +4,7 @@ import pytest
 
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
-from flax_resnet.run_dir import (
+from flax_resnet.records.run_dir import (
     CONFIG,
     METRICS,
     RESULT,

@@ -1,4 +1,4 @@
-from flax_resnet.text_tables import markdown_table, result_rows, show
+from flax_resnet.records.text_tables import markdown_table, result_rows, show
 
 
 def test_bars_in_cells_are_escaped():

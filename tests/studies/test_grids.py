@@ -9,7 +9,7 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.grids import grid, replaced
 from flax_resnet.models import MiniModel
-from flax_resnet.optim import SGD
+from flax_resnet.optim.optimizers import SGD
 
 
 @pytest.fixture

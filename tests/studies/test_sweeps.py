@@ -15,7 +15,7 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.data_config import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.grids import grid
-from flax_resnet.optim import SGD
+from flax_resnet.optim.optimizers import SGD
 from flax_resnet.sweeps import train_seeds
 
 

@@ -15,8 +15,8 @@ from flax_resnet.data_config import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
 from flax_resnet.grids import replaced
-from flax_resnet.optim import SGD, Cosine, ReduceOnPlateau
-from flax_resnet.run_dir import read_metrics
+from flax_resnet.optim.optimizers import SGD, Cosine, ReduceOnPlateau
+from flax_resnet.records.run_dir import read_metrics
 from flax_resnet.tracking.run_log import RunLog
 from flax_resnet.train import train_and_evaluate
 

@@ -3,7 +3,7 @@
 from helpers import assert_trees_equal
 
 from flax_resnet.checkpoints.checkpoints import Checkpoints
-from flax_resnet.run_dir import read_metrics
+from flax_resnet.records.run_dir import read_metrics
 
 
 def assert_same_end(workdir, unbroken, step):

@@ -4,9 +4,10 @@ import os
 import pathlib
 import sys
 
-from flax_resnet import augment, config, data_config, models, optim, watch
+from flax_resnet import augment, config, data_config, models, watch
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.cli import experiment
+from flax_resnet.optim import optimizers
 
 # A process is forked from one that has imported all this, so that fifty start in little time.
 
@@ -20,7 +21,7 @@ def get_config() -> config.TrainConfig:
                             stem="cifar", dropout_rate=0.1),
         data=data_config.DataConfig(data_dir=os.environ["FAULTS_DATA"]),
         augment=augment.Augment(width_shift=0.1, cutout=2, mixup=0.2),
-        optimizer=optim.Adam(schedule=optim.Cosine(warmup=0.2)),
+        optimizer=optimizers.Adam(schedule=optimizers.Cosine(warmup=0.2)),
         batch_size=72,
         eval_batch_size=10,
         num_steps=300,

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from flax_resnet.models import ResNet
-from flax_resnet.optim import SGD
+from flax_resnet.optim.optimizers import SGD
 from flax_resnet.step import create_state
 
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for a process that compiles in half the time

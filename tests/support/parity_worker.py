@@ -14,7 +14,7 @@ from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
 from flax_resnet.data_config import DataConfig
 from flax_resnet.models import BasicBlock, ResNet
-from flax_resnet.optim import SGD
+from flax_resnet.optim.optimizers import SGD
 
 # name: (dtype, steps, sharding, accum_steps, MiB that may live on the device, BatchNorm groups,
 # steps in a dispatch)

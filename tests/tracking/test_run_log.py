@@ -2,7 +2,7 @@ import json
 
 from tensorboard_events import read_scalars
 
-from flax_resnet.run_dir import read_metrics
+from flax_resnet.records.run_dir import read_metrics
 from flax_resnet.tracking import run_log
 from flax_resnet.tracking.run_log import RunLog, Timer
 

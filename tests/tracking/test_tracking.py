@@ -16,7 +16,7 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.preemption import Preempted
 from flax_resnet.records.configs import from_record, to_record
-from flax_resnet.run_dir import read_config, read_metrics
+from flax_resnet.records.run_dir import read_config, read_metrics
 from flax_resnet.tracking import follower, to_wandb
 from flax_resnet.tracking.run_log import RunLog
 from flax_resnet.workdir import differences, write_record

@@ -10,7 +10,7 @@ from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import TryAgain, UserError
 from flax_resnet.models import MiniModel
-from flax_resnet.optim import SGD
+from flax_resnet.optim.optimizers import SGD
 from flax_resnet.records.configs import from_record, to_record
 from flax_resnet.workdir import check_workdir, claimed, differences, write_record
 

@@ -32,7 +32,7 @@ from flax_resnet.models import (
     keras_resnet,
     variable_shapes,
 )
-from flax_resnet.optim import SGD, Adam
+from flax_resnet.optim.optimizers import SGD, Adam
 from flax_resnet.preemption import Preempted
 from flax_resnet.preprocess import KERAS_V1
 from flax_resnet.records.provenance import versions

@@ -14,7 +14,7 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.data_config import DataConfig
 from flax_resnet.distributed import data_mesh
 from flax_resnet.errors import UserError
-from flax_resnet.optim import Adam
+from flax_resnet.optim.optimizers import Adam
 from flax_resnet.train import train_and_evaluate
 
 

@@ -19,7 +19,7 @@ from flax_resnet import distributed, metrics
 from flax_resnet.augment import Augment
 from flax_resnet.models import cifar_resnet
 from flax_resnet.normalization import normalize
-from flax_resnet.optim import SGD
+from flax_resnet.optim.optimizers import SGD
 from flax_resnet.step import (
     create_state,
     eval_step,

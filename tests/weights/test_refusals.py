@@ -141,7 +141,10 @@ def test_class_names_cannot_steer_a_terminal(tmp_path):
 def test_the_wall_is_for_the_names_of_today(tmp_path, monkeypatch):
     """A network's older name is read; no older name opens a way to another class."""
     path, _ = saved(tmp_path, create("resnet20", **SMALL))
-    for today, readable in ((f"{MODELS}:ResNet", True), ("flax_resnet.optim:SGD", False)):
+    for today, readable in (
+        (f"{MODELS}:ResNet", True),
+        ("flax_resnet.optim.optimizers:SGD", False),
+    ):
         monkeypatch.setitem(MOVED_CLASSES, "flax_resnet.old:Net", today)
         describe(path, lambda about: about["module"].update({"class": "flax_resnet.old:Net"}))
         if readable:

@@ -18,7 +18,7 @@ from flax_resnet.analysis import collectives
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
 from flax_resnet.models import cifar_resnet
-from flax_resnet.optim import SGD
+from flax_resnet.optim.optimizers import SGD
 from flax_resnet.run import Run
 from flax_resnet.step import create_state
 from flax_resnet.step_programs import state_sharding

@@ -16,14 +16,14 @@ import optax
 import optax.contrib
 
 from flax_resnet.errors import POSITIVE, UserError, check_range
-from flax_resnet.schedules import Constant as Constant
-from flax_resnet.schedules import Cosine as Cosine
-from flax_resnet.schedules import OneCycle as OneCycle
-from flax_resnet.schedules import Piecewise as Piecewise
-from flax_resnet.schedules import ReduceOnPlateau as ReduceOnPlateau
-from flax_resnet.schedules import Schedule as Schedule
-from flax_resnet.schedules import check_shares
-from flax_resnet.transforms import (
+from flax_resnet.optim.schedules import Constant as Constant
+from flax_resnet.optim.schedules import Cosine as Cosine
+from flax_resnet.optim.schedules import OneCycle as OneCycle
+from flax_resnet.optim.schedules import Piecewise as Piecewise
+from flax_resnet.optim.schedules import ReduceOnPlateau as ReduceOnPlateau
+from flax_resnet.optim.schedules import Schedule as Schedule
+from flax_resnet.optim.schedules import check_shares
+from flax_resnet.optim.transforms import (
     as_matrices,
     is_hidden_kernel,
     is_norm_bias,
