@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.speedrun import SpeedNet, SpeedSGD, Triangle
-from flax_resnet import distributed
 from flax_resnet.augment import Augment
 from flax_resnet.cli.experiment import chosen_by, main
 from flax_resnet.config import TrainConfig
 from flax_resnet.data_config import DataConfig
+from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError
 from flax_resnet.optim.optimizers import decoupled
 from flax_resnet.records.run_dir import write_json
@@ -129,7 +129,7 @@ def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def command(argv: Sequence[str] | None = None) -> None:
     """``python -m experiments.cifar10_speedrun``."""
     results = main(get_config, workdir=WORKDIR, argv=argv)
-    if len(results) < 2 or not distributed.is_lead():
+    if len(results) < 2 or not sharding.is_lead():
         return
     found, workdir = summary(results), chosen_by(get_config, WORKDIR, argv).workdir
     write_json(Path(workdir).expanduser() / "runs.json", found)

@@ -6,7 +6,10 @@ from flax_resnet.checkpoints.checkpoints import Checkpoints as Checkpoints
 from flax_resnet.config import TrainConfig as TrainConfig
 from flax_resnet.data import Data as Data
 from flax_resnet.data_config import DataConfig as DataConfig
-from flax_resnet.distributed import data_mesh as data_mesh
+from flax_resnet.distributed.hosts import Hosts as Hosts
+from flax_resnet.distributed.hosts import joined as joined
+from flax_resnet.distributed.preemption import Preempted as Preempted
+from flax_resnet.distributed.sharding import data_mesh as data_mesh
 from flax_resnet.errors import UserError as UserError
 from flax_resnet.exporting import export as export
 from flax_resnet.exporting.hub import pull_from_hub as pull_from_hub
@@ -14,8 +17,6 @@ from flax_resnet.exporting.hub import push_to_hub as push_to_hub
 from flax_resnet.grids import grid as grid
 from flax_resnet.grids import replaced as replaced
 from flax_resnet.guards import Guard as Guard
-from flax_resnet.hosts import Hosts as Hosts
-from flax_resnet.hosts import joined as joined
 from flax_resnet.models import BasicBlock as BasicBlock
 from flax_resnet.models import Block as Block
 from flax_resnet.models import BottleneckBlock as BottleneckBlock
@@ -59,7 +60,6 @@ from flax_resnet.optim.optimizers import Piecewise as Piecewise
 from flax_resnet.optim.optimizers import ReduceOnPlateau as ReduceOnPlateau
 from flax_resnet.optim.optimizers import decoupled as decoupled
 from flax_resnet.optim.optimizers import linear_scaled_lr as linear_scaled_lr
-from flax_resnet.preemption import Preempted as Preempted
 from flax_resnet.preprocess import Preprocessing as Preprocessing
 from flax_resnet.step import TrainState as TrainState
 from flax_resnet.step import create_state as create_state

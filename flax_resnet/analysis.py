@@ -13,9 +13,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flax_resnet import distributed, views
+from flax_resnet import views
 from flax_resnet.checks import check_batch
 from flax_resnet.config import TrainConfig
+from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError
 from flax_resnet.models.summary import FLOPS_A_MAC, summarize
 from flax_resnet.records import text_tables
@@ -61,7 +62,7 @@ def analyze(config: TrainConfig, mesh: Mesh | None = None) -> dict[str, dict[str
             "--analyze with cache_features: the step would be that of the top alone, on features "
             "that have to be computed first; leave one out"
         )
-    mesh = distributed.data_mesh() if mesh is None else mesh
+    mesh = sharding.data_mesh() if mesh is None else mesh
     check_batch(config, mesh)
     with tempfile.TemporaryDirectory(prefix="flax_resnet_") as nowhere:
         run = prepare(config, Path(nowhere), mesh)
@@ -98,9 +99,9 @@ def analyze(config: TrainConfig, mesh: Mesh | None = None) -> dict[str, dict[str
 
 def show(config: TrainConfig) -> None:
     """Prints ``analyze`` as a table, in process 0 alone."""
-    mesh = distributed.data_mesh()
+    mesh = sharding.data_mesh()
     analyses = analyze(config, mesh)
-    if not distributed.is_lead():
+    if not sharding.is_lead():
         return
     kind = mesh.devices.flat[0].device_kind
     each = f"each of {mesh.size} x {kind}" if mesh.size > 1 else f"one {kind}"

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
-from flax_resnet.distributed import check_divisible
+from flax_resnet.distributed.sharding import check_divisible
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
 from flax_resnet.models.arguments import check_bn_group, needs_x64

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.data_config import FREE, DataConfig
-from flax_resnet.distributed import StateSharding
+from flax_resnet.distributed.sharding import StateSharding
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
 from flax_resnet.guards import Guard
 from flax_resnet.models import cifar_resnet

@@ -22,10 +22,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import distributed
 from flax_resnet.data_config import SPLITS, DataConfig, Split
 from flax_resnet.datasets import prepare, sources
 from flax_resnet.datasets.rows import BatchReader, decode_chunks, decode_rows, read_ahead, take
+from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError
 from flax_resnet.records.files import digest
 
@@ -172,7 +172,7 @@ class Data:
 
     def place(self, batch: dict[str, np.ndarray], split: Split = "train") -> dict[str, jax.Array]:
         """A batch on the devices, from what ``host_batches`` gives."""
-        placed = distributed.put_batch(self.mesh, batch)
+        placed = sharding.put_batch(self.mesh, batch)
         if not self.resident:
             return placed
         mask = {"mask": placed.pop("mask")} if "mask" in placed else {}
@@ -213,9 +213,9 @@ class Data:
     def _keep(self, arrays: Mapping[Split, dict[str, np.ndarray]]) -> None:
         """Puts the splits on the devices."""
         self._resident = {
-            split: distributed.put_replicated(self.mesh, part) for split, part in arrays.items()
+            split: sharding.put_replicated(self.mesh, part) for split, part in arrays.items()
         }
-        self._take = jax.jit(take, out_shardings=distributed.batch_sharding(self.mesh))
+        self._take = jax.jit(take, out_shardings=sharding.batch_sharding(self.mesh))
 
     @property
     def train_arrays(self) -> dict[str, jax.Array]:

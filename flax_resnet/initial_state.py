@@ -14,9 +14,10 @@ import optax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_resnet import distributed, metrics, models
+from flax_resnet import metrics, models
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
+from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet, WeightsError, initializer
 from flax_resnet.models.variables import split_top
@@ -147,13 +148,13 @@ def measured(config: TrainConfig, data: Data, state: TrainState) -> TrainState:
     if config.normalization != "weights":
         stats = statistics(config.normalization, data.image_shape, data.train_images())
         stats = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), stats, like)
-        state = state.replace(normalization=distributed.put_replicated(data.mesh, stats))
+        state = state.replace(normalization=sharding.put_replicated(data.mesh, stats))
     if config.measure_norms:
         norms = measure_norms(state, config.model, data, config.eval_batch_size)
-        state = state.replace(batch_stats=distributed.put_replicated(data.mesh, norms))
+        state = state.replace(batch_stats=sharding.put_replicated(data.mesh, norms))
         if state.ema is not None:
             places = jax.tree.map(lambda x: x.sharding, state.ema["batch_stats"])
-            averaged = distributed.put(norms, places)
+            averaged = sharding.put(norms, places)
             state = state.replace(ema={**state.ema, "batch_stats": averaged})
     return state
 
@@ -178,7 +179,7 @@ def fitted(config: TrainConfig, data: Data, state: TrainState) -> tuple[TrainSta
 
     def moved(place: jax.Array, old: Any, new: Any) -> jax.Array:
         # Two machines may not compute the same bits.
-        return place if new is old else distributed.put(distributed.leads(new), place.sharding)
+        return place if new is old else sharding.put(sharding.leads(new), place.sharding)
 
     changed = {"params": jax.tree.map(moved, state.params, state.params, new)}
     if state.ema is not None:
@@ -235,5 +236,5 @@ def _moments(tree: Any, sign: int) -> dict[Any, Any]:
 
 def say(line: str) -> None:
     """Prints a line, in process 0 alone."""
-    if distributed.is_lead():
+    if sharding.is_lead():
         print(line, flush=True)

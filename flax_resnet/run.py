@@ -16,11 +16,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from flax_resnet import distributed, features, metrics
+from flax_resnet import features, metrics
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
+from flax_resnet.distributed import sharding
+from flax_resnet.distributed.preemption import Preempted
 from flax_resnet.optim.optimizers import learning_rate_at
-from flax_resnet.preemption import Preempted
 from flax_resnet.records.configs import to_record
 from flax_resnet.step import Batch, TrainState
 from flax_resnet.step_programs import Group, StepPrograms, dispatch_lengths, eval_memory
@@ -147,12 +148,12 @@ class Run:
 
     def ran_on(self) -> dict[str, Any]:
         """What a resumed run may have otherwise, and changes the last bits; as JSON values."""
-        mesh, size = distributed.describe(self.mesh), self.programs.group_size
+        mesh, size = sharding.describe(self.mesh), self.programs.group_size
         return {**mesh, "sharding": self.config.sharding, "steps_per_dispatch": size}
 
     def dispatches(self) -> Iterator[Any]:
         """What is left to train on, as a compiled train step takes it: batches, and Groups."""
-        split = distributed.group_sharding(self.mesh)
+        split = sharding.group_sharding(self.mesh)
         seeds = [config.seed for config in self.members] or self.config.seed
         size, step = self.config.batch_size, self.progress.step
         parts = self.data.host_batches(seeds, size, step, self.num_steps)
@@ -163,7 +164,7 @@ class Run:
                     yield self.data.place(several[0])
                 else:
                     stacked = jax.tree.map(lambda *x: np.stack(x), *several)
-                    yield Group(distributed.put_local(split, stacked))
+                    yield Group(sharding.put_local(split, stacked))
 
     def evaluate(
         self, step: Callable[..., metrics.Sums], stop: Callable[[], bool] = lambda: False

@@ -10,9 +10,10 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from flax_resnet import checks, distributed, features, guards, models
+from flax_resnet import checks, features, guards, models
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
+from flax_resnet.distributed import sharding
 from flax_resnet.initial_state import fitted, measured, say, starter
 from flax_resnet.resume import changes, restore
 from flax_resnet.run import Run
@@ -63,7 +64,7 @@ def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
             with contextlib.suppress(RuntimeError):  # JAX was told to leave the CPU alone
                 stack.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
         fresh = start(config.seed)
-    state = distributed.put(fresh, state_sharding(fresh, mesh, config.sharding))
+    state = sharding.put(fresh, state_sharding(fresh, mesh, config.sharding))
     checks.check_shapes(config.model, state, data)
     return Run(config, workdir, mesh, data, num_steps, steps_per_epoch, schedule, state, start)
 

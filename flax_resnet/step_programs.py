@@ -21,10 +21,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from flax_resnet import distributed, guards
+from flax_resnet import guards
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
 from flax_resnet.datasets.rows import take
+from flax_resnet.distributed import sharding
 from flax_resnet.step import LOSSES, TrainState, eval_step, look_ahead, train_step
 from flax_resnet.xla import backend
 
@@ -88,7 +89,7 @@ class StepPrograms:
                 decay=config.ema_decay,
                 num_steps=self.num_steps,
             )
-        gathered = partial(distributed.gathered, self.mesh)
+        gathered = partial(sharding.gathered, self.mesh)
         step = partial(
             train_step,
             augment=config.augment,
@@ -140,10 +141,10 @@ class StepPrograms:
         the sums of every step, stacked.
         """
         config, mesh, resident = self.config, self.mesh, self.data.resident
-        split, constrain = distributed.group_sharding(mesh), jax.lax.with_sharding_constraint
+        split, constrain = sharding.group_sharding(mesh), jax.lax.with_sharding_constraint
 
         def batch_of(arrays: Any, rows: Any) -> Any:
-            return constrain(take(arrays, rows), distributed.batch_sharding(mesh))
+            return constrain(take(arrays, rows), sharding.batch_sharding(mesh))
 
         of_state, of_sums = self._shardings
         # In a while loop a convolution's backward pass is some 20 times slower on a CPU.
@@ -153,7 +154,7 @@ class StepPrograms:
             batch_of if resident else None,
             unroll=backend.is_cpu(),
         )
-        like = self._batch(self.group_size, *self.leading_axes, config.batch_size, sharding=split)
+        like = self._batch(self.group_size, *self.leading_axes, config.batch_size, placed=split)
         if resident:
             like = {"row": like["label"]} | {n: x for n, x in like.items() if n == "epoch"}
         arrays = self.data.train_arrays if resident else None
@@ -186,25 +187,25 @@ class StepPrograms:
     def _shardings(self) -> tuple[Any, NamedSharding]:
         """Shardings of the state and of metric sums; devices share networks that train together."""
         if self.leading_axes:
-            return (distributed.batch_sharding(self.mesh),) * 2
+            return (sharding.batch_sharding(self.mesh),) * 2
         state = state_sharding(self.state, self.mesh, self.config.sharding)
-        return state, distributed.replicated(self.mesh)
+        return state, sharding.replicated(self.mesh)
 
-    def _batch(self, *images: int, sharding: NamedSharding | None = None) -> dict[str, Any]:
+    def _batch(self, *images: int, placed: NamedSharding | None = None) -> dict[str, Any]:
         """Shapes, dtypes and sharding of a training batch with leading axes ``images``."""
-        sharding = sharding or distributed.batch_sharding(self.mesh)
+        placed = placed or sharding.batch_sharding(self.mesh)
         kind = jnp.float32 if self.config.cache_features else jnp.uint8
-        image = jax.ShapeDtypeStruct((*images, *self.data.batch_shape), kind, sharding=sharding)
-        label = jax.ShapeDtypeStruct(images, jnp.int32, sharding=sharding)
+        image = jax.ShapeDtypeStruct((*images, *self.data.batch_shape), kind, sharding=placed)
+        label = jax.ShapeDtypeStruct(images, jnp.int32, sharding=placed)
         rows = {"row": label, "epoch": label} if self.config.augment.alternating_flip else {}
         return {"image": image, "label": label, **rows}
 
 
-def state_sharding(state: TrainState, mesh: Mesh, kind: distributed.StateSharding) -> Any:
+def state_sharding(state: TrainState, mesh: Mesh, kind: sharding.StateSharding) -> Any:
     """A sharding for each array of a state."""
-    shardings = jax.tree.map(lambda _: distributed.replicated(mesh), state)
+    shardings = jax.tree.map(lambda _: sharding.replicated(mesh), state)
     parts = {name: getattr(state, name) for name in SPLIT_PARTS[kind]}
-    return shardings.replace(**distributed.split_shardings(mesh, parts))
+    return shardings.replace(**sharding.split_shardings(mesh, parts))
 
 
 def step_memory(config: TrainConfig, mesh: Mesh) -> contextlib.AbstractContextManager[None]:

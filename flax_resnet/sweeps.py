@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 
-from flax_resnet import distributed, tables
+from flax_resnet import tables
 from flax_resnet.config import TrainConfig
+from flax_resnet.distributed import sharding
+from flax_resnet.distributed.preemption import Preempted, Signals
 from flax_resnet.errors import UserError, check_range, did_you_mean
 from flax_resnet.grids import check_name, replaced
 from flax_resnet.guards import Diverged
-from flax_resnet.preemption import Preempted, Signals
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import replacing
 from flax_resnet.records.run_dir import finished
@@ -121,12 +122,12 @@ class _Sweep:
             train_together(own, self.root / "together", devices, stop=self.stopped.is_set)
             return
         ((workdir, config),) = own.items()
-        mesh = None if device is None else distributed.data_mesh([device])
+        mesh = None if device is None else sharding.data_mesh([device])
         quiet = self.parallel or finished(workdir) is not None
         train_and_evaluate(config, workdir, mesh=mesh, quiet=quiet, stop=self.stopped.is_set)
 
     def _failed(self, names: Sequence[str], error: Exception) -> None:
-        if not distributed.is_lead():
+        if not sharding.is_lead():
             return
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         line = " ".join(f"failed: {kind}{error}".split())[:300]
@@ -144,7 +145,7 @@ class _Sweep:
         """Writes the table; its rows."""
         with self.lock:
             rows = table_rows(self.configs, self.root, self.failures)
-            if distributed.is_lead():
+            if sharding.is_lead():
                 self.root.mkdir(parents=True, exist_ok=True)
                 tables.write(rows, self.root, self.baseline)
             return rows
@@ -261,7 +262,7 @@ def train_seeds(
     seeds = range(config.seed, config.seed + num_seeds)
     configs = {f"seed{seed}": replaced(config, "seed", seed) for seed in seeds}
     rows = sweep(configs, workdir, devices=(), together=together)
-    if distributed.is_lead():
+    if sharding.is_lead():
         check_finished(rows, workdir)
     return [finished(Path(workdir).expanduser() / name) or {} for name in configs]
 

@@ -18,9 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_resnet import distributed, hosts, tracking
+from flax_resnet import tracking
 from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.config import TrainConfig
+from flax_resnet.distributed import hosts, sharding
+from flax_resnet.distributed.watchdog import COMPILING, RECORDING, SETTING_UP
 from flax_resnet.errors import UserError
 from flax_resnet.initial_state import fitted, measured
 from flax_resnet.records.configs import flatten, to_record, varying_fields
@@ -31,7 +33,6 @@ from flax_resnet.run import Run
 from flax_resnet.setup import prepare
 from flax_resnet.tracking.run_log import RunLogs
 from flax_resnet.train import conclude, open_log, train_to_end
-from flax_resnet.watch import COMPILING, RECORDING, SETTING_UP
 from flax_resnet.workdir import check_workdir, claimed
 
 
@@ -73,7 +74,7 @@ def set_up(
     most = max(n for n in range(1, len(devices) + 1) if len(configs) % n == 0)
     here = dataclasses.replace(configs[0].checkpoint, directory=None)
     config = dataclasses.replace(configs[0], checkpoint=here)
-    run = prepare(config, directory, distributed.data_mesh(devices[:most]))
+    run = prepare(config, directory, sharding.data_mesh(devices[:most]))
     if not run.data.resident:
         raise NotTogether(
             f"{configs[0].data.title} is streamed, and networks that train together need it on the "
@@ -87,7 +88,7 @@ def set_up(
         states.append(state.arrays())
         run.progress.start_seconds += seconds
     stacked = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(states))
-    run.state = run.state.replace(**distributed.put_batch(run.mesh, stacked))
+    run.state = run.state.replace(**sharding.put_batch(run.mesh, stacked))
     run.members = tuple(configs)
     restore(run)
     return run
@@ -193,7 +194,7 @@ def _leave(together: Run, index: int, workdir: Path) -> None:
         together,
         config=together.members[index],
         workdir=workdir,
-        mesh=distributed.data_mesh(list(together.mesh.devices.flat)[:1]),
+        mesh=sharding.data_mesh(list(together.mesh.devices.flat)[:1]),
         state=jax.tree.map(lambda x: np.asarray(x[index]), together.state),
         evaluation={name: float(np.asarray(x)[index]) for name, x in together.evaluation.items()},
         confusion=together.confusion[index],

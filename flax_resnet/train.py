@@ -18,12 +18,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import distributed, figures, hosts, metrics, models, tracking
-from flax_resnet import watch as phases
+from flax_resnet import figures, metrics, models, tracking
 from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.config import TrainConfig
+from flax_resnet.distributed import hosts, sharding, watchdog
+from flax_resnet.distributed.preemption import Preempted, Signals
+from flax_resnet.distributed.watchdog import Watch
 from flax_resnet.guards import Diverged, all_finite, check_loss
-from flax_resnet.preemption import Preempted, Signals
 from flax_resnet.records import text_tables
 from flax_resnet.records.configs import flatten, to_record
 from flax_resnet.records.run_dir import finished, read_metrics, write_json
@@ -32,7 +33,6 @@ from flax_resnet.run import Run
 from flax_resnet.setup import opening_lines, set_up
 from flax_resnet.step_programs import Compiled, by_step, step_memory, steps_in
 from flax_resnet.tracking.run_log import RunLog, RunLogs, Timer
-from flax_resnet.watch import Watch
 from flax_resnet.workdir import check_workdir, claimed
 from flax_resnet.xla import trace
 
@@ -70,14 +70,14 @@ def train_and_evaluate(
     workdir = Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(hosts.watching(config.guard.report_after))
-        watch.at(phases.SETTING_UP, 0)
+        watch.at(watchdog.SETTING_UP, 0)
         record = flatten(to_record(config), "config")
         del record["config.data.data_dir"]  # each host may have its own copy of the data
         hosts.check_alike({**record, "workdir": str(workdir)})
         check_workdir(workdir, config)
-        lead = distributed.is_lead()
+        lead = sharding.is_lead()
         # The lead's word: another may not see the file yet, or see it already.
-        if distributed.same_everywhere(finished(workdir) is not None):
+        if sharding.same_everywhere(finished(workdir) is not None):
             result = finished(workdir) or {}
             if result and lead and not quiet:
                 print(
@@ -89,20 +89,20 @@ def train_and_evaluate(
             config.tracking.check()
 
         # The data, the model, the optimizer and their state, at step 0 or from a checkpoint.
-        run = set_up(config, workdir, distributed.data_mesh() if mesh is None else mesh)
-        watch.at(phases.COMPILING, run.progress.step)
+        run = set_up(config, workdir, sharding.data_mesh() if mesh is None else mesh)
+        watch.at(watchdog.COMPILING, run.progress.step)
         programs = run.programs.compile(run.dispatch_lengths)
 
         # What can be wrong has been by now; only then is anything written.
         stack.enter_context(claimed(workdir, config))
-        watch.at(phases.SETTING_UP, run.progress.step)
+        watch.at(watchdog.SETTING_UP, run.progress.step)
         check_current(run)
         with tracking.following({workdir: config.tracking} if lead else {}) as followers:
             log = open_log(run, workdir, config, followers, lead=lead, quiet=quiet)
             train_to_end(run, programs, log, watch, stop)
-            watch.at(phases.RECORDING, run.progress.step)
+            watch.at(watchdog.RECORDING, run.progress.step)
             result = conclude(run, quiet=quiet) if lead else {}
-        distributed.same_everywhere(run.progress.step)  # nobody leaves before the record is whole
+        sharding.same_everywhere(run.progress.step)  # nobody leaves before the record is whole
         return result
 
 
@@ -148,9 +148,9 @@ def train_to_end(
             run, programs.eval_step, checkpoints, log, signals, watch, began, progress.step
         )
         loop.finish_what_was_stopped()
-        watch.at(phases.WAITING, progress.step)
+        watch.at(watchdog.WAITING, progress.step)
         for batch in loop.timer.waiting(run.dispatches()):
-            watch.at(phases.STEP, progress.step)
+            watch.at(watchdog.STEP, progress.step)
             loop.step(train_step, batch)
             progress.owes_evaluation = loop.is_due((run.eval_every,))
             saves = loop.is_due(run.save_every)
@@ -165,11 +165,11 @@ def train_to_end(
             if saves:
                 loop.save(loop.scores() if evaluates else None)
                 loop.timer.reset()
-            watch.at(phases.WAITING, progress.step)
+            watch.at(watchdog.WAITING, progress.step)
         if run.confusion is None:  # the last checkpoint was the end, the record was not written
             loop.evaluate(is_logged=True)
             progress.seconds = time.perf_counter() - began
-        watch.at(phases.SAVING, progress.step)
+        watch.at(watchdog.SAVING, progress.step)
         checkpoints.wait()
 
 
@@ -188,7 +188,7 @@ def _last_good_named(checkpoints: Checkpoints, run: Run, watch: Watch) -> Iterat
     try:
         yield
     except Diverged as error:
-        watch.at(phases.SAVING, run.progress.step)
+        watch.at(watchdog.SAVING, run.progress.step)
         checkpoints.wait()
         last = checkpoints.latest_step()
         none = "no checkpoint was saved before"
@@ -265,7 +265,7 @@ class _Loop:
         run, progress = self.run, self.run.progress
 
         def stop() -> bool:
-            self.watch.at(phases.EVALUATING, progress.step)
+            self.watch.at(watchdog.EVALUATING, progress.step)
             return self.stop()
 
         try:
@@ -279,7 +279,7 @@ class _Loop:
     def save(self, scores: dict[str, float] | None) -> None:
         """Saves a checkpoint, rated by ``scores`` where it has just been evaluated."""
         run, progress = self.run, self.run.progress
-        self.watch.at(phases.SAVING, progress.step)
+        self.watch.at(watchdog.SAVING, progress.step)
         state = jax.block_until_ready(run.state)
         now = time.perf_counter()
         # Not the optimizer's state: the best loss of ReduceOnPlateau begins at infinity.

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from flax_resnet import distributed
 from flax_resnet.config import TrainConfig
 from flax_resnet.datasets.decode import PACKAGES
+from flax_resnet.distributed import sharding
 from flax_resnet.errors import TryAgain, UserError
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import FULL
@@ -148,7 +148,7 @@ def _check_shared(workdir: Path) -> None:
         except UserError:
             return 0
 
-    written = distributed.same_everywhere(starts())
+    written = sharding.same_everywhere(starts())
     for _ in range(int(SHARED_SECONDS / 0.5)):
         if starts() == written:
             return

@@ -63,7 +63,7 @@ def shared_data():
 @pytest.fixture
 def meshes():
     """(a mesh of one device, a mesh of eight)."""
-    from flax_resnet.distributed import data_mesh
+    from flax_resnet.distributed.sharding import data_mesh
 
     return data_mesh(jax.devices()[:1]), data_mesh(jax.devices())
 

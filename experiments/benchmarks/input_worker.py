@@ -76,8 +76,9 @@ def ours(
     import grain
     import jax
 
-    from flax_resnet import data, data_config, distributed
+    from flax_resnet import data, data_config
     from flax_resnet.datasets import decode
+    from flax_resnet.distributed import sharding
     from flax_resnet.records.provenance import versions
 
     config = data_config.DataConfig(
@@ -90,7 +91,7 @@ def ours(
         resident_mb=0,
         num_workers=task.cores if processes else 0,
     )
-    opened = data.Data(config, distributed.data_mesh(jax.devices()[:1]), 2)
+    opened = data.Data(config, sharding.data_mesh(jax.devices()[:1]), 2)
 
     def batches() -> Iterator[Any]:
         made = opened.train_batches(0, task.batch_size, 0, 10**6)

@@ -41,9 +41,11 @@ from jax.sharding import Mesh, PartitionSpec
 from experiments.benchmarks import common, driver
 from experiments.benchmarks.driver import Columns, Row, timing_cell
 from experiments.benchmarks.steps import noise_run, round_seconds
-from flax_resnet import distributed, models, run
+from flax_resnet import models, run
 from flax_resnet.analysis import collectives
 from flax_resnet.config import TrainConfig
+from flax_resnet.distributed import sharding
+from flax_resnet.distributed.sharding import StateSharding
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.models.arguments import check_bn_group
 from flax_resnet.step import Batch
@@ -78,7 +80,7 @@ class Settings:
     """Height and width of the images."""
     images_per_device: int = 32
     """Images in a step, for each device."""
-    sharding: distributed.StateSharding = "replicated"
+    sharding: StateSharding = "replicated"
     """What devices split of the state."""
     bn_group: int | None = None
     """Images normalised together; None: the whole batch, over all devices."""
@@ -147,7 +149,7 @@ def compile_alone(ready: run.Run, state: Any, batch: Batch) -> jax.stages.Compil
     """The same step on the same devices, each with the whole state and its images: none is sent."""
     config = dataclasses.replace(ready.config, sharding="replicated")
     step, _ = dataclasses.replace(ready, config=config).programs.steps()
-    whole, split = PartitionSpec(), PartitionSpec(distributed.DATA_AXIS)
+    whole, split = PartitionSpec(), PartitionSpec(sharding.DATA_AXIS)
     # The devices' states part, and are said to be equal: nothing looks.
     alone = jax.shard_map(
         step, mesh=ready.mesh, in_specs=(whole, split), out_specs=whole, check_vma=False
@@ -157,13 +159,13 @@ def compile_alone(ready: run.Run, state: Any, batch: Batch) -> jax.stages.Compil
 
 def measure(settings: Settings, number: int) -> Row:
     """Times both steps on the first ``number`` devices."""
-    mesh = distributed.data_mesh(jax.local_devices()[:number])
+    mesh = sharding.data_mesh(jax.local_devices()[:number])
     ready, batch = set_up(settings, mesh)
     leaves = jax.tree.leaves(ready.state)
     shapes = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in leaves]
     state_bytes = sum(math.prod(shape) * size for shape, size in shapes)
     compiled = cast(jax.stages.Compiled, ready.programs.compile_step())
-    state, own = ready.state, distributed.put_replicated(mesh, jax.device_get(ready.state))
+    state, own = ready.state, sharding.put_replicated(mesh, jax.device_get(ready.state))
     alone = compile_alone(ready, own, batch)
     if sent := collectives(alone):
         raise AssertionError(f"the step of devices by themselves sends {sent}")

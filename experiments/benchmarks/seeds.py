@@ -18,8 +18,9 @@ from pathlib import Path
 
 from experiments import digits
 from experiments.benchmarks import common, driver
-from flax_resnet import distributed, setup, together
+from flax_resnet import setup, together
 from flax_resnet.config import TrainConfig
+from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.grids import replaced
 from flax_resnet.models import cifar_resnet
@@ -81,7 +82,7 @@ def measure(settings: Settings, num_seeds: int) -> driver.Row:
     """Times both ways: together on as many devices as divide the seeds, in turn on all."""
     runs = configs(settings, num_seeds)
     with tempfile.TemporaryDirectory() as nowhere:
-        one = setup.set_up(runs[0], Path(nowhere), distributed.data_mesh())
+        one = setup.set_up(runs[0], Path(nowhere), sharding.data_mesh())
         alone = common.Timing.of(step_seconds(one))
         all_at_once = together.set_up(runs, Path(nowhere))
         several = common.Timing.of(step_seconds(all_at_once))

@@ -23,9 +23,10 @@ from experiments.benchmarks import common, workers
 from experiments.benchmarks.driver import Columns, Row, check_least, table, timing_cell
 from experiments.benchmarks.driver import run as run_benchmark
 from experiments.benchmarks.peers.specs import NETWORKS
-from flax_resnet import distributed, models, run
+from flax_resnet import models, run
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import Data
+from flax_resnet.distributed import sharding
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
 from flax_resnet.models.summary import FLOPS_A_MAC, summarize
 from flax_resnet.optim import optimizers
@@ -105,7 +106,7 @@ def optimizer(name: OptimizerName, learning_rate: float) -> optimizers.Optimizer
 
 def one_device() -> Mesh:
     """A mesh of this process's first device."""
-    return distributed.data_mesh(jax.local_devices()[:1])
+    return sharding.data_mesh(jax.local_devices()[:1])
 
 
 def noise_run(config: TrainConfig, mesh: Mesh, image_size: int) -> tuple[run.Run, Batch]:
@@ -116,7 +117,7 @@ def noise_run(config: TrainConfig, mesh: Mesh, image_size: int) -> tuple[run.Run
     stats = {"mean": np.full(CHANNELS, 0.5), "std": np.full(CHANNELS, 0.25)}
     start = functools.partial(create_state, model, tx, image_shape=shape, normalization=stats)
     fresh = start(seed=0)
-    state = distributed.put(fresh, state_sharding(fresh, mesh, config.sharding))
+    state = sharding.put(fresh, state_sharding(fresh, mesh, config.sharding))
     rng = np.random.default_rng(0)
     noise = {
         "image": rng.integers(0, 256, (config.batch_size, *shape), np.uint8),
@@ -124,12 +125,12 @@ def noise_run(config: TrainConfig, mesh: Mesh, image_size: int) -> tuple[run.Run
     }
     # The steps ask of the data for nothing but its shapes; several in one program for the images.
     several = config.steps_per_dispatch > 1
-    held = distributed.put_replicated(mesh, noise) if several else None
+    held = sharding.put_replicated(mesh, noise) if several else None
     data = types.SimpleNamespace(
         batch_shape=shape, eval_shape=shape, resident=True, train_arrays=held
     )
     made = run.Run(config, Path(), mesh, cast(Data, data), 1000, 100, schedule, state, start)
-    return made, distributed.put_batch(mesh, noise)
+    return made, sharding.put_batch(mesh, noise)
 
 
 def round_seconds(
@@ -156,7 +157,7 @@ def training(ready: run.Run, batch: Batch) -> tuple[jax.stages.Compiled, Turn]:
     else:
         compiled, resident = ready.programs.compile_group()
         rows = np.tile(np.arange(ready.config.batch_size, dtype=np.int32), (size, 1))
-        given = distributed.put_local(distributed.group_sharding(ready.mesh), {"row": rows})
+        given = sharding.put_local(sharding.group_sharding(ready.mesh), {"row": rows})
 
         def step(state: Any, rows: Any) -> Any:
             return compiled(state, resident, rows)
@@ -172,7 +173,7 @@ def training(ready: run.Run, batch: Batch) -> tuple[jax.stages.Compiled, Turn]:
 def evaluation(ready: run.Run, batch: Batch) -> tuple[jax.stages.Compiled, Turn]:
     """(the step that a run compiles, what times it in the loop of a run)."""
     compiled = cast(jax.stages.Compiled, ready.programs.compile_evaluation())
-    mask = distributed.put_batch(ready.mesh, np.ones(ready.config.eval_batch_size, bool))
+    mask = sharding.put_batch(ready.mesh, np.ones(ready.config.eval_batch_size, bool))
     masked = {**batch, "mask": mask}
 
     def turn(steps: int) -> float:

@@ -4,8 +4,9 @@ python -m experiments.launch.local --processes 2 --devices 4 -- -m experiments.d
 
 What follows -- is a command; one that begins with a flag is Python's. Each process gets its number
 and the coordinator's address in its environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
-JAX_PROCESS_ID), which flax_resnet.hosts finds. With --devices each has so many virtual CPU devices;
-without, NVIDIA GPUs that are there are split evenly among them. Lines of output begin with [i].
+JAX_PROCESS_ID), which flax_resnet.distributed.hosts finds. With --devices each has so many virtual
+CPU devices; without, NVIDIA GPUs that are there are split evenly among
+them. Lines of output begin with [i].
 
 SIGTERM and SIGINT go to all. When a process fails the others get a while to end by themselves, as
 they do, and are ended then. The exit status is 0 when all have 0, else the first failing one's, 128
@@ -29,9 +30,9 @@ from typing import IO, Any
 
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
+from flax_resnet.distributed.hosts import OURS, visible_gpus
+from flax_resnet.distributed.preemption import EXIT_PREEMPTED
 from flax_resnet.errors import POSITIVE, UserError, check_range
-from flax_resnet.hosts import OURS, visible_gpus
-from flax_resnet.preemption import EXIT_PREEMPTED
 
 POLL_SECONDS = 0.05
 AGAIN = (1, EXIT_PREEMPTED)

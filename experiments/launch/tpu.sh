@@ -15,7 +15,7 @@
 # as mounting the data. A spot slice's disks go with it: keep checkpoints in a bucket.
 set -euo pipefail
 
-readonly EXIT_BAD_INPUT=2 EXIT_PREEMPTED=75 # flax_resnet/errors.py, flax_resnet/preemption.py
+readonly EXIT_BAD_INPUT=2 EXIT_PREEMPTED=75 # flax_resnet/errors.py, flax_resnet/distributed/preemption.py
 readonly LOST=255                           # as of ssh: how the hosts ended is not known
 readonly CHECKOUT=flax_resnet               # in the home directory of each host
 readonly ACTIONS="keep, create, install, run, stop or delete"

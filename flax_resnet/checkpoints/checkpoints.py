@@ -26,11 +26,11 @@ from typing import Any, Literal
 import jax
 from etils import epath
 
-from flax_resnet import distributed
 from flax_resnet.checkpoints import seals
+from flax_resnet.distributed import sharding
+from flax_resnet.distributed.watchdog import print_report
 from flax_resnet.errors import TryAgain, UserError, check_range
 from flax_resnet.records.files import error_as_one_line, reason
-from flax_resnet.watch import print_report
 
 Which = int | Literal["latest", "best"]
 
@@ -102,7 +102,7 @@ class Checkpoints:
         self._problems: dict[int, str | None] = {}  # of the steps whose files were hashed
         self._saver = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
-        if config is not None and distributed.is_lead():
+        if config is not None and sharding.is_lead():
             with self._writing(resumed_from or 0):
                 newest = math.inf if resumed_from is None else resumed_from
                 for name in seals.tidy(self.directory, newest):
@@ -139,7 +139,7 @@ class Checkpoints:
                 self._checkpointer.wait_until_finished()
             finally:
                 _ONE_SAVE.release()
-            if distributed.is_lead():
+            if sharding.is_lead():
                 assert self._config is not None
                 seals.write(self._path(step), seals.take(self._path(step), scores))
                 self._problems[step] = None
@@ -149,7 +149,7 @@ class Checkpoints:
         """Adds the evaluation to a step that was saved before it was evaluated."""
         self.wait()
         with self._writing(step):
-            if distributed.is_lead() and (seal := seals.read(self._path(step))):
+            if sharding.is_lead() and (seal := seals.read(self._path(step))):
                 seals.write(self._path(step), dataclasses.replace(seal, scores=scores))
 
     def wait(self) -> None:
@@ -227,13 +227,13 @@ class Checkpoints:
             f"checkpoint {which!r} in {self.directory} cannot be read ({reason(error)}): mend it, "
             "or remove the directory of that step"
         )
-        several, lead = jax.process_count() > 1, distributed.is_lead()
+        several, lead = jax.process_count() > 1, sharding.is_lead()
         with error_as_one_line(line, jax.process_count()):
             for _ in range(MOST_CHOICES):
                 steps = seals.steps(self.directory) if lead else {}
                 try:
                     step = self._choose(which, steps) if lead else NO_STEP
-                    step = distributed.same_everywhere(step)
+                    step = sharding.same_everywhere(step)
                     if step == NO_STEP and or_none:
                         return None
                     if step < 0:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_resnet import analysis, distributed, hosts, preemption, tables
+from flax_resnet import analysis, tables
 from flax_resnet.cli import flags
 from flax_resnet.config import TrainConfig
+from flax_resnet.distributed import hosts, preemption, sharding
 from flax_resnet.errors import UserError
 from flax_resnet.sweeps import check_finished, sweep, train_seeds
 from flax_resnet.train import train_and_evaluate
@@ -53,7 +54,7 @@ def start(chosen: flags.Invocation) -> list[dict[str, Any]]:
         if chosen.num_seeds == 1:
             again = (Path(chosen.workdir) / "result.json").exists()
             result = train_and_evaluate(chosen.config, chosen.workdir)
-            if distributed.is_lead() and not again:
+            if sharding.is_lead() and not again:
                 print(NEXT.format(workdir=shlex.quote(chosen.workdir), step=result["best_step"]))
             return [result]
         together = False if chosen.in_turn else None
@@ -85,7 +86,7 @@ def ablate(
             configs = get_grid(chosen.config, chosen.seeds)
             use_cache()
             rows = sweep(configs, chosen.workdir, baseline=baseline)
-            if not distributed.is_lead():
+            if not sharding.is_lead():
                 return
             print(tables.markdown(rows, baseline))
             check_finished(rows, chosen.workdir)

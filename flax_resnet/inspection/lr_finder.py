@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_resnet import distributed
+from flax_resnet.distributed import sharding
 from flax_resnet.errors import POSITIVE, UserError, check_range
 from flax_resnet.optim.schedules import Shape
 from flax_resnet.setup import set_up
@@ -80,7 +80,7 @@ def find_rate(
     config = dataclasses.replace(
         config, optimizer=optimizer, num_steps=num_steps, steps_per_dispatch=1, checkpoint=here
     )
-    mesh = distributed.data_mesh(jax.local_devices()[:1])
+    mesh = sharding.data_mesh(jax.local_devices()[:1])
     with tempfile.TemporaryDirectory() as empty:
         run = set_up(config, Path(empty), mesh)
     step = run.programs.compile_step()

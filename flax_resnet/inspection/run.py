@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from flax_resnet import distributed, models
+from flax_resnet import models
 from flax_resnet.data import Data
+from flax_resnet.distributed import sharding
 from flax_resnet.models import ResNet
 from flax_resnet.normalization import normalize
 from flax_resnet.records.run_dir import read_config
@@ -66,7 +67,7 @@ class Inspected:
         Raises:
           UserError: they are not there any more, or not those that the run was trained on.
         """
-        mesh = distributed.data_mesh(jax.local_devices()[:1])
+        mesh = sharding.data_mesh(jax.local_devices()[:1])
         with_rows = self.config.augment.alternating_flip
         data = Data(self.config.data, mesh, self.config.model.num_classes, with_rows=with_rows)
         data.check_same(self.data_record, self.workdir)

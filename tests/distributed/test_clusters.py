@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from flax_resnet import hosts
+from flax_resnet.distributed import hosts
+from flax_resnet.distributed.hosts import Hosts, find
 from flax_resnet.errors import UserError
-from flax_resnet.hosts import Hosts, find
 
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "6", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",

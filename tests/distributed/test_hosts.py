@@ -11,9 +11,9 @@ import processes
 import pytest
 
 from experiments.launch import local
-from flax_resnet import hosts
+from flax_resnet.distributed import hosts
+from flax_resnet.distributed.hosts import OURS, Hosts, find
 from flax_resnet.errors import TryAgain, UserError
-from flax_resnet.hosts import OURS, Hosts, find
 
 WORKER = str(pathlib.Path(__file__).parents[1] / "support" / "hosts_worker.py")
 

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from flax_resnet import preemption
-from flax_resnet.preemption import Preempted, Signals
+from flax_resnet.distributed import preemption
+from flax_resnet.distributed.preemption import Preempted, Signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -55,7 +55,8 @@ def test_a_sigterm_in_a_compilation_ends_the_command_when_it_is_done(clean_envir
     """Where an exception would pass through JAX's tracing, and take the process down with it."""
     program = """
 import os, signal, threading, jax
-from flax_resnet import models, preemption
+from flax_resnet import models
+from flax_resnet.distributed import preemption
 net = models.create("resnet18")
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
 with preemption.restartable():

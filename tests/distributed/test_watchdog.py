@@ -8,27 +8,27 @@ import threading
 import pytest
 
 import flax_resnet
-from flax_resnet import watch
-from flax_resnet.watch import Watch
+from flax_resnet.distributed import watchdog
+from flax_resnet.distributed.watchdog import Watch
 
 START = f"""
 import sys, time, types
 package = types.ModuleType("flax_resnet")  # without all that the package imports
 package.__path__ = {flax_resnet.__path__!r}
 sys.modules["flax_resnet"] = package
-from flax_resnet import watch
+from flax_resnet.distributed import watchdog
 """
 STUCK = """
 def blocked_reader(): time.sleep(50)
-with watch.Watch(1.5, 0.2, "process 1 of 2") as watching:
+with watchdog.Watch(1.5, 0.2, "process 1 of 2") as watching:
     for step in range(3):
-        watching.at(watch.WAITING, step)
+        watching.at(watchdog.WAITING, step)
     blocked_reader()
 """
 HOLDS_PYTHON = """
 sys.setswitchinterval(1000)
-with watch.Watch(0.3) as watching:
-    watching.at(watch.STEP, 7)
+with watchdog.Watch(0.3) as watching:
+    watching.at(watchdog.STEP, 7)
     while True:
         pass
 """
@@ -69,15 +69,15 @@ def reports(monkeypatch):
         came.set()
         raise BrokenPipeError  # as of a terminal that is gone: the watch goes on
 
-    monkeypatch.setattr(watch, "print_report", report)
+    monkeypatch.setattr(watchdog, "print_report", report)
     return found
 
 
 def test_each_stall_is_reported_once(reports):
     with Watch(None, 0.1, "process 3 of 8") as watching:
-        watching.at(watch.SAVING, 4)
+        watching.at(watchdog.SAVING, 4)
         reports.wait(1)
-        watching.at(watch.COMPILING, 5)
+        watching.at(watchdog.COMPILING, 5)
         reports.wait(2)
         assert not watching._closed.wait(0.5)
     assert [re.sub(r" for \d+ s ", " for S s ", text) for text in reports] == [

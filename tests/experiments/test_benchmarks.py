@@ -24,8 +24,9 @@ from experiments.benchmarks import (
     train_step,
 )
 from experiments.benchmarks.peers import comparison
-from flax_resnet import distributed, models
+from flax_resnet import models
 from flax_resnet.datasets import sources
+from flax_resnet.distributed import sharding
 from flax_resnet.step import create_state
 from flax_resnet.step import train_step as plain_step
 
@@ -106,17 +107,17 @@ def test_the_scaling_row_has_the_step_with_collectives_and_without(tiny_scaling,
 def test_devices_by_themselves_each_take_the_step_of_one_device(tiny_scaling, rng, meshes):
     """What the time of collectives is told by: the same work, and nothing sent."""
     batch = random_batch(rng, 4)
-    two = distributed.data_mesh(jax.devices()[:2])
+    two = sharding.data_mesh(jax.devices()[:2])
     ready, _ = scaling.set_up(tiny_scaling, two)
-    images = distributed.put_batch(two, batch)
+    images = sharding.put_batch(two, batch)
     after, _ = scaling.compile_alone(ready, ready.state, images)(ready.state, images)
     single, _ = scaling.set_up(tiny_scaling, meshes[0])
     step = single.programs.compile_step()
     start = jax.device_get(single.state)
     for device in range(2):
         rows = {name: x[2 * device : 2 * device + 2] for name, x in batch.items()}
-        state = distributed.put_replicated(meshes[0], start)
-        want, _ = step(state, distributed.put_batch(meshes[0], rows))
+        state = sharding.put_replicated(meshes[0], start)
+        want, _ = step(state, sharding.put_batch(meshes[0], rows))
         got = jax.tree.map(lambda x, i=device: x.addressable_shards[i].data, after)
         assert max_difference(got.params, want.params) < 1e-6
     assert max_difference(want.params, start.params) > 1e-3

@@ -10,9 +10,9 @@ import yaml
 
 from experiments import imagenet_resnet
 from flax_resnet.cli import experiment
+from flax_resnet.distributed.hosts import Hosts, find
+from flax_resnet.distributed.preemption import EXIT_PREEMPTED
 from flax_resnet.errors import UserError
-from flax_resnet.hosts import Hosts, find
-from flax_resnet.preemption import EXIT_PREEMPTED
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "experiments" / "launch"
 SBATCH, TPU = LAUNCH / "slurm.sbatch", LAUNCH / "tpu.sh"

@@ -16,9 +16,9 @@ from experiments.speedrun import SpeedNet, SpeedSGD, Triangle
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.cli import flags
 from flax_resnet.data_config import DataConfig
+from flax_resnet.distributed.preemption import Preempted
 from flax_resnet.errors import UserError
 from flax_resnet.optim.optimizers import SGD, decoupled
-from flax_resnet.preemption import Preempted
 from flax_resnet.records.configs import from_record, to_record
 from flax_resnet.step import TrainState, look_ahead
 from flax_resnet.train import train_and_evaluate

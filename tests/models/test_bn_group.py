@@ -17,7 +17,7 @@ from helpers import (
     tiny_resnet,
 )
 
-from flax_resnet import distributed
+from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError
 from flax_resnet.models.arguments import check_bn_group
 from flax_resnet.models.layers import Layers
@@ -125,7 +125,7 @@ def test_a_batch_on_eight_devices_is_normalised_as_on_one(rng, meshes, group):
     variables = noisy(rng, layer.init(KEY, x[:1]))
     found = []
     for mesh in meshes:
-        given = distributed.put_replicated(mesh, variables), distributed.put_batch(mesh, x)
+        given = sharding.put_replicated(mesh, variables), sharding.put_batch(mesh, x)
         found.append(jax.device_get(jax.jit(functools.partial(run, layer))(*given)))
     assert max_difference(*found) < 1e-5
 
@@ -137,8 +137,8 @@ def test_a_network_waits_for_no_other_device_on_its_way_forward(rng, meshes):
     for group in (2, None):
         model = tiny_resnet(bn_group=group)
         forward = functools.partial(model.apply, train=True, mutable=["batch_stats"])
-        given = distributed.put_replicated(meshes[1], drawn(model, x))
-        compiled = jax.jit(forward).lower(given, distributed.put_batch(meshes[1], x)).compile()
+        given = sharding.put_replicated(meshes[1], drawn(model, x))
+        compiled = jax.jit(forward).lower(given, sharding.put_batch(meshes[1], x)).compile()
         shapes, kinds = zip(*collectives(compiled), strict=True)
         assert set(kinds) == {"all-reduce"}
         assert set(re.findall(r"f32\[[^]]*\]", "".join(shapes))) == {"f32[8]"}
@@ -153,12 +153,12 @@ def test_training_is_the_same_on_one_device_and_eight(rng, meshes, accum_steps, 
     step = functools.partial(train_step, accum_steps=accum_steps)
 
     def trained(mesh, model):
-        whole = distributed.replicated(mesh)
-        state = distributed.put_replicated(mesh, make_state(model))
-        first = distributed.put_batch(mesh, batches[0])
+        whole = sharding.replicated(mesh)
+        state = sharding.put_replicated(mesh, make_state(model))
+        first = sharding.put_batch(mesh, batches[0])
         compiled = jax.jit(step, out_shardings=whole).lower(state, first).compile()
         for batch in batches:
-            state, _ = compiled(state, distributed.put_batch(mesh, batch))
+            state, _ = compiled(state, sharding.put_batch(mesh, batch))
         return jax.device_get((state.params, state.batch_stats)), collectives(compiled)
 
     with jax.enable_x64(True):

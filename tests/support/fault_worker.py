@@ -4,14 +4,15 @@ import os
 import pathlib
 import sys
 
-from flax_resnet import augment, config, data_config, models, watch
+from flax_resnet import augment, config, data_config, models
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.cli import experiment
+from flax_resnet.distributed import watchdog
 from flax_resnet.optim import optimizers
 
 # A process is forked from one that has imported all this, so that fifty start in little time.
 
-PHASES = ["starting", watch.WAITING, watch.STEP, watch.EVALUATING, watch.SAVING]
+PHASES = ["starting", watchdog.WAITING, watchdog.STEP, watchdog.EVALUATING, watchdog.SAVING]
 
 
 def get_config() -> config.TrainConfig:
@@ -48,13 +49,13 @@ def train(
     os.dup2(out, 2)
     phase = os.open(phase_file, os.O_RDWR | os.O_CREAT)
     os.pwrite(phase, b"\0", 0)
-    at = watch.Watch.at
+    at = watchdog.Watch.at
 
     def telling(self, name, step):
         os.pwrite(phase, bytes([PHASES.index(name) if name in PHASES else 0]), 0)
         at(self, name, step)
 
-    watch.Watch.at = telling
+    watchdog.Watch.at = telling
     sys.argv = ["worker"]
     experiment.main(get_config, workdir, [*flags])
 

@@ -11,8 +11,8 @@ import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 
-from flax_resnet import hosts, watch
 from flax_resnet.cli.experiment import one_line_errors
+from flax_resnet.distributed import hosts, watchdog
 from flax_resnet.errors import UserError
 
 
@@ -23,7 +23,7 @@ def work(what: str, who: int) -> None:
     hosts.check_alike({"config.seed": seed, "config.model": f"resnet{seed}"})
     with hosts.watching() as watching:
         for step in range(1200):
-            watching.at(watch.WAITING, step)
+            watching.at(watchdog.WAITING, step)
             if step == 3:
                 print("going", flush=True)
                 if this == who:
@@ -32,7 +32,7 @@ def work(what: str, who: int) -> None:
                     sys.exit(75)
                 if what in ("end", "late"):
                     return
-            watching.at(watch.STEP, step)
+            watching.at(watchdog.STEP, step)
             multihost_utils.process_allgather(np.int32(step))
             time.sleep(0.05)
 

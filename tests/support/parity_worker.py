@@ -9,14 +9,15 @@ import jax
 import numpy as np
 
 from experiments.speedrun import SpeedNet
-from flax_resnet import distributed, hosts, setup
+from flax_resnet import setup
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
 from flax_resnet.data_config import DataConfig
+from flax_resnet.distributed import hosts, sharding
 from flax_resnet.models import BasicBlock, ResNet
 from flax_resnet.optim.optimizers import SGD
 
-# name: (dtype, steps, sharding, accum_steps, MiB that may live on the device, BatchNorm groups,
+# name: (dtype, steps, split, accum_steps, MiB that may live on the device, BatchNorm groups,
 # steps in a dispatch)
 WAYS = {
     "plain": ("float64", 5, "replicated", 1, 2048, None, 1),
@@ -31,7 +32,7 @@ WAYS = {
 
 def run(name: str, out: pathlib.Path) -> None:
     """Writes OUT/NAME.npz: the state's arrays after the steps, and the evaluation."""
-    dtype, steps, sharding, accum_steps, resident_mb, group, at_once = WAYS[name]
+    dtype, steps, split, accum_steps, resident_mb, group, at_once = WAYS[name]
     model: ResNet | SpeedNet
     model = ResNet((1,), BasicBlock, num_classes=10, num_filters=8, stem="cifar", dtype=dtype,
                    param_dtype=dtype, bn_group=group)  # fmt: skip
@@ -47,19 +48,19 @@ def run(name: str, out: pathlib.Path) -> None:
         eval_batch_size=120,
         num_steps=steps,
         accum_steps=accum_steps,
-        sharding=sharding,
+        sharding=split,
         ema_decay=0.9,
         steps_per_dispatch=at_once,
     )
-    mesh = distributed.data_mesh()
+    mesh = sharding.data_mesh()
     here = setup.set_up(config, out / "nowhere", mesh)
     step, evaluate, _ = here.programs.compile(here.dispatch_lengths)
     for batch in here.dispatches():
         here.state, _ = step(here.state, batch)
     here.evaluate(evaluate)
-    whole = jax.jit(lambda tree: tree, out_shardings=distributed.replicated(mesh))
+    whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
     arrays = jax.device_get(whole(here.state.arrays()))
-    if distributed.is_lead():
+    if sharding.is_lead():
         leaves = {
             jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(arrays)
         }
@@ -71,7 +72,7 @@ def main() -> None:
     out, ways = pathlib.Path(sys.argv[1]), sys.argv[2:]
     with hosts.joined(hosts.Hosts()):
         own = np.full(2, jax.process_index(), np.float32)
-        np.testing.assert_array_equal(distributed.leads(own), np.zeros(2, np.float32))
+        np.testing.assert_array_equal(sharding.leads(own), np.zeros(2, np.float32))
         for name in ways:
             with jax.enable_x64(True) if WAYS[name][0] == "float64" else contextlib.nullcontext():
                 run(name, out)

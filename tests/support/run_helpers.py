@@ -1,7 +1,7 @@
 """What tests compare of two runs."""
 
-from flax_resnet import metrics
 from flax_resnet.checkpoints.checkpoints import Checkpoints
+from flax_resnet.records.run_dir import read_metrics
 
 
 def saved(workdir, which="latest"):
@@ -21,5 +21,5 @@ def timeless(records):
 def numbers(workdir):
     """What a run's metrics say, without times."""
     times = ("images_per_second", "data_wait")
-    records = metrics.read_metrics(workdir)
+    records = read_metrics(workdir)
     return [{k: v for k, v in record.items() if k not in times} for record in records]

@@ -14,10 +14,11 @@ import jax
 import pytest
 from helpers import QUICK, wait_for
 
-from flax_resnet import metrics, tracking
-from flax_resnet.distributed import data_mesh
-from flax_resnet.preemption import Preempted
+from flax_resnet import tracking
+from flax_resnet.distributed.preemption import Preempted
+from flax_resnet.distributed.sharding import data_mesh
 from flax_resnet.records.configs import flatten, to_record
+from flax_resnet.records.run_dir import read_metrics
 from flax_resnet.train import train_and_evaluate
 
 SUPPORT = pathlib.Path(__file__).parents[1] / "support"
@@ -72,7 +73,7 @@ def test_an_mlflow_server_has_a_stopped_run_as_one_with_every_line(config, serve
         for m in client.get_metric_history(run.info.run_id, name)
     }
     expected = {(f"result/{name}", 12, value) for name, value in result.items()}
-    for record in metrics.read_metrics(workdir):
+    for record in read_metrics(workdir):
         step, split = record.pop("step"), record.pop("split")
         expected |= {(f"{split}/{name}", step, value) for name, value in record.items()}
     assert stored == expected
@@ -136,7 +137,7 @@ def test_a_server_that_is_down_costs_a_run_at_most_30_seconds_and_no_line(
         wait_for(lambda: (workdir / "result.json").exists() or process.poll() is not None)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
-    steps = [r["step"] for r in metrics.read_metrics(workdir) if r["split"] == "train"]
+    steps = [r["step"] for r in read_metrics(workdir) if r["split"] == "train"]
     assert steps == [1, 2, 3, 4]
     assert "does not take the metrics (" in err or name == "mlflow"
     assert "did not get the end of the run and 5 lines" in err

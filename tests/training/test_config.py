@@ -143,7 +143,7 @@ def test_bad_fields(fields):
 def test_a_workdir_that_processes_do_not_share_is_named(tmp_path, monkeypatch, seen):
     monkeypatch.setattr(workdir_module.jax, "process_count", lambda: 2)
     monkeypatch.setattr(workdir_module.jax, "process_index", lambda: 1)
-    monkeypatch.setattr(workdir_module.distributed, "same_everywhere", lambda value: 3)
+    monkeypatch.setattr(workdir_module.sharding, "same_everywhere", lambda value: 3)
     waits = []
     monkeypatch.setattr(workdir_module.time, "sleep", waits.append)
     if seen is not None:  # an old run's record of this host alone, or what the lead has written

@@ -21,6 +21,7 @@ from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.data import Data
 from flax_resnet.data_config import DataConfig
+from flax_resnet.distributed.preemption import Preempted
 from flax_resnet.errors import UserError
 from flax_resnet.initial_state import measure_norms, start_from
 from flax_resnet.models import (
@@ -33,7 +34,6 @@ from flax_resnet.models import (
     variable_shapes,
 )
 from flax_resnet.optim.optimizers import SGD, Adam
-from flax_resnet.preemption import Preempted
 from flax_resnet.preprocess import KERAS_V1
 from flax_resnet.records.provenance import versions
 from flax_resnet.step import create_state, train_step

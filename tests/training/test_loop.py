@@ -18,11 +18,11 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.data_config import DataConfig
 from flax_resnet.datasets import sources
 from flax_resnet.datasets.decode import Decoder
-from flax_resnet.distributed import data_mesh
+from flax_resnet.distributed.preemption import Preempted
+from flax_resnet.distributed.sharding import data_mesh
 from flax_resnet.errors import UserError
 from flax_resnet.models import DropBlockResNet, MiniModel
 from flax_resnet.optim.optimizers import LARS, Adam, Cosine
-from flax_resnet.preemption import Preempted
 from flax_resnet.records.run_dir import read_metrics
 from flax_resnet.step_programs import StepPrograms
 from flax_resnet.tracking.run_log import RunLog

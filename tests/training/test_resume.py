@@ -12,7 +12,7 @@ from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints
 from flax_resnet.config import TrainConfig
 from flax_resnet.data_config import DataConfig
-from flax_resnet.distributed import data_mesh
+from flax_resnet.distributed.sharding import data_mesh
 from flax_resnet.errors import UserError
 from flax_resnet.optim.optimizers import Adam
 from flax_resnet.train import train_and_evaluate

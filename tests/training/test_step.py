@@ -15,8 +15,9 @@ from helpers import (
     tiny_resnet,
 )
 
-from flax_resnet import distributed, metrics
+from flax_resnet import metrics
 from flax_resnet.augment import Augment
+from flax_resnet.distributed import sharding
 from flax_resnet.models import cifar_resnet
 from flax_resnet.normalization import normalize
 from flax_resnet.optim.optimizers import SGD
@@ -43,11 +44,11 @@ class Linear(nn.Module):
 
 def run_on_mesh(mesh, steps, model, batches, **kwargs):
     """Steps as the loop compiles them: sharded batch, replicated and donated state."""
-    whole = distributed.replicated(mesh)
+    whole = sharding.replicated(mesh)
     step = jax.jit(functools.partial(train_step, **kwargs), donate_argnums=0, out_shardings=whole)
-    state = distributed.put_replicated(mesh, make_state(model))
+    state = sharding.put_replicated(mesh, make_state(model))
     for batch in batches[:steps]:
-        state, _ = step(state, distributed.put_batch(mesh, batch))
+        state, _ = step(state, sharding.put_batch(mesh, batch))
     return jax.device_get((state.params, state.batch_stats))
 
 

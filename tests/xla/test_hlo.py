@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from helpers import UNIT_STATS, device_bytes, tiny_resnet
 
-from flax_resnet import distributed
 from flax_resnet.analysis import collectives
 from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
+from flax_resnet.distributed import sharding
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim.optimizers import SGD
 from flax_resnet.run import Run
@@ -36,13 +36,13 @@ FUSED = {"all-reduce": 2}
 @functools.cache
 def step_of(model, batch_size=BATCH, **fields):
     """(run, compiled train step): as StepPrograms.compile_step makes it, for shapes alone."""
-    mesh = distributed.data_mesh()
+    mesh = sharding.data_mesh()
     config = TrainConfig(model=model, batch_size=batch_size, **fields)
     tx, schedule = SGD().build(100, 10)
     ema = config.ema_decay is not None
     state = jax.eval_shape(lambda: create_state(model, tx, 0, SHAPE, UNIT_STATS, ema=ema))
     state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         state,
         state_sharding(state, mesh, config.sharding),
     )

@@ -12,10 +12,11 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from run_helpers import numbers, saved
 
 from experiments import digits
-from flax_resnet import distributed, figures
+from flax_resnet import figures
 from flax_resnet.cli import app, experiment
 from flax_resnet.config import TrainConfig
 from flax_resnet.data_config import DataConfig
+from flax_resnet.distributed import sharding
 from flax_resnet.train import train_and_evaluate
 from flax_resnet.xla import program_cache
 
@@ -102,7 +103,7 @@ def test_a_warm_start_equals_a_cold_one(fresh, digits_dir, tmp_path, mesh, monke
 
 def test_what_comes_from_the_cache_still_takes_its_argument_over(fresh, mesh):
     """And a program whose entry a killed process left half written is kept again."""
-    whole = distributed.replicated(mesh)
+    whole = sharding.replicated(mesh)
     place = program_cache.use_cache()
     jax.config.update(MIN_SECONDS, 0)
 

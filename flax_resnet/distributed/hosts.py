@@ -33,11 +33,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from flax_resnet.distributed.preemption import EXIT_PREEMPTED
+from flax_resnet.distributed.watchdog import Watch
 from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_range
-from flax_resnet.preemption import EXIT_PREEMPTED
 from flax_resnet.records.configs import varying_fields
 from flax_resnet.records.provenance import source_hash, versions
-from flax_resnet.watch import Watch
 
 OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Variables that name a process where no launcher does."""
