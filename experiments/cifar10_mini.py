@@ -10,10 +10,10 @@ Hardware: a 2-core CPU for single epochs; the 50 are meant for one GPU.
 Published: none.
 """
 
-from flax_resnet.augment import Augment
 from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.augment import Augment
+from flax_resnet.data.config import DataConfig
 from flax_resnet.models import MiniModel
 from flax_resnet.optim.optimizers import Adam
 

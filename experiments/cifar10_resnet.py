@@ -14,10 +14,10 @@ Published: test error of 20, 32, 44, 56, 110 and 1202 layers: 8.75, 7.51, 7.17, 
 7.93 % (table 6; 110 is the best of 5 runs, their mean 6.61).
 """
 
-from flax_resnet.augment import Augment
 from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.augment import Augment
+from flax_resnet.data.config import DataConfig
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim.optimizers import SGD, Piecewise
 

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.speedrun import SpeedNet, SpeedSGD, Triangle
-from flax_resnet.augment import Augment
 from flax_resnet.cli.experiment import chosen_by, main
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.augment import Augment
+from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError
 from flax_resnet.optim.optimizers import decoupled

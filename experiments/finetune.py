@@ -16,7 +16,7 @@ Published: none.
 from flax_resnet import recipes
 from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.config import DataConfig
 
 
 def get_config() -> TrainConfig:

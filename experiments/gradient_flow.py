@@ -40,11 +40,11 @@ from experiments.benchmarks import common
 from flax_resnet import metrics
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
-from flax_resnet.datasets.sklearn_digits import load_digits
+from flax_resnet.data.normalization import normalize, statistics
+from flax_resnet.data.sklearn_digits import load_digits
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.models import Block, ResNet, cifar_resnet, unstack_blocks
 from flax_resnet.models.blocks import Connection
-from flax_resnet.normalization import normalize, statistics
 from flax_resnet.records.files import replacing
 from flax_resnet.records.run_dir import RESULT, write_json
 

@@ -17,7 +17,7 @@ Published: 92.75 % top-1 on test (the tutorial).
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.cli.experiment import main
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.config import DataConfig
 from flax_resnet.models import keras_resnet
 from flax_resnet.optim.optimizers import Adam
 

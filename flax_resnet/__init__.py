@@ -1,11 +1,12 @@
 """Residual networks in JAX and Flax: the families, their training and their study."""
 
-from flax_resnet.augment import Augment as Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig as CheckpointConfig
 from flax_resnet.checkpoints.checkpoints import Checkpoints as Checkpoints
 from flax_resnet.config import TrainConfig as TrainConfig
-from flax_resnet.data import Data as Data
-from flax_resnet.data_config import DataConfig as DataConfig
+from flax_resnet.data.augment import Augment as Augment
+from flax_resnet.data.batches import Data as Data
+from flax_resnet.data.config import DataConfig as DataConfig
+from flax_resnet.data.preprocess import Preprocessing as Preprocessing
 from flax_resnet.distributed.hosts import Hosts as Hosts
 from flax_resnet.distributed.hosts import joined as joined
 from flax_resnet.distributed.preemption import Preempted as Preempted
@@ -60,7 +61,6 @@ from flax_resnet.optim.optimizers import Piecewise as Piecewise
 from flax_resnet.optim.optimizers import ReduceOnPlateau as ReduceOnPlateau
 from flax_resnet.optim.optimizers import decoupled as decoupled
 from flax_resnet.optim.optimizers import linear_scaled_lr as linear_scaled_lr
-from flax_resnet.preprocess import Preprocessing as Preprocessing
 from flax_resnet.step import TrainState as TrainState
 from flax_resnet.step import create_state as create_state
 from flax_resnet.step import eval_step as eval_step

@@ -8,9 +8,9 @@ from flax import linen as nn
 from flax.errors import FlaxError
 from jax.sharding import Mesh
 
-from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import Data
+from flax_resnet.data.augment import Augment
+from flax_resnet.data.batches import Data
 from flax_resnet.distributed.sharding import check_divisible
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet

@@ -13,9 +13,9 @@ import numpy as np
 from flax import linen as nn
 
 from flax_resnet import models
+from flax_resnet.data.preprocess import Preprocessing
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
-from flax_resnet.preprocess import Preprocessing
 from flax_resnet.weights import Pretrained, check_same, image_shape, open_weights
 from flax_resnet.weights.imagenet_classes import class_name
 

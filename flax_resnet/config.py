@@ -7,17 +7,17 @@ from typing import Literal
 
 from flax import linen as nn
 
-from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
-from flax_resnet.data_config import FREE, DataConfig
+from flax_resnet.data.augment import Augment
+from flax_resnet.data.config import FREE, DataConfig
+from flax_resnet.data.normalization import NormalizationKind
+from flax_resnet.data.test_time import Views
 from flax_resnet.distributed.sharding import StateSharding
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
 from flax_resnet.guards import Guard
 from flax_resnet.models import cifar_resnet
-from flax_resnet.normalization import NormalizationKind
 from flax_resnet.optim.optimizers import SGD, Optimizer
 from flax_resnet.tracking import AnyTracking, TensorBoard, Tracking
-from flax_resnet.views import Views
 
 
 @dataclasses.dataclass(frozen=True)

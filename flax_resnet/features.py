@@ -17,11 +17,11 @@ import numpy as np
 from flax import linen as nn
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from flax_resnet.data import Data
-from flax_resnet.data_config import SPLITS, Split
-from flax_resnet.datasets.decode import PACKAGES
+from flax_resnet.data.batches import Data
+from flax_resnet.data.config import SPLITS, Split
+from flax_resnet.data.decode import PACKAGES
+from flax_resnet.data.normalization import normalize
 from flax_resnet.models.variables import has_top, split_top
-from flax_resnet.normalization import normalize
 from flax_resnet.records.configs import to_record
 from flax_resnet.records.files import cache_dir, digest, replacing
 from flax_resnet.records.provenance import source_hash, versions

@@ -13,10 +13,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
-from flax_resnet.datasets import prepare, sources
+from flax_resnet.data import preparation, sources
+from flax_resnet.data.augment import Augment
+from flax_resnet.data.config import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet, cifar_resnet, imagenet_resnet
 from flax_resnet.optim.optimizers import SGD, Cosine
@@ -135,7 +135,7 @@ def look_at(data: str, data_dir: str | None = None) -> tuple[DataConfig, int, Sh
         raise UserError(f"unknown data {data!r} (did you mean 'digits'?)")
     name = sources.DIGITS if data == "digits" else data
     if name == sources.DIGITS:
-        prepare.prepare(name, data_dir)
+        preparation.prepare(name, data_dir)
     train = sources.open_tfds(name, data_dir, [TRAIN_SPLIT])[0]
     there = sources.split_names(name, data_dir)
     evaluated = [(TRAIN_SPLIT, split) for split in sources.EVAL_NAMES if split in there]

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from flax_resnet import features, metrics
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import Data
+from flax_resnet.data.batches import Data
 from flax_resnet.distributed import sharding
 from flax_resnet.distributed.preemption import Preempted
 from flax_resnet.optim.optimizers import learning_rate_at

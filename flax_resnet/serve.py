@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 
 from flax_resnet.classify import Classifier, not_finite
-from flax_resnet.datasets.decode import DECODE_ERRORS
+from flax_resnet.data.decode import DECODE_ERRORS
+from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
 from flax_resnet.inspection.layers import grad_cam, heat
-from flax_resnet.normalization import normalize
 from flax_resnet.predict import best_classes, reason
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

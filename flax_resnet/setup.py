@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from flax_resnet import checks, features, guards, models
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import Data
+from flax_resnet.data.batches import Data
 from flax_resnet.distributed import sharding
 from flax_resnet.initial_state import fitted, measured, say, starter
 from flax_resnet.resume import changes, restore

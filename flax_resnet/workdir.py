@@ -17,7 +17,7 @@ import jax
 from flax import linen as nn
 
 from flax_resnet.config import TrainConfig
-from flax_resnet.datasets.decode import PACKAGES
+from flax_resnet.data.decode import PACKAGES
 from flax_resnet.distributed import sharding
 from flax_resnet.errors import TryAgain, UserError
 from flax_resnet.records.configs import flatten, to_record, varying_fields

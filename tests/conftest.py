@@ -45,10 +45,10 @@ def clean_environment(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
     """A data_dir with the bundled digits prepared."""
-    from flax_resnet.datasets import prepare
+    from flax_resnet.data import preparation
 
     directory = str(tmp_path_factory.mktemp("tfds"))
-    prepare.prepare("sklearn_digits", directory)
+    preparation.prepare("sklearn_digits", directory)
     return directory
 
 

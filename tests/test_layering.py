@@ -6,7 +6,7 @@ import pathlib
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_resnet"
 # A builder is asked for by name, at run time, by the module that builds sets.
-ALLOWED = {("datasets.prepare", "datasets.sklearn_digits")}
+ALLOWED = {("data.preparation", "data.sklearn_digits")}
 
 
 def module_name(path):

@@ -15,8 +15,8 @@ from prediction_helpers import SQUARE, damaged, make_weights, paint
 
 from flax_resnet import inspection, predict, serve
 from flax_resnet.classify import Classifier
+from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
-from flax_resnet.normalization import normalize
 from flax_resnet.weights import Pretrained, open_weights
 
 

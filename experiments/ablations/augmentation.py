@@ -14,9 +14,9 @@ Published: none (the tutorial prints no figure).
 from collections.abc import Mapping
 
 from experiments import cifar10_mini
-from flax_resnet.augment import Augment
 from flax_resnet.cli.experiment import ablate
 from flax_resnet.config import TrainConfig
+from flax_resnet.data.augment import Augment
 from flax_resnet.grids import grid
 
 BASELINE = "none"

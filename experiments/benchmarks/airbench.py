@@ -32,9 +32,9 @@ import numpy as np
 
 from experiments.benchmarks import common, driver
 from experiments.benchmarks.driver import Row
-from flax_resnet.data_config import DataConfig
-from flax_resnet.datasets.rows import decode_chunks
-from flax_resnet.datasets.sources import open_tfds
+from flax_resnet.data.config import DataConfig
+from flax_resnet.data.order import decode_chunks
+from flax_resnet.data.sources import open_tfds
 from flax_resnet.errors import UserError, check_range
 
 TARGETS = (93, 94, 95, 96)

@@ -76,12 +76,12 @@ def ours(
     import grain
     import jax
 
-    from flax_resnet import data, data_config
-    from flax_resnet.datasets import decode
+    from flax_resnet import Data, DataConfig
+    from flax_resnet.data import decode
     from flax_resnet.distributed import sharding
     from flax_resnet.records.provenance import versions
 
-    config = data_config.DataConfig(
+    config = DataConfig(
         name=RECORDS,
         data_dir=task.folder,
         folder=None if records else task.folder,
@@ -91,7 +91,7 @@ def ours(
         resident_mb=0,
         num_workers=task.cores if processes else 0,
     )
-    opened = data.Data(config, sharding.data_mesh(jax.devices()[:1]), 2)
+    opened = Data(config, sharding.data_mesh(jax.devices()[:1]), 2)
 
     def batches() -> Iterator[Any]:
         made = opened.train_batches(0, task.batch_size, 0, 10**6)
@@ -104,7 +104,7 @@ def ours(
 
 def decoder(task: Task) -> tuple[dict[str, str], Batches]:
     """The decoder by itself, in one thread."""
-    from flax_resnet.datasets import decode
+    from flax_resnet.data import decode
     from flax_resnet.records.provenance import versions
 
     crop = decode.Decoder(3, task.size, CENTRE, random_crop=task.crop == "random")

@@ -25,7 +25,7 @@ from experiments.benchmarks.driver import run as run_benchmark
 from experiments.benchmarks.peers.specs import NETWORKS
 from flax_resnet import models, run
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import Data
+from flax_resnet.data.batches import Data
 from flax_resnet.distributed import sharding
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
 from flax_resnet.models.summary import FLOPS_A_MAC, summarize

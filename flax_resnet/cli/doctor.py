@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 from flax_resnet.cli.flags import DataDir
-from flax_resnet.datasets import sources
+from flax_resnet.data import sources
 from flax_resnet.errors import TryAgain
 from flax_resnet.records.provenance import git_state, versions
 

@@ -13,7 +13,7 @@ from flax_resnet import recipes
 from flax_resnet.cli import flags
 from flax_resnet.cli.flags import PROG, DataDir, Positional, flag
 from flax_resnet.config import TrainConfig
-from flax_resnet.datasets.prepare import prepare
+from flax_resnet.data.preparation import prepare
 from flax_resnet.errors import UserError
 
 TRAIN = """Trains a network from random weights on "digits", a tfds set, or a folder of images with

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from flax_resnet.classify import FLAGS, open_network
 from flax_resnet.cli.flags import flag
+from flax_resnet.data.preprocess import Preprocessing
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.preprocess import Preprocessing
 from flax_resnet.weights.pretrained import Pretrained
 
 OWN = "the weights' own"

@@ -17,14 +17,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.classify import Classifier, not_finite, open_network
-from flax_resnet.datasets.decode import DECODE_ERRORS, PIL_MODES
-from flax_resnet.datasets.sources import unreadable
+from flax_resnet.data.decode import DECODE_ERRORS, PIL_MODES
+from flax_resnet.data.normalization import normalize
+from flax_resnet.data.preprocess import Preprocessing
+from flax_resnet.data.sources import unreadable
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.exporting import loader, to_onnx
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, FORMAT, WEIGHTS
-from flax_resnet.normalization import normalize
 from flax_resnet.predict import find_images, shown
-from flax_resnet.preprocess import Preprocessing
 from flax_resnet.records.configs import to_record
 from flax_resnet.records.files import os_error_as_one_line, replacing_tree
 from flax_resnet.weights import Pretrained, open_weights

@@ -12,10 +12,10 @@ import numpy as np
 from flax import linen as nn
 
 from flax_resnet import models
-from flax_resnet.data import Data
+from flax_resnet.data.batches import Data
+from flax_resnet.data.normalization import normalize
 from flax_resnet.distributed import sharding
 from flax_resnet.models import ResNet
-from flax_resnet.normalization import normalize
 from flax_resnet.records.run_dir import read_config
 from flax_resnet.weights.imagenet_classes import class_name
 from flax_resnet.weights.loading import read_checkpoint, saved_variables

@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flax_resnet.datasets.decode import DECODE_ERRORS
+from flax_resnet.data.decode import DECODE_ERRORS
+from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
 from flax_resnet.inspection.run import Inspected
-from flax_resnet.normalization import normalize
 from flax_resnet.predict import find_images, reason, shown
 from flax_resnet.step import step_keys
 

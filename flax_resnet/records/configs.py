@@ -25,10 +25,13 @@ REMOVED_FIELDS: dict[str, dict[str, Any]] = {
 """{"module:Name" of a class: {field that the class no longer has: value that turned it off}}."""
 
 MOVED_MODULES: dict[str, str] = {
+    "flax_resnet.augment": "flax_resnet.data.augment",
     "flax_resnet.checkpoint": "flax_resnet.checkpoints.checkpoints",
-    "flax_resnet.data": "flax_resnet.data_config",
+    "flax_resnet.data": "flax_resnet.data.config",
+    "flax_resnet.datasets.decode": "flax_resnet.data.decode",
     "flax_resnet.layers": "flax_resnet.models.layers",
     "flax_resnet.optim": "flax_resnet.optim.optimizers",
+    "flax_resnet.preprocess": "flax_resnet.data.preprocess",
     "flax_resnet.regularize": "flax_resnet.models.regularize",
     "flax_resnet.schedules": "flax_resnet.optim.schedules",
 }

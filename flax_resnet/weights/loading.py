@@ -16,10 +16,10 @@ from flax import linen as nn
 from flax_resnet import models
 from flax_resnet.checkpoints import seals
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints
+from flax_resnet.data.preprocess import Preprocessing
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
 from flax_resnet.models.arguments import Dtype
-from flax_resnet.preprocess import Preprocessing
 from flax_resnet.records.configs import from_record, untracked
 from flax_resnet.records.run_dir import read_record
 from flax_resnet.weights import hub, published

@@ -9,7 +9,7 @@ from typing import Any
 from flax import linen as nn
 
 from flax_resnet import models
-from flax_resnet.preprocess import Preprocessing
+from flax_resnet.data.preprocess import Preprocessing
 
 Variables = Mapping[str, Any]
 

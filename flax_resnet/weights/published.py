@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flax_resnet import models
+from flax_resnet.data.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.errors import UserError, did_you_mean
-from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 
 DEFAULT = "imagenet"
 """The tag that stands for a network's default one."""

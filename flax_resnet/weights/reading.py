@@ -15,11 +15,11 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet import models
-from flax_resnet.datasets.decode import Decoder
+from flax_resnet.data.decode import Decoder
+from flax_resnet.data.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet, WeightsError
 from flax_resnet.models.arguments import check_dtype
-from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.records.configs import MOVED_CLASSES, class_name, from_record, todays_name
 from flax_resnet.records.files import reason
 from flax_resnet.weights import keras_names, torch_names

@@ -12,9 +12,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from flax_resnet import models
+from flax_resnet.data.preprocess import Preprocessing
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
-from flax_resnet.preprocess import Preprocessing
 from flax_resnet.records.configs import to_record
 from flax_resnet.records.files import os_error_as_one_line, replacing
 from flax_resnet.weights import keras_names

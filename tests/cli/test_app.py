@@ -13,7 +13,7 @@ from PIL import Image
 import flax_resnet
 from flax_resnet import recipes
 from flax_resnet.cli import app, flags, train
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.config import DataConfig
 from flax_resnet.records.configs import from_record
 
 TINY = ("--model.stage-sizes", "1", "--model.num-filters", "8", "--num-steps", "2",

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from flax_resnet import augment, normalization
-from flax_resnet.augment import Augment
+from flax_resnet.data import augment, normalization
+from flax_resnet.data.augment import Augment
 from flax_resnet.errors import UserError
 
 KEY = jax.random.key(7)

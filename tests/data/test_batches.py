@@ -8,11 +8,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from flax_resnet import TrainConfig, train_and_evaluate
-from flax_resnet.data import Data
-from flax_resnet.data_config import DataConfig
-from flax_resnet.datasets import rows, sources
-from flax_resnet.datasets.decode import Decoder
-from flax_resnet.datasets.rows import BatchReader, batch_rows
+from flax_resnet.data import sources
+from flax_resnet.data.batches import Data
+from flax_resnet.data.config import DataConfig
+from flax_resnet.data.decode import Decoder
+from flax_resnet.data.order import BatchReader, batch_rows, epoch_permutation
 from flax_resnet.errors import UserError
 
 
@@ -43,7 +43,7 @@ def test_every_epoch_holds_every_example_once_across_batch_edges(batch, size):
 
 def test_order_is_a_function_of_seed_and_epoch():
     def epoch(seed, index):
-        return rows.epoch_permutation(seed, index, 50).tolist()
+        return epoch_permutation(seed, index, 50).tolist()
 
     assert epoch(1, 0) == epoch(1, 0)
     assert len({tuple(epoch(seed, index)) for seed in range(4) for index in range(4)}) == 16

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from flax_resnet.datasets import decode, jpeg
-from flax_resnet.datasets.decode import DECODE_ERRORS, Decoder
+from flax_resnet.data import decode, jpeg
+from flax_resnet.data.decode import DECODE_ERRORS, Decoder
 
 WAYS = {
     "4:4:4": {"subsampling": 0},

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_resnet import cutting
+from flax_resnet.data import mixing
 
 KEY = jax.random.key(7)
 
@@ -15,7 +15,7 @@ def images(rng):
 
 def test_cutout_inside_is_a_whole_square_at_every_place():
     ones = np.ones((4000, 8, 6, 2), np.float32)
-    holes = (np.asarray(cutting.cutout(KEY, ones, 4, inside=True)) == 0).all(-1)
+    holes = (np.asarray(mixing.cutout(KEY, ones, 4, inside=True)) == 0).all(-1)
     assert (holes.sum((1, 2)) == 16).all()
     corners = {tuple(np.argwhere(hole)[0]) for hole in holes}
     assert corners == {(r, c) for r in range(5) for c in range(3)}
@@ -23,7 +23,7 @@ def test_cutout_inside_is_a_whole_square_at_every_place():
 
 def test_cutout_zeroes_a_square_clipped_at_the_edge():
     ones = np.ones((4000, 8, 6, 2), np.float32)
-    out = np.asarray(cutting.cutout(KEY, ones, 4))
+    out = np.asarray(mixing.cutout(KEY, ones, 4))
     holes = (out == 0).all(-1)
     assert (holes == (out == 0).any(-1)).all()
     height, width = holes.any(2).sum(1), holes.any(1).sum(1)
@@ -36,7 +36,7 @@ def test_cutout_zeroes_a_square_clipped_at_the_edge():
 
 def test_mixup_blends_with_the_mirror_in_the_batch(images):
     label = jnp.arange(32)
-    out = cutting.mixup(KEY, {"image": jnp.asarray(images), "label": label}, 0.5)
+    out = mixing.mixup(KEY, {"image": jnp.asarray(images), "label": label}, 0.5)
     share = float(out["mix"][0])
     assert 0 < share < 1
     np.testing.assert_allclose(
@@ -48,7 +48,7 @@ def test_mixup_blends_with_the_mirror_in_the_batch(images):
 
 def test_mixup_shares_follow_the_beta_distribution(images):
     batch = {"image": jnp.asarray(images[:2]), "label": jnp.arange(2)}
-    draw = jax.jit(jax.vmap(lambda key: cutting.mixup(key, batch, 0.4)["mix"][0]))
+    draw = jax.jit(jax.vmap(lambda key: mixing.mixup(key, batch, 0.4)["mix"][0]))
     shares = draw(jax.random.split(KEY, 20000))
     assert np.mean(shares) == pytest.approx(0.5, abs=0.01)
     assert np.var(shares) == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.03)
@@ -59,7 +59,7 @@ def test_cutmix_pastes_one_box_and_its_share_is_the_area():
     batch = {"image": jnp.asarray(images), "label": jnp.arange(4)}
     sizes = set()
     for seed in range(30):
-        out = cutting.cutmix(jax.random.key(seed), batch, 1.0)
+        out = mixing.cutmix(jax.random.key(seed), batch, 1.0)
         pasted = np.asarray(out["image"] != images)[..., 0]
         assert (pasted == pasted[0]).all()
         np.testing.assert_array_equal(out["image"][pasted], images[::-1][pasted])

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from tensorboardX.record_writer import RecordWriter
 
-from flax_resnet.datasets import prepare, sources
-from flax_resnet.datasets.decode import Decoder
-from flax_resnet.datasets.sklearn_digits import load_digits, test_rows
+from flax_resnet.data import preparation, sources
+from flax_resnet.data.decode import Decoder
+from flax_resnet.data.sklearn_digits import load_digits, test_rows
 from flax_resnet.errors import UserError
 
 test_rows.__test__ = False
@@ -45,9 +45,9 @@ def test_digits_stretch_16_grey_levels_over_a_byte():
 
 
 def test_preparing_again_changes_nothing(digits_dir):
-    directory = prepare.prepare("sklearn_digits", digits_dir)
+    directory = preparation.prepare("sklearn_digits", digits_dir)
     before = {p: p.stat().st_mtime_ns for p in sources.Path(directory).iterdir()}
-    assert prepare.prepare("sklearn_digits", digits_dir) == directory
+    assert preparation.prepare("sklearn_digits", digits_dir) == directory
     assert {p: p.stat().st_mtime_ns for p in sources.Path(directory).iterdir()} == before
 
 
@@ -75,9 +75,9 @@ def test_a_set_that_cannot_be_opened_is_one_line(digits_dir, name, split, messag
 
 
 def test_preparing_a_download_without_tensorflow_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(preparation.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs TensorFlow .*pip install -e '\.\[prepare\]'"):
-        prepare.prepare("cifar100", str(tmp_path))
+        preparation.prepare("cifar100", str(tmp_path))
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_tfrecord_sets_give_the_command_and_it_converts_them(tfrecord_digits, di
     command = f"python -m flax_resnet prepare sklearn_digits --data-dir {tfrecord_digits}"
     with pytest.raises(UserError, match=f"stored as tfrecord, .*convert it by {command}"):
         sources.open_tfds("sklearn_digits", tfrecord_digits, ("train",))
-    prepare.prepare("sklearn_digits", tfrecord_digits)
+    preparation.prepare("sklearn_digits", tfrecord_digits)
     for split in ("train", "test"):
         (got,) = sources.open_tfds("sklearn_digits", tfrecord_digits, (split,))
         (want,) = sources.open_tfds("sklearn_digits", digits_dir, (split,))
@@ -127,7 +127,7 @@ def test_a_damaged_tfrecord_set_is_not_recorded_as_converted(tfrecord_digits):
     info = sources.Path(tfrecord_digits) / "sklearn_digits" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace('"1000"', '"999"'))
     with pytest.raises(UserError, match="holds 1000 records, 999 are recorded"):
-        prepare.prepare("sklearn_digits", tfrecord_digits)
+        preparation.prepare("sklearn_digits", tfrecord_digits)
     with pytest.raises(UserError, match="stored as tfrecord"):
         sources.open_tfds("sklearn_digits", tfrecord_digits, ("train",))
 
@@ -242,7 +242,7 @@ def test_decoder_resizes_the_centre_crop(rng):
 
 
 def test_random_crops_keep_to_area_and_aspect(rng):
-    from flax_resnet.datasets.decode import _random_box
+    from flax_resnet.data.decode import _random_box
 
     boxes = np.array([_random_box(rng, 60, 40) for _ in range(2000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_resnet.datasets.decode import DECODE_ERRORS, Decoder
+from flax_resnet.data.decode import DECODE_ERRORS, Decoder
+from flax_resnet.data.normalization import normalize
+from flax_resnet.data.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.errors import UserError
-from flax_resnet.normalization import normalize
-from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 
 SIZES = [(301, 507), (507, 301), (224, 224), (37, 1000), (640, 480), (5, 7)]
 

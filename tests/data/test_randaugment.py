@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from flax_resnet import randaugment
+from flax_resnet.data import randaugment
+from flax_resnet.data.randaugment import OPS
 from flax_resnet.errors import UserError
-from flax_resnet.randaugment import OPS
 
 KEY = jax.random.key(3)
 apply_ops = jax.jit(randaugment.apply_ops)

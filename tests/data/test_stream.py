@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from flax_resnet.datasets import rows
+from flax_resnet.data import order
 
 PARENT = """
 import multiprocessing, sys, time
-from flax_resnet.datasets import rows
+from flax_resnet.data import order
 from test_stream import child
 if __name__ == "__main__":
     process = multiprocessing.get_context("spawn").Process(target=child, daemon=True)
@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 def child():
     """A worker process: it says that it has begun, and never ends by itself."""
-    rows._depend(0, 1)
+    order._depend(0, 1)
     print(os.getpid(), flush=True)
     time.sleep(600)
 
@@ -63,5 +63,5 @@ def test_a_worker_ends_with_its_parent_and_by_no_signal_before(tmp_path):
     [(1, 0, 1), (2, 0, 2), (64, 0, 8), (1, 2, 1), (2, 2, 1), (4, 2, 2), (64, 2, 2), (6, 4, 1)],
 )
 def test_there_are_no_more_threads_than_cores(cores, workers, threads, monkeypatch):
-    monkeypatch.setattr(rows, "usable_cores", lambda: cores)
-    assert rows.thread_count(workers) == threads
+    monkeypatch.setattr(order, "usable_cores", lambda: cores)
+    assert order.thread_count(workers) == threads

@@ -20,7 +20,7 @@ from hub_server import Hub
 
 import flax_resnet
 from experiments import mnist_transfer
-from flax_resnet.datasets import prepare
+from flax_resnet.data import preparation
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -83,7 +83,7 @@ CANNOT_RUN = {
 def small_data(tmp_path_factory):
     """A data_dir with the digits, and noise under the other sets' names."""
     directory = tmp_path_factory.mktemp("tfds")
-    prepare.prepare("sklearn_digits", str(directory))
+    preparation.prepare("sklearn_digits", str(directory))
     small_sets(directory)
     return directory
 

@@ -9,7 +9,7 @@ import pytest
 import flax_resnet
 from flax_resnet import models, recipes
 from flax_resnet.cli import app, experiment, flags
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.config import DataConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -25,7 +25,7 @@ from experiments.benchmarks import (
 )
 from experiments.benchmarks.peers import comparison
 from flax_resnet import models
-from flax_resnet.datasets import sources
+from flax_resnet.data import sources
 from flax_resnet.distributed import sharding
 from flax_resnet.step import create_state
 from flax_resnet.step import train_step as plain_step

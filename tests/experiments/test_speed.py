@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from experiments.speedrun import SpeedNet, SpeedStage, Whitening, whitening_kernel
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.config import DataConfig
 from flax_resnet.models import trainable
 from flax_resnet.setup import set_up
 from flax_resnet.weights import read_weights, write_weights

@@ -15,7 +15,7 @@ from experiments import cifar10_speedrun
 from experiments.speedrun import SpeedNet, SpeedSGD, Triangle
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.cli import flags
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed.preemption import Preempted
 from flax_resnet.errors import UserError
 from flax_resnet.optim.optimizers import SGD, decoupled

@@ -9,7 +9,7 @@ import yaml
 from inspection_helpers import tiny_config, tiny_run
 from prediction_helpers import make_weights
 
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed.sharding import data_mesh
 from flax_resnet.exporting.card import escaped, model_card
 from flax_resnet.exporting.hub import _opened as opened_of

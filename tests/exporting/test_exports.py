@@ -16,11 +16,11 @@ from prediction_helpers import NAMES, SQUARE, damaged, make_weights
 from safetensors.numpy import load_file
 
 import flax_resnet
-from flax_resnet.datasets.decode import Decoder
+from flax_resnet.data.decode import Decoder
+from flax_resnet.data.preprocess import KERAS_V1, TORCH, Preprocessing
 from flax_resnet.errors import UserError
 from flax_resnet.exporting import loader
 from flax_resnet.exporting.exports import difference, how_to_prepare, prepared_images
-from flax_resnet.preprocess import KERAS_V1, TORCH, Preprocessing
 from flax_resnet.weights import open_weights
 from flax_resnet.xla import backend
 

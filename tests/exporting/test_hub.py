@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save
 from weights_helpers import TIMM
 
 import flax_resnet
+from flax_resnet.data.preprocess import TORCH
 from flax_resnet.errors import UserError
 from flax_resnet.exporting.hub import CARD, RESULT
 from flax_resnet.predict import predict
-from flax_resnet.preprocess import TORCH
 from flax_resnet.weights import open_weights
 from flax_resnet.weights.hub import CONFIG, WEIGHTS, parse
 

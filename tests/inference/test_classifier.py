@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from flax_resnet import models
 from flax_resnet.classify import open_network
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.config import DataConfig
+from flax_resnet.data.preprocess import Preprocessing
 from flax_resnet.errors import UserError
 from flax_resnet.predict import predict
-from flax_resnet.preprocess import Preprocessing
 from flax_resnet.weights import open_weights, write_weights
 
 

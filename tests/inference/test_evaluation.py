@@ -11,11 +11,11 @@ from prediction_helpers import apply, damaged, make_weights, paint
 from flax_resnet import figures
 from flax_resnet.classify import open_network
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
-from flax_resnet.datasets import sources
+from flax_resnet.data import sources
+from flax_resnet.data.config import DataConfig
+from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
 from flax_resnet.evaluate import class_order, evaluate
-from flax_resnet.normalization import normalize
 from flax_resnet.optim.optimizers import Adam
 from flax_resnet.predict import predict
 from flax_resnet.records.run_dir import read_metrics

@@ -14,10 +14,10 @@ from helpers import noisy, tiny_resnet
 from inspection_helpers import tiny_config, tiny_run
 
 from flax_resnet import inspection
+from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import lr_finder
 from flax_resnet.models import DropBlockResNet, MiniModel, PreActBasicBlock
-from flax_resnet.normalization import normalize
 from flax_resnet.optim.optimizers import SGD
 from flax_resnet.step import TrainState, train_step
 

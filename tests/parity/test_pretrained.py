@@ -24,9 +24,9 @@ from parity_references import (
 from PIL import Image
 from safetensors.torch import save_file
 
+from flax_resnet.data.normalization import normalize
+from flax_resnet.data.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.models import create
-from flax_resnet.normalization import normalize
-from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
 from flax_resnet.weights.reading import open_file, read_weights
 from flax_resnet.weights.writing import write_weights
 

@@ -12,7 +12,7 @@ from parity_helpers import assert_close, keras, torch
 from peer_parity import KERAS_NORM, load_keras, named, perturbed
 
 from experiments.benchmarks.peers import keras_nets, specs
-from flax_resnet import augment
+from flax_resnet.data import augment
 from flax_resnet.models import MiniModel
 from flax_resnet.optim import optimizers
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from helpers import tiny_resnet
 
-from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.augment import Augment
+from flax_resnet.data.config import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models import MiniModel
 from flax_resnet.models.layers import Layers

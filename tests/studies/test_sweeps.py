@@ -12,7 +12,7 @@ from helpers import tiny_resnet
 
 from flax_resnet import sweeps, tables, train
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.config import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.grids import grid
 from flax_resnet.optim.optimizers import SGD

@@ -10,10 +10,10 @@ from helpers import tiny_resnet
 from prediction_helpers import NAMES, SQUARE, apply
 
 from flax_resnet import models
-from flax_resnet.datasets.decode import Decoder
+from flax_resnet.data.decode import Decoder
+from flax_resnet.data.normalization import normalize
+from flax_resnet.data.preprocess import KERAS_V1, Preprocessing
 from flax_resnet.models import DropBlockResNet, MiniModel
-from flax_resnet.normalization import normalize
-from flax_resnet.preprocess import KERAS_V1, Preprocessing
 from flax_resnet.weights import Pretrained
 
 CIFAR = Preprocessing(size=16, resize=None, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))

@@ -4,9 +4,11 @@ import os
 import pathlib
 import sys
 
-from flax_resnet import augment, config, data_config, models
+from flax_resnet import config, models
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.cli import experiment
+from flax_resnet.data import augment
+from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed import watchdog
 from flax_resnet.optim import optimizers
 
@@ -20,7 +22,7 @@ def get_config() -> config.TrainConfig:
     return config.TrainConfig(
         model=models.ResNet((1,), models.BasicBlock, num_classes=10, num_filters=4,
                             stem="cifar", dropout_rate=0.1),
-        data=data_config.DataConfig(data_dir=os.environ["FAULTS_DATA"]),
+        data=DataConfig(data_dir=os.environ["FAULTS_DATA"]),
         augment=augment.Augment(width_shift=0.1, cutout=2, mixup=0.2),
         optimizer=optimizers.Adam(schedule=optimizers.Cosine(warmup=0.2)),
         batch_size=72,

@@ -10,9 +10,9 @@ import numpy as np
 
 from experiments.speedrun import SpeedNet
 from flax_resnet import setup
-from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.augment import Augment
+from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed import hosts, sharding
 from flax_resnet.models import BasicBlock, ResNet
 from flax_resnet.optim.optimizers import SGD

@@ -9,8 +9,8 @@ from helpers import tiny_resnet
 from PIL import Image
 
 from flax_resnet import models
-from flax_resnet.normalization import normalize
-from flax_resnet.preprocess import Preprocessing
+from flax_resnet.data.normalization import normalize
+from flax_resnet.data.preprocess import Preprocessing
 from flax_resnet.weights import open_weights, write_weights
 
 SQUARE = Preprocessing(size=8, resize=10, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.config import DataConfig
 
 SMALL = {"num_filters": 4, "stem_filters": None, "stage_filters": (4,), "dense_features": (8,)}
 

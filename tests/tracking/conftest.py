@@ -5,7 +5,7 @@ from helpers import tiny_resnet
 
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.config import DataConfig
 from flax_resnet.optim.optimizers import Adam
 
 

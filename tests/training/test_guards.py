@@ -12,7 +12,7 @@ from run_helpers import saved
 from flax_resnet import guards
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed.preemption import Preempted
 from flax_resnet.errors import UserError
 from flax_resnet.guards import Diverged, Guard, all_finite, check_loss

@@ -17,10 +17,11 @@ from run_helpers import saved
 
 from experiments import mnist_transfer
 from flax_resnet import features as features_module
-from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
-from flax_resnet.data import Data
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.augment import Augment
+from flax_resnet.data.batches import Data
+from flax_resnet.data.config import DataConfig
+from flax_resnet.data.preprocess import KERAS_V1
 from flax_resnet.distributed.preemption import Preempted
 from flax_resnet.errors import UserError
 from flax_resnet.initial_state import measure_norms, start_from
@@ -34,7 +35,6 @@ from flax_resnet.models import (
     variable_shapes,
 )
 from flax_resnet.optim.optimizers import SGD, Adam
-from flax_resnet.preprocess import KERAS_V1
 from flax_resnet.records.provenance import versions
 from flax_resnet.step import create_state, train_step
 from flax_resnet.train import train_and_evaluate

@@ -12,12 +12,12 @@ from helpers import assert_trees_equal, tiny_resnet
 from run_helpers import saved, timeless
 
 from flax_resnet import run, train
-from flax_resnet.augment import Augment
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
-from flax_resnet.datasets import sources
-from flax_resnet.datasets.decode import Decoder
+from flax_resnet.data import sources
+from flax_resnet.data.augment import Augment
+from flax_resnet.data.config import DataConfig
+from flax_resnet.data.decode import Decoder
 from flax_resnet.distributed.preemption import Preempted
 from flax_resnet.distributed.sharding import data_mesh
 from flax_resnet.errors import UserError

@@ -8,7 +8,7 @@ from helpers import UNIT_STATS, assert_trees_equal, max_difference, random_batch
 
 from flax_resnet import setup
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.config import DataConfig
 from flax_resnet.optim.optimizers import SGD
 from flax_resnet.step import create_state, train_step
 

@@ -16,10 +16,10 @@ from helpers import (
 )
 
 from flax_resnet import metrics
-from flax_resnet.augment import Augment
+from flax_resnet.data.augment import Augment
+from flax_resnet.data.normalization import normalize
 from flax_resnet.distributed import sharding
 from flax_resnet.models import cifar_resnet
-from flax_resnet.normalization import normalize
 from flax_resnet.optim.optimizers import SGD
 from flax_resnet.step import (
     create_state,

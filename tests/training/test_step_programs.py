@@ -15,9 +15,9 @@ from run_helpers import saved, timeless
 
 from flax_resnet import setup, step_programs, together
 from flax_resnet.analysis import collectives
-from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
-from flax_resnet.data_config import DataConfig
+from flax_resnet.data.augment import Augment
+from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed.sharding import data_mesh
 from flax_resnet.optim.optimizers import SGD
 from flax_resnet.records.run_dir import read_metrics

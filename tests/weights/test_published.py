@@ -8,8 +8,8 @@ import pytest
 from weights_helpers import TIMM
 
 from flax_resnet import models
+from flax_resnet.data.preprocess import KERAS_V1, KERAS_V2, TORCH
 from flax_resnet.errors import UserError
-from flax_resnet.preprocess import KERAS_V1, KERAS_V2, TORCH
 from flax_resnet.weights import published
 from flax_resnet.weights.imagenet_classes import imagenet_classes
 

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file, save_file
 from weights_helpers import SMALL, keras_h5, random_variables, saved, without_description
 
 import flax_resnet
+from flax_resnet.data.preprocess import KERAS_V1, TORCH
 from flax_resnet.errors import UserError
 from flax_resnet.models import Block, ConvSpec, WeightsError, architecture, create, keras_resnet
-from flax_resnet.preprocess import KERAS_V1, TORCH
 from flax_resnet.weights.readers.tensors import read_tensors
 from flax_resnet.weights.reading import METADATA_KEY, open_file, read_weights
 from flax_resnet.weights.writing import write_weights

@@ -13,11 +13,11 @@ from weights_helpers import (
     without_description,
 )
 
+from flax_resnet.data.preprocess import TORCH
 from flax_resnet.errors import UserError
 from flax_resnet.models import (
     create,
 )
-from flax_resnet.preprocess import TORCH
 from flax_resnet.records.configs import MOVED_CLASSES
 from flax_resnet.weights.readers.tensors import TensorFile, read_tensors
 from flax_resnet.weights.reading import METADATA_KEY, _foreign, open_file, read_weights

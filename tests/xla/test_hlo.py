@@ -14,8 +14,8 @@ import pytest
 from helpers import UNIT_STATS, device_bytes, tiny_resnet
 
 from flax_resnet.analysis import collectives
-from flax_resnet.augment import Augment
 from flax_resnet.config import TrainConfig
+from flax_resnet.data.augment import Augment
 from flax_resnet.distributed import sharding
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim.optimizers import SGD

@@ -20,8 +20,8 @@ import struct
 import numpy as np
 from PIL import Image
 
-from flax_resnet.datasets import jpeg
-from flax_resnet.datasets.jpeg import Box, reach
+from flax_resnet.data import jpeg
+from flax_resnet.data.jpeg import Box, reach
 from flax_resnet.errors import UserError, check_whole, is_number
 
 try:

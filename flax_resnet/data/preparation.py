@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flax_resnet.datasets import sources
+from flax_resnet.data import sources
 from flax_resnet.errors import UserError
 
 
@@ -48,7 +48,7 @@ def _build(name: str, root: str) -> Any:
     import tensorflow_datasets as tfds
 
     if name == sources.DIGITS:
-        from flax_resnet.datasets.sklearn_digits import SklearnDigits
+        from flax_resnet.data.sklearn_digits import SklearnDigits
 
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(None):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from flax_resnet.datasets.decode import Decoder
-from flax_resnet.datasets.sources import DIGITS
+from flax_resnet.data.decode import Decoder
+from flax_resnet.data.sources import DIGITS
 from flax_resnet.errors import UserError, check_choices, check_range
 
 Split = Literal["train", "eval"]

@@ -22,9 +22,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet.data_config import SPLITS, DataConfig, Split
-from flax_resnet.datasets import prepare, sources
-from flax_resnet.datasets.rows import BatchReader, decode_chunks, decode_rows, read_ahead, take
+from flax_resnet.data import preparation, sources
+from flax_resnet.data.config import SPLITS, DataConfig, Split
+from flax_resnet.data.order import BatchReader, decode_chunks, decode_rows, read_ahead, take
 from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError
 from flax_resnet.records.files import digest
@@ -264,5 +264,5 @@ def open_sources(config: DataConfig, splits: Any = None, every: int | None = Non
         every = every or config.holdout_every
         return list(sources.open_folder(config.folder, splits, config.image_size, every))
     if config.name == sources.DIGITS:
-        prepare.prepare(config.name, config.data_dir)
+        preparation.prepare(config.name, config.data_dir)
     return list(sources.open_tfds(config.name, config.data_dir, splits))

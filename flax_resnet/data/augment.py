@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
-from flax_resnet.cutting import Batch, cutmix, cutout, mixup
+from flax_resnet.data.mixing import Batch, cutmix, cutout, mixup
+from flax_resnet.data.normalization import mean_pixel
+from flax_resnet.data.randaugment import MOST, apply_randaugment
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.normalization import mean_pixel
-from flax_resnet.randaugment import MOST, apply_randaugment
 
 
 @dataclasses.dataclass(frozen=True)

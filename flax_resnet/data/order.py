@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from flax_resnet.datasets import sources
-from flax_resnet.datasets.decode import DECODE_ERRORS, Decoder
+from flax_resnet.data import sources
+from flax_resnet.data.decode import DECODE_ERRORS, Decoder
 from flax_resnet.errors import UserError
 from flax_resnet.xla.backend import usable_cores
 

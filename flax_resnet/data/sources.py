@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from flax_resnet.datasets.decode import DECODE_ERRORS
+from flax_resnet.data.decode import DECODE_ERRORS
 from flax_resnet.errors import UserError, did_you_mean
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}

@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from flax_resnet.datasets.decode import LARGEST, PIL_MODES, Decoder, open_image
+from flax_resnet.data.decode import LARGEST, PIL_MODES, Decoder, open_image
+from flax_resnet.data.normalization import IMAGENET_MEAN, IMAGENET_STD, Statistics
 from flax_resnet.errors import UserError, check_choices, check_range, check_whole, is_number
-from flax_resnet.normalization import IMAGENET_MEAN, IMAGENET_STD, Statistics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,1 +1,0 @@
-"""Where images come from: tfds sets and folders, read as random-access sources."""
