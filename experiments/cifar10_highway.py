@@ -17,8 +17,8 @@ import dataclasses
 
 from experiments import cifar10_resnet
 from flax_resnet.cli.experiment import main
-from flax_resnet.config import TrainConfig
 from flax_resnet.models import highway_net
+from flax_resnet.training.config import TrainConfig
 
 
 def get_config(depth: int = 19) -> TrainConfig:

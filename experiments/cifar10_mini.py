@@ -11,11 +11,11 @@ Published: none.
 """
 
 from flax_resnet.cli.experiment import main
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.models import MiniModel
 from flax_resnet.optim.optimizers import Adam
+from flax_resnet.training.config import TrainConfig
 
 
 def get_config() -> TrainConfig:

@@ -15,11 +15,11 @@ Published: test error of 20, 32, 44, 56, 110 and 1202 layers: 8.75, 7.51, 7.17, 
 """
 
 from flax_resnet.cli.experiment import main
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim.optimizers import SGD, Piecewise
+from flax_resnet.training.config import TrainConfig
 
 NUM_STEPS = 64_000
 DROPS = (32_000, 48_000)

@@ -37,7 +37,6 @@ from flax import linen as nn
 from scipy.stats import gmean
 
 from experiments.benchmarks import common
-from flax_resnet import metrics
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.data.normalization import normalize, statistics
@@ -47,6 +46,7 @@ from flax_resnet.models import Block, ResNet, cifar_resnet, unstack_blocks
 from flax_resnet.models.blocks import Connection
 from flax_resnet.records.files import replacing
 from flax_resnet.records.run_dir import RESULT, write_json
+from flax_resnet.training import metrics
 
 CONNECTIONS: tuple[Connection, ...] = ("plain", "residual", "highway")
 INITS = {"batch": "he_normal", "none": "glorot_uniform"}

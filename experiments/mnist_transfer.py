@@ -6,7 +6,7 @@ layer frozen; MNIST padded with zeros to 32x32 and repeated to three channels; o
 layer; Adam, sparse cross-entropy, 40 epochs. Images are prepared as the weights want it.
 
 The trunk never changes, so that its features are computed once and kept on disk (see
-``flax_resnet.features``); --no-cache-features trains the ordinary way, to the same result.
+``flax_resnet.training.features``); --no-cache-features trains the ordinary way, to the same result.
 
 Command: python -m experiments.mnist_transfer --data.data-dir DIR
 Weights from a file, without a network: --weights resnet152_weights_tf_dim_ordering_tf_kernels.h5
@@ -16,10 +16,10 @@ Published: 92.75 % top-1 on test (the tutorial).
 
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.cli.experiment import main
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.config import DataConfig
 from flax_resnet.models import keras_resnet
 from flax_resnet.optim.optimizers import Adam
+from flax_resnet.training.config import TrainConfig
 
 
 def get_config() -> TrainConfig:

@@ -25,12 +25,12 @@ import tyro
 from experiments import gradient_flow, table
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
-from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import replacing
 from flax_resnet.records.run_dir import CONFIG, finished, read_record, record_errors, write_json
-from flax_resnet.workdir import free_fields
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.workdir import free_fields
 
 HERE = Path(__file__).parent
 RESULT_FIELDS = ("step", "epochs", "num_train", "num_eval", "top1", "loss", "train_top1",

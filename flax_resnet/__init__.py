@@ -2,7 +2,6 @@
 
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig as CheckpointConfig
 from flax_resnet.checkpoints.checkpoints import Checkpoints as Checkpoints
-from flax_resnet.config import TrainConfig as TrainConfig
 from flax_resnet.data.augment import Augment as Augment
 from flax_resnet.data.batches import Data as Data
 from flax_resnet.data.config import DataConfig as DataConfig
@@ -17,7 +16,6 @@ from flax_resnet.exporting.hub import pull_from_hub as pull_from_hub
 from flax_resnet.exporting.hub import push_to_hub as push_to_hub
 from flax_resnet.grids import grid as grid
 from flax_resnet.grids import replaced as replaced
-from flax_resnet.guards import Guard as Guard
 from flax_resnet.models import BasicBlock as BasicBlock
 from flax_resnet.models import Block as Block
 from flax_resnet.models import BottleneckBlock as BottleneckBlock
@@ -61,10 +59,6 @@ from flax_resnet.optim.optimizers import Piecewise as Piecewise
 from flax_resnet.optim.optimizers import ReduceOnPlateau as ReduceOnPlateau
 from flax_resnet.optim.optimizers import decoupled as decoupled
 from flax_resnet.optim.optimizers import linear_scaled_lr as linear_scaled_lr
-from flax_resnet.step import TrainState as TrainState
-from flax_resnet.step import create_state as create_state
-from flax_resnet.step import eval_step as eval_step
-from flax_resnet.step import train_step as train_step
 from flax_resnet.sweeps import sweep as sweep
 from flax_resnet.sweeps import train_seeds as train_seeds
 from flax_resnet.tracking import MLflow as MLflow
@@ -72,7 +66,13 @@ from flax_resnet.tracking import TensorBoard as TensorBoard
 from flax_resnet.tracking import Tracker as Tracker
 from flax_resnet.tracking import Tracking as Tracking
 from flax_resnet.tracking import Wandb as Wandb
-from flax_resnet.train import train_and_evaluate as train_and_evaluate
+from flax_resnet.training.config import TrainConfig as TrainConfig
+from flax_resnet.training.guards import Guard as Guard
+from flax_resnet.training.loop import train_and_evaluate as train_and_evaluate
+from flax_resnet.training.step import TrainState as TrainState
+from flax_resnet.training.step import create_state as create_state
+from flax_resnet.training.step import eval_step as eval_step
+from flax_resnet.training.step import train_step as train_step
 from flax_resnet.weights import load as load
 from flax_resnet.weights import open_weights as open_weights
 from flax_resnet.weights import preprocessing as preprocessing

@@ -13,14 +13,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flax_resnet.checks import check_batch
-from flax_resnet.config import TrainConfig
 from flax_resnet.data import test_time
 from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError
 from flax_resnet.models.summary import FLOPS_A_MAC, summarize
 from flax_resnet.records import text_tables
-from flax_resnet.setup import prepare
+from flax_resnet.training.checks import check_batch
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.setup import prepare
 
 COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("

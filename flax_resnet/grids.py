@@ -10,9 +10,9 @@ from typing import Any
 
 from flax import linen as nn
 
-from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError, did_you_mean
 from flax_resnet.records.configs import module_fields
+from flax_resnet.training.config import TrainConfig
 
 RESERVED = ("table.csv", "table.md", "together", "failures")
 LONGEST = 200

@@ -18,13 +18,13 @@ import numpy as np
 from flax import linen as nn
 from PIL import UnidentifiedImageError
 
-from flax_resnet import metrics
 from flax_resnet.classify import Classifier, not_finite, padded
 from flax_resnet.data.decode import DECODE_ERRORS
 from flax_resnet.data.normalization import normalize
 from flax_resnet.data.order import ahead
 from flax_resnet.data.sources import IMAGE_SUFFIXES, unreadable
 from flax_resnet.errors import UserError, check_range
+from flax_resnet.training import metrics
 from flax_resnet.weights import Pretrained
 
 OnError = Callable[[Path, Exception], None]

@@ -20,20 +20,20 @@ import numpy as np
 
 from flax_resnet import tracking
 from flax_resnet.checkpoints.checkpoints import Checkpoints
-from flax_resnet.config import TrainConfig
 from flax_resnet.distributed import hosts, sharding
 from flax_resnet.distributed.watchdog import COMPILING, RECORDING, SETTING_UP
 from flax_resnet.errors import UserError
-from flax_resnet.initial_state import fitted, measured
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import digest
 from flax_resnet.records.run_dir import finished, write_json
-from flax_resnet.resume import check_current, restore
-from flax_resnet.run import Run
-from flax_resnet.setup import prepare
 from flax_resnet.tracking.run_log import RunLogs
-from flax_resnet.train import conclude, open_log, train_to_end
-from flax_resnet.workdir import check_workdir, claimed
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.initial_state import fitted, measured
+from flax_resnet.training.loop import conclude, open_log, train_to_end
+from flax_resnet.training.resume import check_current, restore
+from flax_resnet.training.run import Run
+from flax_resnet.training.setup import prepare
+from flax_resnet.training.workdir import check_workdir, claimed
 
 
 class NotTogether(UserError):

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 
 from experiments import cifar10_mini
 from flax_resnet.cli.experiment import ablate
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.grids import grid
+from flax_resnet.training.config import TrainConfig
 
 BASELINE = "none"
 

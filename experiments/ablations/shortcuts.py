@@ -11,8 +11,8 @@ Published: on ImageNet, 34 layers, ten crops, top-1 error A 25.03, B 24.52, C 24
 
 from experiments import cifar10_resnet
 from flax_resnet.cli.experiment import ablate
-from flax_resnet.config import TrainConfig
 from flax_resnet.grids import grid
+from flax_resnet.training.config import TrainConfig
 
 BASELINE = "shortcut=A"
 

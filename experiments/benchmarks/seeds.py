@@ -18,13 +18,14 @@ from pathlib import Path
 
 from experiments import digits
 from experiments.benchmarks import common, driver
-from flax_resnet import setup, together
-from flax_resnet.config import TrainConfig
+from flax_resnet import together
 from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.grids import replaced
 from flax_resnet.models import cifar_resnet
-from flax_resnet.run import Run
+from flax_resnet.training import setup
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,9 @@ import tyro
 from flax_resnet.cli import doctor, evaluate, export, hub, networks, predict, reports, serve, train
 from flax_resnet.cli.experiment import one_line_errors, start
 from flax_resnet.cli.flags import OPTIONS, PROG, Invocation, cli, flag
-from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError, did_you_mean
 from flax_resnet.records import provenance
+from flax_resnet.training.config import TrainConfig
 from flax_resnet.xla.program_cache import use_cache
 
 

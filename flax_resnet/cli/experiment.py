@@ -13,11 +13,11 @@ from typing import Any
 
 from flax_resnet import analysis, tables
 from flax_resnet.cli import flags
-from flax_resnet.config import TrainConfig
 from flax_resnet.distributed import hosts, preemption, sharding
 from flax_resnet.errors import UserError
 from flax_resnet.sweeps import check_finished, sweep, train_seeds
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.loop import train_and_evaluate
 from flax_resnet.xla.program_cache import use_cache
 
 NEXT = """look at it: flax-resnet report {workdir}

@@ -32,12 +32,12 @@ from tyro.constructors import (
 )
 
 from flax_resnet import models
-from flax_resnet.config import TrainConfig
 from flax_resnet.distributed.hosts import Hosts
 from flax_resnet.errors import UserError, check_range, did_you_mean
 from flax_resnet.models.arguments import check_dtype
 from flax_resnet.records.configs import class_name, find_class, module_fields
 from flax_resnet.records.files import replacing
+from flax_resnet.training.config import TrainConfig
 
 PROG = "flax-resnet"
 Factory = Callable[[], Any]

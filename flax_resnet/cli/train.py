@@ -9,12 +9,12 @@ from typing import Annotated
 
 import tyro
 
-from flax_resnet import recipes
 from flax_resnet.cli import flags
 from flax_resnet.cli.flags import PROG, DataDir, Positional, flag
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.preparation import prepare
 from flax_resnet.errors import UserError
+from flax_resnet.training import recipes
+from flax_resnet.training.config import TrainConfig
 
 TRAIN = """Trains a network from random weights on "digits", a tfds set, or a folder of images with
 a sub-folder for each class.

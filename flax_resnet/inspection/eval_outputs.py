@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_resnet import metrics
 from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
 from flax_resnet.inspection.layers import forward
 from flax_resnet.inspection.run import Inspected
-from flax_resnet.step import LOSSES
+from flax_resnet.training import metrics
+from flax_resnet.training.step import LOSSES
 
 MOST_FEATURES = 2000
 

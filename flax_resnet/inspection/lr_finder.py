@@ -16,7 +16,7 @@ import numpy as np
 from flax_resnet.distributed import sharding
 from flax_resnet.errors import POSITIVE, UserError, check_range
 from flax_resnet.optim.schedules import Shape
-from flax_resnet.setup import set_up
+from flax_resnet.training.setup import set_up
 
 SMOOTHING = 0.9
 DIVERGED = 4.0

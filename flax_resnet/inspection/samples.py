@@ -14,7 +14,7 @@ from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
 from flax_resnet.inspection.run import Inspected
 from flax_resnet.predict import find_images, reason, shown
-from flax_resnet.step import step_keys
+from flax_resnet.training.step import step_keys
 
 IMAGES, DRAWS = 6, 6
 """Training images that are shown augmented, and how often each."""

@@ -27,8 +27,10 @@ REMOVED_FIELDS: dict[str, dict[str, Any]] = {
 MOVED_MODULES: dict[str, str] = {
     "flax_resnet.augment": "flax_resnet.data.augment",
     "flax_resnet.checkpoint": "flax_resnet.checkpoints.checkpoints",
+    "flax_resnet.config": "flax_resnet.training.config",
     "flax_resnet.data": "flax_resnet.data.config",
     "flax_resnet.datasets.decode": "flax_resnet.data.decode",
+    "flax_resnet.guards": "flax_resnet.training.guards",
     "flax_resnet.layers": "flax_resnet.models.layers",
     "flax_resnet.optim": "flax_resnet.optim.optimizers",
     "flax_resnet.preprocess": "flax_resnet.data.preprocess",

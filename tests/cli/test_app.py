@@ -11,10 +11,10 @@ from helpers import assert_one_line_error
 from PIL import Image
 
 import flax_resnet
-from flax_resnet import recipes
 from flax_resnet.cli import app, flags, train
 from flax_resnet.data.config import DataConfig
 from flax_resnet.records.configs import from_record
+from flax_resnet.training import recipes
 
 TINY = ("--model.stage-sizes", "1", "--model.num-filters", "8", "--num-steps", "2",
         "--batch-size", "8", "--eval-batch-size", "8")  # fmt: skip

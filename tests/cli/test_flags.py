@@ -4,7 +4,6 @@ from typing import Literal
 import pytest
 
 from flax_resnet.cli.flags import arguments, parse
-from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models import (
     BasicBlock,
@@ -14,6 +13,7 @@ from flax_resnet.models import (
     keras_resnet,
 )
 from flax_resnet.optim.optimizers import SGD, AdamW, Cosine, OneCycle
+from flax_resnet.training.config import TrainConfig
 
 BASE = TrainConfig(
     model=cifar_resnet(20, num_classes=7), optimizer=SGD(schedule=Cosine(warmup=0.1))

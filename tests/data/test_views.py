@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from helpers import UNIT_STATS, random_batch, tiny_resnet
 
-from flax_resnet import metrics
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.normalization import normalize
 from flax_resnet.data.test_time import averaged_logits, check_views, views
 from flax_resnet.errors import UserError
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim.optimizers import SGD
-from flax_resnet.step import create_state, eval_step
+from flax_resnet.training import metrics
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.step import create_state, eval_step
 
 
 def brute_force(image, kind):

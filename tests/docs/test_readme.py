@@ -7,9 +7,10 @@ import re
 import pytest
 
 import flax_resnet
-from flax_resnet import models, recipes
+from flax_resnet import models
 from flax_resnet.cli import app, experiment, flags
 from flax_resnet.data.config import DataConfig
+from flax_resnet.training import recipes
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -8,8 +8,8 @@ import pytest
 
 from experiments import ablations
 from flax_resnet.cli import flags
-from flax_resnet.config import TrainConfig
 from flax_resnet.records.configs import flatten, to_record
+from flax_resnet.training.config import TrainConfig
 
 MODULES = {
     name: importlib.import_module(f"experiments.ablations.{name}")

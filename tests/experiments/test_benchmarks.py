@@ -27,8 +27,8 @@ from experiments.benchmarks.peers import comparison
 from flax_resnet import models
 from flax_resnet.data import sources
 from flax_resnet.distributed import sharding
-from flax_resnet.step import create_state
-from flax_resnet.step import train_step as plain_step
+from flax_resnet.training.step import create_state
+from flax_resnet.training.step import train_step as plain_step
 
 BEST = steps.Peak(100.0, "float32", 64, {"jax": 100.0, "torch": "none"})
 

@@ -19,10 +19,10 @@ from experiments import (
     table,
     wide_resnet,
 )
-from flax_resnet.config import TrainConfig
 from flax_resnet.models import architecture, create
 from flax_resnet.records.configs import from_record, to_record
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.loop import train_and_evaluate
 
 MODULES = {
     name: importlib.import_module(f"experiments.{name}")

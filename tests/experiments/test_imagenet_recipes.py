@@ -13,8 +13,8 @@ from experiments.imagenet_resnet import get_config
 from flax_resnet.classify import Classifier
 from flax_resnet.errors import UserError
 from flax_resnet.optim.optimizers import LAMB
-from flax_resnet.setup import set_up
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training.loop import train_and_evaluate
+from flax_resnet.training.setup import set_up
 from flax_resnet.weights import open_weights
 
 TRAINING_IMAGES = 1_281_167

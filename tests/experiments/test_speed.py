@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from experiments.speedrun import SpeedNet, SpeedStage, Whitening, whitening_kernel
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.config import DataConfig
 from flax_resnet.models import trainable
-from flax_resnet.setup import set_up
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.setup import set_up
 from flax_resnet.weights import read_weights, write_weights
 
 TINY = SpeedNet(num_classes=2, stage_filters=(8, 8))

@@ -20,8 +20,8 @@ from flax_resnet.distributed.preemption import Preempted
 from flax_resnet.errors import UserError
 from flax_resnet.optim.optimizers import SGD, decoupled
 from flax_resnet.records.configs import from_record, to_record
-from flax_resnet.step import TrainState, look_ahead
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training.loop import train_and_evaluate
+from flax_resnet.training.step import TrainState, look_ahead
 
 
 @pytest.mark.parametrize(

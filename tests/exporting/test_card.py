@@ -14,7 +14,7 @@ from flax_resnet.distributed.sharding import data_mesh
 from flax_resnet.exporting.card import escaped, model_card
 from flax_resnet.exporting.hub import _opened as opened_of
 from flax_resnet.exporting.hub import write_repository
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training.loop import train_and_evaluate
 from flax_resnet.weights import open_weights
 
 pytest.importorskip("huggingface_hub", reason="needs [hub]")

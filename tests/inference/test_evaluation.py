@@ -10,7 +10,6 @@ from prediction_helpers import apply, damaged, make_weights, paint
 
 from flax_resnet import figures
 from flax_resnet.classify import open_network
-from flax_resnet.config import TrainConfig
 from flax_resnet.data import sources
 from flax_resnet.data.config import DataConfig
 from flax_resnet.data.normalization import normalize
@@ -19,7 +18,8 @@ from flax_resnet.evaluate import class_order, evaluate
 from flax_resnet.optim.optimizers import Adam
 from flax_resnet.predict import predict
 from flax_resnet.records.run_dir import read_metrics
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.loop import train_and_evaluate
 from flax_resnet.weights.imagenet_classes import imagenet_classes
 from flax_resnet.weights.loading import open_run_weights
 

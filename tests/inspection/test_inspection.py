@@ -19,7 +19,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.inspection import lr_finder
 from flax_resnet.models import DropBlockResNet, MiniModel, PreActBasicBlock
 from flax_resnet.optim.optimizers import SGD
-from flax_resnet.step import TrainState, train_step
+from flax_resnet.training.step import TrainState, train_step
 
 
 @pytest.fixture(scope="module")

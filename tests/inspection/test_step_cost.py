@@ -9,11 +9,11 @@ from helpers import tiny_resnet
 from experiments import digits
 from flax_resnet import analysis
 from flax_resnet.cli.experiment import main
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed.sharding import data_mesh
 from flax_resnet.errors import UserError
 from flax_resnet.models.summary import summarize
+from flax_resnet.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")

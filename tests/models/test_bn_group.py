@@ -21,7 +21,7 @@ from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError
 from flax_resnet.models.arguments import check_bn_group
 from flax_resnet.models.layers import Layers
-from flax_resnet.step import train_step
+from flax_resnet.training.step import train_step
 
 OPTIMIZED = True  # one device against eight
 KEY = jax.random.key(0)

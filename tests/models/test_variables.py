@@ -26,7 +26,7 @@ from flax_resnet.models import (
     unstack_blocks,
 )
 from flax_resnet.optim import optimizers
-from flax_resnet.step import create_state, train_step
+from flax_resnet.training.step import create_state, train_step
 
 
 @pytest.mark.parametrize(

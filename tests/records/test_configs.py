@@ -7,7 +7,6 @@ import pytest
 from helpers import tiny_resnet
 
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.errors import UserError
@@ -24,7 +23,8 @@ from flax_resnet.records.configs import (
     to_record,
     varying_fields,
 )
-from flax_resnet.workdir import differences
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.workdir import differences
 
 CONFIGS = [
     TrainConfig(),
@@ -71,7 +71,8 @@ def test_a_record_with_a_mistyped_field_names_the_nearest():
 
 
 @pytest.mark.parametrize(
-    "name", ["os:system", "subprocess:Popen", "flax_resnet.config:json", "nowhere:X", "x", ""]
+    "name",
+    ["os:system", "subprocess:Popen", "flax_resnet.training.config:json", "nowhere:X", "x", ""],
 )
 def test_a_record_cannot_name_other_peoples_code(name):
     with pytest.raises(UserError, match="is not known: expected one of flax_resnet"):

@@ -2,7 +2,6 @@
 
 import pytest
 
-from flax_resnet.config import TrainConfig
 from flax_resnet.errors import UserError
 from flax_resnet.records.run_dir import (
     CONFIG,
@@ -16,7 +15,8 @@ from flax_resnet.records.run_dir import (
     variants,
     write_json,
 )
-from flax_resnet.workdir import write_record
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.workdir import write_record
 
 
 def test_what_is_written_is_read(tmp_path):

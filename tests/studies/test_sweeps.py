@@ -10,13 +10,14 @@ import jax
 import pytest
 from helpers import tiny_resnet
 
-from flax_resnet import sweeps, tables, train
-from flax_resnet.config import TrainConfig
+from flax_resnet import sweeps, tables
 from flax_resnet.data.config import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.grids import grid
 from flax_resnet.optim.optimizers import SGD
 from flax_resnet.sweeps import train_seeds
+from flax_resnet.training import loop
+from flax_resnet.training.config import TrainConfig
 
 
 @pytest.fixture
@@ -74,13 +75,13 @@ def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(
 @pytest.mark.slow
 def test_runs_are_shared_by_the_devices(base, tmp_path, monkeypatch):
     used = []
-    set_up = train.set_up
+    set_up = loop.set_up
 
     def spy(config, workdir, mesh):
         used.append((workdir.parent.parent.name, *mesh.devices.flat))
         return set_up(config, workdir, mesh)
 
-    monkeypatch.setattr(train, "set_up", spy)
+    monkeypatch.setattr(loop, "set_up", spy)
     configs = grid(base, {"optimizer.learning_rate": (0.05, 0.1)})
     rows = sweeps.sweep(configs, tmp_path / "two", devices=jax.devices()[2:4])
     alone = sweeps.sweep(configs, tmp_path / "one", devices=jax.devices()[:1])

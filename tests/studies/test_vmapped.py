@@ -7,9 +7,8 @@ import pytest
 from helpers import assert_trees_equal, max_difference, tiny_resnet
 from run_helpers import saved, timeless
 
-from flax_resnet import setup, together
+from flax_resnet import together
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed.sharding import data_mesh
@@ -18,7 +17,9 @@ from flax_resnet.grids import replaced
 from flax_resnet.optim.optimizers import SGD, Cosine, ReduceOnPlateau
 from flax_resnet.records.run_dir import read_metrics
 from flax_resnet.tracking.run_log import RunLog
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training import setup
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.loop import train_and_evaluate
 
 OPTIMIZED = True  # or the grouped convolutions of several networks take their time
 

@@ -4,13 +4,14 @@ import os
 import pathlib
 import sys
 
-from flax_resnet import config, models
+from flax_resnet import models
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.cli import experiment
 from flax_resnet.data import augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed import watchdog
 from flax_resnet.optim import optimizers
+from flax_resnet.training import config
 
 # A process is forked from one that has imported all this, so that fifty start in little time.
 

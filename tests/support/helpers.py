@@ -11,7 +11,7 @@ from PIL import Image
 
 from flax_resnet.models import ResNet
 from flax_resnet.optim.optimizers import SGD
-from flax_resnet.step import create_state
+from flax_resnet.training.step import create_state
 
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for a process that compiles in half the time
 

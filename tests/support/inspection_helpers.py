@@ -8,12 +8,12 @@ import tempfile
 import jax
 from helpers import tiny_resnet
 
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed.sharding import data_mesh
 from flax_resnet.optim.optimizers import SGD
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.loop import train_and_evaluate
 
 
 def tiny_config(data_dir, **fields):

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from experiments.speedrun import SpeedNet
-from flax_resnet import setup
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed import hosts, sharding
 from flax_resnet.models import BasicBlock, ResNet
 from flax_resnet.optim.optimizers import SGD
+from flax_resnet.training import setup
+from flax_resnet.training.config import TrainConfig
 
 # name: (dtype, steps, split, accum_steps, MiB that may live on the device, BatchNorm groups,
 # steps in a dispatch)

@@ -4,9 +4,9 @@ import pytest
 from helpers import tiny_resnet
 
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.config import DataConfig
 from flax_resnet.optim.optimizers import Adam
+from flax_resnet.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from flax_resnet.distributed.preemption import Preempted
 from flax_resnet.distributed.sharding import data_mesh
 from flax_resnet.records.configs import flatten, to_record
 from flax_resnet.records.run_dir import read_metrics
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training.loop import train_and_evaluate
 
 SUPPORT = pathlib.Path(__file__).parents[1] / "support"
 

@@ -12,14 +12,14 @@ from helpers import wait_for
 import flax_resnet
 from flax_resnet import tracking
 from flax_resnet.cli.flags import parse
-from flax_resnet.config import TrainConfig
 from flax_resnet.distributed.preemption import Preempted
 from flax_resnet.errors import UserError
 from flax_resnet.records.configs import from_record, to_record
 from flax_resnet.records.run_dir import read_config, read_metrics
 from flax_resnet.tracking import follower, to_wandb
 from flax_resnet.tracking.run_log import RunLog
-from flax_resnet.workdir import differences, write_record
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.workdir import differences, write_record
 
 RUNS = {}
 

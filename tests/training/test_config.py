@@ -5,14 +5,14 @@ import pathlib
 
 import pytest
 
-from flax_resnet import workdir as workdir_module
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
-from flax_resnet.config import TrainConfig
 from flax_resnet.errors import TryAgain, UserError
 from flax_resnet.models import MiniModel
 from flax_resnet.optim.optimizers import SGD
 from flax_resnet.records.configs import from_record, to_record
-from flax_resnet.workdir import check_workdir, claimed, differences, write_record
+from flax_resnet.training import workdir as workdir_module
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.workdir import check_workdir, claimed, differences, write_record
 
 
 def test_differences_leave_out_what_a_resumed_run_may_change():

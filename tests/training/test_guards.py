@@ -9,16 +9,16 @@ import pytest
 from helpers import tiny_resnet
 from run_helpers import saved
 
-from flax_resnet import guards
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed.preemption import Preempted
 from flax_resnet.errors import UserError
-from flax_resnet.guards import Diverged, Guard, all_finite, check_loss
 from flax_resnet.optim.optimizers import SGD, ReduceOnPlateau
-from flax_resnet.step_programs import StepPrograms, step_memory
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training import guards
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.guards import Diverged, Guard, all_finite, check_loss
+from flax_resnet.training.loop import train_and_evaluate
+from flax_resnet.training.step_programs import StepPrograms, step_memory
 
 
 def sums(*losses, count=4):

@@ -16,7 +16,6 @@ from helpers import QUICK, assert_trees_equal, max_difference, noisy, random_bat
 from run_helpers import saved
 
 from experiments import mnist_transfer
-from flax_resnet import features as features_module
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.batches import Data
@@ -24,7 +23,6 @@ from flax_resnet.data.config import DataConfig
 from flax_resnet.data.preprocess import KERAS_V1
 from flax_resnet.distributed.preemption import Preempted
 from flax_resnet.errors import UserError
-from flax_resnet.initial_state import measure_norms, start_from
 from flax_resnet.models import (
     BottleneckBlock,
     MiniModel,
@@ -36,8 +34,10 @@ from flax_resnet.models import (
 )
 from flax_resnet.optim.optimizers import SGD, Adam
 from flax_resnet.records.provenance import versions
-from flax_resnet.step import create_state, train_step
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training import features as features_module
+from flax_resnet.training.initial_state import measure_norms, start_from
+from flax_resnet.training.loop import train_and_evaluate
+from flax_resnet.training.step import create_state, train_step
 from flax_resnet.weights import write_weights
 
 SMALL = {"stage_sizes": (1, 1), "num_filters": 8, "stem": "cifar"}

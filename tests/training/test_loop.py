@@ -11,9 +11,7 @@ import pytest
 from helpers import assert_trees_equal, tiny_resnet
 from run_helpers import saved, timeless
 
-from flax_resnet import run, train
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints
-from flax_resnet.config import TrainConfig
 from flax_resnet.data import sources
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
@@ -24,9 +22,11 @@ from flax_resnet.errors import UserError
 from flax_resnet.models import DropBlockResNet, MiniModel
 from flax_resnet.optim.optimizers import LARS, Adam, Cosine
 from flax_resnet.records.run_dir import read_metrics
-from flax_resnet.step_programs import StepPrograms
 from flax_resnet.tracking.run_log import RunLog
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training import loop, run
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.loop import train_and_evaluate
+from flax_resnet.training.step_programs import StepPrograms
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
 
 @pytest.mark.slow
 def test_a_run_cut_off_after_its_last_checkpoint_is_closed(config, tmp_path, mesh, monkeypatch):
-    monkeypatch.setattr(train, "conclude", lambda *a, **k: (_ for _ in ()).throw(Stop))
+    monkeypatch.setattr(loop, "conclude", lambda *a, **k: (_ for _ in ()).throw(Stop))
     with pytest.raises(Stop):
         train_and_evaluate(config, tmp_path / "w", mesh=mesh)
     monkeypatch.undo()
@@ -155,7 +155,7 @@ def test_a_run_cut_off_after_its_last_checkpoint_is_closed(config, tmp_path, mes
 def test_a_finished_run_says_so_and_touches_nothing(config, whole, capsys, monkeypatch):
     workdir, want, _ = whole
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
-    monkeypatch.setattr(train, "set_up", lambda *args: pytest.fail("nothing may be set up"))
+    monkeypatch.setattr(loop, "set_up", lambda *args: pytest.fail("nothing may be set up"))
     assert train_and_evaluate(config, workdir) == want
     assert "is finished: 12 steps, top-1 " in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before

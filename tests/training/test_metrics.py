@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_resnet import metrics
+from flax_resnet.training import metrics
 
 
 def test_sums_equal_brute_force_and_skip_the_padding(rng):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from helpers import class_folders, drawn, tiny_resnet
 
-from flax_resnet import Preprocessing, UserError, recipes, write_weights
+from flax_resnet import Preprocessing, UserError, write_weights
 from flax_resnet.models import name_of
+from flax_resnet.training import recipes
 
 
 @pytest.fixture

@@ -7,15 +7,15 @@ import pytest
 from helpers import assert_trees_equal, max_difference, tiny_resnet
 from run_helpers import saved
 
-from flax_resnet import setup
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed.sharding import data_mesh
 from flax_resnet.errors import UserError
 from flax_resnet.optim.optimizers import Adam
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training import setup
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.loop import train_and_evaluate
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from helpers import UNIT_STATS, assert_trees_equal, max_difference, random_batch, tiny_resnet
 
-from flax_resnet import setup
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.config import DataConfig
 from flax_resnet.optim.optimizers import SGD
-from flax_resnet.step import create_state, train_step
+from flax_resnet.training import setup
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.step import create_state, train_step
 
 DROPS = tiny_resnet(num_filters=4, dropblock_rate=0.2, dropblock_size=2)
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from helpers import max_difference, tiny_resnet
 
-from flax_resnet import setup
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed.sharding import split_shardings
 from flax_resnet.optim.optimizers import SGD
+from flax_resnet.training import setup
+from flax_resnet.training.config import TrainConfig
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from helpers import (
     tiny_resnet,
 )
 
-from flax_resnet import metrics
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.normalization import normalize
 from flax_resnet.distributed import sharding
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim.optimizers import SGD
-from flax_resnet.step import (
+from flax_resnet.training import metrics
+from flax_resnet.training.step import (
     create_state,
     eval_step,
     main_label,

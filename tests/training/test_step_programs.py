@@ -13,17 +13,18 @@ import pytest
 from helpers import assert_trees_equal, device_bytes, max_difference, tiny_resnet
 from run_helpers import saved, timeless
 
-from flax_resnet import setup, step_programs, together
+from flax_resnet import together
 from flax_resnet.analysis import collectives
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed.sharding import data_mesh
 from flax_resnet.optim.optimizers import SGD
 from flax_resnet.records.run_dir import read_metrics
-from flax_resnet.step_programs import StepPrograms
 from flax_resnet.tracking import run_log
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training import setup, step_programs
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.loop import train_and_evaluate
+from flax_resnet.training.step_programs import StepPrograms
 
 BATCH = 32
 

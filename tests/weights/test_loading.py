@@ -15,7 +15,7 @@ from experiments import digits
 from flax_resnet.data.preprocess import KERAS_V1, TORCH
 from flax_resnet.errors import UserError
 from flax_resnet.models import create, imagenet_resnet, keras_resnet, name_of
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training.loop import train_and_evaluate
 from flax_resnet.weights import load, open_weights, published, write_weights
 from flax_resnet.weights.loading import is_path
 

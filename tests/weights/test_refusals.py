@@ -81,6 +81,7 @@ def describe(path, change):
 
 MODELS = "flax_resnet.models.resnet"
 STRANGERS = ("subprocess:Popen", "os:system", "flax_resnet.config:TrainConfig",
+             "flax_resnet.training.config:TrainConfig",
              "flax_resnet.checkpoint:CheckpointConfig", "experiments.speedrun:Triangle",
              f"{MODELS}:Layers", f"os.{MODELS}:ResNet", "flax_resnet.regularize:DropBlock",
              "flax_resnet.models.regularize:DropBlock", "flax_resnet.layers:Layers",

@@ -14,14 +14,14 @@ import pytest
 from helpers import UNIT_STATS, device_bytes, tiny_resnet
 
 from flax_resnet.analysis import collectives
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.distributed import sharding
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim.optimizers import SGD
-from flax_resnet.run import Run
-from flax_resnet.step import create_state
-from flax_resnet.step_programs import state_sharding
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.run import Run
+from flax_resnet.training.step import create_state
+from flax_resnet.training.step_programs import state_sharding
 
 OPTIMIZED = True  # XLA's combiner of all-reduces is an optimisation
 SHAPE = (8, 8, 3)

@@ -14,10 +14,10 @@ from run_helpers import numbers, saved
 from experiments import digits
 from flax_resnet import figures
 from flax_resnet.cli import app, experiment
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed import sharding
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.loop import train_and_evaluate
 from flax_resnet.xla import program_cache
 
 CACHE = {

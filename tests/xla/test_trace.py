@@ -9,9 +9,9 @@ import pytest
 from helpers import assert_trees_equal, tiny_resnet
 from run_helpers import numbers, saved
 
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.config import DataConfig
-from flax_resnet.train import train_and_evaluate
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.loop import train_and_evaluate
 from flax_resnet.xla.trace import FIRST_STEPS, traced
 
 

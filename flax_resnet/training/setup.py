@@ -10,14 +10,15 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from flax_resnet import checks, features, guards, models
-from flax_resnet.config import TrainConfig
+from flax_resnet import models
 from flax_resnet.data.batches import Data
 from flax_resnet.distributed import sharding
-from flax_resnet.initial_state import fitted, measured, say, starter
-from flax_resnet.resume import changes, restore
-from flax_resnet.run import Run
-from flax_resnet.step_programs import state_sharding
+from flax_resnet.training import checks, features, guards
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.initial_state import fitted, measured, say, starter
+from flax_resnet.training.resume import changes, restore
+from flax_resnet.training.run import Run
+from flax_resnet.training.step_programs import state_sharding
 
 
 def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:

@@ -18,22 +18,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet import figures, metrics, models, tracking
+from flax_resnet import figures, models, tracking
 from flax_resnet.checkpoints.checkpoints import Checkpoints
-from flax_resnet.config import TrainConfig
 from flax_resnet.distributed import hosts, sharding, watchdog
 from flax_resnet.distributed.preemption import Preempted, Signals
 from flax_resnet.distributed.watchdog import Watch
-from flax_resnet.guards import Diverged, all_finite, check_loss
 from flax_resnet.records import text_tables
 from flax_resnet.records.configs import flatten, to_record
 from flax_resnet.records.run_dir import finished, read_metrics, write_json
-from flax_resnet.resume import check_current
-from flax_resnet.run import Run
-from flax_resnet.setup import opening_lines, set_up
-from flax_resnet.step_programs import Compiled, by_step, step_memory, steps_in
 from flax_resnet.tracking.run_log import RunLog, RunLogs, Timer
-from flax_resnet.workdir import check_workdir, claimed
+from flax_resnet.training import metrics
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.guards import Diverged, all_finite, check_loss
+from flax_resnet.training.resume import check_current
+from flax_resnet.training.run import Run
+from flax_resnet.training.setup import opening_lines, set_up
+from flax_resnet.training.step_programs import Compiled, by_step, step_memory, steps_in
+from flax_resnet.training.workdir import check_workdir, claimed
 from flax_resnet.xla import trace
 
 # Dispatch is asynchronous: without a bound the host would queue every batch of the run.

@@ -8,7 +8,6 @@ from flax import linen as nn
 from flax.errors import FlaxError
 from jax.sharding import Mesh
 
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.batches import Data
 from flax_resnet.distributed.sharding import check_divisible
@@ -16,7 +15,8 @@ from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
 from flax_resnet.models.arguments import check_bn_group, needs_x64
 from flax_resnet.optim.optimizers import LAMB, LARS, Muon
-from flax_resnet.step import TrainState
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.step import TrainState
 
 
 def check_config(config: TrainConfig, mesh: Mesh) -> None:

@@ -25,7 +25,7 @@ from flax_resnet.models.variables import has_top, split_top
 from flax_resnet.records.configs import to_record
 from flax_resnet.records.files import cache_dir, digest, replacing
 from flax_resnet.records.provenance import source_hash, versions
-from flax_resnet.step import TrainState
+from flax_resnet.training.step import TrainState
 
 
 def with_cached_features(

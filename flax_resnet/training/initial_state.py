@@ -14,15 +14,16 @@ import optax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_resnet import metrics, models
-from flax_resnet.config import TrainConfig
+from flax_resnet import models
 from flax_resnet.data.batches import Data
 from flax_resnet.data.normalization import normalize, statistics, statistics_shape
 from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet, WeightsError, initializer
 from flax_resnet.models.variables import split_top
-from flax_resnet.step import TrainState, create_state
+from flax_resnet.training import metrics
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.step import TrainState, create_state
 from flax_resnet.weights import open_weights
 from flax_resnet.weights.loading import check_same, is_path
 from flax_resnet.weights.pretrained import Pretrained

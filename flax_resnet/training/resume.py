@@ -7,8 +7,8 @@ import dataclasses
 
 from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.errors import UserError
-from flax_resnet.run import Progress, Run
-from flax_resnet.workdir import check_same_config
+from flax_resnet.training.run import Progress, Run
+from flax_resnet.training.workdir import check_same_config
 
 
 def restore(run: Run) -> bool:

@@ -13,13 +13,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from flax_resnet.config import TrainConfig
 from flax_resnet.data import preparation, sources
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet, cifar_resnet, imagenet_resnet
 from flax_resnet.optim.optimizers import SGD, Cosine
+from flax_resnet.training.config import TrainConfig
 from flax_resnet.weights import hub, is_path, open_weights
 
 SMALL = 96

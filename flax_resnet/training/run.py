@@ -16,15 +16,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from flax_resnet import features, metrics
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.batches import Data
 from flax_resnet.distributed import sharding
 from flax_resnet.distributed.preemption import Preempted
 from flax_resnet.optim.optimizers import learning_rate_at
 from flax_resnet.records.configs import to_record
-from flax_resnet.step import Batch, TrainState
-from flax_resnet.step_programs import Group, StepPrograms, dispatch_lengths, eval_memory
+from flax_resnet.training import features, metrics
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.step import Batch, TrainState
+from flax_resnet.training.step_programs import Group, StepPrograms, dispatch_lengths, eval_memory
 
 
 @dataclasses.dataclass

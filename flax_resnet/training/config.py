@@ -14,10 +14,10 @@ from flax_resnet.data.normalization import NormalizationKind
 from flax_resnet.data.test_time import Views
 from flax_resnet.distributed.sharding import StateSharding
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
-from flax_resnet.guards import Guard
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim.optimizers import SGD, Optimizer
 from flax_resnet.tracking import AnyTracking, TensorBoard, Tracking
+from flax_resnet.training.guards import Guard
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,12 +21,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from flax_resnet import guards
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.batches import Data
 from flax_resnet.data.order import take
 from flax_resnet.distributed import sharding
-from flax_resnet.step import LOSSES, TrainState, eval_step, look_ahead, train_step
+from flax_resnet.training import guards
+from flax_resnet.training.config import TrainConfig
+from flax_resnet.training.step import LOSSES, TrainState, eval_step, look_ahead, train_step
 from flax_resnet.xla import backend
 
 SPLIT_PARTS: Mapping[str, tuple[str, ...]] = {

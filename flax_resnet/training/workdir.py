@@ -16,7 +16,6 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from flax_resnet.config import TrainConfig
 from flax_resnet.data.decode import PACKAGES
 from flax_resnet.distributed import sharding
 from flax_resnet.errors import TryAgain, UserError
@@ -24,6 +23,7 @@ from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import FULL
 from flax_resnet.records.provenance import git_state, versions
 from flax_resnet.records.run_dir import CONFIG, read_record, write_json
+from flax_resnet.training.config import TrainConfig
 
 # Fields of a network that say how it is computed and not what: a resumed run may change them.
 FREE_MODEL_FIELDS = ("model.remat",)
