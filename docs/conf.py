@@ -57,7 +57,7 @@ FOREIGN = "collections|etils|flax|jax|jaxlib|numpy|optax|os|pathlib|typing"
 nitpick_ignore_regex = [
     (r"py:.*", rf"({FOREIGN})\..*"),
     (r"py:class", r"Array|Decoder|Exported|Layers|Module|Off|Path|Pretrained|Row"),
-    (r"py:class", r"flax_resnet\.(datasets|exporting|weights)\..*"),
+    (r"py:class", r"flax_resnet\.(data|exporting|inference|weights)\..*"),
 ]
 
 

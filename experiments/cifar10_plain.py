@@ -14,7 +14,7 @@ the curves).
 
 from experiments import cifar10_resnet
 from flax_resnet.cli.experiment import main
-from flax_resnet.grids import replaced
+from flax_resnet.studies.grids import replaced
 from flax_resnet.training.config import TrainConfig
 
 

@@ -35,7 +35,7 @@ from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError
 from flax_resnet.optim.optimizers import decoupled
 from flax_resnet.records.run_dir import write_json
-from flax_resnet.tables import mean_and_deviation
+from flax_resnet.studies.tables import mean_and_deviation
 from flax_resnet.training.config import TrainConfig
 
 WORKDIR = "runs/cifar10_speedrun"

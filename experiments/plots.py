@@ -33,7 +33,6 @@ from flax import linen as nn
 from experiments import study_figures
 from experiments.benchmarks.driver import note
 from experiments.study_figures import Group
-from flax_resnet import tables
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.cli.flags import flag
@@ -43,6 +42,7 @@ from flax_resnet.models import network_name
 from flax_resnet.models.summary import summarize
 from flax_resnet.records.configs import flatten, varying_fields
 from flax_resnet.records.run_dir import CONFIG, read_config, read_metrics, read_record, variants
+from flax_resnet.studies import tables
 
 What = Literal[
     "curves", "paper", "depth", "confusion", "reliability", "worst", "filters", "maps",

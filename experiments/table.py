@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_resnet.records.text_tables import markdown_table
-from flax_resnet.tables import by_variant, plus_minus
+from flax_resnet.studies.tables import by_variant, plus_minus
 
 LABELS = ("Claim", "Command", "Hardware", "Published")
 MOST_CHANGES = 6

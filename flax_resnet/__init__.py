@@ -1,4 +1,73 @@
-"""Residual networks in JAX and Flax: the families, their training and their study."""
+"""Residual networks in JAX and Flax: the families, their training and their study.
+
+Networks
+  create              The network called ``name``, with any of its fields set.
+  names               The names that ``create`` and ``load`` know.
+  initialize          Fresh variables of a network.
+  summarize           A network's layers, parameters and multiply-adds, without computing any of it.
+  ResNet              The residual network: stem, stages of ``block_cls``, global average, head.
+  imagenet_resnet     ResNet-18 to 200 (He et al. 2016).
+  keras_resnet        The ResNets of keras.applications, V1 and V2, with their arguments.
+  cifar_resnet        ResNet-20 to 1202 for small images (He et al. 2016, section 4.2).
+  cifar_preact        ResNet-110, 164 and 1001 with pre-activation (He et al. 2016b).
+  wide_resnet         Wide ResNets for small images (Zagoruyko and Komodakis 2016).
+  highway_net         Highway networks for small images (Srivastava et al. 2015).
+  MiniModel           The CIFAR-10 tutorial's pre-activated network.
+  DropBlockResNet     The CIFAR-100 tutorial's network.
+
+Blocks and layers
+  Block, ConvSpec     Base class of blocks, and one convolution of a block's branch.
+  BasicBlock, BottleneckBlock, PreActBasicBlock, PreActBottleneckBlock
+                      The blocks of He et al. 2016 and 2016b.
+  ResidualUnit, HighwayLayer
+                      The units of MiniModel and of highway networks.
+  DropBlock, drop_block, drop_path
+                      DropBlock and stochastic depth.
+  Feature             The map of one stage, as ``module.apply(..., method="features")`` gives it.
+  replace_head, trainable, stack_blocks, unstack_blocks
+                      A new head; which parameters train; blocks as a scan and one by one.
+
+Weights
+  load                A network and its variables: fresh, published, from a file, or from a run.
+  open_weights        The same with preprocessing and class names.
+  tags                The tags of a network's published weights.
+  read_weights, write_weights
+                      Weight files of torch, Keras and safetensors.
+  Preprocessing, preprocessing
+                      How images are prepared for weights.
+  predict_images      The best classes of image files, one by one.
+  export              Writes a network for StableHLO, ONNX or torch.
+  push_to_hub, pull_from_hub
+                      Weights and a model card on the Hugging Face hub.
+  WeightsError        Weights that do not fit a network.
+
+Training
+  train_and_evaluate  Trains, evaluates and records a run; resumes the one in its directory.
+  TrainConfig         Everything that decides a run's numbers.
+  DataConfig, Data    Which images; their splits as batches on a mesh.
+  Augment             Random changes to training batches.
+  SGD, Adam, AdamW, LARS, LAMB, Muon
+                      Optimizers.
+  Constant, Cosine, OneCycle, Piecewise, ReduceOnPlateau
+                      Learning-rate schedules.
+  linear_scaled_lr, decoupled
+                      Learning rates by batch size, and as airbench states them.
+  CheckpointConfig, Checkpoints
+                      When and where to save; the checkpoints of one run.
+  Guard               What counts as a run that goes wrong.
+  Tracking, Tracker, TensorBoard, MLflow, Wandb
+                      Where metrics go besides metrics.jsonl.
+  TrainState, create_state, train_step, eval_step
+                      The state and the two pure steps, for a loop of your own.
+  data_mesh           The devices that a batch is split over.
+  Hosts, joined       Several processes as one run.
+  Preempted           Raised when a run was stopped from outside, after it has saved.
+  UserError           Bad input: one line that says what to do.
+
+Studies
+  grid, replaced      Configs that differ in some fields.
+  sweep, train_seeds  Trains them, and writes their table.
+"""
 
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig as CheckpointConfig
 from flax_resnet.checkpoints.checkpoints import Checkpoints as Checkpoints
@@ -14,8 +83,7 @@ from flax_resnet.errors import UserError as UserError
 from flax_resnet.exporting import export as export
 from flax_resnet.exporting.hub import pull_from_hub as pull_from_hub
 from flax_resnet.exporting.hub import push_to_hub as push_to_hub
-from flax_resnet.grids import grid as grid
-from flax_resnet.grids import replaced as replaced
+from flax_resnet.inference.prediction import predict_images as predict_images
 from flax_resnet.models import BasicBlock as BasicBlock
 from flax_resnet.models import Block as Block
 from flax_resnet.models import BottleneckBlock as BottleneckBlock
@@ -59,8 +127,10 @@ from flax_resnet.optim.optimizers import Piecewise as Piecewise
 from flax_resnet.optim.optimizers import ReduceOnPlateau as ReduceOnPlateau
 from flax_resnet.optim.optimizers import decoupled as decoupled
 from flax_resnet.optim.optimizers import linear_scaled_lr as linear_scaled_lr
-from flax_resnet.sweeps import sweep as sweep
-from flax_resnet.sweeps import train_seeds as train_seeds
+from flax_resnet.studies.grids import grid as grid
+from flax_resnet.studies.grids import replaced as replaced
+from flax_resnet.studies.sweeps import sweep as sweep
+from flax_resnet.studies.sweeps import train_seeds as train_seeds
 from flax_resnet.tracking import MLflow as MLflow
 from flax_resnet.tracking import TensorBoard as TensorBoard
 from flax_resnet.tracking import Tracker as Tracker

@@ -7,6 +7,8 @@ import ast
 import inspect
 import os
 import pathlib
+import pydoc
+import re
 import subprocess
 import sys
 import tomllib
@@ -51,6 +53,13 @@ def test_public_names_are_documented_and_nothing_else_is_there():
     assert all(getattr(flax_resnet, name).__doc__ for name in names)
     others = [n for n in tree.body if not isinstance(n, (ast.ImportFrom, ast.Expr))]
     assert [ast.unparse(n) for n in others] == [f"__version__ = '{PROJECT['version']}'"]
+
+
+def test_help_has_a_line_for_each_public_name():
+    text = pydoc.plain(pydoc.render_doc(flax_resnet)).split("PACKAGE CONTENTS")[0]
+    words = re.findall(r"(?m)^      (\w[\w, ]*?)(?:  |$)", text)
+    listed = sorted(name for word in words for name in word.split(", "))
+    assert listed == sorted(line.split("(")[0] for line in public())
 
 
 def public():

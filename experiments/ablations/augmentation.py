@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from experiments import cifar10_mini
 from flax_resnet.cli.experiment import ablate
 from flax_resnet.data.augment import Augment
-from flax_resnet.grids import grid
+from flax_resnet.studies.grids import grid
 from flax_resnet.training.config import TrainConfig
 
 BASELINE = "none"

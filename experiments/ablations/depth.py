@@ -19,9 +19,9 @@ from typing import Any
 
 from experiments import cifar10_resnet
 from flax_resnet.cli.experiment import ablate
-from flax_resnet.grids import grid
 from flax_resnet.models import cifar_resnet
 from flax_resnet.models.blocks import Connection
+from flax_resnet.studies.grids import grid
 from flax_resnet.training.config import TrainConfig
 
 CONNECTIONS: tuple[Connection, ...] = ("plain", "residual")

@@ -14,7 +14,7 @@ import dataclasses
 
 from experiments import cifar100_dropblock
 from flax_resnet.cli.experiment import ablate
-from flax_resnet.grids import grid
+from flax_resnet.studies.grids import grid
 from flax_resnet.training.config import TrainConfig
 
 RATES = (0.1, 0.2, 0.3)

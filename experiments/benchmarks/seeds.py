@@ -18,11 +18,11 @@ from pathlib import Path
 
 from experiments import digits
 from experiments.benchmarks import common, driver
-from flax_resnet import together
 from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.grids import replaced
 from flax_resnet.models import cifar_resnet
+from flax_resnet.studies import vmapped
+from flax_resnet.studies.grids import replaced
 from flax_resnet.training import setup
 from flax_resnet.training.config import TrainConfig
 from flax_resnet.training.run import Run
@@ -85,7 +85,7 @@ def measure(settings: Settings, num_seeds: int) -> driver.Row:
     with tempfile.TemporaryDirectory() as nowhere:
         one = setup.set_up(runs[0], Path(nowhere), sharding.data_mesh())
         alone = common.Timing.of(step_seconds(one))
-        all_at_once = together.set_up(runs, Path(nowhere))
+        all_at_once = vmapped.set_up(runs, Path(nowhere))
         several = common.Timing.of(step_seconds(all_at_once))
     return {
         "num_seeds": num_seeds,

@@ -13,7 +13,7 @@ from flax_resnet.cli.weight_flags import WeightFlags
 from flax_resnet.data.config import DataConfig
 from flax_resnet.data.test_time import Views
 from flax_resnet.errors import UserError
-from flax_resnet.evaluate import evaluate
+from flax_resnet.inference.evaluation import evaluate
 from flax_resnet.records import text_tables
 from flax_resnet.records.run_dir import read_config
 from flax_resnet.weights.loading import is_path

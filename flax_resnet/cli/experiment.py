@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_resnet import analysis, tables
 from flax_resnet.cli import flags
 from flax_resnet.distributed import hosts, preemption, sharding
 from flax_resnet.errors import UserError
-from flax_resnet.sweeps import check_finished, sweep, train_seeds
+from flax_resnet.inspection import step_cost
+from flax_resnet.studies import tables
+from flax_resnet.studies.sweeps import check_finished, sweep, train_seeds
 from flax_resnet.training.config import TrainConfig
 from flax_resnet.training.loop import train_and_evaluate
 from flax_resnet.xla.program_cache import use_cache
@@ -48,7 +49,7 @@ def start(chosen: flags.Invocation) -> list[dict[str, Any]]:
     """Does what a command line asks of an experiment; returns what ``main`` does."""
     with hosts.joined(chosen.hosts), preemption.restartable():
         if chosen.analyze:  # without the cache: it says how long compiling takes
-            analysis.show(chosen.config)
+            step_cost.show(chosen.config)
             return []
         use_cache()
         if chosen.num_seeds == 1:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from flax_resnet.cli.flags import Positional, flag, writing
 from flax_resnet.cli.weight_flags import WeightFlags
 from flax_resnet.errors import UserError
-from flax_resnet.predict import find_images, predict, reason, shown
+from flax_resnet.inference.prediction import find_images, predict_images, reason, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,9 @@ def main(settings: Settings) -> None:
     def skip(path: Path, error: Exception) -> None:
         print(f"skipped {shown(path)}: {reason(error)}", file=sys.stderr)
 
-    found = predict(opened, files, top=settings.top, batch_size=settings.batch_size, on_error=skip)
+    found = predict_images(
+        opened, files, top=settings.top, batch_size=settings.batch_size, on_error=skip
+    )
     with writing(settings.output) as out:
         rows = csv.writer(out, lineterminator="\n")
         if settings.format == "csv":

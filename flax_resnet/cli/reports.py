@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 from flax_resnet.cli.flags import Positional, Switch, flag, writing
-from flax_resnet.compare import compare
 from flax_resnet.errors import UserError
+from flax_resnet.inspection.comparison import compare
+from flax_resnet.inspection.html_report import report
 from flax_resnet.inspection.run import Which
 from flax_resnet.records.run_dir import read_config
-from flax_resnet.report import report
 
 
 @dataclasses.dataclass(frozen=True)

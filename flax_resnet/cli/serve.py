@@ -7,11 +7,11 @@ import sys
 import warnings
 from typing import Annotated
 
-from flax_resnet.classify import Classifier
 from flax_resnet.cli.flags import Positional, flag
 from flax_resnet.cli.weight_flags import PreparedFlags
 from flax_resnet.errors import UserError, check_range, import_extra
-from flax_resnet.serve import LOCAL, launch
+from flax_resnet.inference.classifier import Classifier
+from flax_resnet.serving import LOCAL, launch
 
 
 @dataclasses.dataclass(frozen=True)

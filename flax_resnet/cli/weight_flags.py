@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from flax_resnet.classify import FLAGS, open_network
 from flax_resnet.cli.flags import flag
 from flax_resnet.data.preprocess import Preprocessing
 from flax_resnet.errors import UserError, check_range
+from flax_resnet.inference.classifier import FLAGS, open_network
 from flax_resnet.weights.pretrained import Pretrained
 
 OWN = "the weights' own"

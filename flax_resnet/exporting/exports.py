@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_resnet.classify import Classifier, not_finite, open_network
 from flax_resnet.data.decode import DECODE_ERRORS, PIL_MODES
 from flax_resnet.data.normalization import normalize
 from flax_resnet.data.preprocess import Preprocessing
@@ -24,7 +23,8 @@ from flax_resnet.data.sources import unreadable
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.exporting import loader, to_onnx
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, FORMAT, WEIGHTS
-from flax_resnet.predict import find_images, shown
+from flax_resnet.inference.classifier import Classifier, not_finite, open_network
+from flax_resnet.inference.prediction import find_images, shown
 from flax_resnet.records.configs import to_record
 from flax_resnet.records.files import os_error_as_one_line, replacing_tree
 from flax_resnet.weights import Pretrained, open_weights

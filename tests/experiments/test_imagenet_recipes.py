@@ -10,8 +10,8 @@ from helpers import class_folders
 from recipe_helpers import shrunk
 
 from experiments.imagenet_resnet import get_config
-from flax_resnet.classify import Classifier
 from flax_resnet.errors import UserError
+from flax_resnet.inference.classifier import Classifier
 from flax_resnet.optim.optimizers import LAMB
 from flax_resnet.training.loop import train_and_evaluate
 from flax_resnet.training.setup import set_up

@@ -9,9 +9,9 @@ from inspection_helpers import tiny_config, tiny_run
 from PIL import Image
 
 from experiments import plots
-from flax_resnet import tables
 from flax_resnet.models import cifar_resnet
 from flax_resnet.records.configs import to_record
+from flax_resnet.studies import tables
 
 
 @pytest.fixture(scope="module")

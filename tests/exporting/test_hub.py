@@ -18,7 +18,7 @@ import flax_resnet
 from flax_resnet.data.preprocess import TORCH
 from flax_resnet.errors import UserError
 from flax_resnet.exporting.hub import CARD, RESULT
-from flax_resnet.predict import predict
+from flax_resnet.inference.prediction import predict_images
 from flax_resnet.weights import open_weights
 from flax_resnet.weights.hub import CONFIG, WEIGHTS, parse
 
@@ -120,7 +120,7 @@ def test_timms_weights_are_prepared_as_their_config_says(hub, tmp_path, rng):
     for weights in ("hf://timm/resnet50.new_in1k", tmp_path / "there" / WEIGHTS):
         opened = open_weights(weights)
         assert (opened.preprocessing, opened.class_names[0]) == (prepared, "tench")
-        (answer,) = predict(opened, [tmp_path / "a.png"], top=1)
+        (answer,) = predict_images(opened, [tmp_path / "a.png"], top=1)
         assert len(answer.names) == 1
     # The tag's network is the one of its name, whatever the shapes might also fit.
     opened = open_weights("timm/new", "resnet50")

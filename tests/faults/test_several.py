@@ -11,8 +11,8 @@ from fault_helpers import assert_same_end
 from fault_worker import newest
 
 from experiments.launch import local
-from flax_resnet import tables
 from flax_resnet.records.run_dir import read_metrics
+from flax_resnet.studies import tables
 
 pytestmark = pytest.mark.slow
 WORKER = str(pathlib.Path(__file__).parents[1] / "support" / "fault_worker.py")

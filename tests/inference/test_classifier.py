@@ -13,11 +13,11 @@ from prediction_helpers import SQUARE, make_weights, probabilities
 from safetensors.numpy import load_file, save_file
 
 from flax_resnet import models
-from flax_resnet.classify import open_network
 from flax_resnet.data.config import DataConfig
 from flax_resnet.data.preprocess import Preprocessing
 from flax_resnet.errors import UserError
-from flax_resnet.predict import predict
+from flax_resnet.inference.classifier import open_network
+from flax_resnet.inference.prediction import predict_images
 from flax_resnet.weights import open_weights, write_weights
 
 
@@ -59,7 +59,7 @@ def test_a_decoder_without_a_size_takes_images_of_any(tmp_path, photos):
     with Image.open(photos / "z.png") as image:
         image.resize((8, 8)).save(exact)
     opened = open_weights(path)
-    found = list(predict(opened, [exact, photos]))
+    found = list(predict_images(opened, [exact, photos]))
     assert len(found) == 8
     (p,) = probabilities(opened, [exact])
     np.testing.assert_allclose(found[0].probabilities, np.sort(p)[::-1][:5], rtol=1e-5)

@@ -9,14 +9,14 @@ from inspection_helpers import tiny_config
 from prediction_helpers import apply, damaged, make_weights, paint
 
 from flax_resnet import figures
-from flax_resnet.classify import open_network
 from flax_resnet.data import sources
 from flax_resnet.data.config import DataConfig
 from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
-from flax_resnet.evaluate import class_order, evaluate
+from flax_resnet.inference.classifier import open_network
+from flax_resnet.inference.evaluation import class_order, evaluate
+from flax_resnet.inference.prediction import predict_images
 from flax_resnet.optim.optimizers import Adam
-from flax_resnet.predict import predict
 from flax_resnet.records.run_dir import read_metrics
 from flax_resnet.training.config import TrainConfig
 from flax_resnet.training.loop import train_and_evaluate
@@ -181,7 +181,7 @@ def test_a_run_gives_its_own_top1(call, tmp_path, mesh, digits_dir, monkeypatch)
     paths = [tmp_path / f"{i}.png" for i in range(355)]
     for path, data in zip(paths, encoded, strict=True):
         path.write_bytes(data)
-    predicted = predict(open_network(workdir), paths, batch_size=64)
+    predicted = predict_images(open_network(workdir), paths, batch_size=64)
     hits = [p.classes[0] == label for p, label in zip(predicted, labels, strict=True)]
     assert np.mean(hits) == recorded["top1"]
 

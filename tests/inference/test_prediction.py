@@ -19,7 +19,7 @@ from prediction_helpers import (
 )
 
 from flax_resnet.errors import UserError
-from flax_resnet.predict import find_images, predict
+from flax_resnet.inference.prediction import find_images, predict_images
 from flax_resnet.weights import open_weights
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def test_predictions_are_those_of_a_direct_call(weights, photos):
     wanted = probabilities(opened, paths)
     assert len(set(wanted.argmax(1))) > 1  # or the order of the images would not be tested
     for batch_size in (3, 32):
-        found = list(predict(opened, [photos], top=4, batch_size=batch_size))
+        found = list(predict_images(opened, [photos], top=4, batch_size=batch_size))
         assert [p.path for p in found] == paths
         for one, p in zip(found, wanted, strict=True):
             order = np.argsort(-p)[:4]
@@ -53,7 +53,7 @@ def test_predictions_are_those_of_a_direct_call(weights, photos):
 def test_scanned_blocks_predict_too(tmp_path, photos):
     make_weights(tmp_path / "w.safetensors", stage_sizes=(3,), scan_blocks=True)
     opened = open_weights(tmp_path / "w.safetensors")
-    (found,) = predict(opened, [photos / "a.jpg"])
+    (found,) = predict_images(opened, [photos / "a.jpg"])
     unrolled = dataclasses.replace(opened, module=opened.module.clone(scan_blocks=False))
     (p,) = probabilities(unrolled, [photos / "a.jpg"])
     assert opened.module.scan_blocks
@@ -67,7 +67,7 @@ def test_ties_go_to_the_lower_class_and_top_is_at_most_all(weights, photos):
     opened = dataclasses.replace(
         opened, variables={**opened.variables, "params": params}, class_names=None
     )
-    (found,) = predict(opened, [photos / "a.jpg"], top=20)
+    (found,) = predict_images(opened, [photos / "a.jpg"], top=20)
     assert found.classes == tuple(range(10))
     assert found.names[3] == "class 3"
     assert found.probabilities == pytest.approx([0.1] * 10)
@@ -78,11 +78,13 @@ def test_what_is_broken_is_reported_and_skipped(weights, photos):
     (photos / "b.png").write_bytes(b"no picture")
     (photos / "z.png").write_bytes((photos / "z.png").read_bytes()[:60])
     broken = []
-    found = list(predict(opened, [photos], batch_size=2, on_error=lambda *e: broken.append(e)))
+    found = list(
+        predict_images(opened, [photos], batch_size=2, on_error=lambda *e: broken.append(e))
+    )
     assert [p.path.name for p in found] == ["a.jpg", "d.bmp", "c.PNG", "e.png", "f.gif"]
     assert [path.name for path, _ in broken] == ["b.png", "z.png"]
     with pytest.raises(UserError, match=r"unreadable image .*b\.png"):
-        list(predict(opened, [photos]))
+        list(predict_images(opened, [photos]))
 
 
 def test_broken_images_on_the_command_line(call, weights, photos, tmp_path):
@@ -101,7 +103,7 @@ def test_broken_images_on_the_command_line(call, weights, photos, tmp_path):
 
 def test_formats(call, weights, photos, tmp_path):
     arguments = ("predict", photos, photos / "a.jpg", "--weights", weights, "--top", 3)
-    found = list(predict(open_weights(weights), [photos, photos / "a.jpg"], top=3))
+    found = list(predict_images(open_weights(weights), [photos, photos / "a.jpg"], top=3))
     assert len(found) == 8
     code, text, err = call(*arguments)
     assert (code, err) == (0, "")

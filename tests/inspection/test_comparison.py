@@ -8,7 +8,7 @@ from helpers import assert_one_line_error
 
 from experiments import digits
 from flax_resnet import SGD, replaced
-from flax_resnet.compare import compare
+from flax_resnet.inspection.comparison import compare
 from flax_resnet.training.workdir import write_record
 
 

@@ -11,10 +11,9 @@ import pytest
 from inspection_helpers import tiny_config, tiny_run
 from PIL import Image
 
-from flax_resnet import report
 from flax_resnet.cli import reports
 from flax_resnet.errors import UserError
-from flax_resnet.inspection import PARTS, RateSearch, embed, lr_finder
+from flax_resnet.inspection import PARTS, RateSearch, embed, html_report, lr_finder
 from flax_resnet.models import cifar_resnet
 from flax_resnet.records.configs import to_record
 
@@ -64,7 +63,7 @@ def page(workdir):
         # Both are slow, and tested elsewhere.
         patch.setattr(lr_finder, "find_rate", lambda config, **options: found)
         patch.setattr(embed, "tsne", lambda features, seed: embed.pca(features))
-        return Page(report.report(workdir, lr_finder=True))
+        return Page(html_report.report(workdir, lr_finder=True))
 
 
 def test_every_picture_is_in_the_file_and_decodes(page):
@@ -102,7 +101,7 @@ def test_without_data_the_rest_is_there(workdir, tmp_path):
     record["config"]["data"] |= {"name": "cifar10", "data_dir": str(tmp_path)}
     (gone / "config.json").write_text(json.dumps(record))
     (gone / "result.json").unlink()
-    found = Page(report.report(gone))
+    found = Page(html_report.report(gone))
     assert [alt for alt, _ in found.images] == ["Curves", "First-layer filters"]
     reasons = found.text["p"][1:]
     assert reasons[0] == "No result: the run is not finished."
@@ -113,12 +112,12 @@ def test_without_data_the_rest_is_there(workdir, tmp_path):
 def test_a_run_that_has_just_begun_has_a_report(tmp_path):
     config = tiny_config(None, model=cifar_resnet(20))
     (tmp_path / "config.json").write_text(json.dumps({"config": to_record(config), "starts": []}))
-    found = Page(report.report(tmp_path))
+    found = Page(html_report.report(tmp_path))
     assert found.images == []
     assert found.text["h1"] == ["resnet20 on sklearn_digits, seed 3"]
     assert f"Not drawn: {tmp_path} has no lines in metrics.jsonl yet" in found.text["p"]
     with pytest.raises(UserError, match="holds no run"):
-        report.report(tmp_path / "nowhere")
+        html_report.report(tmp_path / "nowhere")
 
 
 def test_command_writes_the_file_whole(call, workdir, tmp_path, monkeypatch):

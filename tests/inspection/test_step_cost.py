@@ -7,11 +7,11 @@ import pytest
 from helpers import tiny_resnet
 
 from experiments import digits
-from flax_resnet import analysis
 from flax_resnet.cli.experiment import main
 from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed.sharding import data_mesh
 from flax_resnet.errors import UserError
+from flax_resnet.inspection import step_cost
 from flax_resnet.models.summary import summarize
 from flax_resnet.training.config import TrainConfig
 
@@ -24,7 +24,7 @@ def config(digits_dir):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_what_the_steps_cost_is_in_proportion(config, devices):
-    found = analysis.analyze(config, data_mesh(jax.devices()[:devices]))
+    found = step_cost.analyze(config, data_mesh(jax.devices()[:devices]))
     macs = summarize(config.model, (8, 8, 1)).macs
     for name, images, flops in (("train", 64 // devices, 6), ("eval", 32 // devices, 2)):
         cells = found[name]
@@ -54,6 +54,6 @@ def test_the_command_prints_a_table_and_leaves_nothing(config, tmp_path, capsys,
 
 def test_cached_features_are_not_analyzed(config):
     with pytest.raises(UserError, match="cache_features"):
-        analysis.analyze(
+        step_cost.analyze(
             TrainConfig(tiny_resnet(frozen_stages=1), config.data, cache_features=True)
         )

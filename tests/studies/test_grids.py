@@ -6,9 +6,9 @@ from helpers import tiny_resnet
 
 from flax_resnet.data.augment import Augment
 from flax_resnet.errors import UserError
-from flax_resnet.grids import grid, replaced
 from flax_resnet.models import MiniModel
 from flax_resnet.optim.optimizers import SGD
+from flax_resnet.studies.grids import grid, replaced
 from flax_resnet.training.config import TrainConfig
 
 

@@ -10,12 +10,12 @@ import jax
 import pytest
 from helpers import tiny_resnet
 
-from flax_resnet import sweeps, tables
 from flax_resnet.data.config import DataConfig
 from flax_resnet.errors import UserError
-from flax_resnet.grids import grid
 from flax_resnet.optim.optimizers import SGD
-from flax_resnet.sweeps import train_seeds
+from flax_resnet.studies import sweeps, tables
+from flax_resnet.studies.grids import grid
+from flax_resnet.studies.sweeps import train_seeds
 from flax_resnet.training import loop
 from flax_resnet.training.config import TrainConfig
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flax_resnet import tables
+from flax_resnet.studies import tables
 
 
 def rows(values, state="finished"):

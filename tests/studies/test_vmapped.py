@@ -7,15 +7,15 @@ import pytest
 from helpers import assert_trees_equal, max_difference, tiny_resnet
 from run_helpers import saved, timeless
 
-from flax_resnet import together
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed.sharding import data_mesh
 from flax_resnet.errors import UserError
-from flax_resnet.grids import replaced
 from flax_resnet.optim.optimizers import SGD, Cosine, ReduceOnPlateau
 from flax_resnet.records.run_dir import read_metrics
+from flax_resnet.studies import vmapped
+from flax_resnet.studies.grids import replaced
 from flax_resnet.tracking.run_log import RunLog
 from flax_resnet.training import setup
 from flax_resnet.training.config import TrainConfig
@@ -63,7 +63,7 @@ def test_networks_trained_together_equal_runs_of_their_own_in_x64(digits_dir, tm
             dataclasses.replace(c, optimizer=dataclasses.replace(c.optimizer, schedule=schedule))
             for c in variants(digits_dir, "float64")
         ]
-        state = last_state(together.set_up(configs, tmp_path, jax.devices()[:2]))
+        state = last_state(vmapped.set_up(configs, tmp_path, jax.devices()[:2]))
         assert len(state.step.sharding.device_set) == 2
         for i in (0, 3):
             one = last_state(setup.set_up(configs[i], tmp_path, data_mesh(jax.devices()[:1])))
@@ -84,7 +84,7 @@ def devices():
 
 @pytest.mark.slow
 def test_each_leaves_the_record_of_a_run_of_its_own(configs, tmp_path, devices, mesh, capsys):
-    results = together.train_together(configs, tmp_path / "together", devices)
+    results = vmapped.train_together(configs, tmp_path / "together", devices)
     assert "2 x ResNet" in capsys.readouterr().out
     workdir, config = list(configs.items())[1]
     alone = train_and_evaluate(config, tmp_path / "alone", mesh=mesh)
@@ -113,7 +113,7 @@ class Killed(BaseException):
 
 @pytest.mark.slow
 def test_killed_twice_they_end_bit_identical(configs, tmp_path, devices, monkeypatch):
-    together.train_together(configs, tmp_path / "together", devices)
+    vmapped.train_together(configs, tmp_path / "together", devices)
     again = {tmp_path / "again" / path.name: config for path, config in configs.items()}
     write, written = RunLog.write, []
 
@@ -127,8 +127,8 @@ def test_killed_twice_they_end_bit_identical(configs, tmp_path, devices, monkeyp
         patched.setattr(RunLog, "write", kill_at)
         for _ in range(2):
             with pytest.raises(Killed):
-                together.train_together(again, tmp_path / "again" / "together", devices)
-    together.train_together(again, tmp_path / "again" / "together", devices)
+                vmapped.train_together(again, tmp_path / "again" / "together", devices)
+    vmapped.train_together(again, tmp_path / "again" / "together", devices)
     for whole, killed in zip(configs, again, strict=True):
         assert_trees_equal(saved(killed)[0], saved(whole)[0])
         assert timeless(read_metrics(killed)) == timeless(read_metrics(whole))
@@ -138,15 +138,15 @@ def test_killed_twice_they_end_bit_identical(configs, tmp_path, devices, monkeyp
 def test_those_that_began_together_go_on_together(configs, tmp_path, devices, monkeypatch, capsys):
     """Where a field that may change does, and where more or fewer are asked for."""
     with monkeypatch.context() as patched:
-        patched.setattr(together, "conclude", lambda *a, **k: (_ for _ in ()).throw(Killed))
+        patched.setattr(vmapped, "conclude", lambda *a, **k: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
-            together.train_together(configs, tmp_path / "together", devices)
+            vmapped.train_together(configs, tmp_path / "together", devices)
     (first, config), *_ = configs.items()
     with pytest.raises(UserError, match="seed1 is being trained together with some of these"):
-        together.train_together({first: config}, tmp_path / "together", devices)
+        vmapped.train_together({first: config}, tmp_path / "together", devices)
     changed = {p: dataclasses.replace(c, log_every_steps=1) for p, c in configs.items()}
     capsys.readouterr()
-    together.train_together(changed, tmp_path / "together", devices)
+    vmapped.train_together(changed, tmp_path / "together", devices)
     assert "resumes at step 5" in capsys.readouterr().out
     assert [saved(path)[1]["step"] for path in configs] == [5, 5]
 
@@ -159,7 +159,7 @@ def test_one_that_was_begun_by_itself_goes_on_by_itself(configs, tmp_path, devic
         train_and_evaluate(config, path, mesh=mesh, stop=lambda: next(taken) == 3)
     before = (path / "metrics.jsonl").read_text()
     with pytest.raises(UserError, match="seed0 was begun by itself: train it on by itself"):
-        together.train_together(configs, tmp_path / "together", devices)
+        vmapped.train_together(configs, tmp_path / "together", devices)
     assert (path / "metrics.jsonl").read_text() == before
 
 
@@ -179,5 +179,5 @@ def test_runs_that_do_not_go_together(configs, tmp_path, devices, who, field, va
     for path in list(configs)[:who]:
         configs[path] = replaced(configs[path], field, value)
     with pytest.raises(UserError, match=message):
-        together.train_together(configs, tmp_path / "together", devices)
+        vmapped.train_together(configs, tmp_path / "together", devices)
     assert not any(path.exists() for path in configs)

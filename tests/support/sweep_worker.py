@@ -3,7 +3,7 @@
 import fault_worker
 
 from flax_resnet.cli import experiment
-from flax_resnet.grids import grid
+from flax_resnet.studies.grids import grid
 
 
 def get_grid(base, seeds):

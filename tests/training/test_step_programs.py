@@ -13,13 +13,13 @@ import pytest
 from helpers import assert_trees_equal, device_bytes, max_difference, tiny_resnet
 from run_helpers import saved, timeless
 
-from flax_resnet import together
-from flax_resnet.analysis import collectives
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed.sharding import data_mesh
+from flax_resnet.inspection.step_cost import collectives
 from flax_resnet.optim.optimizers import SGD
 from flax_resnet.records.run_dir import read_metrics
+from flax_resnet.studies import vmapped
 from flax_resnet.tracking import run_log
 from flax_resnet.training import setup, step_programs
 from flax_resnet.training.config import TrainConfig
@@ -214,7 +214,7 @@ def test_networks_train_together_in_groups(plain, tmp_path):
         configs = [dataclasses.replace(c, model=model) for c in configs]
         (state, losses), (grouped, grouped_losses) = (
             after_all(
-                together.set_up(
+                vmapped.set_up(
                     [by(c, size) for c in configs], tmp_path / str(size), jax.devices()[:2]
                 )
             )

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from helpers import UNIT_STATS, device_bytes, tiny_resnet
 
-from flax_resnet.analysis import collectives
 from flax_resnet.data.augment import Augment
 from flax_resnet.distributed import sharding
+from flax_resnet.inspection.step_cost import collectives
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim.optimizers import SGD
 from flax_resnet.training.config import TrainConfig

@@ -15,12 +15,12 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from flax_resnet.classify import Classifier, not_finite
 from flax_resnet.data.decode import DECODE_ERRORS
 from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
+from flax_resnet.inference.classifier import Classifier, not_finite
+from flax_resnet.inference.prediction import best_classes, reason
 from flax_resnet.inspection.layers import grad_cam, heat
-from flax_resnet.predict import best_classes, reason
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read. Pillow starts a program for some others (EPS)."""

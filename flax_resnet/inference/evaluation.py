@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from flax_resnet.classify import Classifier, not_finite, padded
 from flax_resnet.data.batches import open_sources
 from flax_resnet.data.config import DataConfig
 from flax_resnet.data.normalization import normalize
 from flax_resnet.data.order import decode_chunks
 from flax_resnet.data.test_time import Views, averaged_logits
 from flax_resnet.errors import UserError, check_range
+from flax_resnet.inference.classifier import Classifier, not_finite, padded
 from flax_resnet.training import metrics
 from flax_resnet.weights import Pretrained
 from flax_resnet.weights.imagenet_classes import imagenet_classes, imagenet_ids

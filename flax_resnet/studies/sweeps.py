@@ -15,15 +15,15 @@ from typing import Any
 
 import jax
 
-from flax_resnet import tables
 from flax_resnet.distributed import sharding
 from flax_resnet.distributed.preemption import Preempted, Signals
 from flax_resnet.errors import UserError, check_range, did_you_mean
-from flax_resnet.grids import check_name, replaced
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import replacing
 from flax_resnet.records.run_dir import finished
-from flax_resnet.together import train_together, why_not
+from flax_resnet.studies import tables
+from flax_resnet.studies.grids import check_name, replaced
+from flax_resnet.studies.vmapped import train_together, why_not
 from flax_resnet.training.config import TrainConfig
 from flax_resnet.training.guards import Diverged
 from flax_resnet.training.loop import train_and_evaluate

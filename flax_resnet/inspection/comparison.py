@@ -10,7 +10,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.records.configs import flatten, varying_fields
 from flax_resnet.records.run_dir import finished, read_metrics, read_record, variants
 from flax_resnet.records.text_tables import MEASURES, markdown_table
-from flax_resnet.tables import plus_minus
+from flax_resnet.studies.tables import plus_minus
 
 RESULTS = ("top1", "loss", "train_top1", "train_loss", "step", "seconds")
 

@@ -1,0 +1,1 @@
+"""Networks that are trained, applied to images: classified, predicted, evaluated."""

@@ -1,0 +1,1 @@
+"""Ablations: grids of configs, sweeps over them, seeds in one program, tables with their tests."""
