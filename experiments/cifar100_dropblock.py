@@ -15,13 +15,16 @@ bfloat16.
 Published: 70.7 % top-1 on test, 99.5 % in training (the tutorial).
 """
 
-from flax_resnet.checkpoints.checkpoints import CheckpointConfig
+from flax_resnet import (
+    Adam,
+    Augment,
+    CheckpointConfig,
+    Cosine,
+    DataConfig,
+    DropBlockResNet,
+    TrainConfig,
+)
 from flax_resnet.cli.experiment import main
-from flax_resnet.data.augment import Augment
-from flax_resnet.data.config import DataConfig
-from flax_resnet.models import DropBlockResNet
-from flax_resnet.optim.optimizers import Adam, Cosine
-from flax_resnet.training.config import TrainConfig
 
 NUM_EPOCHS = 80
 RISE_EPOCHS = 40

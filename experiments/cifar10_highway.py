@@ -16,9 +16,8 @@ with 1.25 million (Training Very Deep Networks, table 2); other networks than th
 import dataclasses
 
 from experiments import cifar10_resnet
+from flax_resnet import TrainConfig, highway_net
 from flax_resnet.cli.experiment import main
-from flax_resnet.models import highway_net
-from flax_resnet.training.config import TrainConfig
 
 
 def get_config(depth: int = 19) -> TrainConfig:

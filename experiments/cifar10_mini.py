@@ -10,12 +10,8 @@ Hardware: a 2-core CPU for single epochs; the 50 are meant for one GPU.
 Published: none.
 """
 
+from flax_resnet import Adam, Augment, DataConfig, MiniModel, TrainConfig
 from flax_resnet.cli.experiment import main
-from flax_resnet.data.augment import Augment
-from flax_resnet.data.config import DataConfig
-from flax_resnet.models import MiniModel
-from flax_resnet.optim.optimizers import Adam
-from flax_resnet.training.config import TrainConfig
 
 
 def get_config() -> TrainConfig:

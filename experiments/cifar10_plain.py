@@ -13,9 +13,8 @@ the curves).
 """
 
 from experiments import cifar10_resnet
+from flax_resnet import TrainConfig, replaced
 from flax_resnet.cli.experiment import main
-from flax_resnet.studies.grids import replaced
-from flax_resnet.training.config import TrainConfig
 
 
 def get_config(depth: int = 20) -> TrainConfig:

@@ -15,9 +15,8 @@ Published: test error, median of 5 runs: 110 layers 6.37, 164 layers 5.46, 1001 
 import dataclasses
 
 from experiments import cifar10_resnet
+from flax_resnet import TrainConfig, cifar_preact
 from flax_resnet.cli.experiment import main
-from flax_resnet.models import cifar_preact
-from flax_resnet.training.config import TrainConfig
 
 
 def get_config(depth: int = 164) -> TrainConfig:

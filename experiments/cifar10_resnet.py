@@ -14,12 +14,8 @@ Published: test error of 20, 32, 44, 56, 110 and 1202 layers: 8.75, 7.51, 7.17, 
 7.93 % (table 6; 110 is the best of 5 runs, their mean 6.61).
 """
 
+from flax_resnet import SGD, Augment, DataConfig, Piecewise, TrainConfig, cifar_resnet
 from flax_resnet.cli.experiment import main
-from flax_resnet.data.augment import Augment
-from flax_resnet.data.config import DataConfig
-from flax_resnet.models import cifar_resnet
-from flax_resnet.optim.optimizers import SGD, Piecewise
-from flax_resnet.training.config import TrainConfig
 
 NUM_STEPS = 64_000
 DROPS = (32_000, 48_000)

@@ -28,15 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.speedrun import SpeedNet, SpeedSGD, Triangle
+from flax_resnet import Augment, DataConfig, TrainConfig, UserError, decoupled
 from flax_resnet.cli.experiment import chosen_by, main
-from flax_resnet.data.augment import Augment
-from flax_resnet.data.config import DataConfig
 from flax_resnet.distributed import sharding
-from flax_resnet.errors import UserError
-from flax_resnet.optim.optimizers import decoupled
 from flax_resnet.records.run_dir import write_json
 from flax_resnet.studies.tables import mean_and_deviation
-from flax_resnet.training.config import TrainConfig
 
 WORKDIR = "runs/cifar10_speedrun"
 BATCH_SIZE = 1024

@@ -11,9 +11,9 @@ Hardware: a 2-core CPU, about 16 s.
 Published: none.
 """
 
+from flax_resnet import TrainConfig
 from flax_resnet.cli.experiment import main
 from flax_resnet.training import recipes
-from flax_resnet.training.config import TrainConfig
 
 
 def get_config() -> TrainConfig:

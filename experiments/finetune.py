@@ -13,10 +13,9 @@ Hardware: not run here; meant for one GPU.
 Published: none.
 """
 
+from flax_resnet import DataConfig, TrainConfig
 from flax_resnet.cli.experiment import main
-from flax_resnet.data.config import DataConfig
 from flax_resnet.training import recipes
-from flax_resnet.training.config import TrainConfig
 
 
 def get_config() -> TrainConfig:

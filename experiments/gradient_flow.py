@@ -37,12 +37,12 @@ from flax import linen as nn
 from scipy.stats import gmean
 
 from experiments.benchmarks import common
+from flax_resnet import Block, ResNet, UserError, cifar_resnet, unstack_blocks
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.data.normalization import normalize, statistics
 from flax_resnet.data.sklearn_digits import load_digits
-from flax_resnet.errors import UserError, check_range
-from flax_resnet.models import Block, ResNet, cifar_resnet, unstack_blocks
+from flax_resnet.errors import check_range
 from flax_resnet.models.blocks import Connection
 from flax_resnet.records.files import replacing
 from flax_resnet.records.run_dir import RESULT, write_json

@@ -26,13 +26,20 @@ augmentation three epochs go through all images once (timm: a third of a fresh o
 
 from typing import Any, Literal
 
+from flax_resnet import (
+    LAMB,
+    SGD,
+    Augment,
+    Cosine,
+    DataConfig,
+    Piecewise,
+    ResNet,
+    TrainConfig,
+    UserError,
+    imagenet_resnet,
+    linear_scaled_lr,
+)
 from flax_resnet.cli.experiment import main
-from flax_resnet.data.augment import Augment
-from flax_resnet.data.config import DataConfig
-from flax_resnet.errors import UserError
-from flax_resnet.models import ResNet, imagenet_resnet
-from flax_resnet.optim.optimizers import LAMB, SGD, Cosine, Piecewise, linear_scaled_lr
-from flax_resnet.training.config import TrainConfig
 
 Recipe = Literal["90", "nvidia", "a1", "a2", "a3"]
 

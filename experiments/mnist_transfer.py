@@ -14,12 +14,8 @@ Hardware: a 2-core CPU, about three minutes (with random weights: ImageNet's wer
 Published: 92.75 % top-1 on test (the tutorial).
 """
 
-from flax_resnet.checkpoints.checkpoints import CheckpointConfig
+from flax_resnet import Adam, CheckpointConfig, DataConfig, TrainConfig, keras_resnet
 from flax_resnet.cli.experiment import main
-from flax_resnet.data.config import DataConfig
-from flax_resnet.models import keras_resnet
-from flax_resnet.optim.optimizers import Adam
-from flax_resnet.training.config import TrainConfig
 
 
 def get_config() -> TrainConfig:

@@ -33,13 +33,13 @@ from flax import linen as nn
 from experiments import study_figures
 from experiments.benchmarks.driver import note
 from experiments.study_figures import Group
+from flax_resnet import UserError, summarize
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.cli.flags import flag
-from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range, did_you_mean
+from flax_resnet.errors import POSITIVE, check_choices, check_range, did_you_mean
 from flax_resnet.inspection import PARTS, Session, open_run
 from flax_resnet.models import network_name
-from flax_resnet.models.summary import summarize
 from flax_resnet.records.configs import flatten, varying_fields
 from flax_resnet.records.run_dir import CONFIG, read_config, read_metrics, read_record, variants
 from flax_resnet.studies import tables

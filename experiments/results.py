@@ -23,13 +23,12 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import gradient_flow, table
+from flax_resnet import TrainConfig, UserError
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
-from flax_resnet.errors import UserError
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import replacing
 from flax_resnet.records.run_dir import CONFIG, finished, read_record, record_errors, write_json
-from flax_resnet.training.config import TrainConfig
 from flax_resnet.training.workdir import free_fields
 
 HERE = Path(__file__).parent

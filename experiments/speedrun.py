@@ -18,10 +18,10 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from flax_resnet import SGD
 from flax_resnet.errors import POSITIVE, check_range
 from flax_resnet.models.arguments import Dtype, as_dtype, check_images, whole_numbers
 from flax_resnet.models.layers import InitKind, Layers, convolve, lecun_third_uniform, max_pool
-from flax_resnet.optim.optimizers import SGD
 from flax_resnet.optim.schedules import Shape, check_shares
 
 # Images whose patches are summed at a time.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flax_resnet.errors import UserError
+from flax_resnet import UserError
 from flax_resnet.figures import canvas
 
 Records = Sequence[Mapping[str, Any]]

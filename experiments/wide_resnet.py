@@ -12,12 +12,8 @@ Hardware: not run here; meant for one GPU, with --model.dtype bfloat16.
 Published: test error 4.00 % (table 5), 3.89 % with dropout (table 6).
 """
 
-from flax_resnet import models
+from flax_resnet import SGD, Augment, DataConfig, Piecewise, TrainConfig, models
 from flax_resnet.cli.experiment import main
-from flax_resnet.data.augment import Augment
-from flax_resnet.data.config import DataConfig
-from flax_resnet.optim.optimizers import SGD, Piecewise
-from flax_resnet.training.config import TrainConfig
 
 
 def get_config(depth: int = 28, width: int = 10) -> TrainConfig:

@@ -14,10 +14,8 @@ Published: none (the tutorial prints no figure).
 from collections.abc import Mapping
 
 from experiments import cifar10_mini
+from flax_resnet import Augment, TrainConfig, grid
 from flax_resnet.cli.experiment import ablate
-from flax_resnet.data.augment import Augment
-from flax_resnet.studies.grids import grid
-from flax_resnet.training.config import TrainConfig
 
 BASELINE = "none"
 

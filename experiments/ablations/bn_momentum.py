@@ -14,9 +14,8 @@ Published: none.
 """
 
 from experiments import cifar10_resnet
+from flax_resnet import TrainConfig, grid
 from flax_resnet.cli.experiment import ablate
-from flax_resnet.studies.grids import grid
-from flax_resnet.training.config import TrainConfig
 
 BASELINE = "bn_momentum=0.9"
 

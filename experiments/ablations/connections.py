@@ -12,10 +12,9 @@ table 6), of plain ones about 9 and 13 % (read off its figure 6); of such highwa
 """
 
 from experiments.ablations import depth
+from flax_resnet import TrainConfig, grid
 from flax_resnet.cli.experiment import ablate
 from flax_resnet.models.blocks import Connection
-from flax_resnet.studies.grids import grid
-from flax_resnet.training.config import TrainConfig
 
 CONNECTIONS: tuple[Connection, ...] = ("plain", "residual", "highway")
 BASELINE = {

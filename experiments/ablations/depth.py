@@ -18,11 +18,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import cifar10_resnet
+from flax_resnet import TrainConfig, cifar_resnet, grid
 from flax_resnet.cli.experiment import ablate
-from flax_resnet.models import cifar_resnet
 from flax_resnet.models.blocks import Connection
-from flax_resnet.studies.grids import grid
-from flax_resnet.training.config import TrainConfig
 
 CONNECTIONS: tuple[Connection, ...] = ("plain", "residual")
 DEPTHS = (20, 56)

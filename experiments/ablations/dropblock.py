@@ -13,9 +13,8 @@ Published: ResNet-50 on ImageNet, top-1 76.51 without and 78.13 % with DropBlock
 import dataclasses
 
 from experiments import cifar100_dropblock
+from flax_resnet import TrainConfig, grid
 from flax_resnet.cli.experiment import ablate
-from flax_resnet.studies.grids import grid
-from flax_resnet.training.config import TrainConfig
 
 RATES = (0.1, 0.2, 0.3)
 # A rate held throughout against none, one that rises against the same held.

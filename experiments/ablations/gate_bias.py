@@ -17,9 +17,8 @@ Published: none of these networks.
 import dataclasses
 
 from experiments import cifar10_highway
+from flax_resnet import TrainConfig, grid
 from flax_resnet.cli.experiment import ablate
-from flax_resnet.studies.grids import grid
-from flax_resnet.training.config import TrainConfig
 
 BASELINE = "gate_bias=-2.0,learning_rate=0.1"
 

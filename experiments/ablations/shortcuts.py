@@ -10,9 +10,8 @@ Published: on ImageNet, 34 layers, ten crops, top-1 error A 25.03, B 24.52, C 24
 """
 
 from experiments import cifar10_resnet
+from flax_resnet import TrainConfig, grid
 from flax_resnet.cli.experiment import ablate
-from flax_resnet.studies.grids import grid
-from flax_resnet.training.config import TrainConfig
 
 BASELINE = "shortcut=A"
 

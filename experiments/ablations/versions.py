@@ -12,10 +12,8 @@ and 5.46, 1001 layers 7.61 and 4.92 % (He et al. 2016b, table 3).
 """
 
 from experiments import cifar10_resnet
+from flax_resnet import BasicBlock, BottleneckBlock, TrainConfig, cifar_preact, grid
 from flax_resnet.cli.experiment import ablate
-from flax_resnet.models import BasicBlock, BottleneckBlock, cifar_preact
-from flax_resnet.studies.grids import grid
-from flax_resnet.training.config import TrainConfig
 
 DEPTHS = (20, 110, 164)
 BASELINE = {f"v2-{depth}": f"v1-{depth}" for depth in DEPTHS}

@@ -11,10 +11,8 @@ Published: ResNet-50 on ImageNet, about 0.2 points of top-1 error less with batc
 """
 
 from experiments import cifar10_resnet
+from flax_resnet import TrainConfig, cifar_resnet, grid
 from flax_resnet.cli.experiment import ablate
-from flax_resnet.models import cifar_resnet
-from flax_resnet.studies.grids import grid
-from flax_resnet.training.config import TrainConfig
 
 DEPTHS = (20, 56)
 BASELINE = {f"zero{depth}": f"one{depth}" for depth in DEPTHS}

@@ -32,10 +32,10 @@ import numpy as np
 
 from experiments.benchmarks import common, driver
 from experiments.benchmarks.driver import Row
-from flax_resnet.data.config import DataConfig
+from flax_resnet import DataConfig, UserError
 from flax_resnet.data.order import decode_chunks
 from flax_resnet.data.sources import open_tfds
-from flax_resnet.errors import UserError, check_range
+from flax_resnet.errors import check_range
 
 TARGETS = (93, 94, 95, 96)
 TTA_LEVEL = 2

@@ -10,9 +10,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from experiments.benchmarks import common, workers
+from flax_resnet import UserError
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
-from flax_resnet.errors import UserError, check_range, did_you_mean
+from flax_resnet.errors import check_range, did_you_mean
 from flax_resnet.records.text_tables import markdown_table
 
 Settings = TypeVar("Settings")

@@ -35,8 +35,9 @@ import flax_resnet
 from experiments.benchmarks import common, driver, steps, workers
 from experiments.benchmarks.driver import Columns, Row
 from experiments.benchmarks.peers.specs import NETWORKS
+from flax_resnet import UserError
 from flax_resnet.data.normalization import normalize
-from flax_resnet.errors import UserError, check_choices
+from flax_resnet.errors import check_choices
 
 BOUNDS: Mapping[str, float] = {
     "logits": 1e-4,

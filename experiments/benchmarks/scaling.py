@@ -41,14 +41,13 @@ from jax.sharding import Mesh, PartitionSpec
 from experiments.benchmarks import common, driver
 from experiments.benchmarks.driver import Columns, Row, timing_cell
 from experiments.benchmarks.steps import noise_run, round_seconds
-from flax_resnet import models
+from flax_resnet import TrainConfig, UserError, models
 from flax_resnet.distributed import sharding
 from flax_resnet.distributed.sharding import StateSharding
-from flax_resnet.errors import UserError, check_range
+from flax_resnet.errors import check_range
 from flax_resnet.inspection.step_cost import collectives
 from flax_resnet.models.arguments import check_bn_group
 from flax_resnet.training import run
-from flax_resnet.training.config import TrainConfig
 from flax_resnet.training.step import Batch
 
 COLUMNS: Columns = {

@@ -18,13 +18,11 @@ from pathlib import Path
 
 from experiments import digits
 from experiments.benchmarks import common, driver
+from flax_resnet import TrainConfig, UserError, cifar_resnet, replaced
 from flax_resnet.distributed import sharding
-from flax_resnet.errors import UserError, check_range
-from flax_resnet.models import cifar_resnet
+from flax_resnet.errors import check_range
 from flax_resnet.studies import vmapped
-from flax_resnet.studies.grids import replaced
 from flax_resnet.training import setup
-from flax_resnet.training.config import TrainConfig
 from flax_resnet.training.run import Run
 
 

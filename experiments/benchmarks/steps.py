@@ -23,15 +23,13 @@ from experiments.benchmarks import common, workers
 from experiments.benchmarks.driver import Columns, Row, check_least, table, timing_cell
 from experiments.benchmarks.driver import run as run_benchmark
 from experiments.benchmarks.peers.specs import NETWORKS
-from flax_resnet import models
-from flax_resnet.data.batches import Data
+from flax_resnet import Data, TrainConfig, UserError, create_state, models, summarize
 from flax_resnet.distributed import sharding
-from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
-from flax_resnet.models.summary import FLOPS_A_MAC, summarize
+from flax_resnet.errors import POSITIVE, check_choices, check_range
+from flax_resnet.models.summary import FLOPS_A_MAC
 from flax_resnet.optim import optimizers
 from flax_resnet.training import run
-from flax_resnet.training.config import TrainConfig
-from flax_resnet.training.step import Batch, create_state
+from flax_resnet.training.step import Batch
 from flax_resnet.training.step_programs import state_sharding
 
 Kind = Literal["train", "eval"]

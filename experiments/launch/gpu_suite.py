@@ -32,9 +32,9 @@ from typing import Any
 
 from experiments.benchmarks.driver import check_names
 from experiments.launch import pieces
+from flax_resnet import UserError
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
-from flax_resnet.errors import UserError
 from flax_resnet.records.provenance import git_state
 from flax_resnet.records.run_dir import read_json, write_json
 

@@ -28,11 +28,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
+from flax_resnet import UserError
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.distributed.hosts import OURS, visible_gpus
 from flax_resnet.distributed.preemption import EXIT_PREEMPTED
-from flax_resnet.errors import POSITIVE, UserError, check_range
+from flax_resnet.errors import POSITIVE, check_range
 
 POLL_SECONDS = 0.05
 AGAIN = (1, EXIT_PREEMPTED)

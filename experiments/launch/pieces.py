@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_resnet.errors import POSITIVE, UserError, check_range
+from flax_resnet import UserError
+from flax_resnet.errors import POSITIVE, check_range
 
 EXIT_AGAIN = 75
 LEAST_SECONDS = 20

@@ -49,8 +49,8 @@ from experiments.benchmarks import common, driver, steps, workers
 from experiments.benchmarks.driver import Columns, Row, note, timing_cell
 from experiments.benchmarks.peers import worker
 from experiments.benchmarks.peers.specs import NETWORKS
-from flax_resnet import models
-from flax_resnet.errors import POSITIVE, UserError, check_choices
+from flax_resnet import UserError, models
+from flax_resnet.errors import POSITIVE, check_choices
 
 OURS, *OTHERS = worker.PEERS
 COLUMNS: Columns = {
