@@ -17,7 +17,7 @@ from flax_resnet.data.preprocess import Preprocessing
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet
 from flax_resnet.weights import Pretrained, check_same, image_shape, open_weights
-from flax_resnet.weights.imagenet_classes import class_name
+from flax_resnet.weights.imagenet import class_name
 
 FLAGS = "--size, --resize, --interpolation, --mean and --std"
 

@@ -28,7 +28,7 @@ from flax_resnet.errors import UserError, check_range
 from flax_resnet.inference.classifier import Classifier, not_finite, padded
 from flax_resnet.training import metrics
 from flax_resnet.weights import Pretrained
-from flax_resnet.weights.imagenet_classes import imagenet_classes, imagenet_ids
+from flax_resnet.weights.imagenet import imagenet_classes, imagenet_ids
 
 CROPS = 10
 

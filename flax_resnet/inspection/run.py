@@ -17,7 +17,7 @@ from flax_resnet.data.normalization import normalize
 from flax_resnet.distributed import sharding
 from flax_resnet.models import ResNet
 from flax_resnet.records.run_dir import read_config
-from flax_resnet.weights.imagenet_classes import class_name
+from flax_resnet.weights.imagenet import class_name
 from flax_resnet.weights.loading import read_checkpoint, saved_variables
 
 Which = Literal["best", "latest"]

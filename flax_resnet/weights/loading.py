@@ -23,7 +23,7 @@ from flax_resnet.models.arguments import Dtype
 from flax_resnet.records.configs import from_record, untracked
 from flax_resnet.records.run_dir import read_record
 from flax_resnet.weights import hub, published
-from flax_resnet.weights.imagenet_classes import imagenet_classes
+from flax_resnet.weights.imagenet import imagenet_classes
 from flax_resnet.weights.pretrained import Pretrained, Variables, image_shape
 from flax_resnet.weights.published_cache import fetch
 from flax_resnet.weights.reading import open_file

@@ -20,7 +20,7 @@ from flax_resnet.optim.optimizers import Adam
 from flax_resnet.records.run_dir import read_metrics
 from flax_resnet.training.config import TrainConfig
 from flax_resnet.training.loop import train_and_evaluate
-from flax_resnet.weights.imagenet_classes import imagenet_classes
+from flax_resnet.weights.imagenet import imagenet_classes
 from flax_resnet.weights.loading import open_run_weights
 
 CLASSES = tuple(f"kind {i}" for i in range(7))

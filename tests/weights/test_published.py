@@ -11,7 +11,7 @@ from flax_resnet import models
 from flax_resnet.data.preprocess import KERAS_V1, KERAS_V2, TORCH
 from flax_resnet.errors import UserError
 from flax_resnet.weights import published
-from flax_resnet.weights.imagenet_classes import imagenet_classes
+from flax_resnet.weights.imagenet import imagenet_classes
 
 PAIRS = [(network, tag) for network in models.names() for tag in published.tags(network)]
 ENTRIES = {entry.url: entry for entry in (published.find(*pair) for pair in PAIRS)}.values()

@@ -32,5 +32,5 @@ def class_name(names: Sequence[str] | None, index: int) -> str:
 
 def _rows() -> list[list[str]]:
     """[WordNet's id, all names] of each class."""
-    text = Path(__file__).with_suffix(".txt").read_text("utf-8")
+    text = Path(__file__).with_name("imagenet_classes.txt").read_text("utf-8")
     return [line.split("\t") for line in text.splitlines()]
