@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from flax_resnet.cli.flags import DataDir, Switch, flag, writing
 from flax_resnet.cli.weight_flags import WeightFlags
 from flax_resnet.data.config import DataConfig
-from flax_resnet.data.test_time import Views
+from flax_resnet.data.tta import Views
 from flax_resnet.errors import UserError
 from flax_resnet.inference.evaluation import evaluate
 from flax_resnet.records import text_tables

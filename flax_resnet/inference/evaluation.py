@@ -23,7 +23,7 @@ from flax_resnet.data.batches import open_sources
 from flax_resnet.data.config import DataConfig
 from flax_resnet.data.normalization import normalize
 from flax_resnet.data.order import decode_chunks
-from flax_resnet.data.test_time import Views, averaged_logits
+from flax_resnet.data.tta import Views, averaged_logits
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.inference.classifier import Classifier, not_finite, padded
 from flax_resnet.training import metrics

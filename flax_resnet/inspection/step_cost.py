@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flax_resnet.data import test_time
+from flax_resnet.data import tta
 from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError
 from flax_resnet.models.summary import FLOPS_A_MAC, summarize
@@ -87,7 +87,7 @@ def analyze(config: TrainConfig, mesh: Mesh | None = None) -> dict[str, dict[str
             "seconds to compile": seconds,
         }
 
-    seen, data = test_time.VIEWS_PER_IMAGE[config.tta], run.data
+    seen, data = tta.VIEWS_PER_IMAGE[config.tta], run.data
     sizes, shapes = (config.batch_size, config.eval_batch_size), (data.batch_shape, data.eval_shape)
     return {
         "train": costs(sizes[0], shapes[0], FLOPS_A_MAC["train"], run.programs.compile_step),

@@ -11,7 +11,7 @@ from flax_resnet.checkpoints.checkpoints import CheckpointConfig
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import FREE, DataConfig
 from flax_resnet.data.normalization import NormalizationKind
-from flax_resnet.data.test_time import Views
+from flax_resnet.data.tta import Views
 from flax_resnet.distributed.sharding import StateSharding
 from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range
 from flax_resnet.models import cifar_resnet

@@ -14,7 +14,7 @@ from flax.training import train_state
 
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.normalization import normalize
-from flax_resnet.data.test_time import Views, averaged_logits
+from flax_resnet.data.tta import Views, averaged_logits
 from flax_resnet.models import initialize, trainable
 from flax_resnet.models.arguments import as_dtype
 from flax_resnet.training import metrics

@@ -6,7 +6,7 @@ import pytest
 from helpers import UNIT_STATS, random_batch, tiny_resnet
 
 from flax_resnet.data.normalization import normalize
-from flax_resnet.data.test_time import averaged_logits, check_views, views
+from flax_resnet.data.tta import averaged_logits, check_views, views
 from flax_resnet.errors import UserError
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim.optimizers import SGD
