@@ -103,12 +103,13 @@ def test_wandb_offline_has_a_stopped_run_as_one(config, tmp_path):
 
 COMMAND = """
 from helpers import tiny_resnet
-from flax_resnet import DataConfig, MLflow, TrainConfig, Wandb, main
+from flax_resnet import DataConfig, MLflow, TrainConfig, Wandb
+from flax_resnet.cli import experiment
 def get_config():
     return TrainConfig(
         model=tiny_resnet(), data=DataConfig(data_dir={data!r}), batch_size=360,
         num_steps=4, log_every_steps=1, tracking={tracking})
-main.main(get_config, {workdir!r}, [])
+experiment.main(get_config, {workdir!r}, [])
 """
 
 
