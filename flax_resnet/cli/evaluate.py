@@ -97,7 +97,7 @@ class Settings(WeightFlags):
 
 
 def main(settings: Settings) -> None:
-    """``python -m flax_resnet evaluate``."""
+    """``flax-resnet evaluate``."""
     config, options = settings.asked()
     opened = settings.open(settings.weights)
     with contextlib.ExitStack() as stack:  # a file that cannot be written is said at once

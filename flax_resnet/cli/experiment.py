@@ -15,6 +15,7 @@ from flax_resnet.cli import flags
 from flax_resnet.distributed import hosts, preemption, sharding
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import step_cost
+from flax_resnet.records.run_dir import RESULT
 from flax_resnet.studies import tables
 from flax_resnet.studies.sweeps import check_finished, sweep, train_seeds
 from flax_resnet.training.config import TrainConfig
@@ -53,7 +54,7 @@ def start(chosen: flags.Invocation) -> list[dict[str, Any]]:
             return []
         use_cache()
         if chosen.num_seeds == 1:
-            again = (Path(chosen.workdir) / "result.json").exists()
+            again = (Path(chosen.workdir) / RESULT).exists()
             result = train_and_evaluate(chosen.config, chosen.workdir)
             if sharding.is_lead() and not again:
                 print(NEXT.format(workdir=shlex.quote(chosen.workdir), step=result["best_step"]))

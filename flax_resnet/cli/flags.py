@@ -36,7 +36,7 @@ from flax_resnet.distributed.hosts import Hosts
 from flax_resnet.errors import UserError, check_range, did_you_mean
 from flax_resnet.models.arguments import check_dtype
 from flax_resnet.records.configs import class_name, find_class, module_fields
-from flax_resnet.records.files import replacing
+from flax_resnet.records.files import os_error_as_one_line, replacing
 from flax_resnet.training.config import TrainConfig
 
 PROG = "flax-resnet"
@@ -307,9 +307,9 @@ def writing(output: str | None) -> Iterator[TextIO]:
     path = Path(output).expanduser()
     if path.is_dir():
         raise UserError(f"--output {output} is a directory: name a file")
-    try:
-        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        why = error.strerror or error  # not the name of the unfinished file
-        raise UserError(f"--output {output} cannot be written: {why}") from error
+    with (
+        os_error_as_one_line(f"--output {output}"),
+        replacing(path) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
+        yield file

@@ -47,7 +47,7 @@ class Settings(WeightFlags):
 
 
 def main(settings: Settings) -> None:
-    """``python -m flax_resnet predict``."""
+    """``flax-resnet predict``."""
     files = find_images(settings.images)
     opened, read = settings.open(settings.weights), 0
 

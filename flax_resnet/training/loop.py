@@ -25,7 +25,7 @@ from flax_resnet.distributed.preemption import Preempted, Signals
 from flax_resnet.distributed.watchdog import Watch
 from flax_resnet.records import text_tables
 from flax_resnet.records.configs import flatten, to_record
-from flax_resnet.records.run_dir import finished, read_metrics, write_json
+from flax_resnet.records.run_dir import RESULT, finished, read_metrics, write_json
 from flax_resnet.tracking.run_log import RunLog, RunLogs, Timer
 from flax_resnet.training import metrics
 from flax_resnet.training.config import TrainConfig
@@ -341,5 +341,5 @@ def conclude(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     }
     if not quiet:
         text_tables.show(name, [*text_tables.result_rows(result).items(), ("record", workdir)])
-    write_json(workdir / "result.json", result)
+    write_json(workdir / RESULT, result)
     return result

@@ -7,6 +7,7 @@ import dataclasses
 
 from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.errors import UserError
+from flax_resnet.records.run_dir import RESULT
 from flax_resnet.training.run import Progress, Run
 from flax_resnet.training.workdir import check_same_config
 
@@ -46,7 +47,7 @@ def check_current(run: Run) -> None:
     reader = Checkpoints(run.config.checkpoint.place(run.workdir), say=lambda line: None)
     with contextlib.closing(reader):
         newest = reader.latest_step() or 0
-    if newest != run.progress.step or (run.workdir / "result.json").exists():
+    if newest != run.progress.step or (run.workdir / RESULT).exists():
         raise UserError(
             f"{run.workdir} has gone on to step {newest} while this one was set up at step "
             f"{run.progress.step}: another process was at work there; start again"
