@@ -61,7 +61,8 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
     try:
         file = read_tensors(path, choose)
     except UserError as error:
-        raise _of_file(error, path) from error
+        _add(error, path)
+        raise
     unread = [f"{name!r:.80} is {kind:.80}" for name, kind in file.unread.items()]
     notes += ["not read: " + "; ".join(unread[:8])] if unread else []
     try:
@@ -69,17 +70,17 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
             raise UserError(f"it holds one network: give the path without #{network}")
         opened = (_own if METADATA_KEY in file.metadata else _foreign)(file, fields)
     except UserError as error:
-        raise _of_file(error, path, *notes) from error
+        _add(error, path, *notes)
+        raise
     if notes:
         warnings.warn(f"{text}: {'; '.join(notes)}", Note, stacklevel=2)
     return opened
 
 
-def _of_file(error: UserError, path: Path, *notes: str) -> UserError:
-    """An error that names its file and, where tensors do not fit, what else was in it."""
+def _add(error: UserError, path: Path, *notes: str) -> None:
+    """Names the file in an error and, where its tensors do not fit, what else was in it."""
     start = "" if str(error).startswith(str(path)) else f"{path}: "
     error.args = ("; ".join([f"{start}{error}", *notes]),)
-    return error
 
 
 def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:

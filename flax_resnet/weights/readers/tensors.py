@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 
 from flax_resnet.errors import UserError
@@ -20,9 +19,8 @@ METADATA_KEY = "flax_resnet"
 MAX_HEADER = 8 * 2**20
 _HDF5_START = b"\x89HDF\r\n\x1a\n"
 _ZIP_START = b"PK\x03\x04"
-_FLOATS = {np.dtype(kind) for kind in ("f2", "f4", "f8", ml_dtypes.bfloat16)}
-_SAFETENSORS = {"F16": np.dtype("f2"), "F32": np.dtype("f4"), "F64": np.dtype("f8"),
-                "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype("i8")}  # fmt: skip
+_FLOATS = ("float16", "float32", "float64", "bfloat16")
+_SAFETENSORS = {"F": "float", "I": "int", "U": "uint", "BF": "bfloat"}
 _LEAVES = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -112,7 +110,7 @@ def _read(path: Path, selection: _Selection) -> tuple[Any, dict[str, np.ndarray]
         from flax_resnet.weights.readers.hdf5 import read_h5
 
         kind, tensors = read_h5(path)
-        fitting = selection.all({name: Info(x.shape, x.dtype) for name, x in tensors.items()})
+        fitting = selection.all({name: Info(x.shape, str(x.dtype)) for name, x in tensors.items()})
         return kind, {name: tensors[name] for name in fitting}, {}
     if start.startswith((_ZIP_START, LEGACY_START)):
         return "torch", read_torch(path, selection.foreign), {}
@@ -139,8 +137,9 @@ def _read_safetensors(
             infos = {}
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
-                kind = _SAFETENSORS.get(part.get_dtype(), part.get_dtype())
-                infos[name] = Info(tuple(part.get_shape()), kind)
+                kind = part.get_dtype().rstrip("0123456789")
+                dtype = _SAFETENSORS.get(kind, kind) + part.get_dtype().removeprefix(kind)
+                infos[name] = Info(tuple(part.get_shape()), dtype)
             own = METADATA_KEY in metadata
             chosen = {n: n for n in selection.all(infos)} if own else selection.foreign(infos, {})
             return {new: file.get_tensor(name) for name, new in chosen.items()}, metadata

@@ -35,7 +35,7 @@ class Tensor(NamedTuple):
     @property
     def info(self) -> Info:
         """Its shape and dtype."""
-        return Info(self.size, self.storage.dtype)
+        return Info(self.size, str(self.storage.dtype))
 
 
 class Global(NamedTuple):

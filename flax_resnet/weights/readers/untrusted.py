@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 MAX_RANK = 8
 
@@ -12,8 +12,8 @@ class Info(NamedTuple):
     """What is known of a tensor before it is read."""
 
     shape: tuple[int, ...]
-    dtype: Any
-    """Of numpy, or the file's word for one that numpy has not."""
+    dtype: str
+    """numpy's name, or the file's word for a dtype that numpy lacks."""
 
 
 Select = Callable[[Mapping[str, Info], Mapping[str, str]], Mapping[str, str]]
