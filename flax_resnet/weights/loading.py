@@ -22,7 +22,7 @@ from flax_resnet.models import ResNet
 from flax_resnet.models.arguments import Dtype
 from flax_resnet.records.configs import from_record, untracked
 from flax_resnet.records.run_dir import read_record
-from flax_resnet.weights import hub, published
+from flax_resnet.weights import hub, published, trees
 from flax_resnet.weights.imagenet import imagenet_classes
 from flax_resnet.weights.pretrained import Pretrained, Variables, image_shape
 from flax_resnet.weights.published_cache import fetch
@@ -49,7 +49,8 @@ def load(
     Args:
       name: one of ``names()``; Keras's spellings (``ResNet152V2``) give Keras's networks.
       weights: None starts afresh; "imagenet" or another of ``tags(name)`` fetches published
-        weights; a path reads a weight file or a run's working directory; "hf://OWNER/NAME" and
+        weights; a path reads a weight file or a run's working directory (FILE#NAME one of several
+        networks in a file); "hf://OWNER/NAME" and
         "hf://OWNER/NAME@REVISION" download from the Hugging Face hub (needs [hub]); variables
         ({"params", "batch_stats"}, blocks stacked or not) are taken as they are.
       include_top: end with the dense head; its output is logits. False drops that of the weights.
@@ -107,9 +108,10 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
 
     Args:
       weights: a tag, a weight file, a run's working directory (its best checkpoint), or
-        "hf://OWNER/NAME[@REVISION]".
+        "hf://OWNER/NAME[@REVISION]"; FILE#NAME of a file that holds several networks.
       network: a name of ``names()``, which a tag needs.
     """
+    weights, tree = trees.split(weights)
     entry = None if is_path(weights) else published.find(network, str(weights))
     address = weights if entry is None else entry.url
     if hub.is_address(address):
@@ -122,7 +124,8 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
         if path.is_dir():
             return open_run_weights(path)[0]
         known = published.find_source(path.name)
-    opened = _described(open_file(path), known, path)
+    opened = open_file(path if tree is None else f"{path}#{tree}")
+    opened = _described(opened, known, path)
     if entry is None:
         return opened
     module = models.create(entry.network, num_classes=getattr(opened.module, "num_classes", 1000))
@@ -152,6 +155,7 @@ def is_path(weights: str | Path) -> bool:
         return True
     if published.is_tag(text):
         return False
+    text = trees.split(text)[0]
     looks = text.startswith((".", "/", "~")) or text.lower().endswith(SUFFIXES)
     return looks or Path(text).expanduser().exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_resnet import models
 from flax_resnet.data.decode import Decoder
 from flax_resnet.data.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
-from flax_resnet.errors import UserError
-from flax_resnet.models import ResNet, WeightsError
+from flax_resnet.errors import Note, UserError
+from flax_resnet.models import ResNet
 from flax_resnet.models.arguments import check_dtype
 from flax_resnet.records.configs import MOVED_CLASSES, class_name, from_record, todays_name
 from flax_resnet.records.files import reason
-from flax_resnet.weights import keras_names, torch_names
+from flax_resnet.weights import keras_names, torch_names, trees
 from flax_resnet.weights.pretrained import Pretrained, Variables
-from flax_resnet.weights.readers.tensors import TensorFile, read_tensors
+from flax_resnet.weights.readers.tensors import METADATA_KEY, TensorFile, read_tensors
 
-METADATA_KEY = "flax_resnet"
-"""Key of the metadata in which ``write_weights`` describes the network."""
 _MODULES = [c for c in vars(models).values() if isinstance(c, type) and issubclass(c, nn.Module)]
 _MOVED = {today for old, today in MOVED_CLASSES.items() if old.startswith("flax_resnet.models.")}
 _CLASSES = {*map(class_name, (*_MODULES, Preprocessing, Decoder)), *_MOVED}
@@ -37,23 +36,51 @@ _CLASSES = {*map(class_name, (*_MODULES, Preprocessing, Decoder)), *_MOVED}
 def open_file(path: str | Path, **fields: Any) -> Pretrained:
     """Reads a weight file and infers the network from it.
 
+    What is left out of the file, and how what it does not say was read, is a ``Note``.
+
     Args:
       path: .safetensors or .pth with torch's names (torchvision, timm, Hugging Face, CIFAR
-        codes), Keras's .h5 or .weights.h5, or what ``write_weights`` wrote.
+        codes), also of a checkpoint around them; PATH#NAME of one with several networks, NAME a
+        part of the prefix of one; Keras's .h5 or .weights.h5, or what ``write_weights`` wrote.
       **fields: of the network, over those inferred: ``stride_conv="1x1"``, ``include_top=False``.
 
     Raises:
       WeightsError: tensors are missing, left over, or of another shape.
       UserError: the file cannot be read, or is no residual network's.
     """
-    path = Path(path).expanduser()
-    file = read_tensors(path)
+    text, network = trees.split(path)
+    path, notes = Path(text).expanduser(), list[str]()
+
+    def choose(shapes: trees.Shapes) -> dict[str, str]:
+        nonlocal network
+        tree = trees.find(shapes, text, network)
+        notes.extend(tree.notes)
+        network = None
+        return tree.names
+
     try:
-        return (_own if METADATA_KEY in file.metadata else _foreign)(file, fields)
-    except WeightsError:
-        raise
+        file = read_tensors(path, choose)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        _add(error, path)
+        raise
+    unread = [f"{name!r:.80} is {kind:.80}" for name, kind in file.unread.items()]
+    notes += ["not read: " + "; ".join(unread[:8])] if unread else []
+    try:
+        if network is not None:
+            raise UserError(f"it holds one network: give the path without #{network}")
+        opened = (_own if METADATA_KEY in file.metadata else _foreign)(file, fields)
+    except UserError as error:
+        _add(error, path, *notes)
+        raise
+    if notes:
+        warnings.warn(f"{text}: {'; '.join(notes)}", Note, stacklevel=2)
+    return opened
+
+
+def _add(error: UserError, path: Path, *notes: str) -> None:
+    """Names the file in an error and, where its tensors do not fit, what else was in it."""
+    start = "" if str(error).startswith(str(path)) else f"{path}: "
+    error.args = ("; ".join([f"{start}{error}", *notes]),)
 
 
 def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
@@ -66,7 +93,7 @@ def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
         channels = stem.shape[-2] if stem.ndim == 4 else 3
         preprocessing = KERAS_V2 if module.block_cls.preactivation else KERAS_V1
     else:
-        tensors = torch_names.torchvision_names(file.tensors)
+        tensors = torch_names.with_biases(file.tensors)
         module = torch_names.infer_resnet(tensors, **fields)
         channels, preprocessing = torch_names.input_channels(tensors), TORCH
     shape = (*models.default_shape(module)[:2], channels)

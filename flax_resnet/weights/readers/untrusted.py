@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
 MAX_RANK = 8
+
+
+class Info(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """numpy's name, or the file's word for a dtype that numpy lacks."""
+
+
+Select = Callable[[Mapping[str, Info], Mapping[str, str]], Mapping[str, str]]
+"""Tensors by name, and the kind of what else has a name, to new names of the tensors to read."""
 
 
 def shown(value: object, length: int = 80) -> str:
