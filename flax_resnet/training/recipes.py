@@ -93,13 +93,17 @@ def finetuned(data: str, given: Given = Given()) -> TrainConfig:
         fields |= {"include_top": True, "norm_kind": kind}
     config = dataclasses.replace(config, model=own.clone(**fields))
     prepared: Any = opened.preprocessing
-    if prepared is None:
-        return config
-    pad = prepared.decoder.pad if prepared.decoder else 0
-    size, channels = prepared.shape[0] - 2 * pad, prepared.channels
+    height, _, channels = opened.input_shape
+    pad = prepared.decoder.pad if prepared is not None and prepared.decoder else 0
+    size = height - 2 * pad
     shape = {"image_size": size, "pad": pad, "channels": channels}
     images = dataclasses.replace(config.data, **shape, random_resized_crop=size > SMALL)
-    return dataclasses.replace(config, data=images, augment=Augment(flip=channels != 1))
+    return dataclasses.replace(
+        config,
+        data=images,
+        augment=Augment(flip=channels != 1),
+        normalization="channel" if prepared is None else "weights",
+    )
 
 
 def finetuning(data: DataConfig, num_classes: int) -> TrainConfig:

@@ -28,7 +28,9 @@ from flax_resnet.weights.pretrained import Pretrained, Variables, image_shape
 from flax_resnet.weights.published_cache import fetch
 from flax_resnet.weights.reading import open_file
 
-SUFFIXES = (".safetensors", ".h5", ".hdf5", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
+FILENAMES = (hub.WEIGHTS, "pytorch_model.bin")
+"""Names of the weights in a folder that a repository of the hub was saved to."""
+SUFFIXES = (".safetensors", ".keras", ".h5", ".hdf5", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
 
 
 def load(
@@ -120,29 +122,31 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
     else:
         path = Path(weights).expanduser()
         if path.is_dir():
-            return open_run_weights(path)[0]
+            inside = [path / name for name in FILENAMES if (path / name).is_file()]
+            if not inside:
+                return open_run_weights(path)[0]
+            path = inside[0]
         known = published.find_source(path.name)
-    opened = _described(open_file(path), known, path)
+    opened = _described(open_file(path), known)
     if entry is None:
         return opened
     module = models.create(entry.network, num_classes=getattr(opened.module, "num_classes", 1000))
     return dataclasses.replace(opened, module=module, network=entry.network, certain=True)
 
 
-def _described(opened: Pretrained, known: published.Published | None, path: Path) -> Pretrained:
+def _described(opened: Pretrained, known: published.Published | None) -> Pretrained:
     """``opened`` with the preprocessing and class names that its file does not say.
 
-    Those of published weights are in their table, those of timm's in the config.json beside them.
+    Those of published weights are in their table.
     """
-    if opened.class_names is not None:
-        return opened
     prepared = known.preprocessing if known is not None else None
-    prepared = prepared or published.timm_preprocessing(path.with_name(hub.CONFIG))
-    prepared = prepared or opened.preprocessing  # else the usual one of this kind of file
+    if prepared is not None and (opened.assumed or opened.preprocessing is None):
+        opened = dataclasses.replace(opened, preprocessing=prepared, assumed="")
     classes, module = imagenet_classes(), opened.module
     imagenet = getattr(module, "include_top", True) and module.num_classes == len(classes)
-    names = classes if imagenet and prepared is not None else None
-    return dataclasses.replace(opened, preprocessing=prepared, class_names=names)
+    if opened.class_names is not None or not imagenet or opened.preprocessing is None:
+        return opened
+    return dataclasses.replace(opened, class_names=classes)
 
 
 def is_path(weights: str | Path) -> bool:

@@ -81,8 +81,10 @@ def torchvision_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
         found[new] = tensor
     if "bn1.weight" in found and "layer1.0.bn1.weight" in found and "bn.weight" not in found:
         first = found["layer1.0.bn1.weight"].shape == found["bn1.weight"].shape
-        stem = found["conv1.weight"].shape[:1] if "conv1.weight" in found else ()
-        if not first and stem != found["bn1.weight"].shape:
+        stems = [
+            found[name].shape[:1] for name in ("conv1.weight", "conv1.6.weight") if name in found
+        ]
+        if not first and found["bn1.weight"].shape not in stems:
             # Wide-ResNet codes call the last norm bn1: they have none after the stem.
             found = {re.sub(r"^bn1\.", "bn.", name): tensor for name, tensor in found.items()}
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +12,12 @@ import numpy as np
 
 from flax_resnet.errors import UserError
 from flax_resnet.weights.readers.torch_archive import LEGACY_START, read_torch
-from flax_resnet.weights.readers.untrusted import MAX_RANK, shown
+from flax_resnet.weights.readers.untrusted import MAX_RANK, LimitedFile, open_zip, shown
 
 # Bytes of a safetensors header; objects made of it take up to 25 times as many.
 MAX_HEADER = 8 * 2**20
+KERAS_CONFIG = "keras_config"
+"""Key of the metadata with the config.json of a ``.keras`` file."""
 _HDF5_START = b"\x89HDF\r\n\x1a\n"
 _ZIP_START = b"PK\x03\x04"
 _FLOATS = {np.dtype(kind) for kind in ("f2", "f4", "f8", ml_dtypes.bfloat16)}
@@ -30,7 +33,7 @@ class TensorFile:
     tensors: dict[str, np.ndarray]
     """Floats of 16, 32 or 64 bits by name; they may be read-only and share memory."""
     metadata: dict[str, str]
-    """Texts beside the tensors; safetensors alone has them."""
+    """Texts beside the tensors, of safetensors and of ``.keras`` files."""
 
 
 def read_tensors(path: Path) -> TensorFile:
@@ -40,7 +43,8 @@ def read_tensors(path: Path) -> TensorFile:
     of batches (``*num_batches_tracked``) are left out.
 
     Args:
-      path: safetensors, a torch state dict or a checkpoint around one, or Keras weights in HDF5.
+      path: safetensors, a torch state dict or a checkpoint around one, Keras weights in HDF5 or a
+        ``.keras`` file.
 
     Returns:
       The tensors in the dtypes of the file.
@@ -82,14 +86,28 @@ def _read(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
         from flax_resnet.weights.readers.hdf5 import read_h5
 
         return (*read_h5(path), {})
+    if start.startswith(_ZIP_START) and _holds_keras(path):
+        from flax_resnet.weights.readers.hdf5 import read_keras
+
+        layout, tensors, config = read_keras(path)
+        return layout, tensors, {KERAS_CONFIG: config}
     if start.startswith((_ZIP_START, LEGACY_START)):
         return "torch", read_torch(path), {}
     if start[8:9] == b"{":
         return ("safetensors", *_read_safetensors(path, int.from_bytes(start[:8], "little")))
     raise UserError(
         f"{path} is no weight file that is read here (it starts with {start!r}): expected "
-        ".safetensors, a state dict by torch.save (.pth, .pt), or Keras weights (.h5, .weights.h5)"
+        ".safetensors, a state dict by torch.save (.pth, .pt), or Keras's .keras, .h5, .weights.h5"
     )
+
+
+def _holds_keras(path: Path) -> bool:
+    """Whether a ZIP is a ``.keras`` file; one whose index is damaged is not."""
+    try:
+        with LimitedFile(io.FileIO(path)) as file, open_zip(file) as archive:
+            return {"config.json", "model.weights.h5"} <= set(archive.namelist())
+    except Exception:  # damaged bytes raise of many kinds
+        return False
 
 
 def _read_safetensors(path: Path, header: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
