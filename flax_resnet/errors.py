@@ -36,6 +36,13 @@ class TryAgain(UserError):
     """As of a process that has died: launchers start it again a few times."""
 
 
+class Note(UserWarning):
+    """What was done with the input that its owner may not expect.
+
+    The command line prints it as one line, ``note: ...``; in Python it is a warning.
+    """
+
+
 def import_extra(package: str, extra: str) -> Any:
     """A package that ``pip install 'flax_resnet[EXTRA]'`` brings; UserError if it is missing."""
     try:

@@ -7,13 +7,14 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flax_resnet.cli import flags
 from flax_resnet.distributed import hosts, preemption, sharding
-from flax_resnet.errors import UserError
+from flax_resnet.errors import Note, UserError
 from flax_resnet.inspection import step_cost
 from flax_resnet.records.run_dir import RESULT
 from flax_resnet.studies import tables
@@ -120,10 +121,17 @@ def chosen_by(
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a UserError into one line on stderr and its exit status."""
+    """Turns a UserError into one line on stderr and its exit status, a Note into one line."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's notes are for its own users
     try:
-        yield
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+            warnings.showwarning = lambda note, kind, *place: (
+                print(f"note: {note}", file=sys.stderr)
+                if issubclass(kind, Note)
+                else show(note, kind, *place)
+            )
+            yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)

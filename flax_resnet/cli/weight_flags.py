@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import Annotated, Any, Literal
 
 from flax_resnet.cli.flags import flag
@@ -44,12 +43,7 @@ class PreparedFlags:
     def open(self, weights: str) -> Pretrained:
         """A network with weights, and their preprocessing changed as the flags say."""
         opened = open_network(weights, self.model)
-        prepared = self._prepared(opened, weights)
-        if None not in (self.size, self.mean, self.std):
-            opened = dataclasses.replace(opened, assumed="")
-        for line in opened.unsaid():
-            print(f"{weights}: {line}", file=sys.stderr)
-        return dataclasses.replace(opened, preprocessing=prepared)
+        return dataclasses.replace(opened, preprocessing=self._prepared(opened, weights))
 
     def _prepared(self, opened: Pretrained, weights: str) -> Preprocessing | None:
         names = ("size", "resize", "interpolation", "mean", "std")

@@ -43,10 +43,7 @@ def starter(
     """
     model = config.model
     opened = None if config.weights is None else open_for(model, config.weights)
-    if opened is not None:
-        for line in opened.unsaid(config.normalization):
-            say(f"{config.weights}: {line}")
-    else:
+    if opened is None:
         fresh = initializer(model, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
 
     def init(key: jax.Array, images: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ import tyro
 from flax_resnet.data import preparation, sources
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
-from flax_resnet.errors import UserError
+from flax_resnet.errors import Note, UserError
 from flax_resnet.models import ResNet, cifar_resnet, imagenet_resnet
 from flax_resnet.optim.optimizers import SGD, Cosine
 from flax_resnet.training.config import TrainConfig
@@ -96,7 +97,10 @@ def finetuned(data: str, given: Given = Given()) -> TrainConfig:
     height, _, channels = opened.input_shape
     pad = prepared.decoder.pad if prepared is not None and prepared.decoder else 0
     size = height - 2 * pad
-    shape = {"image_size": size, "pad": pad, "channels": channels}
+    if prepared is None:
+        line = "nothing says how images are prepared for it: normalization='channel' is taken"
+        warnings.warn(f"{weights}: {line}", Note, stacklevel=2)
+    shape: dict[str, Any] = {"image_size": size, "pad": pad, "channels": channels}
     images = dataclasses.replace(config.data, **shape, random_resized_crop=size > SMALL)
     return dataclasses.replace(
         config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +18,12 @@ from flax_resnet import models
 from flax_resnet.checkpoints import seals
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints
 from flax_resnet.data.preprocess import Preprocessing
-from flax_resnet.errors import UserError
+from flax_resnet.errors import Note, UserError
 from flax_resnet.models import ResNet
 from flax_resnet.models.arguments import Dtype
 from flax_resnet.records.configs import from_record, untracked
 from flax_resnet.records.run_dir import read_record
-from flax_resnet.weights import hub, published
+from flax_resnet.weights import hub, published, trees
 from flax_resnet.weights.imagenet import imagenet_classes
 from flax_resnet.weights.pretrained import Pretrained, Variables, image_shape
 from flax_resnet.weights.published_cache import fetch
@@ -51,7 +52,8 @@ def load(
     Args:
       name: one of ``names()``; Keras's spellings (``ResNet152V2``) give Keras's networks.
       weights: None starts afresh; "imagenet" or another of ``tags(name)`` fetches published
-        weights; a path reads a weight file or a run's working directory; "hf://OWNER/NAME" and
+        weights; a path reads a weight file or a run's working directory (FILE#NAME one of several
+        networks in a file); "hf://OWNER/NAME" and
         "hf://OWNER/NAME@REVISION" download from the Hugging Face hub (needs [hub]); variables
         ({"params", "batch_stats"}, blocks stacked or not) are taken as they are.
       include_top: end with the dense head; its output is logits. False drops that of the weights.
@@ -109,9 +111,10 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
 
     Args:
       weights: a tag, a weight file, a run's working directory (its best checkpoint), or
-        "hf://OWNER/NAME[@REVISION]".
+        "hf://OWNER/NAME[@REVISION]"; FILE#NAME of a file that holds several networks.
       network: a name of ``names()``, which a tag needs.
     """
+    weights, tree = trees.split(weights)
     entry = None if is_path(weights) else published.find(network, str(weights))
     address = weights if entry is None else entry.url
     if hub.is_address(address):
@@ -127,7 +130,14 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
                 return open_run_weights(path)[0]
             path = inside[0]
         known = published.find_source(path.name)
-    opened = _described(open_file(path), known)
+    opened = _described(open_file(path if tree is None else f"{path}#{tree}"), known)
+    if opened.assumed:
+        warnings.warn(
+            f"{path}: nothing says how images are prepared for it: unless it is given, the "
+            f"preprocessing is {opened.assumed}",
+            Note,
+            stacklevel=2,
+        )
     if entry is None:
         return opened
     module = models.create(entry.network, num_classes=getattr(opened.module, "num_classes", 1000))
@@ -156,6 +166,7 @@ def is_path(weights: str | Path) -> bool:
         return True
     if published.is_tag(text):
         return False
+    text = trees.split(text)[0]
     looks = text.startswith((".", "/", "~")) or text.lower().endswith(SUFFIXES)
     return looks or Path(text).expanduser().exists()
 

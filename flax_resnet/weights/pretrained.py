@@ -32,20 +32,6 @@ class Pretrained:
     """The file says what network it is of by more than its shapes."""
     assumed: str = ""
     """Whose preprocessing was taken, where neither the file nor one beside it says any."""
-    notes: tuple[str, ...] = ()
-    """What else of the file was assumed or left out: a phrase each."""
-
-    def unsaid(self, normalization: str = "weights") -> list[str]:
-        """Lines for a person: the notes, and what is taken where nothing says the preprocessing.
-
-        Args:
-          normalization: what a run takes in place of the weights' own.
-        """
-        taken = self.assumed and f"the preprocessing is {self.assumed}"
-        if normalization != "weights" and (self.assumed or self.preprocessing is None):
-            taken = f"normalization={normalization!r}"
-        line = f"nothing says how images are prepared for it: {taken}"
-        return [*self.notes, *([line] if taken else [])]
 
     @property
     def name(self) -> str:

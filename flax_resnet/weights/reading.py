@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_resnet import models
 from flax_resnet.data.decode import Decoder
 from flax_resnet.data.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
-from flax_resnet.errors import UserError
-from flax_resnet.models import ResNet, WeightsError
+from flax_resnet.errors import Note, UserError
+from flax_resnet.models import ResNet
 from flax_resnet.models.arguments import check_dtype
 from flax_resnet.records.configs import MOVED_CLASSES, class_name, from_record, todays_name
 from flax_resnet.records.files import reason
@@ -29,12 +30,11 @@ from flax_resnet.weights import (
     keras_models,
     keras_names,
     torch_names,
+    trees,
 )
 from flax_resnet.weights.pretrained import Pretrained, Variables
-from flax_resnet.weights.readers.tensors import KERAS_CONFIG, TensorFile, read_tensors
+from flax_resnet.weights.readers.tensors import KERAS_CONFIG, METADATA_KEY, TensorFile, read_tensors
 
-METADATA_KEY = "flax_resnet"
-"""Key of the metadata in which ``write_weights`` describes the network."""
 AS_TORCH = "torchvision's first (shorter side to 256, centre 224, ImageNet's mean and deviation)"
 USUAL = {
     "v1": (KERAS_V1, "keras.applications.resnet's (squeezed, blue first, less ImageNet's mean)"),
@@ -50,31 +50,61 @@ _CLASSES = {*map(class_name, (*_MODULES, Preprocessing, Decoder)), *_MOVED}
 def open_file(path: str | Path, **fields: Any) -> Pretrained:
     """Reads a weight file and infers the network from it.
 
+    What is left out of the file, and how what it does not say was read, is a ``Note``.
+
     Args:
       path: .safetensors or .pth with torch's names (torchvision, timm, Hugging Face, CIFAR
-        codes), Keras's .h5 or .weights.h5, or what ``write_weights`` wrote.
+        codes), also of a checkpoint around them; PATH#NAME of one with several networks, NAME a
+        part of the prefix of one; Keras's .h5 or .weights.h5, or what ``write_weights`` wrote.
       **fields: of the network, over those inferred: ``stride_conv="1x1"``, ``include_top=False``.
 
     Raises:
       WeightsError: tensors are missing, left over, or of another shape.
       UserError: the file cannot be read, or is no residual network's.
     """
-    path = Path(path).expanduser()
-    file = read_tensors(path)
+    text, network = trees.split(path)
+    path, notes = Path(text).expanduser(), list[str]()
+
+    def choose(shapes: trees.Shapes) -> dict[str, str]:
+        nonlocal network
+        tree = trees.find(shapes, text, network)
+        notes.extend(tree.notes)
+        network = None
+        return tree.names
+
+    try:
+        file = read_tensors(path, choose)
+    except UserError as error:
+        _add(error, path)
+        raise
     foreign = METADATA_KEY not in file.metadata
     beside = config_files.read(path.parent) if foreign else config_files.Description()
+    unread = [f"{name!r:.80} is {kind:.80}" for name, kind in file.unread.items()]
+    notes += ["not read: " + "; ".join(unread[:8])] if unread else []
     try:
+        if network is not None:
+            raise UserError(f"it holds one network: give the path without #{network}")
         if not foreign:
-            return _own(file, fields)
-        for name in (path.name, path.absolute().parent.name, beside.architecture):
-            architectures.check_name(name)
-        told = {**architectures.fields_of(path.name), **beside.fields, **fields}
-        return _with_description(_foreign(file, told), beside)
-    except WeightsError as error:
-        error.args = (f"{path}: {error}",)
-        raise
+            opened = _own(file, fields)
+        else:
+            for name in (path.name, path.absolute().parent.name, beside.architecture):
+                architectures.check_name(name)
+            told = {**architectures.fields_of(path.name), **beside.fields, **fields}
+            opened, more = _foreign(file, told)
+            notes += more
+            opened = _with_description(opened, beside)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        _add(error, path, *notes)
+        raise
+    if notes:
+        warnings.warn(f"{text}: {'; '.join(notes)}", Note, stacklevel=2)
+    return opened
+
+
+def _add(error: UserError, path: Path, *notes: str) -> None:
+    """Names the file in an error and, where its tensors do not fit, what else was in it."""
+    start = "" if str(error).startswith(str(path)) else f"{path}: "
+    error.args = ("; ".join([f"{start}{error}", *notes]),)
 
 
 def _with_description(opened: Pretrained, beside: config_files.Description) -> Pretrained:
@@ -91,8 +121,8 @@ def _with_description(opened: Pretrained, beside: config_files.Description) -> P
     return dataclasses.replace(opened, preprocessing=prepared, assumed="")
 
 
-def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
-    """The network that is inferred from the names and shapes of a file's tensors."""
+def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> tuple[Pretrained, tuple[str, ...]]:
+    """The network that is inferred from the names and shapes of a file's tensors, and notes."""
     keras = file.format.startswith("keras")
     notes: tuple[str, ...] = ()
     if keras:
@@ -108,16 +138,14 @@ def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
         elif module.hidden_units:
             notes = ("its dense layers are taken to have ReLU between them",)
     else:
-        architectures.check_shapes({name: tensor.shape for name, tensor in file.tensors.items()})
-        tensors = torch_names.torchvision_names(file.tensors)
+        tensors = torch_names.with_biases(file.tensors)
         module = torch_names.infer_resnet(tensors, **fields)
         channels, preprocessing, assumed = torch_names.input_channels(tensors), TORCH, AS_TORCH
     shape = (*models.default_shape(module)[:2], channels)
     variables = _fit(module, tensors, naming_of(module, keras), shape)
-    opened = Pretrained(module, variables, None, certain=keras, notes=notes)
     if module.stem == "cifar" or channels != 3:
-        return opened
-    return dataclasses.replace(opened, preprocessing=preprocessing, assumed=assumed)
+        return Pretrained(module, variables, None, certain=keras), notes
+    return Pretrained(module, variables, preprocessing, certain=keras, assumed=assumed), notes
 
 
 def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:

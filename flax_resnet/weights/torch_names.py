@@ -2,7 +2,7 @@
 
 One naming is at the centre, torchvision's (``layer1.0.conv1.weight``), with timm's names for
 what torchvision has not (``se.fc1``, the deep stem's ``conv1.0``); those of others are turned
-into it first.
+into it first, by ``trees``.
 """
 
 from __future__ import annotations
@@ -24,27 +24,11 @@ from flax_resnet.models import (
     PreActBottleneckBlock,
     ResNet,
 )
+from flax_resnet.weights.trees import no_network
 
 Tensors = dict[str, np.ndarray]
 
-# Hugging Face's ResNet, CIFAR codes' ``linear`` and ``shortcut``, and a pre-activated net's last
-# norm, as torchvision would say it.
-_SPELLINGS: list[tuple[str, Any]] = [
-    (r"^(?:resnet\.)?embedder\.embedder\.convolution\.", "conv1."),
-    (r"^(?:resnet\.)?embedder\.embedder\.normalization\.", "bn1."),
-    (r"^(?:resnet\.)?encoder\.stages\.(\d{1,6})\.layers\.(\d+)\.",
-     lambda found: f"layer{int(found[1]) + 1}.{found[2]}."),
-    (r"\.shortcut\.convolution\.", ".downsample.0."),
-    (r"\.shortcut\.normalization\.", ".downsample.1."),
-    (r"\.layer\.(\d{1,6})\.convolution\.", lambda found: f".conv{int(found[1]) + 1}."),
-    (r"\.layer\.(\d{1,6})\.normalization\.", lambda found: f".bn{int(found[1]) + 1}."),
-    (r"^classifier\.1\.", "fc."),
-    (r"^(?:linear|classifier)\.", "fc."),
-    (r"\.shortcut\.", ".downsample."),
-    (r"^final_bn\.", "bn."),
-]  # fmt: skip
 MOST_BLOCKS = 2000
-_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 _BLOCK = re.compile(r"layer(\d{1,4})\.(\d{1,6})\.(.+)")
 _STEM_MODULES = {"stem_conv": "conv1", "stem_norm": "bn1", "final_norm": "bn", "head": "fc"}
 _DEEP_STEM = {"stem_conv1": "conv1.0", "stem_norm1": "conv1.1", "stem_conv2": "conv1.3",
@@ -58,36 +42,6 @@ _BLOCK_CLASSES = {
 }
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias",
            "mean": "running_mean", "var": "running_var"}  # fmt: skip
-
-
-def torchvision_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """The same tensors under torchvision's names.
-
-    Raises:
-      UserError: two names become one.
-    """
-    found: Tensors = {}
-    wrapped = dict(tensors)
-    while wrapper := next(
-        (w for w in _WRAPPERS if wrapped and all(name.startswith(w) for name in wrapped)), None
-    ):
-        wrapped = {name.removeprefix(wrapper): tensor for name, tensor in wrapped.items()}
-    for name, tensor in wrapped.items():
-        new = name
-        for pattern, replacement in _SPELLINGS:
-            new = re.sub(pattern, replacement, new)
-        if new in found:
-            raise UserError(f"the weights have {name!r} under another name too: keep one of them")
-        found[new] = tensor
-    if "bn1.weight" in found and "layer1.0.bn1.weight" in found and "bn.weight" not in found:
-        first = found["layer1.0.bn1.weight"].shape == found["bn1.weight"].shape
-        stems = [
-            found[name].shape[:1] for name in ("conv1.weight", "conv1.6.weight") if name in found
-        ]
-        if not first and found["bn1.weight"].shape not in stems:
-            # Wide-ResNet codes call the last norm bn1: they have none after the stem.
-            found = {re.sub(r"^bn1\.", "bn.", name): tensor for name, tensor in found.items()}
-    return found
 
 
 def torch_name(module: ResNet, path: tuple[str, ...]) -> str:
@@ -131,6 +85,15 @@ def from_torch(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
     return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
 
 
+def with_biases(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """The tensors, and zeros as the biases of dense layers that have none."""
+    kernels = {
+        name: x for name, x in tensors.items() if re.fullmatch(r"(fc|hidden\d+)\.weight", name)
+    }
+    zeros = {f"{name[:-6]}bias": np.zeros(x.shape[:1], x.dtype) for name, x in kernels.items()}
+    return {**zeros, **tensors}
+
+
 def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> ResNet:
     """The network that tensors of torchvision's names belong to, by names and shapes.
 
@@ -138,13 +101,19 @@ def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> ResNet:
     it; ``stride_conv="1x1"`` says otherwise. A net without projections has shortcut A.
 
     Args:
-      tensors: as ``torchvision_names`` gives them.
+      tensors: as ``trees.find`` names them.
       **fields: of the network, over what is inferred.
 
     Raises:
       UserError: they are not those of a residual network.
     """
     stages, (stem, stem_conv) = _stage_sizes(tensors), _stem(tensors)
+    head = {name for name in tensors if name.startswith("fc.")}
+    if fields.get("include_top", True) and (parts := sorted(head - {"fc.weight", "fc.bias"})):
+        raise UserError(
+            f"the head ({', '.join(parts):.200}) is no chain of dense layers on the features, with "
+            "ReLU between: in Python read_weights with include_top=False reads the network without "
+        )
     size = functools.partial(_size, tensors)
     conv2, conv3 = (f"layer1.0.conv{number}.weight" for number in (2, 3))
     bottleneck = conv3 in tensors
@@ -161,7 +130,7 @@ def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> ResNet:
         "stem_filters": None if stem_filters == filters else stem_filters,
         "shortcut": _shortcut(tensors, stages, stem_filters == outputs),
         "norm_kind": "batch" if normed else "none",
-        "include_top": "fc.weight" in tensors,
+        "include_top": bool(head),
         "hidden_units": tuple(size(n, 0) for n in itertools.takewhile(tensors.__contains__, names)),
     }
     if bottleneck and filters:
@@ -192,11 +161,7 @@ def _stage_sizes(tensors: Mapping[str, np.ndarray]) -> tuple[int, ...]:
         if found := _BLOCK.fullmatch(name):
             stages[int(found[1])].add(found[2])
     if "layer1.0.conv1.weight" not in tensors:
-        some = ", ".join(repr(name) for name in list(tensors)[:3])
-        raise UserError(
-            f"the weights are no residual network's: expected names like 'layer1.0.conv1.weight', "
-            f"found {some:.200}; give the weights of a ResNet, or convert the names first"
-        )
+        raise no_network(tensors)
     numbers = itertools.takewhile(stages.__contains__, itertools.count(1))
     sizes = tuple(len(stages[number]) for number in numbers)
     if too_many(sum(sizes), len(tensors)):

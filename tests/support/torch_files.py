@@ -146,7 +146,7 @@ def shared(count):
 LIMIT, DEPTH, RUN = torch_archive.MAX_PICKLE - 9, 30_000, storage("0", "FloatStorage", 4)
 FOUR = whole("0", ONES)
 PICKLES = {
-    **{name: (in_state_dict(a), ["weights_only=True", "save_file"]) for name, a in ATTACKS.items()},
+    **{name: (in_state_dict(a), ["state_dict()"]) for name, a in ATTACKS.items()},
     **{name: (in_state_dict(body), []) for name, body in HARMLESS.items()},
     **{
         name: (b"\x80\x02" + body, words)
@@ -154,7 +154,7 @@ PICKLES = {
             "memo": (b"]r\xff\xff\xff\xffj\xff\xff\xff\xffa.", ["a list"]),
             "deep lists": (b"]" * DEPTH + b"a" * (DEPTH - 1) + b".", ["a list"]),
             "deep tuples": (b")" + b"\x85" * DEPTH + b".", ["a tuple"]),
-            "deep key": (b"})" + b"\x85" * DEPTH + b"K\x01s.", ["as a key"]),
+            "deep key": (b"})" + b"\x85" * DEPTH + b"K\x01s.", ["but nothing"]),
             "itself": (b"]q\x00h\x00a.", ["a list"]),
             "dict in itself": (b"}q\x00" + text("state_dict") + b"h\x00s.", ["no tensors"]),
             "lists": (b"]" * LIMIT + b".", ["a list"]),
@@ -166,8 +166,8 @@ PICKLES = {
             "long bytes": (b"\x8e" + b"\xff" * 7 + b"\x0fabc.", ["damaged"]),
             "long number": (b"\x8b\xff\xff\xff\x7fabc.", ["damaged"]),
             "digits": (b"I" + b"9" * 100_000 + b"\n.", ["opcode"]),
-            "wide key": (b"}\x8a\x20" + b"\x7f" * 32 + b"Ns.", ["as a key"]),
-            "of Python 2": (ORDERED + b"]\x85R.", ["weights_only"]),
+            "wide key": (b"}\x8a\x20" + b"\x7f" * 32 + b"Ns.", ["but nothing"]),
+            "of Python 2": (ORDERED + b"]\x85R.", ["but nothing"]),
             "no stop": (b"}", ["damaged"]),
             "unknown opcode": (b"\xff.", ["opcode"]),
             "underflow": (b"\x87.", ["damaged"]),
@@ -276,5 +276,5 @@ TORCH = {
 for _part, _bad in enumerate((b"reduce", b"1001", b"system", b"root", b"keys")):
     _head = [pickle.dumps(x, protocol=2) for x in (MAGIC, 1001, {"little_endian": True}, {}, [])]
     _head[_part] = in_state_dict(ATTACKS["reduce"])
-    _words = ["os.system"] if _part else KINDS
+    _words = {0: KINDS, 3: ["os.system"]}.get(_part, ["damaged"])
     TORCH[f"attack for {_bad.decode()}"] = (content(b"".join(_head)), _words)

@@ -127,7 +127,13 @@ def test_torch_itself(tmp_path, options):
     expected = {k: v.detach().float().numpy() for k, v in values.items() if "tracked" not in k}
     dtypes = {"half": np.float16, "brain": BFLOAT16, "double": np.float64}
     expected = {k: v.astype(dtypes.get(k, np.float32)) for k, v in expected.items()}
-    same(read_tensors(path).tensors, expected)
+    top = "state_dict."
+
+    def choose(shapes):
+        assert any(name.startswith("optimizer.state.0.") for name in shapes)
+        return {name: name.removeprefix(top) for name in shapes if name.startswith(top)}
+
+    same(read_tensors(path, choose).tensors, expected)
 
 
 @pytest.mark.parametrize("root", ["/", "model_weights"])
@@ -188,7 +194,7 @@ OTHERS = {
 
 BAD = {
     **OTHERS,
-    **{f"safetensors: {name}": (write, ["damaged"]) for name, write in SAFETENSORS.items()},
+    **{f"safetensors: {name}": (write, ["convert"]) for name, write in SAFETENSORS.items()},
     "huge header": (sparse_header, ["header"]),
     **pickles(write_zip, "zip", 10**7),
     **pickles(write_legacy, "legacy", 10**5),

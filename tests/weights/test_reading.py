@@ -195,7 +195,7 @@ BLOCKS = {f"layer1.{i}.conv1.weight": np.ones((1, 1, 1, 1), np.float32) for i in
         (lambda t: {k: v for k, v in t.items() if not k.startswith("conv1")}, "'conv1.weight'"),
         (lambda t: t | {"conv1.weight": t["conv1.weight"][:, :, :1, :1]}, "conv1 is 1x1"),
         (lambda t: t | {"conv1.weight": t["conv1.weight"].reshape(-1)}, "has shape"),
-        (lambda t: t | {f"module.{k}": v for k, v in t.items()}, "unexpected"),
+        (lambda t: t | {f"module.{k}": v for k, v in t.items()}, "holds 2 networks: say which"),
         (lambda t: t | {"linear.bias": t["fc.bias"]}, "under another name too"),
         (lambda t: t | {"layer1.999999.conv1.weight": t["conv1.weight"]}, "missing (layer1.3."),
         (lambda t: t | BLOCKS, "tensors: too few"),

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 
 from flax_resnet.errors import UserError
 from flax_resnet.weights.readers.torch_archive import LEGACY_START, read_torch
-from flax_resnet.weights.readers.untrusted import MAX_RANK, LimitedFile, open_zip, shown
+from flax_resnet.weights.readers.untrusted import MAX_RANK, Info, LimitedFile, open_zip, shown
 
+METADATA_KEY = "flax_resnet"
+"""Key of the metadata in which ``write_weights`` describes the network."""
 # Bytes of a safetensors header; objects made of it take up to 25 times as many.
 MAX_HEADER = 8 * 2**20
 KERAS_CONFIG = "keras_config"
 """Key of the metadata with the config.json of a ``.keras`` file."""
 _HDF5_START = b"\x89HDF\r\n\x1a\n"
 _ZIP_START = b"PK\x03\x04"
-_FLOATS = {np.dtype(kind) for kind in ("f2", "f4", "f8", ml_dtypes.bfloat16)}
-_COUNTER = "num_batches_tracked"
+_FLOATS = ("float16", "float32", "float64", "bfloat16")
+_SAFETENSORS = {"F": "float", "I": "int", "U": "uint", "BF": "bfloat"}
+_LEAVES = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,71 +37,104 @@ class TensorFile:
     """Floats of 16, 32 or 64 bits by name; they may be read-only and share memory."""
     metadata: dict[str, str]
     """Texts beside the tensors, of safetensors and of ``.keras`` files."""
+    unread: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What else has the name of a weight, and its kind: integers, objects of unknown classes."""
 
 
-def read_tensors(path: Path) -> TensorFile:
+Choose = Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, str]]
+"""Shapes by name to new names of those tensors that are to be read."""
+
+
+def read_tensors(path: Path, choose: Choose | None = None) -> TensorFile:
     """Reads the weights in a file that nobody need vouch for.
 
-    Nothing in the file is executed, and memory stays below twice its size plus 200 MB. Counters
-    of batches (``*num_batches_tracked``) are left out.
+    Nothing in the file is executed, and memory stays below twice its size plus 200 MB. Integers,
+    such as ``num_batches_tracked``, are no weights.
 
     Args:
       path: safetensors, a torch state dict or a checkpoint around one, Keras weights in HDF5 or a
         ``.keras`` file.
+      choose: says which tensors to read, and how to call them, where the file does not describe
+        its network itself and is not Keras's; by default all, as the file calls them.
 
     Returns:
       The tensors in the dtypes of the file.
 
     Raises:
-      UserError: there is no such file, its kind is unknown, it is damaged, or it holds anything
-        but weights.
+      UserError: there is no such file, its kind is unknown, it is damaged, or it holds no weights.
     """
+    selection = _Selection(path, choose)
     try:
         if not path.exists():
             raise UserError(f"{path}: no such file; give the path of a weight file")
         if not path.is_file():
             raise UserError(f"{path} is not a regular file: give the path of a weight file")
-        kind, tensors, metadata = _read(path)
+        kind, tensors, metadata = _read(path, selection)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): check the file") from error
-    weights = {}
-    for name, array in tensors.items():
-        if name.endswith(_COUNTER) and array.dtype.kind in "iu":
-            continue
-        fits = array.dtype in _FLOATS and array.size and array.ndim <= MAX_RANK
-        if not fits or not name.isprintable():
+    return TensorFile(kind, tensors, metadata, selection.unread)
+
+
+class _Selection:
+    """Chooses tensors before they are read, and says what cannot be one of a network."""
+
+    def __init__(self, path: Path, choose: Choose | None):
+        self.path, self.choose = path, choose
+        self.unread: dict[str, str] = {}
+
+    def all(self, infos: Mapping[str, Info], others: Mapping[str, str] = {}) -> dict[str, Any]:
+        """Shapes of those tensors that are weights."""
+        weights, odd = {}, {**others}
+        for name, (shape, dtype) in infos.items():
+            fits = dtype in _FLOATS and 0 not in shape and len(shape) <= MAX_RANK
+            if fits and name.isprintable():
+                weights[name] = shape
+            else:
+                odd[name] = f"{dtype} of shape {shape}"
+        self.unread = {n: what for n, what in odd.items() if n.rpartition(".")[2] in _LEAVES}
+        if not weights:
+            some = ", ".join(f"{shown(n)} is {shown(what)[1:-1]}" for n, what in odd.items())
             raise UserError(
-                f"{path}: tensor {shown(name)} is of {array.dtype} and shape {array.shape}: "
-                "expected a plain name, floats of 16, 32 or 64 bits, elements, and no more than "
-                f"{MAX_RANK} axes; convert it, or leave it out of the file"
+                f"{self.path} holds no weights ({some:.500}): expected plain names, floats of 16, "
+                f"32 or 64 bits, elements, and no more than {MAX_RANK} axes; convert them"
             )
-        weights[name] = array
-    if not weights:
-        raise UserError(f"{path} holds no weights: expected tensors of floats")
-    return TensorFile(kind, weights, metadata)
+        return weights
+
+    def foreign(self, infos: Mapping[str, Info], others: Mapping[str, str]) -> Mapping[str, str]:
+        """New names of the tensors to read."""
+        weights = self.all(infos, others)
+        return {name: name for name in weights} if self.choose is None else self.choose(weights)
 
 
-def _read(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
+def _read(path: Path, selection: _Selection) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
     """(format, tensors, metadata), as the first bytes say."""
     with path.open("rb") as file:
         start = file.read(16)
     if start.startswith(_HDF5_START):
         from flax_resnet.weights.readers.hdf5 import read_h5
 
-        return (*read_h5(path), {})
+        return _keras(*read_h5(path), {}, selection)
     if start.startswith(_ZIP_START) and _holds_keras(path):
         from flax_resnet.weights.readers.hdf5 import read_keras
 
-        layout, tensors, config = read_keras(path)
-        return layout, tensors, {KERAS_CONFIG: config}
+        kind, tensors, config = read_keras(path)
+        return _keras(kind, tensors, {KERAS_CONFIG: config}, selection)
     if start.startswith((_ZIP_START, LEGACY_START)):
-        return "torch", read_torch(path), {}
+        return "torch", read_torch(path, selection.foreign), {}
     if start[8:9] == b"{":
-        return ("safetensors", *_read_safetensors(path, int.from_bytes(start[:8], "little")))
+        header = int.from_bytes(start[:8], "little")
+        return ("safetensors", *_read_safetensors(path, header, selection))
     raise UserError(
         f"{path} is no weight file that is read here (it starts with {start!r}): expected "
         ".safetensors, a state dict by torch.save (.pth, .pt), or Keras's .keras, .h5, .weights.h5"
     )
+
+
+def _keras(
+    kind: Any, tensors: dict[str, np.ndarray], metadata: dict[str, str], selection: _Selection
+) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
+    fitting = selection.all({name: Info(x.shape, str(x.dtype)) for name, x in tensors.items()})
+    return kind, {name: tensors[name] for name in fitting}, metadata
 
 
 def _holds_keras(path: Path) -> bool:
@@ -110,7 +146,9 @@ def _holds_keras(path: Path) -> bool:
         return False
 
 
-def _read_safetensors(path: Path, header: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read_safetensors(
+    path: Path, header: int, selection: _Selection
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(tensors, metadata) of a file whose header takes so many bytes."""
     if MAX_HEADER < header < path.stat().st_size:
         raise UserError(f"{path} is not read: its header of {header} bytes is over {MAX_HEADER}")
@@ -118,7 +156,18 @@ def _read_safetensors(path: Path, header: int) -> tuple[dict[str, np.ndarray], d
 
     try:
         with safe_open(path, "numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            metadata = file.metadata() or {}
+            infos = {}
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                kind = part.get_dtype().rstrip("0123456789")
+                dtype = _SAFETENSORS.get(kind, kind) + part.get_dtype().removeprefix(kind)
+                infos[name] = Info(tuple(part.get_shape()), dtype)
+            own = METADATA_KEY in metadata
+            chosen = {n: n for n in selection.all(infos)} if own else selection.foreign(infos, {})
+            return {new: file.get_tensor(name) for name, new in chosen.items()}, metadata
+    except UserError:
+        raise
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of its Rust code is no Exception

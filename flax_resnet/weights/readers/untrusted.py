@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 MAX_RANK = 8
 MAX_DIRECTORY = 8 * 2**20
@@ -29,6 +31,18 @@ def open_zip(file: LimitedFile) -> zipfile.ZipFile:
     archive = zipfile.ZipFile(file)
     file.most = math.inf
     return archive
+
+
+class Info(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """numpy's name, or the file's word for a dtype that numpy lacks."""
+
+
+Select = Callable[[Mapping[str, Info], Mapping[str, str]], Mapping[str, str]]
+"""Tensors by name, and the kind of what else has a name, to new names of the tensors to read."""
 
 
 def shown(value: object, length: int = 80) -> str:
