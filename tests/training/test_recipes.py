@@ -5,6 +5,7 @@ import pytest
 from helpers import class_folders, drawn, tiny_resnet
 
 from flax_resnet import Preprocessing, UserError, write_weights
+from flax_resnet.errors import Note
 from flax_resnet.models import name_of
 from flax_resnet.training import recipes
 
@@ -96,3 +97,13 @@ def test_fine_tuning_takes_the_network_and_the_size_of_weights_in_a_file(photogr
     assert named == recipes.finetuned(str(photographs))
     tag = recipes.finetuned(str(photographs), recipes.Given(weights="tv_v1"))
     assert tag == recipes.finetuned(str(photographs))
+
+
+def test_weights_that_say_nothing_of_images_take_what_is_measured_on_them(photographs, tmp_path):
+    own = tiny_resnet(num_classes=10)
+    variables = drawn(own, np.zeros((1, 32, 32, 3), np.float32))
+    write_weights(tmp_path / "net.safetensors", own, variables)
+    weights = str(tmp_path / "net.safetensors")
+    with pytest.warns(Note, match="normalization='channel' is taken"):
+        config = recipes.finetuned(str(photographs), recipes.Given(weights=weights))
+    assert (config.normalization, config.data.image_size) == ("channel", 32)
