@@ -16,8 +16,7 @@ from prediction_helpers import SQUARE, damaged, make_weights, paint
 from flax_resnet import inspection, serving
 from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
-from flax_resnet.inference import prediction
-from flax_resnet.inference.classifier import Classifier
+from flax_resnet.inference.classifier import Classifier, predict_images
 from flax_resnet.weights import Pretrained, open_weights
 
 
@@ -35,8 +34,8 @@ def opened(weights):
 
 @pytest.mark.parametrize("name", ["a.jpg", "b.png", "f.gif"])
 def test_the_page_says_what_predict_does_and_shows_grad_cam(opened, photos, name):
-    of = Classifier.of(opened)
-    (found,) = prediction.predict_images(opened, [photos / name])
+    of = Classifier(opened)
+    (found,) = predict_images(opened, [photos / name])
     labels, overlay = serving.explain(of, photos / name)
     assert labels == dict(zip(found.names, found.probabilities, strict=True))
     pixels = opened.preprocessing((photos / name).read_bytes())
@@ -63,7 +62,7 @@ def test_a_network_without_maps_has_no_grad_cam(photos):
     variables = Flat().init(jax.random.key(0), np.zeros((1, 8, 8, 3)))
     names = ("crane", "crane", "heron", "crane")
     flat = Pretrained(Flat(), variables, preprocessing=SQUARE, class_names=names)
-    labels, overlay = serving.explain(Classifier.of(flat), photos / "a.jpg")
+    labels, overlay = serving.explain(Classifier(flat), photos / "a.jpg")
     assert overlay is None
     assert len(labels) == 4
     assert sum(labels.values()) == pytest.approx(1)
@@ -84,12 +83,12 @@ def test_a_file_that_is_no_image_is_one_line(opened, tmp_path, rng, write, messa
     if write is not None:
         write(path)
     with pytest.raises(UserError, match=message):
-        serving.explain(Classifier.of(opened), write and path)
+        serving.explain(Classifier(opened), write and path)
 
 
 def test_weights_without_finite_outputs_are_one_line(weights, photos):
     with pytest.raises(UserError, match="are not finite"):
-        serving.explain(Classifier.of(open_weights(damaged(weights))), photos / "a.jpg")
+        serving.explain(Classifier(open_weights(damaged(weights))), photos / "a.jpg")
 
 
 CLIENT = """
@@ -137,7 +136,7 @@ def test_a_request_is_answered(opened, weights, photos, tmp_path, clean_environm
         f"error: port {port} of 127.0.0.1 cannot be used: try --port 0, or another --host\n"
     )
     found, picture, said = json.loads(done.stdout)
-    labels, overlay = serving.explain(Classifier.of(opened), photos / "a.jpg")
+    labels, overlay = serving.explain(Classifier(opened), photos / "a.jpg")
     assert {c["label"]: c["confidence"] for c in found} == pytest.approx(labels, abs=1e-6)
     assert np.abs(np.array(picture) - overlay.astype(int)).max() <= 2  # QUICK's arithmetic
     assert "cannot" in said

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.export
@@ -122,7 +123,7 @@ def export(
     # Accelerators multiply float32 less precisely, each in its own way.
     with jax.default_device(_cpu()), os_error_as_one_line(dest), replacing_tree(dest) as partial:
         opened = in_float32(open_network(source) if isinstance(source, (str, Path)) else source)
-        network = Classifier.of(opened)
+        network = Classifier(opened)
         pixels = prepared_images(network.preprocessing, images)
         logits = np.asarray(runner(network)(pixels))
         if not np.isfinite(logits).all():
@@ -156,7 +157,7 @@ def _write(
     if path.suffix == ".safetensors":
         convert(opened, path)
         kind = "safetensors with torchvision's names, read back"
-        return kind, runner(Classifier.of(in_float32(open_weights(path))))
+        return kind, runner(Classifier(in_float32(open_weights(path))))
     about = {
         "network": opened.name,
         "class_names": network.class_names and list(network.class_names),
@@ -168,23 +169,26 @@ def _write(
     spec = jax.ShapeDtypeStruct(shape, jnp.uint8)
     stats = jax.device_get(network.stats)
 
-    # A function of its own: jit would find a trace of another form in its cache.
-    def program(variables: Any, images: jax.Array) -> Any:
-        with backend.plain_forms():
+    def program(target: Literal["cpu", "any"], weights: Any, images: jax.Array) -> Any:
+        with backend.traced_for(target):
+            variables = unflatten_dict(weights, sep="/")
             return network.module.apply(variables, normalize(images, stats))
 
-    if path.suffix == ".onnx":
-        to_onnx.write(lambda images: program(opened.variables, images), spec, about, path)
-        return to_onnx.run(path)
     # As constants XLA would fold the weights, for minutes where they are large.
     weights = {
         "/".join(names): np.asarray(value)
         for names, value in flatten_dict(dict(opened.variables)).items()
     }
-    exported = jax.export.export(
-        jax.jit(lambda weights, images: program(unflatten_dict(weights, sep="/"), images)),
-        platforms=platforms,
-    )(weights, spec)
+    if path.suffix == ".onnx":
+        to_onnx.write(functools.partial(program, "any", weights), spec, about, path)
+        return to_onnx.run(path)
+    # Functions of their own: jit would find a trace of another form in its cache.
+    by_platform = functools.partial(
+        jax.lax.platform_dependent,
+        cpu=functools.partial(program, "cpu"),
+        default=functools.partial(program, "any"),
+    )
+    exported = jax.export.export(jax.jit(by_platform), platforms=platforms)(weights, spec)
     path.mkdir()
     (path / ARTIFACT).write_bytes(exported.serialize())
     np.savez(path / WEIGHTS, **weights)  # type: ignore[arg-type]

@@ -16,8 +16,7 @@ from flax_resnet import models
 from flax_resnet.data.config import DataConfig
 from flax_resnet.data.preprocess import Preprocessing
 from flax_resnet.errors import UserError
-from flax_resnet.inference.classifier import open_network
-from flax_resnet.inference.prediction import predict_images
+from flax_resnet.inference.classifier import open_network, predict_images
 from flax_resnet.weights import open_weights, write_weights
 
 
