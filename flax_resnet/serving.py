@@ -88,7 +88,7 @@ def explain(of: Classifier, path: Path | str | None) -> tuple[dict[str, float], 
         raise UserError(
             f"this image cannot be read ({reason(error)}): expected one of {', '.join(FORMATS)}"
         ) from error
-    (best,) = of.predictions([path])
+    (best,) = of.predictions([path], top=5)
     labels: dict[str, float] = {}
     for index, name, share in zip(best.classes, best.names, best.probabilities, strict=True):
         labels[f"{name} ({index})" if name in labels else name] = share

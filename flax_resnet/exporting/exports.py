@@ -203,6 +203,7 @@ def _write(
         "output": {"shape": ["b", network.num_classes], "dtype": "float32"},
         "platforms": list(platforms),
         "jax": jax.__version__,
+        "requires": [f"jax>={jax.__version__}", "flatbuffers", "pillow"],
         "numpy": np.__version__,
     }
     _write_about(path, about)

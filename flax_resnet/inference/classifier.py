@@ -129,28 +129,19 @@ class Classifier:
         Raises:
           UserError: an image that cannot be read, or outputs that are not finite.
         """
-        if one := is_one_image(images):
-            images = [images]
-        found = list(self.predictions(every_image(images), top))
-        return found[0] if one else found
+        check_range("top", top, 1)
+        one = is_one_image(images)
+        predictions = list(self.predictions(every_image([images] if one else images), top))
+        return predictions[0] if one else predictions
 
     def predictions(
-        self, images: Iterable[Any], top: int = 5, on_error: OnError | None = None
+        self, images: Iterable[Any], top: int, on_error: OnError | None = None
     ) -> Iterator[Prediction]:
-        """As a call, of several images: each comes out while later ones are still decoded.
+        """Predictions of images, in order, while later images are still decoded.
 
-        Args:
-          images: images, no folders.
-          top: how many classes an image.
-          on_error: called with an image that cannot be read and why, and the image is skipped; by
-            default the first such image ends it all.
+        ``on_error`` is called with an image that cannot be read and why, and the image is skipped;
+        without it the first such image ends it all.
         """
-        check_range("top", top, 1)
-        return self._predictions(images, top, on_error)
-
-    def _predictions(
-        self, images: Iterable[Any], top: int, on_error: OnError | None
-    ) -> Iterator[Prediction]:
         decoded = self._decoded(images, on_error)
         groups = iter(lambda: list(itertools.islice(decoded, self.batch_sizes[-1])), [])
 
@@ -211,6 +202,7 @@ def predict_images(
       UserError: a path that is not there, weights that cannot classify, or, from the iterator,
         an image that cannot be read or outputs that are not finite.
     """
+    check_range("top", top, 1)
     files = find_images(paths)
     return Classifier(opened, batch_size=batch_size).predictions(files, top, on_error)
 
