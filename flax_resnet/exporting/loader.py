@@ -118,58 +118,94 @@ def prepare(image: str | Path | bytes, preprocessing: Mapping[str, Any]) -> np.n
 
     data = image if isinstance(image, bytes) else Path(image).expanduser().read_bytes()
     channels, decoder = preprocessing["channels"], preprocessing["decoder"]
-    size, resize = preprocessing["size"], preprocessing["resize"]
+    as_displayed = (decoder or preprocessing).get("as_displayed", False)
     if decoder is not None:
-        pixels = _square(data, channels, decoder["size"], decoder["crop_ratio"])
+        pixels = _square(data, channels, decoder["size"], decoder["crop_ratio"], as_displayed)
         pixels = np.pad(pixels, ((decoder["pad"],) * 2, (decoder["pad"],) * 2, (0, 0)))
-    else:
-        picture = _decoded(data, channels)
-        width, height = picture.size
-        short = min(picture.size)
-        new = (int(resize * width / short), int(resize * height / short)) if resize else (size,) * 2
-        picture = picture.resize(new, Image.Resampling[preprocessing["interpolation"].upper()])
-        left, top = (round((side - size) / 2) for side in new)
-        pixels = np.asarray(picture.crop((left, top, left + size, top + size)))
-    return pixels.reshape(*pixels.shape[:2], channels)
+        return pixels.repeat(channels // pixels.shape[2], axis=2)
+    size, resize = preprocessing["size"], preprocessing["resize"]
+    picture = _decoded(data, channels, as_displayed)
+    width, height = picture.size
+    short = min(picture.size)
+    new = (int(resize * width / short), int(resize * height / short)) if resize else (size,) * 2
+    picture = picture.resize(new, Image.Resampling[preprocessing["interpolation"].upper()])
+    left, top = (round((side - size) / 2) for side in new)
+    return np.atleast_3d(np.asarray(picture.crop((left, top, left + size, top + size))))
 
 
-def _decoded(data: bytes, channels: int) -> Any:
+def _decoded(data: bytes, channels: int, as_displayed: bool) -> Any:
     """The first picture of a file, of 1, 3 or 4 channels of 8 bits."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as stored:
-        if stored.mode in ("F", "I"):
+        picture: Any = stored
+        if as_displayed:
+            picture = _displayed(stored, channels)
+        elif stored.mode in ("F", "I"):
             raise ValueError(f"its mode is {stored.mode}, 8 or 16 bits a channel are expected")
-        deep = stored.mode.startswith("I;16")
-        picture = Image.fromarray((np.asarray(stored) >> 8).astype(np.uint8)) if deep else stored
+        elif stored.mode.startswith("I;16"):
+            picture = Image.fromarray((np.asarray(stored) >> 8).astype(np.uint8))
         return picture.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
 
 
-def _square(data: bytes, channels: int, size: int, ratio: float) -> np.ndarray:
-    """The central square of ``ratio`` of the shorter side at (size, size, channels)."""
-    from PIL import Image
+def _displayed(stored: Any, channels: int) -> Any:
+    """A picture as viewers show it: turned as EXIF says, on white, greys of 8 bits."""
+    from PIL import Image, ImageOps
+
+    clear, kind = stored.info.get("transparency"), stored.tile[0].args if stored.tile else None
+    if clear is not None and kind in ("L;2", "L;4"):  # Pillow leaves it as the file has it
+        stored.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[kind]
+    elif clear is not None and kind == "RGB;16B":
+        stored.info["transparency"] = tuple(value >> 8 for value in clear)
+    ImageOps.exif_transpose(stored, in_place=True)
+    if stored.mode.startswith("I") or stored.mode == "F":
+        values = np.asarray(stored)
+        tops = (1,) if stored.mode == "F" else (2**8 - 1, 2**12 - 1, 2**16 - 1)
+        if not 0 <= values.min() <= values.max() <= tops[-1]:
+            raise ValueError(f"its greys are not of 0 to {tops[-1]}: save it in 8 bits")
+        scale = 255 / next(top for top in tops if values.max() <= top)
+        grey = np.where(values == clear, 255, np.rint(values * scale))
+        return Image.fromarray(grey.astype(np.uint8))
+    if channels == 4 or not stored.has_transparency_data:
+        return stored
+    picture = stored.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+
+
+def _square(data: bytes, channels: int, size: int, ratio: float, as_displayed: bool) -> np.ndarray:
+    """The central square of ``ratio`` of the shorter side at (size, size, 1, 3 or 4)."""
+    from PIL import Image, ImageOps
+
+    def box(width: int, height: int) -> tuple[float, float, float, float]:
+        side = ratio * min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        return left, top, left + side, top + side
 
     with Image.open(io.BytesIO(data)) as file:
-        width, height = file.size
-        side = ratio * min(file.size)
-        left, top = (width - side) / 2, (height - side) / 2
-        if not (
-            _is_common_jpeg(data)
-            and (getattr(file, "layers", 0), channels) in {(1, 1), (1, 3), (3, 3)}
-        ):
-            box = (left, top, left + side, top + side)
-            picture = _decoded(data, channels).resize(
-                (size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0
-            )
-            return np.asarray(picture).reshape(size, size, channels)
-        factor = 1  # a half, a quarter or an eighth of its sides is enough of many a photograph
-        while factor < 8 and side >= 3 * factor * max(size, 4):
+        layers: int = getattr(file, "layers", 0)
+        if not _is_common_jpeg(data) or (layers, channels) not in {(1, 1), (1, 3), (3, 3)}:
+            picture = _decoded(data, channels, as_displayed)
+            around, bilinear = box(*picture.size), Image.Resampling.BILINEAR
+            picture = picture.resize((size, size), bilinear, box=around, reducing_gap=3.0)
+            return np.atleast_3d(np.asarray(picture))
+        turn = file.getexif().get(0x0112, 1) if as_displayed else 1
+        sides = file.size[:: -1 if turn in (5, 6, 7, 8) else 1]
+        left, top, right, bottom = box(*sides)
+        factor = 1  # a half, a quarter or an eighth of the pixels is enough of many a photograph
+        while factor < 8 and min(right - left, bottom - top) >= 3 * factor * max(size, 4):
             factor *= 2
-        file.draft(None, (width // factor, height // factor))
-        pixels = np.atleast_3d(np.asarray(file))
-    for axis, start in enumerate((top / factor, left / factor)):
-        pixels = _resized(pixels, axis, start, start + side / factor, size)
-    return pixels.repeat(channels // pixels.shape[2], axis=2)
+        file.draft(None, (file.width // factor, file.height // factor))
+        turned = ImageOps.exif_transpose(file) if as_displayed else file
+        pixels = np.atleast_3d(np.asarray(turned))
+    rows, columns = (top, bottom, (3, 4, 7, 8)), (left, right, (2, 3, 6, 7))
+    for axis, (start, stop, flipped) in enumerate((rows, columns)):
+        if turn in flipped:  # the sides need not divide by the factor
+            whole, end = sides[1 - axis], pixels.shape[axis]
+            start, stop = end - (whole - start) / factor, end - (whole - stop) / factor
+        else:
+            start, stop = start / factor, stop / factor
+        pixels = _resized(pixels, axis, start, stop, size)
+    return pixels
 
 
 def _is_common_jpeg(data: bytes) -> bool:
