@@ -1,6 +1,8 @@
 """The demo page: what it computes, one request to Gradio's server, and the command."""
 
 import json
+import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
 from flax_resnet.inference.classifier import Classifier, predict_images
 from flax_resnet.weights import Pretrained, open_weights
+
+SERVE = pathlib.Path(__file__).parents[1] / "docs" / "serve.md"
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +118,7 @@ def test_a_request_is_answered(opened, weights, photos, tmp_path, clean_environm
         port = free.getsockname()[1]
     environment = clean_environment | QUICK | {"GRADIO_TEMP_DIR": str(tmp_path)}
     proxied = environment | {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    answers = []
     words = ["serve", str(weights), "--port", str(port), "--no-browser"]
     command = [sys.executable, "-m", "flax_resnet", *words]
     process = subprocess.Popen(
@@ -128,6 +133,11 @@ def test_a_request_is_answered(opened, weights, photos, tmp_path, clean_environm
             [sys.executable, "-c", CLIENT, url, *files],
             env=environment, capture_output=True, text=True, check=True,
         )  # fmt: skip
+        page = re.search(r"(?ms)^FILE=.*?(?=^```)", SERVE.read_text())[0]
+        for file in files:
+            curl = page.replace("http://127.0.0.1:7860", url).replace("PHOTO.jpg", file)
+            answer = subprocess.check_output(["bash", "-euc", curl], env=environment)
+            answers.append(json.loads(answer))
         second = subprocess.run(command, env=environment, capture_output=True, text=True)
     finally:
         process.terminate()
@@ -136,6 +146,8 @@ def test_a_request_is_answered(opened, weights, photos, tmp_path, clean_environm
         f"error: port {port} of 127.0.0.1 cannot be used: try --port 0, or another --host\n"
     )
     found, picture, said = json.loads(done.stdout)
+    assert answers[0]["data"][0]["confidences"] == found
+    assert "cannot" in answers[1]["error"]
     labels, overlay = serving.explain(Classifier(opened), photos / "a.jpg")
     assert {c["label"]: c["confidence"] for c in found} == pytest.approx(labels, abs=1e-6)
     assert np.abs(np.array(picture) - overlay.astype(int)).max() <= 2  # QUICK's arithmetic
