@@ -35,6 +35,7 @@ Weights
                       Weight files of torch, Keras and safetensors.
   Preprocessing, preprocessing
                       How images are prepared for weights.
+  Classifier          A trained network that names what is in images: paths, bytes, arrays.
   predict_images      The best classes of image files, one by one.
   export              Writes a network for StableHLO, ONNX or torch.
   push_to_hub, pull_from_hub
@@ -84,7 +85,8 @@ from flax_resnet.errors import UserError as UserError
 from flax_resnet.exporting import export as export
 from flax_resnet.exporting.hub import pull_from_hub as pull_from_hub
 from flax_resnet.exporting.hub import push_to_hub as push_to_hub
-from flax_resnet.inference.prediction import predict_images as predict_images
+from flax_resnet.inference.classifier import Classifier as Classifier
+from flax_resnet.inference.classifier import predict_images as predict_images
 from flax_resnet.models import BasicBlock as BasicBlock
 from flax_resnet.models import Block as Block
 from flax_resnet.models import BottleneckBlock as BottleneckBlock

@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
@@ -18,8 +17,8 @@ from PIL import Image
 from flax_resnet.data.decode import DECODE_ERRORS
 from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
-from flax_resnet.inference.classifier import Classifier, not_finite
-from flax_resnet.inference.prediction import best_classes, reason
+from flax_resnet.inference.classifier import Classifier
+from flax_resnet.inference.prediction import reason
 from flax_resnet.inspection.layers import grad_cam, heat
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -84,22 +83,18 @@ def explain(of: Classifier, path: Path | str | None) -> tuple[dict[str, float], 
         raise UserError("no image: drop one")
     try:
         Image.open(path, formats=FORMATS).close()
-        pixels = of.preprocessing(Path(path).read_bytes())
+        pixels = of.prepare(path)
     except DECODE_ERRORS as error:
         raise UserError(
             f"this image cannot be read ({reason(error)}): expected one of {', '.join(FORMATS)}"
         ) from error
-    best = best_classes(of.module, of.variables, of.stats, pixels[None], min(5, of.num_classes))
-    (classes,), (shares,) = jax.device_get(best)
-    if not np.isfinite(shares).all():
-        raise not_finite()
+    (best,) = of.predictions([path], top=5)
     labels: dict[str, float] = {}
-    for index, share in zip(classes.tolist(), shares.tolist(), strict=True):
-        name = of.name(index)
+    for index, name, share in zip(best.classes, best.names, best.probabilities, strict=True):
         labels[f"{name} ({index})" if name in labels else name] = share
     try:
         images = normalize(jnp.asarray(pixels[None]), of.stats)
-        maps, _, _ = grad_cam(of.module, of.variables, images, [classes[0]])
+        maps, _, _ = grad_cam(of.module, of.variables, images, best.classes[:1])
     except UserError:  # the network has no map
         return labels, None
     times = -(-MIN_SIDE // min(pixels.shape[:2]))

@@ -1,6 +1,8 @@
 """The demo page: what it computes, one request to Gradio's server, and the command."""
 
 import json
+import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -16,9 +18,10 @@ from prediction_helpers import SQUARE, damaged, make_weights, paint
 from flax_resnet import inspection, serving
 from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
-from flax_resnet.inference import prediction
-from flax_resnet.inference.classifier import Classifier
+from flax_resnet.inference.classifier import Classifier, predict_images
 from flax_resnet.weights import Pretrained, open_weights
+
+SERVE = pathlib.Path(__file__).parents[1] / "docs" / "serve.md"
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +38,8 @@ def opened(weights):
 
 @pytest.mark.parametrize("name", ["a.jpg", "b.png", "f.gif"])
 def test_the_page_says_what_predict_does_and_shows_grad_cam(opened, photos, name):
-    of = Classifier.of(opened)
-    (found,) = prediction.predict_images(opened, [photos / name])
+    of = Classifier(opened)
+    (found,) = predict_images(opened, [photos / name])
     labels, overlay = serving.explain(of, photos / name)
     assert labels == dict(zip(found.names, found.probabilities, strict=True))
     pixels = opened.preprocessing((photos / name).read_bytes())
@@ -63,7 +66,7 @@ def test_a_network_without_maps_has_no_grad_cam(photos):
     variables = Flat().init(jax.random.key(0), np.zeros((1, 8, 8, 3)))
     names = ("crane", "crane", "heron", "crane")
     flat = Pretrained(Flat(), variables, preprocessing=SQUARE, class_names=names)
-    labels, overlay = serving.explain(Classifier.of(flat), photos / "a.jpg")
+    labels, overlay = serving.explain(Classifier(flat), photos / "a.jpg")
     assert overlay is None
     assert len(labels) == 4
     assert sum(labels.values()) == pytest.approx(1)
@@ -84,12 +87,12 @@ def test_a_file_that_is_no_image_is_one_line(opened, tmp_path, rng, write, messa
     if write is not None:
         write(path)
     with pytest.raises(UserError, match=message):
-        serving.explain(Classifier.of(opened), write and path)
+        serving.explain(Classifier(opened), write and path)
 
 
 def test_weights_without_finite_outputs_are_one_line(weights, photos):
     with pytest.raises(UserError, match="are not finite"):
-        serving.explain(Classifier.of(open_weights(damaged(weights))), photos / "a.jpg")
+        serving.explain(Classifier(open_weights(damaged(weights))), photos / "a.jpg")
 
 
 CLIENT = """
@@ -115,6 +118,7 @@ def test_a_request_is_answered(opened, weights, photos, tmp_path, clean_environm
         port = free.getsockname()[1]
     environment = clean_environment | QUICK | {"GRADIO_TEMP_DIR": str(tmp_path)}
     proxied = environment | {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    answers = []
     words = ["serve", str(weights), "--port", str(port), "--no-browser"]
     command = [sys.executable, "-m", "flax_resnet", *words]
     process = subprocess.Popen(
@@ -129,6 +133,11 @@ def test_a_request_is_answered(opened, weights, photos, tmp_path, clean_environm
             [sys.executable, "-c", CLIENT, url, *files],
             env=environment, capture_output=True, text=True, check=True,
         )  # fmt: skip
+        page = re.search(r"(?ms)^FILE=.*?(?=^```)", SERVE.read_text())[0]
+        for file in files:
+            curl = page.replace("http://127.0.0.1:7860", url).replace("PHOTO.jpg", file)
+            answer = subprocess.check_output(["bash", "-euc", curl], env=environment)
+            answers.append(json.loads(answer))
         second = subprocess.run(command, env=environment, capture_output=True, text=True)
     finally:
         process.terminate()
@@ -137,7 +146,9 @@ def test_a_request_is_answered(opened, weights, photos, tmp_path, clean_environm
         f"error: port {port} of 127.0.0.1 cannot be used: try --port 0, or another --host\n"
     )
     found, picture, said = json.loads(done.stdout)
-    labels, overlay = serving.explain(Classifier.of(opened), photos / "a.jpg")
+    assert answers[0]["data"][0]["confidences"] == found
+    assert "cannot" in answers[1]["error"]
+    labels, overlay = serving.explain(Classifier(opened), photos / "a.jpg")
     assert {c["label"]: c["confidence"] for c in found} == pytest.approx(labels, abs=1e-6)
     assert np.abs(np.array(picture) - overlay.astype(int)).max() <= 2  # QUICK's arithmetic
     assert "cannot" in said

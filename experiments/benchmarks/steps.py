@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 
 from experiments.benchmarks import common, workers
 from experiments.benchmarks.driver import Columns, Row, check_least, table, timing_cell
-from experiments.benchmarks.driver import run as run_benchmark
 from experiments.benchmarks.peers.specs import NETWORKS
 from flax_resnet import Data, TrainConfig, UserError, create_state, models, summarize
 from flax_resnet.distributed import sharding
@@ -261,22 +260,20 @@ def show_peak(peak: Mapping[str, Any]) -> str:
     return f"peak: {best} ({each})\nmedian (least-most)"
 
 
-def main(kind: Kind, about: str, argv: Sequence[str] | None) -> None:
-    """Measures the peak and every network; prints lines of JSON, then the table."""
+def rows(kind: Kind, settings: Settings) -> Iterator[Row]:
+    """Measures the peak and every network."""
+    for name in settings.models:
+        config = settings.config(name)  # what is wrong is said before anything is measured
+        gflop(config.model, settings.side(config), config.batch_size, kind)
+    device: workers.Device = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    best = machine_peak(device, settings.dtype, workers.usable_cores(), settings.peak_size)
+    for name in settings.models:
+        yield {**measure(kind, name, settings, best), "peak": dataclasses.asdict(best)}
 
-    def rows(settings: Settings) -> Iterator[Row]:
-        for name in settings.models:
-            config = settings.config(name)  # what is wrong is said before anything is measured
-            gflop(config.model, settings.side(config), config.batch_size, kind)
-        device: workers.Device = "gpu" if jax.default_backend() == "gpu" else "cpu"
-        best = machine_peak(device, settings.dtype, workers.usable_cores(), settings.peak_size)
-        for name in settings.models:
-            yield {**measure(kind, name, settings, best), "peak": dataclasses.asdict(best)}
 
-    def report(rows: Sequence[Row]) -> str:
-        return f"{show_peak(rows[0]['peak'])}\n{table(COLUMNS, rows)}"
-
-    run_benchmark(f"{kind}_step", Settings, about, argv, rows, report)
+def report(rows: Sequence[Row]) -> str:
+    """The peak and the table, for people."""
+    return f"{show_peak(rows[0]['peak'])}\n{table(COLUMNS, rows)}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,14 +26,16 @@ Published: none.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
-from experiments.benchmarks import steps
+from experiments.benchmarks import driver, steps
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures every network; prints lines of JSON, then the table."""
-    steps.main("train", __doc__ or "", argv)
+    rows = functools.partial(steps.rows, "train")
+    driver.run("train_step", steps.Settings, __doc__ or "", argv, rows, steps.report)
 
 
 if __name__ == "__main__":

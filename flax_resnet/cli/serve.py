@@ -48,7 +48,7 @@ def main(settings: Settings) -> None:
     with warnings.catch_warnings(action="ignore"):  # deprecations of Gradio's dependencies
         import_extra("gradio", "serve")  # before weights are fetched
     opened, host, port = settings.open(settings.source), settings.host, settings.port
-    of, title = Classifier.of(opened), f"{opened.name}: {settings.source}"
+    of, title = Classifier(opened), f"{opened.name}: {settings.source}"
     if host not in LOCAL:
         print(
             f"warning: --host {host}: whoever reaches this machine can use the page; there is no "

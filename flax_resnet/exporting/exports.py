@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.export
@@ -122,7 +123,7 @@ def export(
     # Accelerators multiply float32 less precisely, each in its own way.
     with jax.default_device(_cpu()), os_error_as_one_line(dest), replacing_tree(dest) as partial:
         opened = in_float32(open_network(source) if isinstance(source, (str, Path)) else source)
-        network = Classifier.of(opened)
+        network = Classifier(opened)
         pixels = prepared_images(network.preprocessing, images)
         logits = np.asarray(runner(network)(pixels))
         if not np.isfinite(logits).all():
@@ -156,7 +157,7 @@ def _write(
     if path.suffix == ".safetensors":
         convert(opened, path)
         kind = "safetensors with torchvision's names, read back"
-        return kind, runner(Classifier.of(in_float32(open_weights(path))))
+        return kind, runner(Classifier(in_float32(open_weights(path))))
     about = {
         "network": opened.name,
         "class_names": network.class_names and list(network.class_names),
@@ -166,28 +167,16 @@ def _write(
     sides = network.preprocessing.shape
     shape = jax.export.symbolic_shape(", ".join(["b", *map(str, sides)]))
     spec = jax.ShapeDtypeStruct(shape, jnp.uint8)
-    stats = jax.device_get(network.stats)
-
-    # A function of its own: jit would find a trace of another form in its cache.
-    def program(variables: Any, images: jax.Array) -> Any:
-        with backend.plain_forms():
-            return network.module.apply(variables, normalize(images, stats))
-
-    if path.suffix == ".onnx":
-        to_onnx.write(lambda images: program(opened.variables, images), spec, about, path)
-        return to_onnx.run(path)
     # As constants XLA would fold the weights, for minutes where they are large.
-    weights = {
-        "/".join(names): np.asarray(value)
-        for names, value in flatten_dict(dict(opened.variables)).items()
-    }
-    exported = jax.export.export(
-        jax.jit(lambda weights, images: program(unflatten_dict(weights, sep="/"), images)),
-        platforms=platforms,
-    )(weights, spec)
+    weights = jax.tree.map(np.asarray, flatten_dict(dict(opened.variables), sep="/"))
+    if path.suffix == ".onnx":
+        to_onnx.write(functools.partial(_logits, network, "any", weights), spec, about, path)
+        return to_onnx.run(path)
+    program = jax.jit(program_by_platform(network))
+    exported = jax.export.export(program, platforms=platforms)(weights, spec)
     path.mkdir()
     (path / ARTIFACT).write_bytes(exported.serialize())
-    np.savez(path / WEIGHTS, **weights)  # type: ignore[arg-type]
+    np.savez(path / WEIGHTS, **weights)
     (path / "load.py").write_bytes(Path(loader.__file__).read_bytes())
     about |= {
         "format": FORMAT,
@@ -199,10 +188,29 @@ def _write(
         "output": {"shape": ["b", network.num_classes], "dtype": "float32"},
         "platforms": list(platforms),
         "jax": jax.__version__,
+        "requires": [f"jax>={jax.__version__}", "flatbuffers", "pillow"],
         "numpy": np.__version__,
     }
     _write_about(path, about)
     return f"StableHLO for {', '.join(platforms)}, run by its loader", loader.load(path)
+
+
+def program_by_platform(network: Classifier) -> Callable[[Any, jax.Array], Any]:
+    """A function of weights, {"params/...": array}, and images that runs fast on each platform."""
+    # New functions each time: jit would find a trace of other forms in its cache.
+    return functools.partial(
+        jax.lax.platform_dependent,
+        cpu=functools.partial(_logits, network, "cpu"),
+        default=functools.partial(_logits, network, "any"),
+    )
+
+
+def _logits(
+    network: Classifier, target: Literal["cpu", "any"], weights: Any, images: jax.Array
+) -> Any:
+    with backend.traced_for(target):
+        variables = unflatten_dict(weights, sep="/")
+        return network.module.apply(variables, normalize(images, jax.device_get(network.stats)))
 
 
 def _write_about(directory: Path, about: dict[str, Any]) -> None:
@@ -268,17 +276,18 @@ def difference(run: Run, images: np.ndarray, logits: np.ndarray) -> float:
 
 
 def how_to_prepare(prepared: Preprocessing) -> str:
-    """The way from a photograph to the network's input, in words; Pillow does all of it."""
+    """The way from a photograph to the network's input, in words; load.py's ``prepare`` goes it."""
     mode, decoder = PIL_MODES[prepared.channels], prepared.decoder
+    steps = [f"decode to {mode}"]
+    if getattr(decoder or prepared, "as_displayed", False):
+        steps += ["turn as EXIF says", "put transparent pixels on white"]
     if decoder is not None:
-        crop = f"crop the central square of {decoder.crop_ratio:g} of the shorter side"
-        steps = [crop, f"resize to {decoder.size}x{decoder.size}, bilinear"]
+        steps += [f"crop the central square of {decoder.crop_ratio:g} of the shorter side"]
+        steps += [f"resize to {decoder.size}x{decoder.size}, bilinear"]
         steps += [f"pad {decoder.pad} zeros on every side"] if decoder.pad else []
     elif prepared.resize is None:
-        steps = [f"resize to {prepared.size}x{prepared.size}, {prepared.interpolation}"]
+        steps += [f"resize to {prepared.size}x{prepared.size}, {prepared.interpolation}"]
     else:
-        steps = [
-            f"resize the shorter side to {prepared.resize}, {prepared.interpolation}",
-            f"crop the central {prepared.size}x{prepared.size}",
-        ]
-    return "; ".join([f"decode to {mode}", *steps, "pass uint8 (N, H, W, C), not normalised"])
+        steps += [f"resize the shorter side to {prepared.resize}, {prepared.interpolation}"]
+        steps += [f"crop the central {prepared.size}x{prepared.size}"]
+    return "; ".join([*steps, "pass uint8 (N, H, W, C), not normalised"])

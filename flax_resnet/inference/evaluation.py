@@ -67,7 +67,7 @@ def evaluate(
     for name, number in {"batch_size": batch_size, "limit": limit}.items():
         check_range(name, number, 1)
     began = time.perf_counter()
-    of = Classifier.of(opened)
+    of = Classifier(opened)
     prepared = of.preprocessing
     if ten_crop:
         if tta != "none":

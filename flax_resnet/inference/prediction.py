@@ -1,32 +1,26 @@
-"""Images to classes: the most probable ones of each image, by any weights.
-
-Runs on one device, the first. The first images come out while later ones are still decoded.
-"""
+"""What is classified, and what comes out: images, and the classes that are probable."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from PIL import UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
-from flax_resnet.data.decode import DECODE_ERRORS
-from flax_resnet.data.normalization import normalize
-from flax_resnet.data.order import ahead
-from flax_resnet.data.sources import IMAGE_SUFFIXES, unreadable
-from flax_resnet.errors import UserError, check_range
-from flax_resnet.inference.classifier import Classifier, not_finite, padded
-from flax_resnet.training import metrics
-from flax_resnet.weights import Pretrained
+from flax_resnet.data.sources import IMAGE_SUFFIXES
+from flax_resnet.errors import UserError
 
+KINDS = (
+    "a path, the bytes of an image file, a PIL image, or an array, uint8 or floats of 0 to 1, "
+    "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+)
+"""What an image may be given as."""
 OnError = Callable[[Path, Exception], None]
 
 
@@ -34,14 +28,24 @@ OnError = Callable[[Path, Exception], None]
 class Prediction:
     """The most probable classes of one image, the first one first."""
 
-    path: Path
-    """The image."""
+    path: Path | None
+    """The image's file; None where the image was not given by a path."""
     classes: tuple[int, ...]
     """Numbers of the classes; of equal ones the lower comes first."""
     names: tuple[str, ...]
     """Their names, or "class 17" where nobody named them."""
     probabilities: tuple[float, ...]
     """Their softmax probabilities."""
+
+    @property
+    def name(self) -> str:
+        """Name of the most probable class."""
+        return self.names[0]
+
+    @property
+    def probability(self) -> float:
+        """Probability of the most probable class."""
+        return self.probabilities[0]
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -71,80 +75,81 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def predict_images(
-    opened: Pretrained,
-    paths: Iterable[str | Path],
-    *,
-    top: int = 5,
-    batch_size: int = 32,
-    on_error: OnError | None = None,
-) -> Iterator[Prediction]:
-    """The most probable classes of images, in their order.
+def is_path(image: Any) -> bool:
+    """Whether an image is given by the path of its file."""
+    return isinstance(image, (str, os.PathLike))
 
-    Args:
-      opened: a network with its weights, such as ``classify.open_network`` gives.
-      paths: image files, and folders of them (see ``find_images``).
-      top: how many classes an image; at most all.
-      batch_size: images in one step of the device.
-      on_error: called with an image that cannot be read and why, and the image is skipped; by
-        default the first such image ends it all.
 
-    Raises:
-      UserError: a path that is not there, weights that cannot classify, or, from the iterator,
-        an image that cannot be read or outputs that are not finite.
+def is_one_image(images: Any) -> bool:
+    """Whether this is one image, and no folder, batch or collection of images."""
+    if is_path(images):
+        return not Path(images).expanduser().is_dir()
+    if isinstance(images, (bytes, bytearray, memoryview, Image.Image)):
+        return True
+    return hasattr(images, "__array__") and np.ndim(images) != 4
+
+
+def every_image(images: Any) -> Iterator[Any]:
+    """One image after the other, those of folders too."""
+    if is_path(images):
+        images = [images]
+    if not isinstance(images, Iterable) or isinstance(images, Mapping):
+        raise UserError(f"{images!r:.80} is no image: expected {KINDS}")
+    for image in images:
+        yield from find_images([image]) if is_path(image) else [image]
+
+
+def encoded(image: Any) -> bytes:
+    """The file that holds an image: one way to the network is enough, and it begins with a file.
+
+    An image that PIL has opened and not read yet is the file that it was opened from.
     """
-    check_range("top", top, 1)
-    check_range("batch_size", batch_size, 1)
-    files = find_images(paths)
-    return _predictions(Classifier.of(opened), files, top, min(batch_size, len(files)), on_error)
+    if is_path(image):
+        return Path(image).expanduser().read_bytes()
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return bytes(image)
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(_pixels(image))
+    elif isinstance(image, ImageFile.ImageFile) and image.tile and image.fp and not image.tell():
+        position = image.fp.tell()
+        image.fp.seek(0)
+        data = image.fp.read()
+        image.fp.seek(position)
+        with Image.open(io.BytesIO(data)) as stored:
+            if (stored.size, stored.mode) == (image.size, image.mode):  # it was not reduced
+                return data
+    if image.mode == "I":  # its range is anyone's guess
+        raise ValueError("its mode is I, 8 or 16 bits a channel are expected")
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX", "La", "RGBa", "PA"):
+        image = image.convert("RGBA" if image.mode in ("La", "RGBa", "PA") else "RGB")
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=0, exif=image.getexif())
+    return file.getvalue()
 
 
-def _predictions(
-    of: Classifier, files: Sequence[Path], top: int, size: int, on_error: OnError | None
-) -> Iterator[Prediction]:
-    decoded = _decoded(of, files, 2 * size, on_error)
-    batches = iter(lambda: list(itertools.islice(decoded, size)), [])
-
-    def step(batch: Sequence[tuple[Path, np.ndarray]]) -> Any:
-        images = padded([image for _, image in batch], size)
-        return best_classes(of.module, of.variables, of.stats, images, min(top, of.num_classes))
-
-    for batch, best in metrics.outputs(step, batches):
-        # The last batch is padded: zip leaves its padding out.
-        for (path, _), classes, p in zip(batch, *best, strict=False):
-            if not np.isfinite(p).all():
-                raise not_finite(f"the network's outputs for {shown(path)}")
-            names = tuple(of.name(index) for index in classes)
-            yield Prediction(path, tuple(classes.tolist()), names, tuple(p.tolist()))
-
-
-@functools.partial(jax.jit, static_argnames=("module", "top"))
-def best_classes(
-    module: nn.Module, variables: Any, stats: Any, images: jax.Array, top: int
-) -> tuple[jax.Array, jax.Array]:
-    """Classes and probabilities of the largest logits, (N, top) each."""
-    logits: Any = module.apply(variables, normalize(images, stats))
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    _, classes = jax.lax.top_k(logits, top)
-    return classes, jnp.take_along_axis(jax.nn.softmax(logits), classes, axis=-1)
+def _pixels(image: Any) -> np.ndarray:
+    """An array as uint8, (H, W) or (H, W, 3 or 4)."""
+    pixels = np.asarray(image)
+    said = f"an array of {pixels.dtype} {pixels.shape}"
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if jnp.issubdtype(pixels.dtype, jnp.floating):
+        if not ((pixels >= 0) & (pixels <= 1)).all():
+            raise UserError(
+                f"{said} is no image: expected floats of 0 to 1; give 0 to 255 as uint8"
+            )
+        pixels = np.rint(255 * pixels.astype(np.float32)).astype(np.uint8)
+    is_image = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+    if not is_image or pixels.dtype != np.uint8 or not pixels.size:
+        raise UserError(f"{said} is no image: expected {KINDS}")
+    return pixels
 
 
-def _decoded(
-    of: Classifier, files: Sequence[Path], most: int, on_error: OnError | None
-) -> Iterator[tuple[Path, np.ndarray]]:
-    """The images that can be read, up to ``most`` decoded ahead."""
-    for path, work in ahead(lambda path: of.preprocessing(path.read_bytes()), files, most):
-        try:
-            yield path, work.result()
-        except DECODE_ERRORS as error:
-            if on_error is None:
-                raise unreadable(shown(path), error) from error
-            on_error(path, error)
-
-
-def shown(path: str | Path) -> str:
-    """A path as text that can be printed, also where its bytes are no UTF-8."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
+def shown(image: Any) -> str:
+    """What to call an image: its path as text that can be printed, also where it is no UTF-8."""
+    if not is_path(image):
+        return f"<{type(image).__name__}>"
+    return str(image).encode("utf-8", "backslashreplace").decode()
 
 
 def reason(error: Exception) -> str:

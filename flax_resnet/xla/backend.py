@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -15,25 +15,25 @@ YNN = "xla_cpu_experimental_ynn_fusion_type"
 # over the batch to its own loops; the other way round both are faster.
 FUSION_TYPES = "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
 
-_for_others: ContextVar[bool] = ContextVar("for_others", default=False)
+_target: ContextVar[Literal["cpu", "any"] | None] = ContextVar("target", default=None)
 
 
 def is_cpu() -> bool:
     """Whether programs are compiled for a CPU alone."""
-    return jax.default_backend() == "cpu" and not _for_others.get()
+    return (_target.get() or jax.default_backend()) == "cpu"
 
 
 @contextlib.contextmanager
-def plain_forms() -> Iterator[None]:
-    """What is traced within is for any backend: it has the plain forms.
+def traced_for(target: Literal["cpu", "any"]) -> Iterator[None]:
+    """What is traced within has the forms for a CPU, or the plain ones for any backend.
 
     A function under ``jax.jit`` must be a new one: a trace from outside is found in its cache.
     """
-    token = _for_others.set(True)
+    token = _target.set(target)
     try:
         yield
     finally:
-        _for_others.reset(token)
+        _target.reset(token)
 
 
 def usable_cores() -> int:

@@ -61,9 +61,11 @@ NEEDS = {
 }
 """Packages of the extras that a page is about."""
 MLFLOW = "tests/tracking/test_tracking.py runs MLflow's server"
+CURL = commands(next(block for block in blocks(DOCS / "serve.md") if "curl" in block.text))
 
 CANNOT_RUN = {
     "flax-resnet serve runs/digits": "waits for visitors; tests/test_serving.py is one",
+    **dict.fromkeys(CURL, "asks a server; tests/test_serving.py runs them"),
     "mlflow server --host 127.0.0.1 --port 5000": MLFLOW,
     "flax-resnet train digits --tracking mlflow --tracking.uri http://127.0.0.1:5000 "
     "--workdir runs/mlflow": MLFLOW,

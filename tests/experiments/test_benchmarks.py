@@ -68,6 +68,15 @@ def test_a_steps_row_has_times_work_and_memory(kind, tiny, capfd):
     assert text[-1].startswith("| resnet20 | 8 | 2 | ")
 
 
+def test_an_exports_row_compares_it_with_the_jitted_network(tiny, capfd):
+    eval_step.main([*tiny, "--export"])
+    (row,), text = lines(capfd)
+    assert (row["model"], row["image_size"], row["batch_size"]) == ("resnet20", 8, 2)
+    assert row["export_over_jitted"]["n"] == row["export_seconds"]["n"] == 3
+    assert row["largest_relative_difference"] < 1e-5
+    assert text[-1].startswith("| resnet20 | 8 | 2 | ")
+
+
 def test_the_seeds_row_compares_both_ways(digits_dir, monkeypatch):
     """One step of two networks together, with two steps of one."""
     times = iter([[0.5, 0.25, 1.0], [2.0, 3.0, 1.0]])

@@ -134,7 +134,7 @@ def test_a_step_of_a3_and_its_evaluation_at_the_larger_size(photos, tmp_path, me
     result = train_and_evaluate(small("a3", photos), tmp_path / "w", mesh=mesh)
     assert (result["step"], result["num_train"], result["num_eval"]) == (1, 10, 10)
     assert np.isfinite([result["loss"], result["train_loss"]]).all()
-    prepared = Classifier.of(open_weights(tmp_path / "w")).preprocessing
+    prepared = Classifier(open_weights(tmp_path / "w")).preprocessing
     assert (prepared.size, prepared.shape) == (24, (24, 24, 3))
     image = next(photos.rglob("*.png")).read_bytes()
     assert prepared(image).shape == (24, 24, 3)

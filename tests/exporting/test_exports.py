@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from exporting_helpers import FAMILIES, PHOTO, batch, named, opened, own_logits, relative
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from helpers import assert_one_line_error, assert_trees_equal, tiny_resnet
 from prediction_helpers import NAMES, SQUARE, damaged, make_weights
 from safetensors.numpy import load_file
@@ -20,7 +21,13 @@ from flax_resnet.data.decode import Decoder
 from flax_resnet.data.preprocess import KERAS_V1, TORCH, Preprocessing
 from flax_resnet.errors import UserError
 from flax_resnet.exporting import loader
-from flax_resnet.exporting.exports import difference, how_to_prepare, prepared_images
+from flax_resnet.exporting.exports import (
+    difference,
+    how_to_prepare,
+    prepared_images,
+    program_by_platform,
+)
+from flax_resnet.inference.classifier import Classifier
 from flax_resnet.weights import open_weights
 from flax_resnet.xla import backend
 
@@ -69,8 +76,8 @@ def test_onnx_computes_the_network(name, tmp_path, rng, capfd):
     assert (nn.max_pool, nn.Conv.__call__, nn.BatchNorm.__call__) == before
 
 
-def test_the_program_is_for_every_platform(tmp_path):
-    """It has XLA's own max-pool and convolutions, also of maps smaller than the kernel."""
+def test_the_program_has_each_platforms_forms(tmp_path, monkeypatch):
+    """On a CPU those of the jitted network, elsewhere XLA's own max-pool and convolutions."""
     source = opened(named("resnet18", stage_sizes=(1, 1, 1, 1)), PHOTO)
     flax_resnet.export(source, tmp_path / "net")
     data = (tmp_path / "net" / loader.ARTIFACT).read_bytes()
@@ -78,17 +85,21 @@ def test_the_program_is_for_every_platform(tmp_path):
     assert exported.platforms == ("cpu", "cuda", "tpu")
     *_, images = exported.in_avals
     assert (str(images.shape), images.dtype) == ("(b, 32, 32, 3)", np.uint8)
-    here = jax.jit(source.module.apply)
-    here = here.lower(source.variables, np.zeros((1, 32, 32, 3), np.float32)).as_text()
-    assert "reduce_window" not in here
-    assert "stablehlo.select" in here
-    assert here.count("stablehlo.convolution") < 12
-    program = exported.mlir_module()
-    assert "reduce_window" in program
-    assert "stablehlo.select" not in program
-    # The stem, four blocks of two and three shortcuts; each platform has its own.
-    assert program.count("stablehlo.convolution") == 3 * (1 + 4 * 2 + 3)
-    assert backend.is_cpu()
+    with np.load(tmp_path / "net" / loader.WEIGHTS) as weights:
+        here = jax.jit(exported.call).lower(dict(weights), np.zeros((1, 32, 32, 3), np.uint8))
+    jitted = jax.jit(source.module.apply)
+    jitted = jitted.lower(source.variables, np.zeros((1, 32, 32, 3), np.float32))
+    for program in (jitted.compile().as_text(), here.compile().as_text()):
+        assert "reduce-window(" not in program
+    # The stem, four blocks of two and three shortcuts are 12: on a CPU three are matrix products.
+    monkeypatch.setattr(backend.jax, "default_backend", lambda: "gpu")
+    lower = jax.jit(program_by_platform(Classifier(source))).trace(
+        flatten_dict(source.variables, sep="/"), np.zeros((1, 32, 32, 3), np.uint8)
+    ).lower  # fmt: skip
+    for platform, count in {"cuda": 12, "tpu": 12, "cpu": 9}.items():
+        program = lower(lowering_platforms=(platform,)).as_text()
+        assert program.count("stablehlo.convolution") == count, platform
+        assert ("reduce_window" in program) == (platform != "cpu")
 
 
 @pytest.fixture
@@ -115,6 +126,7 @@ def test_a_directory_says_what_it_holds(weights, tmp_path, call):
     assert about["input"]["shape"] == ["b", 8, 8, 3]
     assert about["preprocessing"]["resize"] == SQUARE.resize
     assert about["prepare"] == how_to_prepare(SQUARE)
+    assert about["requires"] == [f"jax>={jax.__version__}", "flatbuffers", "pillow"]
     assert about["check"]["images"] == 10
     assert float(line[2]) == pytest.approx(about["check"]["largest_relative_difference"], rel=0.06)
     assert (tmp_path / "net" / "load.py").read_text() == Path(loader.__file__).read_text()

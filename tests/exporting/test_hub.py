@@ -18,7 +18,7 @@ import flax_resnet
 from flax_resnet.data.preprocess import TORCH
 from flax_resnet.errors import UserError
 from flax_resnet.exporting.hub import CARD, RESULT
-from flax_resnet.inference.prediction import predict_images
+from flax_resnet.inference.classifier import predict_images
 from flax_resnet.weights import open_weights
 from flax_resnet.weights.hub import CONFIG, WEIGHTS, parse
 

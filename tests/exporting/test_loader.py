@@ -1,21 +1,29 @@
 """An exported directory alone: it runs where only jax is, and damage is one line."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import types
 
+import jax
 import numpy as np
 import pytest
 from exporting_helpers import batch, opened, own_logits, relative
 from helpers import tiny_resnet
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_image
 
 import flax_resnet
+from flax_resnet.data.decode import Decoder
+from flax_resnet.data.preprocess import KERAS_V1, TORCH, Preprocessing
 from flax_resnet.exporting import loader
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, WEIGHTS, ExportError
+from flax_resnet.records.configs import to_record
 
 # No part of the library, of flax or of optax can be imported; what is run comes after.
 ALONE = """
@@ -92,3 +100,117 @@ def test_a_damaged_export_is_one_line_and_nothing_is_unpickled(exported, tmp_pat
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < 600
     assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("wrote", ["999.1", "0.0.1"])
+def test_a_jax_that_cannot_read_a_program_is_named_at_load(exported, tmp_path, monkeypatch, wrote):
+    """jax 0.10 takes a program of jax 0.12 for whole until it is lowered."""
+    net = exported[1]
+
+    def refuse(*arguments):
+        raise ValueError("INVALID_ARGUMENT: Failed to deserialize StableHLO\nmore")
+
+    monkeypatch.setattr(loader.jax, "jit", lambda call: types.SimpleNamespace(lower=refuse))
+    changed(net, jax=wrote)
+    now = f"jax {jax.__version__}"
+    said = {
+        "999.1": rf"was written by jax 999\.1, and {now} cannot read it .* deserialize Stable.*\): "
+        r"pip install 'jax>=999\.1', or export it again with the older one",
+        "0.0.1": rf"no exported network that {now} reads on cpu \(ValueError: ",
+    }[wrote]
+    with pytest.raises(ExportError, match=said) as error:
+        loader.load(net)
+    assert "\n" not in str(error.value)
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return Image.fromarray(load_sample_image("china.jpg")[:301, :427])
+
+
+FILES = {
+    "4:4:4": lambda photo: encoded(photo, "JPEG", subsampling=0, quality=60),
+    "4:2:0": lambda photo: encoded(photo, "JPEG", subsampling=2),
+    "progressive": lambda photo: encoded(photo, "JPEG", progressive=True, subsampling=1),
+    "grey": lambda photo: encoded(photo.convert("L"), "JPEG"),
+    "RGB": lambda photo: encoded(photo, "JPEG", keep_rgb=True),
+    "CMYK": lambda photo: encoded(photo.convert("CMYK"), "JPEG"),
+    "restarts": lambda photo: encoded(photo, "JPEG", restart_marker_rows=1),
+    "bytes at the end": lambda photo: encoded(photo, "JPEG") + b"more",
+    "turned": lambda photo: encoded(photo, "JPEG", exif=turned(6)),
+    "tiny": lambda photo: encoded(photo.crop((0, 0, 9, 5)), "JPEG"),
+    "PNG": lambda photo: encoded(photo, "PNG"),
+    "palette": lambda photo: encoded(photo.convert("P"), "GIF"),
+    "transparent": lambda photo: encoded(photo.convert("RGBA"), "WEBP"),
+    "deep": lambda photo: encoded(Image.fromarray(np.arange(60000, dtype=np.uint16)
+                                                  .reshape(200, 300)), "PNG"),
+}  # fmt: skip
+PREPARATIONS = {
+    "run": Preprocessing(size=32, decoder=Decoder(3, 32)),
+    "run, cropped and padded": Preprocessing(size=68, decoder=Decoder(3, 64, 0.875, pad=2)),
+    "run, larger": Preprocessing(size=224, decoder=Decoder(3, 224, 0.9)),
+    "run, grey": Preprocessing(
+        size=40, channels=1, mean=(0.5,), std=(0.2,), decoder=Decoder(1, 40)
+    ),
+    "run, four channels": Preprocessing(
+        size=24, channels=4, mean=(0.5,), std=(0.2,) * 4, decoder=Decoder(4, 24)
+    ),
+    "torchvision": TORCH,
+    "Keras": KERAS_V1,
+    "bicubic": Preprocessing(size=60, resize=70, interpolation="bicubic"),
+}
+
+
+@pytest.mark.parametrize("how", PREPARATIONS)
+def test_prepare_is_predicts_bit_for_bit(photo, how, tmp_path):
+    prepared = PREPARATIONS[how]
+    for name, encode in FILES.items():
+        data = encode(photo)
+        (tmp_path / "x").write_bytes(data)
+        for image in (data, tmp_path / "x", str(tmp_path / "x")):
+            found = loader.prepare(image, to_record(prepared))
+            np.testing.assert_array_equal(found, prepared(data), err_msg=name)
+
+
+@pytest.mark.parametrize("how", ["run", "run, larger", "torchvision"])
+def test_prepare_shows_images_as_viewers_do_where_the_record_says_so(photo, how):
+    plain = to_record(PREPARATIONS[how])
+    shown = json.loads(json.dumps(plain))
+    (shown["decoder"] or shown)["as_displayed"] = True
+    for orientation in range(1, 9):
+        data = encoded(photo, "PNG", exif=turned(orientation))
+        upright = encoded(ImageOps.exif_transpose(Image.open(io.BytesIO(data))), "PNG")
+        np.testing.assert_array_equal(loader.prepare(data, shown), loader.prepare(upright, plain))
+        jpeg = encoded(photo, "JPEG", exif=turned(orientation), subsampling=0)
+        decoded = ImageOps.exif_transpose(Image.open(io.BytesIO(jpeg)))
+        about = loader.prepare(encoded(decoded, "PNG"), plain).astype(int)
+        assert np.abs(loader.prepare(jpeg, shown) - about).mean() < 1.5
+    clear = encoded(Image.new("RGBA", (50, 40), (0, 0, 0, 0)), "PNG")
+    assert (loader.prepare(clear, shown) == 255).all()
+    assert (loader.prepare(clear, plain) == 0).all()
+    for mode, top in ((np.uint16, 4095), (np.uint16, 65535), (np.float32, 1)):
+        deep = encoded(Image.fromarray(np.full((50, 40), top, mode)), "TIFF")
+        assert (loader.prepare(deep, shown) == 255).all()
+
+
+def test_a_photograph_goes_through_an_export_as_through_predict(exported, photo, tmp_path):
+    source, directory = exported
+    (tmp_path / "photo.jpg").write_bytes(encoded(photo, "JPEG"))
+    net = loader.load(directory)
+    logits = net(net.prepare(tmp_path / "photo.jpg")[None])
+    wanted = flax_resnet.Classifier(source)(tmp_path / "photo.jpg", top=10)
+    assert tuple(np.argsort(-logits[0])) == wanted.classes
+    shares = np.sort(np.exp(logits[0]) / np.exp(logits[0]).sum())[::-1]
+    np.testing.assert_allclose(shares, wanted.probabilities, rtol=1e-5)

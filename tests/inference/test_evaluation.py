@@ -13,9 +13,8 @@ from flax_resnet.data import sources
 from flax_resnet.data.config import DataConfig
 from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
-from flax_resnet.inference.classifier import open_network
+from flax_resnet.inference.classifier import open_network, predict_images
 from flax_resnet.inference.evaluation import class_order, evaluate
-from flax_resnet.inference.prediction import predict_images
 from flax_resnet.optim.optimizers import Adam
 from flax_resnet.records.run_dir import read_metrics
 from flax_resnet.training.config import TrainConfig

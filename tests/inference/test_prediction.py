@@ -19,7 +19,8 @@ from prediction_helpers import (
 )
 
 from flax_resnet.errors import UserError
-from flax_resnet.inference.prediction import find_images, predict_images
+from flax_resnet.inference.classifier import predict_images
+from flax_resnet.inference.prediction import find_images
 from flax_resnet.weights import open_weights
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -187,20 +187,24 @@ def test_the_compilers_options_change_no_number(rng):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-3)
 
 
-def test_plain_forms_are_traced_within_a_block_alone():
+def test_forms_are_chosen_within_a_block_alone(monkeypatch):
     def program():
         pool = jax.make_jaxpr(lambda x: layers.max_pool(x, 3, 2, pad=1))
         return "reduce_window_max" in str(pool(jnp.zeros((1, 8, 8, 2))))
 
     assert not program()
-    with backend.plain_forms():
+    with backend.traced_for("any"):
         assert not backend.is_cpu()
         assert program()
-        with pytest.raises(ZeroDivisionError), backend.plain_forms():
+        with pytest.raises(ZeroDivisionError), backend.traced_for("any"):
             _ = 1 / 0
         assert program()
     assert backend.is_cpu()
     assert not program()
+    monkeypatch.setattr(backend.jax, "default_backend", lambda: "gpu")
+    assert program()
+    with backend.traced_for("cpu"):
+        assert not program()
 
 
 def test_a_users_choice_stands_and_other_backends_have_no_options(monkeypatch):
