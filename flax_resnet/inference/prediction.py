@@ -24,6 +24,7 @@ from flax_resnet.data.order import ahead
 from flax_resnet.data.sources import IMAGE_SUFFIXES, unreadable
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.inference.classifier import Classifier, not_finite, padded
+from flax_resnet.records.files import shown
 from flax_resnet.training import metrics
 from flax_resnet.weights import Pretrained
 
@@ -140,11 +141,6 @@ def _decoded(
             if on_error is None:
                 raise unreadable(shown(path), error) from error
             on_error(path, error)
-
-
-def shown(path: str | Path) -> str:
-    """A path as text that can be printed, also where its bytes are no UTF-8."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def reason(error: Exception) -> str:
