@@ -26,7 +26,8 @@ class UserError(ValueError):
     """Of the command: the same one ends so again."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        lines = (line.strip() for line in message.splitlines())
+        super().__init__(" ".join(filter(None, lines)))
 
 
 class TryAgain(UserError):

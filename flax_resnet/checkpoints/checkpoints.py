@@ -15,18 +15,18 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import logging
 import math
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from etils import epath
 
 from flax_resnet.checkpoints import seals
+from flax_resnet.checkpoints.orbax_paths import orbax, plain_path, signatures
 from flax_resnet.distributed import sharding
 from flax_resnet.distributed.watchdog import print_report
 from flax_resnet.errors import TryAgain, UserError, check_range
@@ -98,10 +98,13 @@ class Checkpoints:
           UserError: the directory cannot be written, or the bucket not reached.
         """
         self.directory = seals.open_directory(directory)
+        self._stack = contextlib.ExitStack()
+        self._plain = self._stack.enter_context(plain_path(self.directory))
         self._config, self._say = config, say
         self._problems: dict[int, str | None] = {}  # of the steps whose files were hashed
         self._saver = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
+        self._is_first_save = True
         if config is not None and sharding.is_lead():
             with self._writing(resumed_from or 0):
                 newest = math.inf if resumed_from is None else resumed_from
@@ -121,24 +124,32 @@ class Checkpoints:
           UserError: this checkpoint, or the one before it, could not be written.
         """
         self.wait()
-        args = _orbax().args
+        args = orbax().args
         items = args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta))
         _ONE_SAVE.acquire()
         try:
             with self._writing(step):
                 self._checkpointer.save(self._path(step), args=items, force=True)
-                self._saving = self._saver.submit(self._commit, step, scores)
+                self._saving = self._saver.submit(self._commit, step, scores, signatures(state))
         except BaseException:
             _ONE_SAVE.release()
             raise
 
-    def _commit(self, step: int, scores: dict | None) -> None:
-        """Waits until a save is on disk, seals it, and only then removes what is not kept."""
+    def _commit(self, step: int, scores: dict | None, saved: dict[str, Any]) -> None:
+        """Waits until a save is on disk, seals it, and only then removes what is not kept.
+
+        The first save is read before it is sealed: a place may take what it does not give back.
+        """
         with self._writing(step):
             try:
                 self._checkpointer.wait_until_finished()
             finally:
                 _ONE_SAVE.release()
+            if self._is_first_save and jax.process_count() == 1:  # orbax reads in all or none
+                arrays, _ = self._restored(self._path(step), None)
+                if signatures(arrays) != saved:
+                    raise ValueError("what was written is not what is read back")
+            self._is_first_save = False
             if sharding.is_lead():
                 assert self._config is not None
                 seals.write(self._path(step), seals.take(self._path(step), scores))
@@ -170,6 +181,7 @@ class Checkpoints:
             self._saver.shutdown()
             if "_checkpointer" in vars(self):  # it was needed
                 self._checkpointer.close()
+            self._stack.close()
 
     def latest_step(self) -> int | None:
         """The newest whole checkpoint's step, None where there is no checkpoint."""
@@ -177,7 +189,7 @@ class Checkpoints:
 
     def meta(self, which: Which = "latest") -> dict[str, Any]:
         """What a checkpoint says beside its arrays."""
-        args = _orbax().args
+        args = orbax().args
         items = args.Composite(meta=args.JsonRestore())
         return self._read(which, lambda path: self._checkpointer.restore(path, args=items)["meta"])
 
@@ -199,11 +211,11 @@ class Checkpoints:
 
     def read(self, which: Which = "latest") -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads a checkpoint as it was stored: (state as nested dicts of numpy arrays, meta)."""
-        return jax.device_get(self._read(which, lambda path: self._restored(path, None)))
+        return self._read(which, lambda path: self._restored(path, None))
 
     @functools.cached_property
     def _checkpointer(self) -> Any:
-        ocp = _orbax()
+        ocp = orbax()
         return ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
@@ -213,7 +225,7 @@ class Checkpoints:
         )
 
     def _path(self, step: int) -> epath.Path:
-        return self.directory / str(step)
+        return self._plain / str(step)
 
     def _read(
         self, which: Which, reading: Callable[[epath.Path], Any], or_none: bool = False
@@ -224,8 +236,8 @@ class Checkpoints:
         used, and a step is chosen again. Several processes read only before they write.
         """
         line = lambda error: (  # noqa: E731
-            f"checkpoint {which!r} in {self.directory} cannot be read ({reason(error)}): mend it, "
-            "or remove the directory of that step"
+            f"checkpoint {which!r} in {self.directory} cannot be read ({reason(error)}): keep it, "
+            "and read it with the packages whose versions are in the config.json of its run"
         )
         several, lead = jax.process_count() > 1, sharding.is_lead()
         with error_as_one_line(line, jax.process_count()):
@@ -256,7 +268,7 @@ class Checkpoints:
             return f"no checkpoint {which!r} in {self.directory}: it holds steps {steps}"
         return (
             f"{'every checkpoint' if isinstance(which, str) else f'checkpoint {which}'} in "
-            f"{self.directory} is damaged: put back a copy, or remove that directory to begin again"
+            f"{self.directory} is damaged: put back a copy, or begin again in another directory"
         )
 
     def _choose(self, which: Which, steps: dict[int, seals.Seal]) -> int:
@@ -283,22 +295,20 @@ class Checkpoints:
         return ALL_DAMAGED if named else NO_STEP
 
     def _restored(self, path: epath.Path, template: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, meta); without a template the state as it was stored, on one device."""
+        """(state, meta); without a template the state as it was stored, in numpy arrays."""
         stored = self._checkpointer.metadata(path).item_metadata["state"].tree
         if template is None:
-            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            template = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), stored
-            )
+            empty = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape)  # noqa: E731
+            template = jax.tree.map(empty, stored)
         # Orbax casts silently where dtypes differ; here that is an error.
-        have, want = _signatures(stored), _signatures(template)
+        have, want = signatures(stored), signatures(template)
         for name in sorted(have.keys() | want.keys()):
             if have.get(name) != want.get(name):
                 raise UserError(
                     f"checkpoint {path.name} in {self.directory} does not fit: {name} is "
                     f"{have.get(name, 'missing')} there and {want.get(name, 'absent')} in this run"
                 )
-        args = _orbax().args
+        args = orbax().args
         items = args.Composite(state=args.StandardRestore(template), meta=args.JsonRestore())
         restored = self._checkpointer.restore(path, args=items)
         return restored["state"], restored["meta"]
@@ -313,32 +323,3 @@ class Checkpoints:
             ),
             jax.process_count(),
         )
-
-
-def _signatures(tree: Any) -> dict[str, tuple[Any, str]]:
-    """(shape, dtype) of each array by its path, such as params/head/kernel."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (x.shape, str(x.dtype))
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-@functools.cache
-def _orbax() -> Any:
-    # Importing it takes as long as much of the rest: at the first save, not before the first step.
-    import orbax.checkpoint
-
-    def is_not_of_orbax(record: logging.LogRecord) -> bool:
-        texts = record.pathname + record.getMessage()
-        return record.levelno < logging.ERROR or "/orbax/" not in texts
-
-    def report_unraisable(unraisable: Any, report: Callable[..., Any] = sys.unraisablehook) -> None:
-        # Of tensorstore's writes that end after another has failed.
-        if str(unraisable.exc_value) != "Event loop is closed":
-            report(unraisable)
-
-    # Its threads report the error of a failed save on stderr as well as to the caller.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(is_not_of_orbax)
-    sys.unraisablehook = report_unraisable
-    return orbax.checkpoint

@@ -8,6 +8,7 @@ its seal holds exactly the bytes that were written.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -132,8 +133,15 @@ def problem(directory: epath.Path, seal: Seal) -> str | None:
 
 def steps(directory: epath.Path) -> dict[int, Seal]:
     """The steps in a directory that were written to the end, with their seals."""
-    seals = {int(p.name): read(p) for p in directory.glob("*") if p.name.isdecimal()}
+    seals = {int(p.name): read(p) for p in _entries(directory) if p.name.isdecimal()}
     return {step: seal for step, seal in seals.items() if seal is not None}
+
+
+def _entries(directory: epath.Path) -> list[epath.Path]:
+    # Not by glob(), in which epath takes the directory for a part of the pattern.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return list(directory.iterdir())
+    return []
 
 
 def by_top1(steps: Mapping[int, Seal]) -> list[int]:
@@ -166,7 +174,7 @@ def tidy(directory: epath.Path, newest: float) -> list[str]:
     if not is_remote(directory):
         directory.mkdir(parents=True, exist_ok=True)
     sealed, removed = steps(directory), []
-    for path in directory.glob("*"):
+    for path in _entries(directory):
         seal = sealed.get(int(path.name)) if path.name.isdecimal() else None
         if seal is not None and (int(path.name) > newest or seal is DAMAGED):
             aside = path.with_name(f"{path.name}.damaged")

@@ -19,6 +19,7 @@ import jax
 from flax_resnet.cli.flags import DataDir
 from flax_resnet.data import sources
 from flax_resnet.errors import TryAgain
+from flax_resnet.records.files import quoted
 from flax_resnet.records.provenance import git_state, versions
 
 PACKAGE = "flax_resnet"
@@ -55,7 +56,7 @@ def findings(data_dir: str | None = None) -> Iterator[tuple[str, str, str]]:
     if sets := ", ".join(sorted(str(info.parent.relative_to(root)) for info in infos)):
         yield OK, "data", f"{sets} in {root}"
     else:
-        advice = f"flax-resnet prepare NAME --data-dir {root}"
+        advice = f"flax-resnet prepare NAME --data-dir {quoted(root)}"
         yield ABSENT, "data", f"no tfds sets (digits need none) in {root}   -> {advice}"
     yield from _extras("pip install " + ("-e '.[{}]'" if git else f"'{PACKAGE}[{{}}]'"))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from flax_resnet.cli import flags
 from flax_resnet.distributed import hosts, preemption, sharding
 from flax_resnet.errors import Note, UserError
 from flax_resnet.inspection import step_cost
+from flax_resnet.records.files import quoted, shown
 from flax_resnet.records.run_dir import RESULT
 from flax_resnet.studies import tables
 from flax_resnet.studies.sweeps import check_finished, sweep, train_seeds
@@ -58,7 +59,7 @@ def start(chosen: flags.Invocation) -> list[dict[str, Any]]:
             again = (Path(chosen.workdir) / RESULT).exists()
             result = train_and_evaluate(chosen.config, chosen.workdir)
             if sharding.is_lead() and not again:
-                print(NEXT.format(workdir=shlex.quote(chosen.workdir), step=result["best_step"]))
+                print(NEXT.format(workdir=quoted(chosen.workdir), step=result["best_step"]))
             return [result]
         together = False if chosen.in_turn else None
         return train_seeds(chosen.config, chosen.workdir, chosen.num_seeds, together=together)
@@ -123,6 +124,8 @@ def chosen_by(
 def one_line_errors() -> Iterator[None]:
     """Turns a UserError into one line on stderr and its exit status, a Note into one line."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's notes are for its own users
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             show = warnings.showwarning
@@ -133,7 +136,7 @@ def one_line_errors() -> Iterator[None]:
             )
             yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(str(error))}", file=sys.stderr)
         sys.exit(error.status)
     except BrokenPipeError:  # the reader of our output has gone, `head` for one
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

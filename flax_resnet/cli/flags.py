@@ -310,6 +310,6 @@ def writing(output: str | None) -> Iterator[TextIO]:
     with (
         os_error_as_one_line(f"--output {output}"),
         replacing(path) as partial,
-        partial.open("w", newline="", encoding="utf-8") as file,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         yield file

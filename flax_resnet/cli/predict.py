@@ -13,7 +13,8 @@ from flax_resnet.cli.flags import Positional, flag, writing
 from flax_resnet.cli.weight_flags import WeightFlags
 from flax_resnet.errors import UserError
 from flax_resnet.inference.classifier import predict_images
-from flax_resnet.inference.prediction import find_images, reason, shown
+from flax_resnet.inference.prediction import find_images, reason
+from flax_resnet.records.files import shown
 
 
 @dataclasses.dataclass(frozen=True)

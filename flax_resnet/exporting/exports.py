@@ -25,9 +25,9 @@ from flax_resnet.errors import UserError, check_range
 from flax_resnet.exporting import loader, to_onnx
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, FORMAT, WEIGHTS
 from flax_resnet.inference.classifier import Classifier, not_finite, open_network
-from flax_resnet.inference.prediction import find_images, shown
+from flax_resnet.inference.prediction import find_images
 from flax_resnet.records.configs import to_record
-from flax_resnet.records.files import os_error_as_one_line, replacing_tree
+from flax_resnet.records.files import os_error_as_one_line, replacing_tree, shown
 from flax_resnet.weights import Pretrained, open_weights
 from flax_resnet.weights.writing import write_weights
 from flax_resnet.xla import backend

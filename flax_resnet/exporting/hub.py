@@ -13,7 +13,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.exporting.card import Trained, model_card
 from flax_resnet.records import provenance
 from flax_resnet.records.configs import from_record, to_record, untracked
-from flax_resnet.records.files import error_as_one_line, replacing_tree
+from flax_resnet.records.files import error_as_one_line, replacing_tree, shown
 from flax_resnet.records.run_dir import finished, read_metrics, read_record
 from flax_resnet.weights import Pretrained, open_weights, write_weights
 from flax_resnet.weights.hub import CONFIG, PREFIX, WEIGHTS, client, fetch_folder, one_line, parse
@@ -106,7 +106,7 @@ def write_repository(
     card = model_card(opened, name, license, trained)
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CARD).write_text(card, encoding="utf-8")
+        (directory / CARD).write_text(shown(card), encoding="utf-8")
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     about: dict[str, Any] = {"preprocessing": prepared, "class_names": opened.class_names}
     write_weights(directory / WEIGHTS, opened.module, opened.variables, input_shape=shape, **about)

@@ -75,7 +75,8 @@ def run(path: Path) -> tuple[str, Callable[[Any], Any]]:
     runtime = import_extra("onnxruntime", "onnx")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
-    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    data = path.read_bytes()  # the runtime takes no path that is not UTF-8
+    session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     kind = f"ONNX of opset {OPSET}, run by onnxruntime {runtime.__version__}"
     return kind, lambda images: session.run([OUTPUT], {INPUT: images})[0]
 

@@ -3,6 +3,7 @@
 Each function draws numbers that it is given; ``flax_resnet.inspection`` computes them.
 """
 
+from flax_resnet.figures.canvas import failure_as_one_line as failure_as_one_line
 from flax_resnet.figures.pictures import attention as attention
 from flax_resnet.figures.pictures import examples as examples
 from flax_resnet.figures.pictures import filters as filters

@@ -1,13 +1,18 @@
-"""An empty figure, and its file. Nothing is shown, no global state of matplotlib is touched."""
+"""An empty figure, and its file. Nothing is shown, no setting of matplotlib is changed."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
+import sys
 import textwrap
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_resnet.records.files import replacing
+from flax_resnet.records.files import FULL, reason, replacing, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,17 +38,67 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
-    with replacing(path) as partial:
+    _choose_fonts(figure)
+    with warnings.catch_warnings(), replacing(path) as partial:
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # _choose_fonts has said it
         figure.savefig(partial, format="png", dpi=DOTS_PER_INCH)
+
+
+def _choose_fonts(figure: Figure) -> None:
+    """Gives texts a font of this system for each character that matplotlib's default font lacks."""
+    from matplotlib import font_manager
+    from matplotlib.text import Text
+
+    def without(characters: set[str], path: str) -> set[str]:
+        with contextlib.suppress(RuntimeError, OSError):  # a damaged font
+            font = font_manager.get_font(path)
+            return {c for c in characters if not font.get_char_index(ord(c))}
+        return characters
+
+    texts: Any = [t for t in figure.findobj(Text) if not t.get_text().isascii()]
+    characters = {c for text in texts for c in text.get_text() if not c.isascii()}
+    missing = without(characters, font_manager.findfont(font_manager.FontProperties()))
+    fonts = sorted(font_manager.findSystemFonts(), key=lambda path: ("Regular" not in path, path))
+    for path in fonts if missing else ():
+        if missing and (left := without(missing, path)) != missing:
+            missing = left
+            font_manager.fontManager.addfont(path)
+            for text in texts:
+                name = font_manager.fontManager.ttflist[-1].name
+                text.set_fontfamily([*text.get_fontfamily(), name])
+    if missing:
+        _say_boxes(" ".join(sorted(missing)[:20]))
+
+
+@functools.cache
+def _say_boxes(characters: str) -> None:
+    print(
+        f"boxes stand for {characters} in pictures: no font here has them; install one that does, "
+        "such as Noto Sans CJK (Debian: fonts-noto-cjk)",
+        file=sys.stderr,
+    )
+
+
+@contextlib.contextmanager
+def failure_as_one_line(path: Path) -> Iterator[Path]:
+    """Yields ``path`` to a picture. That it cannot be drawn is said, and ends only the block."""
+    try:
+        yield path
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        what = f"{type(error).__name__}: {reason(error)}"
+        print(shown(f"{path} is not drawn ({what}); all else goes on"), file=sys.stderr)
 
 
 def plain(text: str) -> str:
     """Text as it is, where matplotlib would read formulas between dollars."""
-    return text.replace("$", r"\$")
+    return shown(text).replace("$", r"\$")
 
 
 def short(text: str, most: int) -> str:
     """At most so many characters, the rest an ellipsis; plain."""
+    text = shown(text)
     return plain(text if len(text) <= most else text[: most - 1] + "…")
 
 

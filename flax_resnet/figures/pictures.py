@@ -130,11 +130,15 @@ def scatter(
     axes = figure.subplots()
     if len(class_names) <= MOST_NAMED_CLASSES:
         colors = colormaps["tab10" if len(class_names) <= 10 else "tab20"]
-        for label, name in enumerate(class_names):
-            at = points[labels == label]
-            axes.scatter(at[:, 0], at[:, 1], s=10, color=colors(label), lw=0, alpha=0.8,
-                         label=canvas.short(name, 24))  # fmt: skip
-        figure.legend(title="true class", loc="outside right center", frameon=False, fontsize=8)
+        groups = [
+            axes.scatter(at[:, 0], at[:, 1], s=10, color=colors(label), lw=0, alpha=0.8)
+            for label in range(len(class_names))
+            for at in [points[labels == label]]
+        ]
+        # As texts of their own: a label that begins with _ is left out of the legend.
+        texts = [canvas.short(name, 24) for name in class_names]
+        where: Any = {"loc": "outside right center", "frameon": False, "fontsize": 8}
+        figure.legend(groups, texts, title="true class", **where)
     else:
         drawn = axes.scatter(
             points[:, 0], points[:, 1], c=labels, s=8, lw=0, cmap="turbo", alpha=0.8

@@ -26,9 +26,9 @@ from flax_resnet.inference.prediction import (
     encoded,
     every_image,
     find_images,
+    image_title,
     is_one_image,
     is_path,
-    shown,
 )
 from flax_resnet.models import ResNet
 from flax_resnet.training import metrics
@@ -154,7 +154,7 @@ class Classifier:
             # The last batch may be padded: zip leaves its padding out.
             for (image, _), logits, shares in zip(group, *outputs, strict=False):
                 if not np.isfinite(shares).all():
-                    raise not_finite(f"the network's outputs for {shown(image)}")
+                    raise not_finite(f"the network's outputs for {image_title(image)}")
                 classes = tuple(np.argsort(-logits, kind="stable")[:top].tolist())
                 yield Prediction(
                     Path(image) if is_path(image) else None,
@@ -176,7 +176,7 @@ class Classifier:
                 yield image, work.result()
             except DECODE_ERRORS as error:
                 if on_error is None:
-                    raise unreadable(shown(image), error) from error
+                    raise unreadable(image_title(image), error) from error
                 on_error(image, error)
 
 

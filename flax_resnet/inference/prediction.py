@@ -15,6 +15,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from flax_resnet.data.sources import IMAGE_SUFFIXES
 from flax_resnet.errors import UserError
+from flax_resnet.records.files import shown
 
 KINDS = (
     "a path, the bytes of an image file, a PIL image, or an array, uint8 or floats of 0 to 1, "
@@ -145,11 +146,9 @@ def _pixels(image: Any) -> np.ndarray:
     return pixels
 
 
-def shown(image: Any) -> str:
-    """What to call an image: its path as text that can be printed, also where it is no UTF-8."""
-    if not is_path(image):
-        return f"<{type(image).__name__}>"
-    return str(image).encode("utf-8", "backslashreplace").decode()
+def image_title(image: Any) -> str:
+    """What to call an image in a message: its path, or its type."""
+    return shown(image) if is_path(image) else f"<{type(image).__name__}>"
 
 
 def reason(error: Exception) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shlex
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -86,6 +87,26 @@ def reason(error: BaseException) -> str:
     return next((name for name in map(os.strerror, FULL) if name in text), text[:200])
 
 
+def shown(text: str | Path) -> str:
+    """A text that can be printed, encoded and drawn: bytes of a file's name that are no UTF-8
+    become escapes such as \\xe9."""
+    try:
+        data = str(text).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # surrogates that stand for no byte
+        data = str(text).encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")
+
+
+def quoted(word: str | Path) -> str:
+    """A word of a shell command that is printed; bash and zsh read $'...' with escapes too."""
+    if str(word).isprintable():
+        return shlex.quote(str(word))
+    escaped = (
+        f"\\x{b:02x}" if b < 32 or b > 126 or b in b"'\\" else chr(b) for b in os.fsencode(word)
+    )
+    return f"$'{''.join(escaped)}'"
+
+
 def cache_dir() -> Path:
     """Where downloads are kept: $FLAX_RESNET_CACHE, else flax_resnet in the user's cache.
 
@@ -104,7 +125,7 @@ def digest(parts: Iterable[np.ndarray | bytes | str]) -> str:
             found.update(f"{part.dtype} {part.shape} ".encode())
             found.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
         else:
-            data = part.encode() if isinstance(part, str) else part
+            data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
             found.update(f"{len(data)} ".encode())
             found.update(data)
     return found.hexdigest()

@@ -1,4 +1,4 @@
-"""Tables as text, for the terminal and in Markdown, and the numbers of a result as rows."""
+"""Lines and tables of text, for the terminal and in Markdown; a result's numbers as rows."""
 
 from __future__ import annotations
 
@@ -10,19 +10,33 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from flax_resnet.records.files import shown
+
+
+def say(text: str) -> None:
+    """Prints a text on stdout, where characters that its encoding lacks are escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(shown(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
 
 def show(
     title: str, rows: Iterable[Sequence[Any]], header: Sequence[str] = (), numbers: int = 0
 ) -> None:
-    """Prints a table to the terminal; the last ``numbers`` columns are aligned to the right."""
-    table = Table(title=title, title_justify="left", show_header=bool(header))
+    """Prints a table to the terminal; the last ``numbers`` columns are aligned to the right.
+
+    All texts are printed as they are: rich's markup and emoji names mean nothing in them.
+    """
+    table = Table(title=shown(title), title_justify="left", show_header=bool(header))
     for i, name in enumerate(header):
         justify: Any = "right" if i >= len(header) - numbers else "left"
         table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(shown(str(cell)) for cell in row))
     width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "120"))
-    Console(highlight=False, width=width).print(table)
+    console = Console(highlight=False, markup=False, emoji=False, width=width)
+    with console.capture() as printed:
+        console.print(table)
+    say(printed.get().removesuffix("\n"))
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

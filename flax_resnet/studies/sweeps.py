@@ -18,8 +18,9 @@ import jax
 from flax_resnet.distributed import sharding
 from flax_resnet.distributed.preemption import Preempted, Signals
 from flax_resnet.errors import UserError, check_range, did_you_mean
+from flax_resnet.records import text_tables
 from flax_resnet.records.configs import flatten, to_record, varying_fields
-from flax_resnet.records.files import replacing
+from flax_resnet.records.files import replacing, shown
 from flax_resnet.records.run_dir import finished
 from flax_resnet.studies import tables
 from flax_resnet.studies.grids import check_name, replaced
@@ -131,7 +132,7 @@ class _Sweep:
             return
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         line = " ".join(f"failed: {kind}{error}".split())[:300]
-        print(f"{', '.join(names)}: {line}", flush=True)
+        text_tables.say(f"{', '.join(names)}: {line}")
         for name in names:
             if len(names) > 1 and finished(self.root / name) is not None:
                 continue  # before the others failed
@@ -139,7 +140,7 @@ class _Sweep:
             path = self._failure(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as partial:
-                partial.write_text(traceback.format_exc(), encoding="utf-8")
+                partial.write_text(shown(traceback.format_exc()), encoding="utf-8")
 
     def write(self) -> list[dict[str, Any]]:
         """Writes the table; its rows."""

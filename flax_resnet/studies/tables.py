@@ -155,7 +155,7 @@ def write(
     writer.writerows(rows)
     for name, text in (("table.csv", file.getvalue()), ("table.md", markdown(rows, baseline))):
         with replacing(directory / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read(directory: Path) -> list[dict[str, str]]:

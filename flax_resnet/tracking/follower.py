@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_resnet.records.configs import flatten
+from flax_resnet.records.files import shown
 from flax_resnet.records.run_dir import (
     CONFIG,
     RESULT,
@@ -174,10 +175,13 @@ def _about(workdir: Path, run_id: str | None) -> About:
     }
     return About(
         workdir=workdir,
-        name=f"{group.name}/{place.name}" if group else place.name,
-        group=str(group) if group else None,
-        params=flatten(record["config"]),
-        tags={name: str(value) for name, value in tags.items()},
+        name=shown(f"{group.name}/{place.name}" if group else place.name),
+        group=shown(group) if group else None,
+        params={
+            name: shown(value) if isinstance(value, str) else value
+            for name, value in flatten(record["config"]).items()
+        },
+        tags={name: shown(str(value)) for name, value in tags.items()},
         run_id=run_id,
     )
 

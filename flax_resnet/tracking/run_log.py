@@ -12,6 +12,7 @@ import numpy as np
 
 from flax_resnet.records.files import replacing
 from flax_resnet.records.run_dir import METRICS, read_metrics
+from flax_resnet.records.text_tables import say
 from flax_resnet.tracking.follower import Follower
 
 
@@ -76,7 +77,7 @@ class RunLog:
     def message(self, text: str) -> None:
         """Prints a line."""
         if self._lead and not self._quiet:
-            print(text, flush=True)
+            say(text)
 
     def close(self) -> None:
         """Closes the files."""
@@ -104,7 +105,7 @@ class RunLogs:
 
     def message(self, text: str) -> None:
         """Prints a line."""
-        print(text, flush=True)
+        say(text)
 
     def close(self) -> None:
         """Closes every log."""

@@ -21,6 +21,7 @@ from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError
 from flax_resnet.models import ResNet, WeightsError, initializer
 from flax_resnet.models.variables import split_top
+from flax_resnet.records import text_tables
 from flax_resnet.training import metrics
 from flax_resnet.training.config import TrainConfig
 from flax_resnet.training.step import TrainState, create_state
@@ -238,4 +239,4 @@ def _moments(tree: Any, sign: int) -> dict[Any, Any]:
 def say(line: str) -> None:
     """Prints a line, in process 0 alone."""
     if sharding.is_lead():
-        print(line, flush=True)
+        text_tables.say(line)

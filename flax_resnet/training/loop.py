@@ -81,7 +81,7 @@ def train_and_evaluate(
         if sharding.same_everywhere(finished(workdir) is not None):
             result = finished(workdir) or {}
             if result and lead and not quiet:
-                print(
+                text_tables.say(
                     f"{workdir} is finished: {result['step']} steps, top-1 "
                     f"{100 * result['top1']:.2f} %. Nothing to do; another --workdir trains again."
                 )
@@ -316,11 +316,13 @@ def conclude(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     best = max((r for r in records if r["split"] == "eval"), key=lambda r: (r["top1"], r["step"]))
     last = [r for r in records if r["split"] == "train"][-1]
     name = f"{models.network_name(run.config.model)} on {run.config.data.title}"
-    figures.curves(records, workdir / "curves.png", f"{name}, seed {run.config.seed}")
+    with figures.failure_as_one_line(workdir / "curves.png") as path:
+        figures.curves(records, path, f"{name}, seed {run.config.seed}")
     title = f"{name}: top-1 {100 * run.evaluation['top1']:.2f} % of {run.data.num_eval}"
     assert run.confusion is not None
     progress, shared_by = run.progress, run.shared_by
-    figures.confusion(run.confusion, run.data.class_names, workdir / "confusion.png", title)
+    with figures.failure_as_one_line(workdir / "confusion.png") as path:
+        figures.confusion(run.confusion, run.data.class_names, path, title)
     result = {
         "step": progress.step,
         "epochs": run.epoch,

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+from flax_resnet.records.files import shown
+
 
 @functools.cache
 def imagenet_classes() -> tuple[str, ...]:
@@ -33,7 +35,8 @@ def imagenet_ids() -> tuple[str, ...]:
 
 def class_name(names: Sequence[str] | None, index: int) -> str:
     """What to call the class of an output; a network may have more outputs than classes."""
-    return names[index] if names is not None and index < len(names) else f"class {index}"
+    has_name = names is not None and index < len(names)
+    return shown(names[index]) if names and has_name else f"class {index}"
 
 
 def _rows() -> list[list[str]]:

@@ -298,6 +298,52 @@ def test_a_step_that_is_removed_while_it_is_read_is_not_used(two, read, monkeypa
         read(7)
 
 
+NAMES = [
+    "[lr=0.1]",
+    "a*b?",
+    "a**b",
+    "{x}",
+    "~ $HOME %41 #1",
+    "new\nline",
+    "caf\udce9",
+    "雪",
+    "\\ 'q\"",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_a_directory_is_only_a_name(tmp_path, monkeypatch, name):
+    (tmp_path / "links").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "links"))
+    saver = Checkpoints(tmp_path / name / "c", CheckpointConfig(keep_last=2))
+    for step in (1, 2, 3):
+        saver.save(step, tree(step), {"step": step}, {"top1": step})
+    saver.close()
+    reader = Checkpoints(tmp_path / name / "c")
+    assert sorted(seals.steps(reader.directory)) == [2, 3]
+    state, meta = reader.restore(tree(0), 2)
+    reader.close()
+    assert_trees_equal(state, tree(2))
+    assert meta == {"step": 2}
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "links"])
+    assert list((tmp_path / "links").iterdir()) == []
+
+
+def test_a_name_that_needs_a_link_where_none_can_be_made_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    with pytest.raises(UserError, match=r"checkpoints in .*/\[x\]: orbax needs a path of letters"):
+        Checkpoints(tmp_path / "[x]")
+
+
+def test_the_first_save_counts_once_it_was_read_back(tmp_path, monkeypatch):
+    saver = Checkpoints(tmp_path / "c", CheckpointConfig())
+    monkeypatch.setattr(saver, "_restored", lambda path, template: (tree(1)["b"], {}))
+    saver.save(1, tree(1), {}, None)
+    with pytest.raises(UserError, match=r"checkpoint 1 could not .* not what is read back"):
+        saver.close()
+    assert seals.steps(tmp_path / "c") == {}
+
+
 def test_steps_that_vanish_again_and_again_end_the_reading(two, monkeypatch):
     listings = itertools.count(100)
     monkeypatch.setattr(seals, "steps", lambda directory: {next(listings): seals.Seal({})})

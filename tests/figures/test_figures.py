@@ -1,9 +1,13 @@
 """What is drawn is what was given, with units; no two texts of a figure touch."""
 
+import errno
 import itertools
+import pathlib
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from matplotlib.text import Text
 from PIL import Image
 
@@ -246,3 +250,54 @@ def test_examples_and_rows_have_their_texts(tmp_path, drawn, rng):
     np.testing.assert_array_equal(axes[1, 3].images[0].get_array(), images[1] // 3)
     assert [a.get_title() for a in axes[0]] == ["original: cat", *["0.7 + 0.3 dog"] * 3]
     assert axes[1, 2].get_title() == "draw 2"
+
+
+@pytest.mark.parametrize(
+    "name", ["caf\udce9", "$x", "a$b_{$", "$\\frac$", "a\\$", "_x", "\t", "%s"]
+)
+def test_any_class_name_is_drawn(tmp_path, drawn, name):
+    names = [name, "b"]
+    figures.confusion(np.eye(2, dtype=int), names, tmp_path / "a.png", f"{name} in {name}")
+    figures.scatter(np.eye(2), np.arange(2), names, ("x", "y"), tmp_path / "b.png", name)
+    figures.examples(np.zeros((2, 8, 8, 3), np.uint8), names, tmp_path / "c.png", name)
+    assert len(drawn) == 3
+    assert drawn[0].axes[0].get_xticklabels()[0].get_text() == canvas.plain(name)
+    assert legend_of(drawn[1]) == [canvas.plain(name), "b"]
+
+
+def test_a_character_is_drawn_with_a_font_that_has_it_or_boxes_are_said_once(
+    tmp_path, monkeypatch, capsys
+):
+    canvas._say_boxes.cache_clear()
+    own = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf")
+    default = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    character = next(
+        chr(code)
+        for path in sorted(own.glob("STIX*.ttf"))
+        for code in font_manager.get_font(str(path)).get_charmap()
+        if code > 127 and not default.get_char_index(code) and not 0xE000 <= code < 0xF900
+    )
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(tmp_path / "damaged.ttf")])
+    for _ in range(2):
+        figures.confusion(np.eye(2, dtype=int), ["雪", character], tmp_path / "a.png", "boxes")
+    error = capsys.readouterr().err
+    assert error.startswith("boxes stand for ")
+    assert ("雪" in error, character in error, error.count("\n")) == (True, True, 1)
+    font = next(str(p) for p in sorted(own.glob("STIX*.ttf"))
+                if font_manager.get_font(str(p)).get_char_index(ord(character)))  # fmt: skip
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [font])
+    boxes = (tmp_path / "a.png").read_bytes()
+    figures.confusion(np.eye(2, dtype=int), ["b", character], tmp_path / "a.png", "boxes")
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "a.png").read_bytes() != boxes
+
+
+def test_a_picture_that_fails_is_one_line_and_a_full_disk_is_an_error(tmp_path, capsys):
+    with figures.failure_as_one_line(tmp_path / "caf\udce9.png") as path:
+        raise TypeError(f"no\nfont for {path.name}")
+    assert capsys.readouterr().err == (
+        f"{tmp_path}/caf\\xe9.png is not drawn (TypeError: no font for caf\\xe9.png); "
+        "all else goes on\n"
+    )
+    with pytest.raises(OSError, match="space"), figures.failure_as_one_line(tmp_path):
+        raise OSError(errno.ENOSPC, "no space")

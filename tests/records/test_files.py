@@ -1,5 +1,6 @@
 import errno
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from flax_resnet.records.files import (
     digest,
     error_as_one_line,
     os_error_as_one_line,
+    quoted,
     replacing,
     replacing_tree,
+    shown,
 )
 
 
@@ -94,3 +97,16 @@ def test_an_error_that_anothers_death_may_have_caused_may_be_tried_again(
     with pytest.raises(UserError) as caught, error_as_one_line(str, num_processes):
         raise error
     assert type(caught.value) is kind
+
+
+def test_names_that_are_no_utf8_are_escaped():
+    assert [shown(x) for x in ("é", "caf\udce9", "\udce9\udc9b\udcaa", "\ud800")] == [
+        "é", r"caf\xe9", "雪", r"\ud800"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a", "a b", "[x] $HOME `a` 'q\" \\", "caf\udce9's\n\tx", "雪"])
+def test_a_quoted_word_is_the_same_word_in_a_shell(name):
+    assert quoted(name).isprintable()
+    asked = ["bash", "-c", f"printf %s {quoted(name)}"]
+    assert subprocess.run(asked, capture_output=True, check=True).stdout == os.fsencode(name)

@@ -1,4 +1,9 @@
-from flax_resnet.records.text_tables import markdown_table, result_rows, show
+import io
+import sys
+
+import pytest
+
+from flax_resnet.records.text_tables import markdown_table, result_rows, say, show
 
 
 def test_bars_in_cells_are_escaped():
@@ -33,3 +38,23 @@ def test_the_numbers_of_a_result_as_text():
         "Brier score": "0.2500",
         "time": "2.0 s (5 images a second)",
     }
+
+
+TEXTS = ["[draft]", "[/b]", "[red]x[/red]", ":smile:", "[link=x]y", "50 %s {x} \\["]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_table_shows_any_text_as_it_is(capsys, text):
+    show(text, [(text, text)], (text, "b"))
+    assert [line.count(text) for line in capsys.readouterr().out.splitlines()] == [1, 0, 1, 0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"), [("utf-8", r"雪 caf\xe9 é"), ("ascii", r"\u96ea caf\xe9 \xe9")]
+)
+def test_what_the_terminal_cannot_show_is_escaped(monkeypatch, encoding, printed):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    say("雪 caf\udce9 é")
+    show("t", [("雪 caf\udce9 é", "b")])
+    assert stdout.buffer.getvalue().decode(encoding).count(printed) == 2
