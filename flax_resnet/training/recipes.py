@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,18 +68,27 @@ class Given:
     """Length of the run in steps."""
 
 
-def scratch(data: str, given: Given = Given()) -> TrainConfig:
+def scratch(
+    data: str, given: Given = Given(), say: Callable[[str], None] = lambda line: None
+) -> TrainConfig:
     """A config that trains from random weights: ``from_scratch`` of the images.
 
     Args:
       data: "digits", a tfds name, or a folder of images with a sub-folder for each class.
       given: its ``data_dir`` is looked at, its batch size and length are kept.
+      say: called with a line where a class has fewer than FEW training images, on average.
 
     Raises:
       UserError: there are no such images.
     """
     config, images = look_at(data, given.data_dir)
     num_classes = len(images.class_names)
+    if len(images) < FEW * num_classes and given.weights is None:
+        say(
+            f"{len(images)} training images in {num_classes} classes, fewer than {FEW} a class: a "
+            "network from random weights learns little from so few photographs. Start from "
+            "ImageNet's weights"
+        )
     return from_scratch(len(images), num_classes, images.image_shape, config, given)
 
 
