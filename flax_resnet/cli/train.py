@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,16 +13,19 @@ import tyro
 
 from flax_resnet.cli import flags
 from flax_resnet.cli.flags import PROG, DataDir, Positional, flag
+from flax_resnet.data.config import DataConfig
 from flax_resnet.data.preparation import prepare
 from flax_resnet.errors import UserError
+from flax_resnet.records.run_dir import CONFIG, read_config, read_record
 from flax_resnet.training import recipes
 from flax_resnet.training.config import TrainConfig
 
 TRAIN = """Trains a network from random weights on "digits", a tfds set, or a folder of images with
 a sub-folder for each class.
 
-Where nothing is said, images of up to 96 pixels get a ResNet-20 and others a ResNet-18 at 224; the
-classes are counted. Every field of the config is a flag. The same command goes on where it was.
+Where nothing is said, images of up to 96 pixels get a ResNet-20 and others a ResNet-18 at 224. The
+batch size, the learning rate and the epochs follow from the number of images; the classes are
+counted. Every field of the config is a flag. The same command goes on where it was.
 
 Examples:
   flax-resnet train digits
@@ -29,8 +34,9 @@ Examples:
 FINETUNE = """Trains a ResNet-50 on from ImageNet's weights, on a folder of images with a sub-folder
 for each class, or a tfds set. Of --weights FILE_OR_RUN it is their network, on images as theirs.
 
-Every layer trains, earlier ones more slowly. The classes are counted. Every field of the config is
-a flag. The same command goes on where it was.
+Every layer trains, earlier ones more slowly. The batch size, the learning rate and the epochs
+follow from the number of images; the classes are counted. Every field of the config is a flag. The
+same command goes on where it was.
 
 Examples:
   flax-resnet finetune PHOTOS --num-epochs 5
@@ -38,7 +44,7 @@ Examples:
   flax-resnet finetune PHOTOS --model.frozen-stages 4 --cache-features \\
     --data.no-random-resized-crop --augment.no-flip"""
 DATA = "DATA"
-MAKES: Mapping[str, tuple[str, Callable[[str, recipes.Given], TrainConfig]]] = {
+MAKES: Mapping[str, tuple[str, Callable[..., TrainConfig]]] = {
     "train": (TRAIN, recipes.scratch),
     "finetune": (FINETUNE, recipes.finetuned),
 }
@@ -66,7 +72,11 @@ def parse(command: str, argv: Sequence[str]) -> flags.Invocation:
     ending = "" if command == "train" else f"-{command}"
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
-            flags.parse(recipes.digits(), f"runs/{DATA}{ending}", ["--help"], about, prog)
+            defaults = {
+                "train": recipes.digits(),
+                "finetune": recipes.finetuning(DataConfig(folder=DATA), num_classes=1000),
+            }
+            flags.parse(defaults[command], f"runs/{DATA}{ending}", ["--help"], about, prog)
         raise UserError(
             f'{command} {" ".join(argv[:1])}: expected what to train on first: "digits", a tfds '
             f"name, or a folder; `{PROG} {command} --help` has examples"
@@ -75,9 +85,34 @@ def parse(command: str, argv: Sequence[str]) -> flags.Invocation:
     given, _ = tyro.cli(
         recipes.Given, args=rest, return_unknown_args=True, add_help=False, description=""
     )
-    config = recipe(data, given)
+    options = {"say": functools.partial(_name_finetune, data, given)} if command == "train" else {}
+    config = recipe(data, given, **options)
     name = Path(data).expanduser().resolve().name if config.data.folder else data.replace("/", "-")
-    return flags.parse(config, f"runs/{name}{ending}", rest, about, prog)
+    chosen = flags.parse(config, f"runs/{name}{ending}", rest, about, prog)
+    return _resumed(chosen, [command, *argv])
+
+
+def _name_finetune(data: str, given: recipes.Given, line: str) -> None:
+    """Prints what is said of few images, and the command that starts from ImageNet's weights."""
+    words = ["finetune", data, *(["--data.data-dir", given.data_dir] if given.data_dir else [])]
+    print(f"{line}: {PROG} {shlex.join(words)}", flush=True)
+
+
+def _resumed(chosen: flags.Invocation, argv: Sequence[str]) -> flags.Invocation:
+    """The config that the same command began a run in the working directory with, if it did.
+
+    The first config for the same images may be another one in a later version.
+    """
+    workdir = Path(chosen.workdir).expanduser()
+    if chosen.num_seeds > 1:
+        workdir /= f"seed{chosen.config.seed}"
+    if not (workdir / CONFIG).exists():
+        return chosen
+    if [*argv] not in (start["argv"][1:] for start in read_record(workdir)["starts"]):
+        return chosen
+    config = read_config(workdir)
+    config = dataclasses.replace(config, tracking=chosen.config.tracking)
+    return dataclasses.replace(chosen, config=config)
 
 
 def prepare_set(settings: Prepare) -> None:

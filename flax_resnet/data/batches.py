@@ -199,6 +199,15 @@ class Data:
             sha256.update(digest([labels, *encoded]).encode())
         return sha256.hexdigest()
 
+    def class_counts(self, split: Split) -> np.ndarray | None:
+        """Examples of each class: int (K,); None where a streamed set would have to be read."""
+        labels = getattr(self._sources[split], "labels", None)
+        if labels is None and self.resident:
+            labels = self._resident[split]["label"]
+        if labels is None:
+            return None
+        return np.bincount(np.asarray(labels), minlength=len(self.class_names))
+
     def with_features(self, features: Mapping[Split, np.ndarray], labels: Any) -> Data:
         """The same splits with each image's features (N, F) in its place, on the devices.
 

@@ -70,6 +70,20 @@ def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
     return Run(config, workdir, mesh, data, num_steps, steps_per_epoch, schedule, state, start)
 
 
+def _imbalance(data: Data) -> list[str]:
+    """A line where the largest class has 10 % more training images than the smallest, or more."""
+    train, evaluation = data.class_counts("train"), data.class_counts("eval")
+    if train is None or evaluation is None or 10 * train.max() < 11 * train.min():
+        return []
+    most, least = int(train.argmax()), int(train.argmin())
+    name, share = data.class_names[most], evaluation[most] / evaluation.sum()
+    return [
+        f"the classes differ in size: {train[most]:,} training images of {name!r}, "
+        f"{train[least]:,} of {data.class_names[least]!r}; always guessing {name!r} would score "
+        f"{100 * share:.2f} % of the evaluation images"
+    ]
+
+
 def opening_lines(run: Run) -> list[str]:
     """What a run is of (network, data, steps, devices), and what is otherwise than expected."""
     data, devices, config = run.data, run.mesh.devices.flat, run.config
@@ -84,6 +98,7 @@ def opening_lines(run: Run) -> list[str]:
         f"{run.num_steps} steps, {run.steps_per_epoch} an epoch{together}, on {run.mesh.size} x "
         f"{devices[0].device_kind}" + (f"; resumes at step {at}" if at else "")
     ]
+    lines += _imbalance(data)
     if changed := changes(run):
         lines.append(changed)
     if size > 1 and set(run.dispatch_lengths) == {1}:

@@ -145,7 +145,7 @@ def test_tyro_says_what_is_wrong_with_a_flag(call, here, arguments, words):
 def test_flags_that_decide_the_first_config_are_read_before_the_others(call, here, monkeypatch):
     asked = []
 
-    def recipe(data, given):
+    def recipe(data, given, **options):
         asked.append(given)
         return recipes.digits()
 
@@ -153,7 +153,7 @@ def test_flags_that_decide_the_first_config_are_read_before_the_others(call, her
     monkeypatch.setattr(app, "start", lambda *chosen, **options: None)
     words = ("--data.data_dir=a", "--num-steps", "2", "--weights", "w", "--model", "resnet20")
     assert call("train", "digits", *words) == (0, "", "")
-    assert asked == [recipes.Given("a", "w", "resnet20")]
+    assert asked == [recipes.Given("a", "w", "resnet20", num_steps=2)]
 
 
 def test_bash_completes_commands_flags_and_choices(call, tmp_path):

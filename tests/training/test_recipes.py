@@ -1,10 +1,13 @@
 """The first config for any images."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from helpers import class_folders, drawn, tiny_resnet
+from PIL import Image
 
-from flax_resnet import Preprocessing, UserError, write_weights
+from flax_resnet import Preprocessing, UserError, train_and_evaluate, write_weights
 from flax_resnet.errors import Note
 from flax_resnet.models import name_of
 from flax_resnet.training import recipes
@@ -43,6 +46,44 @@ def test_large_images_get_an_imagenet_network_at_224(photographs):
     assert config.data.image_size == 224
     assert config.data.random_resized_crop
     assert config.weights is None
+
+
+@pytest.mark.parametrize(
+    ("images", "shape", "given", "wanted"),
+    [  # batch, rate, epochs, warm-up, BatchNorm's momentum, epochs between evaluations
+        (1442, (8, 8, 1), {}, (64, 0.1, 30, 0.05, 0.9, 5)),
+        (64, (None, None, 3), {}, (16, 0.025, 100, 0.05, 0.9, 8)),
+        (160, (8, 8, 3), {}, (32, 0.05, 80, 0.05, 0.9, 7)),
+        (255, (96, 96, 3), {}, (32, 0.05, 50, 0.05, 0.9, 5)),
+        (9000, (None, None, 3), {}, (64, 0.1, 60, 0.05, 0.9, 1)),
+        (3, (8, 8, 3), {}, (16, 0.025, 400, 0.05, 0.9, 32)),
+        (64, (None, None, 3), {"num_epochs": 3}, (16, 0.025, 3, 0.25, 0.17, 8)),
+        (64, (None, None, 3), {"num_steps": 3}, (16, 0.025, 100, 0.25, 0, 8)),
+        (9000, (8, 8, 3), {"batch_size": 128}, (128, 0.2, 30, 0.05, 0.9, 5)),
+    ],
+)
+def test_batch_rate_and_length_follow_the_number_of_images(images, shape, given, wanted):
+    config = recipes.from_scratch(images, 2, shape, given=recipes.Given(**given))
+    schedule, momentum = config.optimizer.schedule, config.model.bn_momentum
+    numbers = config.batch_size, config.optimizer.learning_rate, config.num_epochs
+    assert (*numbers, schedule.warmup, momentum, config.eval_every_epochs) == wanted
+    assert config.model.num_classes == 2
+
+
+def test_three_epochs_of_eighty_images_end_at_a_usable_network(tmp_path, mesh, rng):
+    for label, name in enumerate("ab"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(40):
+            pixels = rng.integers(0, 120, (8, 8, 3), dtype=np.uint8)
+            pixels[..., label] += 100
+            Image.fromarray(pixels).save(tmp_path / "set" / name / f"{i}.png")
+    config = recipes.scratch(str(tmp_path / "set"), recipes.Given(num_epochs=3))
+    model = tiny_resnet(num_classes=2, bn_momentum=config.model.bn_momentum)
+    config = dataclasses.replace(config, model=model)
+    result = train_and_evaluate(config, tmp_path / "run", mesh=mesh, quiet=True)
+    assert result["step"] == 12
+    assert result["top1"] == 1
+    assert result["loss"] < 0.5
 
 
 def test_splits_are_those_that_a_set_has(monkeypatch, digits_dir):
