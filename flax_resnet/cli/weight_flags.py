@@ -61,7 +61,8 @@ class PreparedFlags:
                     f"{weights} does not say how images are prepared for it: give "
                     f"{' and '.join(missing)} too"
                 )
-            old = Preprocessing(1, None, channels=channels, mean=(0.0,), std=(1.0,) * channels)
+            unit: dict[str, Any] = {"mean": (0.0,), "std": (1.0,) * channels}
+            old = Preprocessing(1, None, channels=channels, as_displayed=True, **unit)
         elif given.keys() & {"size", "resize", "interpolation"}:
             given["decoder"] = None
         try:

@@ -42,6 +42,9 @@ class DataConfig:
     """Pad with so many pixels of zero on every side (MNIST's 28 to 32: 2)."""
     channels: Literal[1, 3, 4] | None = None
     """Convert to grey, RGB or RGBA (3 repeats a grey channel); None keeps what is stored."""
+    as_displayed: bool = True
+    """Of a folder: turn photographs as EXIF says, put transparent pixels on white and scale 16-bit
+    greys, as viewers do; False, and a tfds set: the pixels as they are stored."""
     random_resized_crop: bool = False
     """With image_size: train on a random area and aspect of each image (Szegedy et al. 2015)."""
     repeats: int = 1
@@ -72,7 +75,9 @@ class DataConfig:
     def decoder(self, channels: int, split: Split = "eval") -> Decoder:
         """What turns stored bytes into pixels of so many channels, without random crops."""
         size = self.eval_image_size if split == "eval" else None
-        return Decoder(channels, size or self.image_size, self.crop_ratio, pad=self.pad)
+        as_displayed = self.as_displayed and self.folder is not None
+        size = size or self.image_size
+        return Decoder(channels, size, self.crop_ratio, pad=self.pad, as_displayed=as_displayed)
 
     @property
     def title(self) -> str:

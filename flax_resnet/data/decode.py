@@ -12,13 +12,18 @@ on ARM), Pillow does.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import importlib
 import io
 import math
 import struct
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from flax_resnet.data import jpeg
 from flax_resnet.data.jpeg import Box, reach
@@ -40,23 +45,91 @@ DECODE_ERRORS = (
     AttributeError, EOFError, struct.error, Image.DecompressionBombError,
 )  # fmt: skip
 
+# Pillow gives the transparent value as the file has it, and the pixels in 8 bits.
+TRANSPARENT_VALUES: Mapping[Any, Callable[[Any], Any]] = {
+    "L;2": lambda value: value * 85,
+    "L;4": lambda value: value * 17,
+    "RGB;16B": lambda value: tuple(each >> 8 for each in value),
+}
+
 PACKAGES = ("pillow", "simplejpeg", "cykooz-resizer")
 """What decides the pixels of an image besides this library: for records and the keys of caches."""
 
 
-def open_image(data: bytes, channels: int) -> Image.Image:
+def open_image(data: bytes, channels: int, as_displayed: bool = True) -> Image.Image:
     """Decodes one image, the first frame of several, to 1, 3 or 4 channels of 8 bits.
+
+    Args:
+      data: the file.
+      channels: of the result.
+      as_displayed: turned as EXIF says, transparent pixels on white (but for 4 channels), deep
+        greys scaled by ``eight_bits``; False: the stored pixels, of 16-bit greys the upper byte.
 
     Raises:
       one of DECODE_ERRORS: it is no image that Pillow reads.
     """
+    register_plugins()
     with Image.open(io.BytesIO(data)) as stored:
+        if as_displayed:
+            return _displayed(stored, channels).convert(PIL_MODES[channels])
         if stored.mode in ("F", "I"):  # their range is anyone's guess, Pillow clips it
             raise ValueError(f"its mode is {stored.mode}, 8 or 16 bits a channel are expected")
         # Pillow would clip 16-bit grey at 255: keep its upper byte instead.
         deep = stored.mode.startswith("I;16")
         image = Image.fromarray((np.asarray(stored) >> 8).astype(np.uint8)) if deep else stored
         return image.convert(PIL_MODES[channels])
+
+
+@functools.cache
+def register_plugins() -> None:
+    """Lets Pillow read HEIC and JPEG XL where the packages for them are installed."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_jxl")
+
+
+def displayed_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an image whose header is read, turned as EXIF says."""
+    width, height = image.size
+    turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)  # Pillow turns TIFF files itself
+
+
+def _displayed(stored: Image.Image, channels: int) -> Image.Image:
+    """An image as viewers show it: its pixels turned, on white, in 8 bits a channel."""
+    tiles: Any = getattr(stored, "tile", None)  # how the file codes its pixels
+    kind = tiles[0].args if tiles else None
+    if "transparency" in stored.info and (change := TRANSPARENT_VALUES.get(str(kind))):
+        stored.info["transparency"] = change(stored.info["transparency"])
+    ImageOps.exif_transpose(stored, in_place=True)
+    if stored.mode.startswith("I") or stored.mode == "F":
+        values = np.asarray(stored)
+        grey = np.where(values == stored.info.get("transparency"), 255, eight_bits(values))
+        return Image.fromarray(grey.astype(np.uint8))
+    if channels == 4 or not stored.has_transparency_data:
+        return stored
+    image = stored.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def eight_bits(values: np.ndarray) -> np.ndarray:
+    """Greys of more than 8 bits (H, W) to uint8: the top of their range becomes 255.
+
+    The range of floating point is 0 to 1; that of whole numbers is the least of 8, 12 and 16 bits
+    that holds the image's largest value, so that 12 bits in a 16-bit file are not near black.
+
+    Raises:
+      ValueError: a value is outside.
+    """
+    low, high = values.min(), values.max()
+    tops = (1,) if values.dtype.kind == "f" else (2**8 - 1, 2**12 - 1, 2**16 - 1)
+    top = next((top for top in tops if high <= top), None)
+    if top is None or not low >= 0:
+        raise ValueError(
+            f"its greys go from {low:g} to {high:g}, expected 0 to {tops[-1]}: save it in 8 bits"
+        )
+    return np.rint(values * (255 / top)).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +144,7 @@ class Decoder:
       random_crop: with ``size``, crop an area of 8 to 100 % at an aspect of 3/4 to 4/3
         instead (Szegedy et al. 2015), drawn from the generator passed in.
       pad: pixels of zero to put on every side in the end.
+      as_displayed: decode what a viewer shows, see ``open_image``; False in older records.
     """
 
     channels: int
@@ -78,6 +152,7 @@ class Decoder:
     crop_ratio: float = 1.0
     random_crop: bool = False
     pad: int = 0
+    as_displayed: bool = True
 
     def __post_init__(self) -> None:
         for name, value in {"size": self.size, "pad": self.pad}.items():
@@ -95,21 +170,21 @@ class Decoder:
     def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
         """Decodes one image, the first frame of several; one of DECODE_ERRORS otherwise."""
         if self.size is None:
-            pixels = np.asarray(open_image(data, self.channels))
+            pixels = np.asarray(open_image(data, self.channels, self.as_displayed))
         else:
             pixels = self._cropped(data, rng, self.size)
         pixels = pixels if pixels.ndim == 3 else pixels[..., None]
         return np.pad(pixels, ((self.pad,) * 2,) * 2 + ((0, 0),)) if self.pad else pixels
 
     def _cropped(self, data: bytes, rng: np.random.Generator | None, size: int) -> np.ndarray:
-        header, box = jpeg.read_header(data), None
+        header, box = jpeg.read_header(data, self.as_displayed), None
         if header is not None and (header.components, self.channels) in PLAIN:
-            box = self._box(rng, header.width, header.height)
+            box = self._box(rng, *header.displayed_size)
             decoded = jpeg.decode(data, header, box, size)
             if decoded is not None:
                 pixels = resized(*decoded, size)
                 return pixels.repeat(3, axis=2) if self.channels > pixels.shape[2] else pixels
-        image = open_image(data, self.channels)
+        image = open_image(data, self.channels, self.as_displayed)
         box = box or self._box(rng, *image.size)
         return np.asarray(_shrunk(image, box, size))
 

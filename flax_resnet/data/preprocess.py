@@ -37,6 +37,9 @@ class Preprocessing:
     """Feed blue first, as Caffe did."""
     decoder: Decoder | None = None
     """Of weights trained here: decode as their data were, whatever the fields above say."""
+    as_displayed: bool = False
+    """Turn photographs as EXIF says, put transparent pixels on white and scale 16-bit greys, as
+    viewers do; published weights were trained on the pixels as they are stored."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -114,7 +117,7 @@ class Preprocessing:
         return stats | ({"order": np.array([2, 1, 0], np.int32)} if self.bgr else {})
 
     def _resized(self, data: bytes) -> Image.Image:
-        image = open_image(data, self.channels)
+        image = open_image(data, self.channels, self.as_displayed)
         width, height = image.size
         if self.resize is None:
             new = (self.size, self.size)

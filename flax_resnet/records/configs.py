@@ -24,6 +24,12 @@ REMOVED_FIELDS: dict[str, dict[str, Any]] = {
 }
 """{"module:Name" of a class: {field that the class no longer has: value that turned it off}}."""
 
+ADDED_FIELDS: dict[str, dict[str, Any]] = {
+    "flax_resnet.data.config:DataConfig": {"as_displayed": False},
+    "flax_resnet.data.decode:Decoder": {"as_displayed": False},
+}
+"""{today's "module:Name": {field: what a record from before the field stands for}}."""
+
 MOVED_MODULES: dict[str, str] = {
     "flax_resnet.augment": "flax_resnet.data.augment",
     "flax_resnet.checkpoint": "flax_resnet.checkpoints.checkpoints",
@@ -109,9 +115,10 @@ def from_record(record: Any) -> Any:
 
 
 def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields in a record of a class, but those of REMOVED_FIELDS that are turned off."""
+    """Fields in a record of a class: with ADDED_FIELDS, without REMOVED_FIELDS that are off."""
     off = REMOVED_FIELDS.get(record["class"], {}).items()
-    return {k: v for k, v in record.items() if k != "class" and (k, v) not in off}
+    fields = {k: v for k, v in record.items() if k != "class" and (k, v) not in off}
+    return {**ADDED_FIELDS.get(todays_name(record["class"]), {}), **fields}
 
 
 def untracked(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -222,6 +222,7 @@ def open_run_weights(workdir: Path) -> tuple[Pretrained, dict[str, Any]]:
             std=tuple(np.ravel(stats["std"]).tolist()),
             bgr="order" in stats,
             decoder=decoder,
+            as_displayed=decoder.as_displayed,
         )
     variables = saved_variables(config.model, state)
     names = tuple(meta["class_names"])
