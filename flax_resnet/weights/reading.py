@@ -51,8 +51,10 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
     text, network = trees.split(path)
     path, notes = Path(text).expanduser(), list[str]()
 
-    def choose(shapes: trees.Shapes) -> dict[str, str]:
+    def choose(shapes: trees.Shapes, unread: Mapping[str, str]) -> dict[str, str]:
         nonlocal network
+        if some := [f"{name!r:.80} is {kind:.80}" for name, kind in unread.items()]:
+            notes.append("not read: " + "; ".join(some[:8]))
         tree = trees.find(shapes, text, network)
         notes.extend(tree.notes)
         network = None
@@ -60,27 +62,16 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
 
     try:
         file = read_tensors(path, choose)
-    except UserError as error:
-        _add(error, path)
-        raise
-    unread = [f"{name!r:.80} is {kind:.80}" for name, kind in file.unread.items()]
-    notes += ["not read: " + "; ".join(unread[:8])] if unread else []
-    try:
         if network is not None:
             raise UserError(f"it holds one network: give the path without #{network}")
         opened = (_own if METADATA_KEY in file.metadata else _foreign)(file, fields)
     except UserError as error:
-        _add(error, path, *notes)
+        start = "" if str(error).startswith(str(path)) else f"{path}: "
+        error.args = ("; ".join([f"{start}{error}", *notes]),)
         raise
     if notes:
         warnings.warn(f"{text}: {'; '.join(notes)}", Note, stacklevel=2)
     return opened
-
-
-def _add(error: UserError, path: Path, *notes: str) -> None:
-    """Names the file in an error and, where its tensors do not fit, what else was in it."""
-    start = "" if str(error).startswith(str(path)) else f"{path}: "
-    error.args = ("; ".join([f"{start}{error}", *notes]),)
 
 
 def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
