@@ -44,6 +44,7 @@ Weights
 Training
   train_and_evaluate  Trains, evaluates and records a run; resumes the one in its directory.
   TrainConfig         Everything that decides a run's numbers.
+  recipes             First configs for digits, a tfds set or a folder of images.
   DataConfig, Data    Which images; their splits as batches on a mesh.
   Augment             Random changes to training batches.
   SGD, Adam, AdamW, LARS, LAMB, Muon
@@ -136,6 +137,7 @@ from flax_resnet.tracking import TensorBoard as TensorBoard
 from flax_resnet.tracking import Tracker as Tracker
 from flax_resnet.tracking import Tracking as Tracking
 from flax_resnet.tracking import Wandb as Wandb
+from flax_resnet.training import recipes as recipes
 from flax_resnet.training.config import TrainConfig as TrainConfig
 from flax_resnet.training.guards import Guard as Guard
 from flax_resnet.training.loop import train_and_evaluate as train_and_evaluate

@@ -63,11 +63,14 @@ def test_help_has_a_line_for_each_public_name():
 
 
 def public():
-    """A line for each public name: its parameters, of those with a default "name="."""
+    """A line for each public name, with its parameters: "name=" for those with a default."""
     tree = ast.parse((ROOT / "flax_resnet" / "__init__.py").read_text())
     names = [a.asname for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names]
     for name in sorted(names):
         what = getattr(flax_resnet, name)
+        if inspect.ismodule(what):
+            yield name
+            continue
         flaxs = ("parent", "name") if isinstance(what, type) and issubclass(what, nn.Module) else ()
         try:
             parameters = inspect.signature(what).parameters.values()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ import tyro
 from flax_resnet.data import preparation, sources
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
-from flax_resnet.errors import UserError
+from flax_resnet.errors import Note, UserError
 from flax_resnet.models import ResNet, cifar_resnet, imagenet_resnet
 from flax_resnet.optim.optimizers import SGD, Cosine
 from flax_resnet.training.config import TrainConfig
@@ -93,13 +94,20 @@ def finetuned(data: str, given: Given = Given()) -> TrainConfig:
         fields |= {"include_top": True, "norm_kind": kind}
     config = dataclasses.replace(config, model=own.clone(**fields))
     prepared: Any = opened.preprocessing
+    height, _, channels = opened.input_shape
+    pad = prepared.decoder.pad if prepared is not None and prepared.decoder else 0
+    size = height - 2 * pad
     if prepared is None:
-        return config
-    pad = prepared.decoder.pad if prepared.decoder else 0
-    size, channels = prepared.shape[0] - 2 * pad, prepared.channels
-    shape = {"image_size": size, "pad": pad, "channels": channels}
+        line = "nothing says how images are prepared for it: normalization='channel' is taken"
+        warnings.warn(f"{weights}: {line}", Note, stacklevel=2)
+    shape: dict[str, Any] = {"image_size": size, "pad": pad, "channels": channels}
     images = dataclasses.replace(config.data, **shape, random_resized_crop=size > SMALL)
-    return dataclasses.replace(config, data=images, augment=Augment(flip=channels != 1))
+    return dataclasses.replace(
+        config,
+        data=images,
+        augment=Augment(flip=channels != 1),
+        normalization="channel" if prepared is None else "weights",
+    )
 
 
 def finetuning(data: DataConfig, num_classes: int) -> TrainConfig:

@@ -18,10 +18,11 @@ from typing import Any
 
 from flax_resnet.errors import UserError, import_extra
 from flax_resnet.records.files import error_as_one_line
+from flax_resnet.weights.config_files import CONFIG, PROCESSOR
 from flax_resnet.weights.published_cache import offline
 
 PREFIX = "hf://"
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS = "model.safetensors"
 
 
 def is_address(weights: Any) -> bool:
@@ -66,7 +67,7 @@ def _unlogged() -> Iterator[None]:
         logs.set_verbosity(before)
 
 
-def fetch_folder(address: str, names: Sequence[str] = (WEIGHTS, CONFIG)) -> Path:
+def fetch_folder(address: str, names: Sequence[str] = (WEIGHTS, CONFIG, PROCESSOR)) -> Path:
     """A folder in huggingface_hub's cache with those files that a repository has, of one commit.
 
     Without a network, and where $FLAX_RESNET_OFFLINE or $HF_HUB_OFFLINE is 1, they are those that

@@ -20,6 +20,12 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple(names[1 if shared[names[0]] > 1 and len(names) > 1 else 0] for names in rows)
 
 
+def as_imagenet(names: Sequence[str]) -> tuple[str, ...]:
+    """``imagenet_classes()`` for the same classes by WordNet's ids or by all their names."""
+    columns = zip(*_rows(), strict=True)
+    return imagenet_classes() if tuple(names) in columns else tuple(names)
+
+
 def imagenet_ids() -> tuple[str, ...]:
     """WordNet's id of each class, in the order of the outputs."""
     return tuple(wordnet_id for wordnet_id, _ in _rows())

@@ -48,12 +48,13 @@ def version_of(module: ResNet) -> Version:
 def keras_name(module: ResNet, path: tuple[str, ...]) -> str:
     """``LAYER/POSITION`` of a variable: ("params", "stem_conv", "kernel") is conv1_conv/0."""
     *blocks, part, leaf = path[1:]
-    norms = _NORMS[version_of(module)]
-    if part not in _MODULES | norms:
+    modules = _MODULES | _NORMS[version_of(module)]
+    modules |= {f"hidden{i}": f"hidden{i}" for i in range(1, len(module.hidden_units) + 1)}
+    if part not in modules:
         raise UserError(
             f"{'/'.join(path[1:])} has no place in Keras's ResNet: write .safetensors instead"
         )
-    layer = (_MODULES | norms)[part]
+    layer = modules[part]
     if blocks:
         stage, block = blocks[0].removeprefix("stage").split("_block")
         layer = f"conv{int(stage) + 1}_block{block}_{layer}"
@@ -88,22 +89,49 @@ def weights_groups(layers: Sequence[str]) -> dict[str, str]:
 def keras_layers(tensors: Tensors, kind: Literal["keras_h5", "keras_weights"]) -> Tensors:
     """The tensors of either file format under Keras's layers' names, as ``keras_name`` has them.
 
+    The ResNet may be a layer of the file's model. Dense layers become hidden1, ..., predictions.
+
     Raises:
       UserError: they are not those of a residual network of Keras.
     """
+    layers = {name.rpartition("/")[0] for name in tensors}
     if kind == "keras_h5":
-        heads = [name.partition("/")[0] for name, tensor in tensors.items() if tensor.ndim == 2]
-        renamed = {name: _modern(name) for name in {n.rpartition("/")[0] for n in tensors}}
-        if len(heads) == 1:  # it has had several names
-            renamed[heads[0]] = "predictions"
+        renamed = {layer: _modern(layer) for layer in layers}
     else:
-        convs, norms = (_counted(tensors, kind) for kind in ("conv2d", "batch_normalization"))
-        if not convs or any(kernel.ndim != 4 for kernel in convs):
+        networks = {n.removesuffix("conv2d") for n in layers if re.fullmatch("(.*/)?conv2d", n)}
+        if len(networks) != 1:
             raise UserError(_not_keras(tensors))
-        order = layer_order(_shape_of(convs), "v1" if len(norms) == len(convs) else "v2")
-        renamed = {group: layer for layer, group in weights_groups(order).items()}
+        (below,) = networks
+        convs, norms = (_counted(tensors, below + k) for k in ("conv2d", "batch_normalization"))
+        if any(kernel.ndim != 4 for kernel in convs):
+            raise UserError(_not_keras(tensors))
+        order = layer_order(_shape_of(convs), "v2" if len(norms) < len(convs) else "v1")
+        renamed = {below + group: layer for layer, group in weights_groups(order).items()}
+    renamed |= _dense_layers(tensors)
     places = {name: name.rpartition("/") for name in tensors}
     return {f"{renamed.get(g, g)}/{position}": tensors[n] for n, (g, _, position) in places.items()}
+
+
+def _dense_layers(tensors: Tensors) -> dict[str, str]:
+    """{dense layer: hidden1, ..., predictions}, each as wide as the next one's kernel is high.
+
+    Where they are no such chain from the last convolution on, they keep their names.
+    """
+    kernels = {name.removesuffix("/0"): t for name, t in tensors.items() if t.ndim == 2}
+    waiting = sorted(kernels, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+    width = max((t.shape[-1] for t in tensors.values() if t.ndim == 4), default=0)
+    chain: list[str] = []
+    while fits := [name for name in waiting if kernels[name].shape[0] == width]:
+        square = [name for name in fits if kernels[name].shape[1] == width]
+        chain.append((square or fits)[0])
+        waiting.remove(chain[-1])
+        width = kernels[chain[-1]].shape[1]
+    if len(kernels) == 1:  # what does not fit is said as the head's shape
+        return dict.fromkeys(kernels, "predictions")
+    if waiting or not chain:
+        return {}
+    *hidden, head = chain
+    return {name: f"hidden{i}" for i, name in enumerate(hidden, 1)} | {head: "predictions"}
 
 
 def is_old(tensors: Tensors) -> bool:
@@ -145,6 +173,8 @@ def infer_keras(layers: Tensors, old: bool, **fields: Any) -> ResNet:
         fits["num_classes"] = layers["predictions/0"].shape[-1]
     else:
         fits["include_top"] = False
+    hidden = itertools.takewhile(layers.__contains__, (f"hidden{i}/0" for i in itertools.count(1)))
+    fits["hidden_units"] = tuple(layers[name].shape[-1] for name in hidden)
     if old:
         fits["bn_epsilon"] = OLD_EPSILON
     return keras_resnet(50, version, **{**fits, **fields})
@@ -173,5 +203,6 @@ def _not_keras(tensors: Tensors) -> str:
     some = ", ".join(repr(name) for name in list(tensors)[:3])
     return (
         f"the weights are no ResNet of keras.applications: found layers like {some:.200}; expected "
-        "conv1_conv, conv2_block1_1_conv, ..., or a whole model's conv2d, conv2d_1, ..."
+        "conv1_conv, conv2_block1_1_conv, ..., or the conv2d, conv2d_1, ... of one ResNet; save it "
+        "alone in Keras: model.get_layer('resnet50').save_weights('resnet50.weights.h5')"
     )

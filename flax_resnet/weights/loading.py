@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from flax_resnet import models
 from flax_resnet.checkpoints import seals
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints
 from flax_resnet.data.preprocess import Preprocessing
-from flax_resnet.errors import UserError
+from flax_resnet.errors import Note, UserError
 from flax_resnet.models import ResNet
 from flax_resnet.models.arguments import Dtype
 from flax_resnet.records.configs import from_record, untracked
@@ -28,7 +29,9 @@ from flax_resnet.weights.pretrained import Pretrained, Variables, image_shape
 from flax_resnet.weights.published_cache import fetch
 from flax_resnet.weights.reading import open_file
 
-SUFFIXES = (".safetensors", ".h5", ".hdf5", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
+FILENAMES = (hub.WEIGHTS, "pytorch_model.bin")
+"""Names of the weights in a folder that a repository of the hub was saved to."""
+SUFFIXES = (".safetensors", ".keras", ".h5", ".hdf5", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
 
 
 def load(
@@ -122,30 +125,38 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
     else:
         path = Path(weights).expanduser()
         if path.is_dir():
-            return open_run_weights(path)[0]
+            inside = [path / name for name in FILENAMES if (path / name).is_file()]
+            if not inside:
+                return open_run_weights(path)[0]
+            path = inside[0]
         known = published.find_source(path.name)
-    opened = open_file(path if tree is None else f"{path}#{tree}")
-    opened = _described(opened, known, path)
+    opened = _described(open_file(path if tree is None else f"{path}#{tree}"), known)
+    if opened.assumed:
+        warnings.warn(
+            f"{path}: nothing says how images are prepared for it: unless it is given, the "
+            f"preprocessing is {opened.assumed}",
+            Note,
+            stacklevel=2,
+        )
     if entry is None:
         return opened
     module = models.create(entry.network, num_classes=getattr(opened.module, "num_classes", 1000))
     return dataclasses.replace(opened, module=module, network=entry.network, certain=True)
 
 
-def _described(opened: Pretrained, known: published.Published | None, path: Path) -> Pretrained:
+def _described(opened: Pretrained, known: published.Published | None) -> Pretrained:
     """``opened`` with the preprocessing and class names that its file does not say.
 
-    Those of published weights are in their table, those of timm's in the config.json beside them.
+    Those of published weights are in their table.
     """
-    if opened.class_names is not None:
-        return opened
     prepared = known.preprocessing if known is not None else None
-    prepared = prepared or published.timm_preprocessing(path.with_name(hub.CONFIG))
-    prepared = prepared or opened.preprocessing  # else the usual one of this kind of file
+    if prepared is not None and (opened.assumed or opened.preprocessing is None):
+        opened = dataclasses.replace(opened, preprocessing=prepared, assumed="")
     classes, module = imagenet_classes(), opened.module
     imagenet = getattr(module, "include_top", True) and module.num_classes == len(classes)
-    names = classes if imagenet and prepared is not None else None
-    return dataclasses.replace(opened, preprocessing=prepared, class_names=names)
+    if opened.class_names is not None or not imagenet or opened.preprocessing is None:
+        return opened
+    return dataclasses.replace(opened, class_names=classes)
 
 
 def is_path(weights: str | Path) -> bool:

@@ -30,6 +30,8 @@ class Pretrained:
     """Name of the network, of published weights."""
     certain: bool = False
     """The file says what network it is of by more than its shapes."""
+    assumed: str = ""
+    """Whose preprocessing was taken, where neither the file nor one beside it says any."""
 
     @property
     def name(self) -> str:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from flax_resnet import models
 from flax_resnet.data.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
@@ -89,32 +86,6 @@ def find_source(name: str) -> Published | None:
         if name in (entry.filename, entry.url, entry.url.rpartition("/")[2]):
             return entry
     return None
-
-
-def timm_preprocessing(config: Path) -> Preprocessing | None:
-    """How timm evaluates weights, as the config.json beside them says; None where it does not."""
-    if not config.exists():
-        return None
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-        if "pretrained_cfg" not in content:
-            return None
-        fields = content["pretrained_cfg"]
-        channels, height, width = fields.get("test_input_size") or fields["input_size"]
-        mode = fields.get("crop_mode") or "center"
-        if height != width or mode not in ("center", "squash"):
-            raise ValueError(f"{height}x{width} by crop_mode {mode!r}: expected a square, centred")
-        crop = fields.get("test_crop_pct") or fields.get("crop_pct") or 0.875
-        return Preprocessing(
-            size=height,
-            resize=None if mode == "squash" else math.floor(height / crop),
-            interpolation=fields["interpolation"],
-            channels=channels,
-            mean=tuple(fields["mean"]),
-            std=tuple(fields["std"]),
-        )
-    except Exception as error:  # a config of anyone's may fail in any way
-        raise UserError(f"{config}: timm's pretrained_cfg cannot be used ({error!r})") from error
 
 
 # {network: md5}: the files with the head, which hold all of those without it.

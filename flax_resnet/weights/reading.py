@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import warnings
@@ -23,10 +24,23 @@ from flax_resnet.models import ResNet
 from flax_resnet.models.arguments import check_dtype
 from flax_resnet.records.configs import MOVED_CLASSES, class_name, from_record, todays_name
 from flax_resnet.records.files import reason
-from flax_resnet.weights import keras_names, torch_names, trees
+from flax_resnet.weights import (
+    architectures,
+    config_files,
+    keras_models,
+    keras_names,
+    torch_names,
+    trees,
+)
 from flax_resnet.weights.pretrained import Pretrained, Variables
-from flax_resnet.weights.readers.tensors import METADATA_KEY, TensorFile, read_tensors
+from flax_resnet.weights.readers.tensors import KERAS_CONFIG, METADATA_KEY, TensorFile, read_tensors
 
+AS_TORCH = "torchvision's first (shorter side to 256, centre 224, ImageNet's mean and deviation)"
+USUAL = {
+    "v1": (KERAS_V1, "keras.applications.resnet's (squeezed, blue first, less ImageNet's mean)"),
+    "v2": (KERAS_V2, "keras.applications.resnet_v2's (squeezed, scaled to -1..1)"),
+}
+"""Preprocessing of Keras's weights by their version, and its name."""
 _MODULES = [c for c in vars(models).values() if isinstance(c, type) and issubclass(c, nn.Module)]
 _MOVED = {today for old, today in MOVED_CLASSES.items() if old.startswith("flax_resnet.models.")}
 _CLASSES = {*map(class_name, (*_MODULES, Preprocessing, Decoder)), *_MOVED}
@@ -62,9 +76,19 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
 
     try:
         file = read_tensors(path, choose)
+        foreign = METADATA_KEY not in file.metadata
+        beside = config_files.read(path.parent) if foreign else config_files.Description()
         if network is not None:
             raise UserError(f"it holds one network: give the path without #{network}")
-        opened = (_own if METADATA_KEY in file.metadata else _foreign)(file, fields)
+        if not foreign:
+            opened = _own(file, fields)
+        else:
+            for name in (path.name, path.absolute().parent.name, beside.architecture):
+                architectures.check_name(name)
+            told = {**architectures.fields_of(path.name), **beside.fields, **fields}
+            opened, more = _foreign(file, told)
+            notes += more
+            opened = _with_description(opened, beside)
     except UserError as error:
         start = "" if str(error).startswith(str(path)) else f"{path}: "
         error.args = ("; ".join([f"{start}{error}", *notes]),)
@@ -74,23 +98,45 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
     return opened
 
 
-def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
-    """The network that is inferred from the names and shapes of a file's tensors."""
+def _with_description(opened: Pretrained, beside: config_files.Description) -> Pretrained:
+    """``opened`` with what timm's or Hugging Face's files beside its own say of it."""
+    names, classes = beside.class_names, getattr(opened.module, "num_classes", None)
+    if names is not None and opened.module.include_top and len(names) != classes:
+        raise UserError(
+            f"the {config_files.CONFIG} beside it names {len(names)} classes, and its head has "
+            f"{classes}: correct the names, or move the weights to another folder"
+        )
+    opened = dataclasses.replace(opened, class_names=names)
+    if (prepared := beside.preprocessing) is None:
+        return opened
+    return dataclasses.replace(opened, preprocessing=prepared, assumed="")
+
+
+def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> tuple[Pretrained, tuple[str, ...]]:
+    """The network that is inferred from the names and shapes of a file's tensors, and notes."""
     keras = file.format.startswith("keras")
+    notes: tuple[str, ...] = ()
     if keras:
         tensors = keras_names.keras_layers(file.tensors, file.format)  # type: ignore[arg-type]
         module = keras_names.infer_keras(tensors, keras_names.is_old(file.tensors), **fields)
         stem = tensors["conv1_conv/0"]
         channels = stem.shape[-2] if stem.ndim == 4 else 3
-        preprocessing = KERAS_V2 if module.block_cls.preactivation else KERAS_V1
+        usual, assumed = USUAL[keras_names.version_of(module)]
+        preprocessing = usual
+        if (config := file.metadata.get(KERAS_CONFIG)) is not None:
+            preprocessing, notes = keras_models.described(config, usual)
+            assumed = assumed if preprocessing.mean == usual.mean else ""  # its Rescaling says it
+        elif module.hidden_units:
+            notes = ("its dense layers are taken to have ReLU between them",)
     else:
         tensors = torch_names.with_biases(file.tensors)
         module = torch_names.infer_resnet(tensors, **fields)
-        channels, preprocessing = torch_names.input_channels(tensors), TORCH
+        channels, preprocessing, assumed = torch_names.input_channels(tensors), TORCH, AS_TORCH
     shape = (*models.default_shape(module)[:2], channels)
     variables = _fit(module, tensors, naming_of(module, keras), shape)
-    known = module.stem != "cifar" and channels == 3
-    return Pretrained(module, variables, preprocessing if known else None, certain=keras)
+    if module.stem == "cifar" or channels != 3:
+        return Pretrained(module, variables, None, certain=keras), notes
+    return Pretrained(module, variables, preprocessing, certain=keras, assumed=assumed), notes
 
 
 def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
@@ -108,7 +154,7 @@ def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:
         preprocessing = _built(about.get("preprocessing"), Preprocessing | None)
         names = about.get("class_names")
         if names is not None:  # without what a terminal would act on
-            names = tuple("".join(c if c.isprintable() else "?" for c in name) for name in names)
+            names = tuple(map(config_files.printable, names))
         shape = models.check_shape(about["input_shape"])
     except Exception as error:  # a description of anyone's may fail in any way
         raise UserError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax_resnet.errors import UserError
+from flax_resnet.weights.architectures import check_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -69,6 +70,7 @@ def find(shapes: Shapes, path: object, name: str | None = None) -> Tree:
     Raises:
       UserError: there is none, or several and no name that tells them apart.
     """
+    check_shapes(shapes)
     plain = {key: _WRAPPERS.sub("", key) for key in shapes}
     prefixes = _prefixes({plain[key]: shape for key, shape in shapes.items()})
     if not prefixes:
@@ -165,7 +167,8 @@ def _spelled(names: dict[str, str], shapes: Shapes) -> dict[str, str]:
     sizes = {name: shapes[key] for key, name in names.items()}
     if "bn1.weight" in sizes and "layer1.0.bn1.weight" in sizes and "bn.weight" not in sizes:
         first_norm = sizes["layer1.0.bn1.weight"] == sizes["bn1.weight"]
-        if not first_norm and sizes.get("conv1.weight", ())[:1] != sizes["bn1.weight"]:
+        stems = [sizes[n][:1] for n in ("conv1.weight", "conv1.6.weight") if n in sizes]
+        if not first_norm and sizes["bn1.weight"] not in stems:
             # Wide-ResNet codes call the last norm bn1: they have none after the stem.
             names = {key: re.sub(r"^bn1\.", "bn.", name) for key, name in names.items()}
     return names

@@ -1,11 +1,9 @@
 """The table of published weights: whole entries, the tags' meanings, how images are prepared."""
 
 import dataclasses
-import json
 import re
 
 import pytest
-from weights_helpers import TIMM
 
 from flax_resnet import models
 from flax_resnet.data.preprocess import KERAS_V1, KERAS_V2, TORCH
@@ -49,38 +47,6 @@ def test_preprocessing_is_the_publishers():
         ("resnet50", "timm/a1"): None,
     }
     assert {pair: published.find(*pair).preprocessing for pair in wanted} == wanted
-
-
-@pytest.mark.parametrize(
-    ("changes", "size", "resize", "interpolation"),
-    [
-        ({}, 288, 288, "bicubic"),
-        ({"test_input_size": None, "test_crop_pct": None}, 224, 235, "bicubic"),
-        ({"test_crop_pct": 0.95}, 288, 303, "bicubic"),
-        ({"crop_mode": "squash", "interpolation": "bilinear"}, 288, None, "bilinear"),
-    ],
-)
-def test_timm_says_how_images_are_prepared(tmp_path, changes, size, resize, interpolation):
-    path = tmp_path / "config.json"
-    assert published.timm_preprocessing(path) is None
-    path.write_text('{"model": {}}')
-    assert published.timm_preprocessing(path) is None
-    content = {"architecture": "resnet50", "pretrained_cfg": TIMM | changes | {"mean": [0.5] * 3}}
-    path.write_text(json.dumps(content))
-    prepared = published.timm_preprocessing(path)
-    assert (prepared.size, prepared.resize, prepared.interpolation) == (size, resize, interpolation)
-    assert (prepared.mean, prepared.std) == ((0.5,) * 3, TORCH.std)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"input_size": None, "test_input_size": None}, {"test_input_size": [3, 288, 320]},
-     {"crop_mode": "border"}, {"interpolation": "lanczos"}, {"std": [0, 0, 0]}],
-)  # fmt: skip
-def test_a_config_that_cannot_be_used_is_one_line(tmp_path, changes):
-    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": TIMM | changes}))
-    with pytest.raises(UserError, match=r"config\.json: timm's pretrained_cfg cannot be used"):
-        published.timm_preprocessing(tmp_path / "config.json")
 
 
 def test_default_tags():

@@ -173,7 +173,14 @@ OTHERS = {
     "prose": (content(b"hello, world, this is text"), KINDS),
     "no ZIP": (content(b"PK\x05\x06"), KINDS),
     "another ZIP": (zipped(("readme.txt", "hello")), ["no state dict"]),
-    "whole Keras model": (zipped(("model.weights.h5", "0"), compress_type=8), ["save_weights()"]),
+    "whole Keras model": (
+        zipped(("config.json", "{}"), ("model.weights.h5", "0")),
+        ["is not read"],
+    ),
+    "inflated": (
+        zipped(("config.json", " " * 2**24), ("model.weights.h5", "0"), compress_type=8),
+        ["config.json is over 8388608 bytes", "model.save_weights"],
+    ),
     "TorchScript": (lambda path: write_zip(path, b"", **{"constants.pkl": b""}), ["TorchScript"]),
     "big-endian": (lambda path: write_zip(path, b"", byteorder=b"big"), ["little-endian"]),
     "old big-endian": (lambda path: write_legacy(path, b"", little=False), ["little-endian"]),
@@ -247,7 +254,7 @@ def mutate(data, rng):
 def mutated(directory):
     """{kind: functions of an rng that give a mutated file, taken in turn}."""
     path = directory / "good"
-    zipped, old = (w(path, TWO_PICKLED, TWO).read_bytes() for w in (write_zip, write_legacy))
+    new, old = (w(path, TWO_PICKLED, TWO).read_bytes() for w in (write_zip, write_legacy))
     attack = in_state_dict(ATTACKS["reduce"] + b"s" + text("v") + FOUR)
     arrays = {"w": TWO["0"], "b": TWO["1"].astype(BFLOAT16), "c": np.ones(3)}
     inside = [
@@ -256,11 +263,16 @@ def mutated(directory):
     ]
     keras = write_keras_h5(path, LAYERS, "model_weights").read_bytes()
     keras3 = write_keras3(path, KERAS_3).read_bytes()
+
+    def whole_model(rng):
+        zipped(("config.json", "{}"), ("model.weights.h5", mutate(keras3, rng)))(path)
+        return path.read_bytes()
+
     outside = lambda data: lambda rng: mutate(data, rng)  # noqa: E731
     return {
         "safetensors": [outside(safetensors.numpy.save(arrays, {"a": "b"}))],
-        "torch": [outside(zipped), outside(old), *inside],
-        "Keras": [outside(keras), outside(keras3)],
+        "torch": [outside(new), outside(old), *inside],
+        "Keras": [outside(keras), outside(keras3), whole_model],
     }
 
 

@@ -1,4 +1,4 @@
-"""Keras weights in HDF5.
+"""Keras weights in HDF5, alone or inside a ``.keras`` file.
 
 A file in this format can name other files and places: links, external storage and virtual datasets
 are refused before anything behind them is opened. No attribute is read, for damaged texts in them
@@ -8,9 +8,11 @@ looked for first.
 
 from __future__ import annotations
 
+import io
 import mmap
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +22,18 @@ import ml_dtypes
 import numpy as np
 
 from flax_resnet.errors import UserError
-from flax_resnet.weights.readers.untrusted import MAX_RANK, shown
+from flax_resnet.weights.readers.untrusted import MAX_RANK, LimitedFile, open_zip, shown
 
 Layout = Literal["keras_h5", "keras_weights"]
 
 MAX_OBJECTS = 100_000
 MAX_DEPTH = 32
+KERAS_WEIGHTS = "model.weights.h5"
+"""Name of the weights inside a ``.keras`` file."""
+MAX_CONFIG = 8 * 2**20
+"""Bytes of a model's config.json; the objects made of it take up to 25 times as many."""
+MAX_GROWTH = 100 * 10**6
+"""Bytes by which compressed weights may be larger than their ``.keras`` file."""
 _FLOATS = {np.dtype(name) for name in ("float16", "float32", "float64")}
 # Groups of Keras 3 that hold no weights: a dropout's random state lies beside its layer.
 _NO_WEIGHTS = {"seed_generator"}
@@ -51,28 +59,55 @@ def read_h5(path: Path) -> tuple[Layout, dict[str, np.ndarray]]:
       UserError: the file is damaged, or not what Keras writes.
     """
     try:
-        _check_heaps(path)
-        with h5py.File(path, "r", locking=False) as file:
-            return _read(file, path.stat().st_size)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _check_heaps(data)
+        with h5py.File(path, "r", locking=False) as root:
+            return _read(root, path.stat().st_size)
     except Exception as error:  # h5py raises half a dozen kinds on damaged bytes
-        reason = str(error) if isinstance(error, _Problem) else f"h5py: {shown(str(error), 200)}"
-        raise UserError(
-            f"{path} is not read: {reason}; expected weights saved by Keras: download it again, or "
-            "save them again by model.save_weights"
-        ) from error
+        raise _unreadable(path, error) from error
 
 
-def _check_heaps(path: Path) -> None:
+def read_keras(path: Path) -> tuple[Layout, dict[str, np.ndarray], str]:
+    """Reads a whole model in Keras 3's ``.keras`` format, a ZIP around a ``.weights.h5``.
+
+    Returns:
+      What ``read_h5`` returns, and the text of config.json, which describes the model.
+
+    Raises:
+      UserError: the file is damaged, or not what Keras writes.
+    """
+    try:
+        with LimitedFile(io.FileIO(path)) as zipped, open_zip(zipped) as archive:
+            limits = {KERAS_WEIGHTS: path.stat().st_size + MAX_GROWTH, "config.json": MAX_CONFIG}
+            for name, limit in limits.items():
+                if archive.getinfo(name).file_size > limit:
+                    raise _Problem(f"its {name} is over {limit} bytes")
+            data, config = map(archive.read, limits)
+        _check_heaps(data)
+        with h5py.File(io.BytesIO(data), "r") as root:
+            return (*_read(root, len(data)), config.decode())
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = str(error) if isinstance(error, _Problem) else shown(str(error), 200)
+    return UserError(
+        f"{path} is not read: {reason}; expected weights saved by Keras: "
+        "download it again, or save them again by model.save_weights('net.weights.h5')"
+    )
+
+
+def _check_heaps(data: bytes | mmap.mmap) -> None:
     """Raises ValueError where free blocks of a local heap follow one another in a circle."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for found in re.finditer(rb"HEAP\0.{3}(.{24})", data, re.DOTALL):
-            size, free, segment = struct.unpack("<3Q", found[1])
-            left = size
-            while free != 1 and free + 16 <= size and segment + free + 16 <= len(data):
-                free, length = struct.unpack_from("<2Q", data, segment + free)
-                left -= max(length, 16)
-                if left < 0:
-                    raise ValueError(f"the heap at byte {found.start()} has no end")
+    for found in re.finditer(rb"HEAP\0.{3}(.{24})", data, re.DOTALL):
+        size, free, segment = struct.unpack("<3Q", found[1])
+        left = size
+        while free != 1 and free + 16 <= size and segment + free + 16 <= len(data):
+            free, length = struct.unpack_from("<2Q", data, segment + free)
+            left -= max(length, 16)
+            if left < 0:
+                raise ValueError(f"the heap at byte {found.start()} has no end")
 
 
 class _Problem(Exception):
@@ -86,13 +121,18 @@ def _read(root: h5py.Group, left: int) -> tuple[Layout, dict[str, np.ndarray]]:
     legacy = "layer_names" in root.attrs or "layer_names0" in root.attrs
     if not legacy:
         if root.get("layers", getlink=True) is None:
-            raise _Problem("it has no attribute layer_names and no group layers, as Keras files do")
+            what = "it has no attribute layer_names and no group layers, as Keras files do"
+            raise _Problem(f"{what} (of a model class of your own save the ResNet alone)")
         if root.get("vars", getlink=True) is not None and len(_child(root, "vars")):
             raise _Problem("the model has weights of its own, outside its layers")
         root = _child(root, "layers")
+    weights = [(_place(path, legacy), dataset) for path, dataset in _datasets(root)]
+    counts = Counter((outer, position) for (outer, _, position), _ in weights)
+    # A layer that has two kernels is a network that was called as a layer.
+    networks = {outer for (outer, _), count in counts.items() if count > 1}
     tensors: dict[str, np.ndarray] = {}
-    for path, dataset in _datasets(root):
-        key = _key(path, legacy)
+    for (outer, inner, position), dataset in weights:
+        key = f"{inner if outer in networks else outer}/{position}"
         if key in tensors or len(tensors) >= MAX_OBJECTS:
             raise _Problem(f"tensor {shown(key)} is there twice, or one of too many")
         tensors[key] = _tensor(f"tensor {shown(key)}", dataset, left)
@@ -102,17 +142,21 @@ def _read(root: h5py.Group, left: int) -> tuple[Layout, dict[str, np.ndarray]]:
     return "keras_h5" if legacy else "keras_weights", tensors
 
 
-def _key(path: str, legacy: bool) -> str:
-    """LAYER/POSITION of LAYER/.../NAME, of Keras 3 LAYER/INDEX of LAYER/vars/INDEX."""
+def _place(path: str, legacy: bool) -> tuple[str, str, str]:
+    """(layer of the model, layer that holds the weight, position) of LAYER/.../LAYER/NAME.
+
+    In Keras 3's format, LAYER/vars/INDEX, both are the layer's whole path.
+    """
     if legacy:
-        layer, _, name = path.partition("/")
+        outer, _, name = path.partition("/")
         if found := _WEIGHT.fullmatch(name):
-            return f"{layer}/{_POSITIONS[found[1]]}"
+            return outer, path.split("/")[-2], str(_POSITIONS[found[1]])
         raise _Problem(f"{shown(path)} is no weight of a convolution, a norm or a dense layer")
     layer, _, index = path.rpartition("/")
     if not layer.endswith("/vars") or not index.isdecimal():
         raise _Problem(f"{shown(path)} is no variable of a layer (LAYER/vars/NUMBER)")
-    return f"{layer.removesuffix('/vars')}/{index}"
+    layer = layer.removesuffix("/vars")
+    return layer, layer, index
 
 
 def _datasets(root: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,14 @@ import numpy as np
 
 from flax_resnet.errors import UserError
 from flax_resnet.weights.readers.torch_archive import LEGACY_START, read_torch
-from flax_resnet.weights.readers.untrusted import MAX_RANK, Info, shown
+from flax_resnet.weights.readers.untrusted import MAX_RANK, Info, LimitedFile, open_zip, shown
 
 METADATA_KEY = "flax_resnet"
 """Key of the metadata in which ``write_weights`` describes the network."""
 # Bytes of a safetensors header; objects made of it take up to 25 times as many.
 MAX_HEADER = 8 * 2**20
+KERAS_CONFIG = "keras_config"
+"""Key of the metadata with the config.json of a ``.keras`` file."""
 _HDF5_START = b"\x89HDF\r\n\x1a\n"
 _ZIP_START = b"PK\x03\x04"
 _FLOATS = ("float16", "float32", "float64", "bfloat16")
@@ -34,7 +37,7 @@ class TensorFile:
     tensors: dict[str, np.ndarray]
     """Floats of 16, 32 or 64 bits by name; they may be read-only and share memory."""
     metadata: dict[str, str]
-    """Texts beside the tensors; safetensors alone has them."""
+    """Texts beside the tensors, of safetensors and of ``.keras`` files."""
 
 
 Choose = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, str]], Mapping[str, str]]
@@ -49,7 +52,8 @@ def read_tensors(path: Path, choose: Choose | None = None) -> TensorFile:
     such as ``num_batches_tracked``, are no weights.
 
     Args:
-      path: safetensors, a torch state dict or a checkpoint around one, or Keras weights in HDF5.
+      path: safetensors, a torch state dict or a checkpoint around one, Keras weights in HDF5 or a
+        ``.keras`` file.
       choose: says which tensors to read, and how to call them, where the file does not describe
         its network itself and is not Keras's; by default all, as the file calls them.
 
@@ -103,9 +107,12 @@ def _read(path: Path, select: Any) -> tuple[Any, dict[str, np.ndarray], dict[str
     if start.startswith(_HDF5_START):
         from flax_resnet.weights.readers.hdf5 import read_h5
 
-        kind, tensors = read_h5(path)
-        infos = {name: Info(x.shape, str(x.dtype)) for name, x in tensors.items()}
-        return kind, {name: tensors[name] for name in select(infos, known=True)}, {}
+        return _keras(*read_h5(path), {}, select)
+    if start.startswith(_ZIP_START) and _holds_keras(path):
+        from flax_resnet.weights.readers.hdf5 import read_keras
+
+        kind, tensors, config = read_keras(path)
+        return _keras(kind, tensors, {KERAS_CONFIG: config}, select)
     if start.startswith((_ZIP_START, LEGACY_START)):
         return "torch", read_torch(path, select), {}
     if start[8:9] == b"{":
@@ -113,8 +120,24 @@ def _read(path: Path, select: Any) -> tuple[Any, dict[str, np.ndarray], dict[str
         return ("safetensors", *_read_safetensors(path, header, select))
     raise UserError(
         f"{path} is no weight file that is read here (it starts with {start!r}): expected "
-        ".safetensors, a state dict by torch.save (.pth, .pt), or Keras weights (.h5, .weights.h5)"
+        ".safetensors, a state dict by torch.save (.pth, .pt), or Keras's .keras, .h5, .weights.h5"
     )
+
+
+def _keras(
+    kind: Any, tensors: dict[str, np.ndarray], metadata: dict[str, str], select: Any
+) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
+    infos = {name: Info(x.shape, str(x.dtype)) for name, x in tensors.items()}
+    return kind, {name: tensors[name] for name in select(infos, known=True)}, metadata
+
+
+def _holds_keras(path: Path) -> bool:
+    """Whether a ZIP is a ``.keras`` file; one whose index is damaged is not."""
+    try:
+        with LimitedFile(io.FileIO(path)) as file, open_zip(file) as archive:
+            return {"config.json", "model.weights.h5"} <= set(archive.namelist())
+    except Exception:  # damaged bytes raise of many kinds
+        return False
 
 
 def _read_safetensors(

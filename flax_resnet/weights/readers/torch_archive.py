@@ -13,16 +13,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flax_resnet.errors import UserError
+from flax_resnet.weights.architectures import check_name
 from flax_resnet.weights.readers.torch_pickle import Inert, Storage, Tensor, Unpickler
-from flax_resnet.weights.readers.untrusted import Select, shown
+from flax_resnet.weights.readers.untrusted import LimitedFile, Select, open_zip, shown
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")
 # Containers that are looked into for tensors, levels of them, and entries of a list.
 MAX_CONTAINERS, MAX_DEPTH, MAX_LIST = 50_000, 8, 100
-# Bytes of a ZIP's directory, whose objects take up to 15 times as many, and of a pickle, whose
-# objects take up to 120 times as many. A state dict takes about 120 for a tensor.
-MAX_DIRECTORY = 8 * 2**20
+# Bytes of a pickle, whose objects take up to 120 times as many. A state dict takes about 120 for a
+# tensor.
 MAX_PICKLE = 1_500_000
 
 
@@ -44,8 +44,10 @@ def read_torch(path: Path, select: Select) -> dict[str, np.ndarray]:
       UserError: the file is damaged, or holds no tensors by name.
     """
     try:
-        with _File(io.FileIO(path)) as file:
+        with LimitedFile(io.FileIO(path)) as file:
             root, load = (_open_zip if file.peek(2)[:2] == b"PK" else _open_legacy)(path, file)
+            if isinstance(arch := root.get("arch") if isinstance(root, dict) else None, str):
+                check_name(arch)  # timm's and torchvision's training say it
             tensors, unread = _flatten(path, root)
             chosen = select({name: tensor.info for name, tensor in tensors.items()}, unread)
             named = {new: tensors[name] for name, new in chosen.items()}
@@ -65,21 +67,8 @@ SAVE = (
 )
 
 
-class _File(io.BufferedReader):
-    """A file that is read in pieces of ``most`` bytes at the most."""
-
-    most: float = math.inf
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > self.most:
-            raise ValueError(f"a directory of {size} bytes")
-        return super().read(size)
-
-
-def _open_zip(path: Path, file: _File) -> tuple[Any, _Load]:
-    file.most = MAX_DIRECTORY  # zipfile reads the directory in one piece
-    archive = zipfile.ZipFile(file)
-    file.most = math.inf
+def _open_zip(path: Path, file: LimitedFile) -> tuple[Any, _Load]:
+    archive = open_zip(file)
     names, members = archive.namelist(), archive.infolist()
     tops = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
     prefix = tops[0].removesuffix("data.pkl") if tops else ""

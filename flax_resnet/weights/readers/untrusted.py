@@ -1,11 +1,36 @@
-"""What the readers of weight files share: texts of a file nobody vouches for, in messages."""
+"""What the readers of files that nobody vouches for share: texts in messages, ZIP directories."""
 
 from __future__ import annotations
 
+import io
+import math
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 MAX_RANK = 8
+MAX_DIRECTORY = 8 * 2**20
+"""Bytes of a ZIP's directory; its objects take up to 15 times as many."""
+
+
+class LimitedFile(io.BufferedReader):
+    """A file that is read in pieces of ``most`` bytes at the most."""
+
+    most: float = math.inf
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Reads up to ``size`` bytes, or all where it is None."""
+        if size is not None and size > self.most:
+            raise ValueError(f"a directory of {size} bytes")
+        return super().read(size)
+
+
+def open_zip(file: LimitedFile) -> zipfile.ZipFile:
+    """The archive in a file, whose directory zipfile reads in one piece."""
+    file.most = MAX_DIRECTORY
+    archive = zipfile.ZipFile(file)
+    file.most = math.inf
+    return archive
 
 
 class Info(NamedTuple):
