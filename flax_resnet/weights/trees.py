@@ -133,7 +133,7 @@ def _chosen(prefixes: list[str], path: str, name: str | None) -> tuple[str, list
 
     def label(prefix: str) -> str:
         parts = [part for part in prefix[:-1].split(".") if named(part) == [prefix]]
-        return min(parts, key=len, default=prefix[:-1])
+        return [*parts, prefix[:-1]][0]
 
     ways = ", ".join(f"{path}#{label(prefix):.80}" for prefix in prefixes[:8])
     if name is not None:
@@ -144,9 +144,8 @@ def _chosen(prefixes: list[str], path: str, name: str | None) -> tuple[str, list
     if len(prefixes) == 2 and len(averages) == 1:
         other = next(prefix for prefix in prefixes if prefix not in averages)
         read, left = averages[0][:-1], other[:-1]
-        return averages[0], [
-            f"the averaged weights were read, {read!r:.80}; {path}#{label(other)} reads {left!r:.80}"
-        ]
+        way = f"{path}#{label(other)} reads {left!r:.80}"
+        return averages[0], [f"the averaged weights were read, {read!r:.80}; {way}"]
     if len(prefixes) > 1:
         raise UserError(f"it holds {len(prefixes)} networks: say which, by {ways}")
     return prefixes[0], []
