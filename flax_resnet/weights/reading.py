@@ -55,7 +55,8 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
     Args:
       path: .safetensors or .pth with torch's names (torchvision, timm, Hugging Face, CIFAR
         codes), also of a checkpoint around them; PATH#NAME of one with several networks, NAME a
-        part of the prefix of one; Keras's .h5 or .weights.h5, or what ``write_weights`` wrote.
+        part of the prefix of one; Keras's .keras, .h5 or .weights.h5, or what ``write_weights``
+        wrote.
       **fields: of the network, over those inferred: ``stride_conv="1x1"``, ``include_top=False``.
 
     Raises:
@@ -76,19 +77,13 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
 
     try:
         file = read_tensors(path, choose)
-        foreign = METADATA_KEY not in file.metadata
-        beside = config_files.read(path.parent) if foreign else config_files.Description()
         if network is not None:
             raise UserError(f"it holds one network: give the path without #{network}")
-        if not foreign:
+        if METADATA_KEY in file.metadata:
             opened = _own(file, fields)
         else:
-            for name in (path.name, path.absolute().parent.name, beside.architecture):
-                architectures.check_name(name)
-            told = {**architectures.fields_of(path.name), **beside.fields, **fields}
-            opened, more = _foreign(file, told)
+            opened, more = _inferred(path, file, fields)
             notes += more
-            opened = _with_description(opened, beside)
     except UserError as error:
         start = "" if str(error).startswith(str(path)) else f"{path}: "
         error.args = ("; ".join([f"{start}{error}", *notes]),)
@@ -98,8 +93,15 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
     return opened
 
 
-def _with_description(opened: Pretrained, beside: config_files.Description) -> Pretrained:
-    """``opened`` with what timm's or Hugging Face's files beside its own say of it."""
+def _inferred(
+    path: Path, file: TensorFile, fields: Mapping[str, Any]
+) -> tuple[Pretrained, tuple[str, ...]]:
+    """The network of a file by its tensors, its name and the files beside it, and notes."""
+    beside = config_files.read(path.parent)
+    for name in (path.name, path.absolute().parent.name, beside.architecture):
+        architectures.check_name(name)
+    caffe = architectures.fields_of(path.name)
+    opened, notes = _foreign(file, {**caffe, **beside.fields, **fields})
     names, classes = beside.class_names, getattr(opened.module, "num_classes", None)
     if names is not None and opened.module.include_top and len(names) != classes:
         raise UserError(
@@ -107,9 +109,9 @@ def _with_description(opened: Pretrained, beside: config_files.Description) -> P
             f"{classes}: correct the names, or move the weights to another folder"
         )
     opened = dataclasses.replace(opened, class_names=names)
-    if (prepared := beside.preprocessing) is None:
-        return opened
-    return dataclasses.replace(opened, preprocessing=prepared, assumed="")
+    if caffe or beside.preprocessing is not None:  # Caffe's are fed otherwise than torchvision's
+        opened = dataclasses.replace(opened, preprocessing=beside.preprocessing, assumed="")
+    return opened, notes
 
 
 def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> tuple[Pretrained, tuple[str, ...]]:

@@ -120,15 +120,16 @@ def test_weights_that_say_nothing_of_images_take_what_is_measured_on_them(photog
 def test_fine_tuning_from_any_weights_needs_no_network(photographs, tmp_path, kind):
     """The command as the docs have it, with fewer steps."""
     path = tmp_path / kind
-    own = tiny_resnet(stem="cifar" if kind == "cifar.pth" else "imagenet", num_filters=4)
-    short = ["--num-steps", "2", "--batch-size", "4", "--eval-batch-size", "3"]
+    stem = "cifar" if kind == "cifar.pth" else "imagenet"
+    own = tiny_resnet(stem=stem, num_filters=4, shortcut="A")  # as nothing is projected
+    short = ["--num-steps", "2", "--batch-size", "8", "--eval-batch-size", "8"]
     if kind == "net.h5":
         own = keras_resnet(50, stage_sizes=(1,), num_filters=4, num_classes=10)
         keras_h5(path, own, drawn(own, np.zeros((1, 32, 32, 3), np.float32)))
     elif kind == "run":
         data = DataConfig(folder=str(photographs), image_size=32)
         config = dataclasses.replace(recipes.scratch(str(photographs)), model=own, data=data,
-                                     num_steps=2, batch_size=4, eval_batch_size=3)  # fmt: skip
+                                     num_steps=2, batch_size=8, eval_batch_size=8)  # fmt: skip
         train_and_evaluate(config, path, quiet=True)
     else:
         torch = pytest.importorskip("torch")

@@ -105,7 +105,8 @@ def test_blur_pooling_is_known_by_what_timm_saves(tmp_path, plain):
 def test_caffes_networks_stride_in_the_first_1x1(tmp_path, plain):
     path = tmp_path / "resnet50_caffe-788b5fa3.pth"
     path.write_bytes(plain.read_bytes())
-    assert open_file(path).module.stride_conv == "1x1"
+    opened = open_file(path)
+    assert (opened.module.stride_conv, opened.preprocessing, opened.assumed) == ("1x1", None, "")
 
 
 def test_squeezes_of_one_reduction_and_other_stems_are_taken(tmp_path):
