@@ -26,8 +26,8 @@ class Convert(PreparedFlags):
     """
 
     source: Annotated[Positional[str], flag("SOURCE")]
-    """A tag such as "imagenet" (with --model), a weight file, a run's working directory, or
-    hf://OWNER/NAME[@REVISION]."""
+    """A tag such as "imagenet" (with --model), a weight file (FILE#NAME for one of several networks
+    in it), a run's working directory, or hf://OWNER/NAME[@REVISION]."""
     dest: Annotated[Positional[str], flag("DEST")]
     """File to write; it ends in .safetensors or .weights.h5."""
     overwrite: Switch = False

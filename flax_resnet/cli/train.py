@@ -41,6 +41,7 @@ same command goes on where it was.
 Examples:
   flax-resnet finetune PHOTOS --num-epochs 5
   flax-resnet finetune PHOTOS --weights runs/others
+  flax-resnet finetune PHOTOS --weights resnet.pth
   flax-resnet finetune PHOTOS --model.frozen-stages 4 --cache-features \\
     --data.no-random-resized-crop --augment.no-flip"""
 DATA = "DATA"

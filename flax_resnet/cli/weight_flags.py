@@ -76,5 +76,5 @@ class WeightFlags(PreparedFlags):
     """Which weights classify."""
 
     weights: Annotated[str, flag("TAG|PATH", "imagenet")] = "imagenet"
-    """A tag such as "imagenet" or "tv_v2", a weight file, a run's working directory, or
-    hf://OWNER/NAME[@REVISION] of the Hugging Face hub."""
+    """A tag such as "imagenet" or "tv_v2", a weight file (FILE#NAME for one of several networks in
+    it), a run's working directory, or hf://OWNER/NAME[@REVISION] of the Hugging Face hub."""

@@ -110,8 +110,9 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
     """Weights with their network and what they were trained on.
 
     Args:
-      weights: a tag, a weight file, a run's working directory (its best checkpoint), or
-        "hf://OWNER/NAME[@REVISION]"; FILE#NAME of a file that holds several networks.
+      weights: a tag, a weight file, a folder with one as Hugging Face names it, a run's working
+        directory (its best checkpoint), or "hf://OWNER/NAME[@REVISION]"; FILE#NAME of a file that
+        holds several networks.
       network: a name of ``names()``, which a tag needs.
     """
     weights, tree = trees.split(weights)

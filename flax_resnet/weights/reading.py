@@ -55,7 +55,8 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
     Args:
       path: .safetensors or .pth with torch's names (torchvision, timm, Hugging Face, CIFAR
         codes), also of a checkpoint around them; PATH#NAME of one with several networks, NAME a
-        part of the prefix of one; Keras's .h5 or .weights.h5, or what ``write_weights`` wrote.
+        part of the prefix of one; Keras's .keras, .h5 or .weights.h5, or what ``write_weights``
+        wrote.
       **fields: of the network, over those inferred: ``stride_conv="1x1"``, ``include_top=False``.
 
     Raises:
@@ -65,8 +66,10 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
     text, network = trees.split(path)
     path, notes = Path(text).expanduser(), list[str]()
 
-    def choose(shapes: trees.Shapes) -> dict[str, str]:
+    def choose(shapes: trees.Shapes, unread: Mapping[str, str]) -> dict[str, str]:
         nonlocal network
+        if some := [f"{name!r:.80} is {kind:.80}" for name, kind in unread.items()]:
+            notes.append("not read: " + "; ".join(some[:8]))
         tree = trees.find(shapes, text, network)
         notes.extend(tree.notes)
         network = None
@@ -74,41 +77,31 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
 
     try:
         file = read_tensors(path, choose)
-    except UserError as error:
-        _add(error, path)
-        raise
-    foreign = METADATA_KEY not in file.metadata
-    beside = config_files.read(path.parent) if foreign else config_files.Description()
-    unread = [f"{name!r:.80} is {kind:.80}" for name, kind in file.unread.items()]
-    notes += ["not read: " + "; ".join(unread[:8])] if unread else []
-    try:
         if network is not None:
             raise UserError(f"it holds one network: give the path without #{network}")
-        if not foreign:
+        if METADATA_KEY in file.metadata:
             opened = _own(file, fields)
         else:
-            for name in (path.name, path.absolute().parent.name, beside.architecture):
-                architectures.check_name(name)
-            told = {**architectures.fields_of(path.name), **beside.fields, **fields}
-            opened, more = _foreign(file, told)
+            opened, more = _inferred(path, file, fields)
             notes += more
-            opened = _with_description(opened, beside)
     except UserError as error:
-        _add(error, path, *notes)
+        start = "" if str(error).startswith(str(path)) else f"{path}: "
+        error.args = ("; ".join([f"{start}{error}", *notes]),)
         raise
     if notes:
         warnings.warn(f"{text}: {'; '.join(notes)}", Note, stacklevel=2)
     return opened
 
 
-def _add(error: UserError, path: Path, *notes: str) -> None:
-    """Names the file in an error and, where its tensors do not fit, what else was in it."""
-    start = "" if str(error).startswith(str(path)) else f"{path}: "
-    error.args = ("; ".join([f"{start}{error}", *notes]),)
-
-
-def _with_description(opened: Pretrained, beside: config_files.Description) -> Pretrained:
-    """``opened`` with what timm's or Hugging Face's files beside its own say of it."""
+def _inferred(
+    path: Path, file: TensorFile, fields: Mapping[str, Any]
+) -> tuple[Pretrained, tuple[str, ...]]:
+    """The network of a file by its tensors, its name and the files beside it, and notes."""
+    beside = config_files.read(path.parent)
+    for name in (path.name, path.absolute().parent.name, beside.architecture):
+        architectures.check_name(name)
+    caffe = architectures.fields_of(path.name)
+    opened, notes = _foreign(file, {**caffe, **beside.fields, **fields})
     names, classes = beside.class_names, getattr(opened.module, "num_classes", None)
     if names is not None and opened.module.include_top and len(names) != classes:
         raise UserError(
@@ -116,9 +109,9 @@ def _with_description(opened: Pretrained, beside: config_files.Description) -> P
             f"{classes}: correct the names, or move the weights to another folder"
         )
     opened = dataclasses.replace(opened, class_names=names)
-    if (prepared := beside.preprocessing) is None:
-        return opened
-    return dataclasses.replace(opened, preprocessing=prepared, assumed="")
+    if caffe or beside.preprocessing is not None:  # Caffe's are fed otherwise than torchvision's
+        opened = dataclasses.replace(opened, preprocessing=beside.preprocessing, assumed="")
+    return opened, notes
 
 
 def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> tuple[Pretrained, tuple[str, ...]]:

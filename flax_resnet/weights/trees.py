@@ -93,12 +93,12 @@ def find(shapes: Shapes, path: object, name: str | None = None) -> Tree:
             del names[key]
     if len(set(names.values())) < len(names):
         twice = next(key for key, new in names.items() if [*names.values()].count(new) > 1)
-        raise UserError(f"the weights have {twice!r} under another name too: keep one of them")
+        raise UserError(f"the weights have {twice!r:.200} under another name too: keep one of them")
     said = [p for p in prefixes if notes and p != prefix]
     beside = [plain[key] for key in shapes if key not in names]
     beside = [full for full in beside if not any(full.startswith(p) for p in said)]
     if left := _summary(prefix, beside):
-        under = f"read under {prefix[:-1]!r}; " if prefix and not notes else ""
+        under = f"read under {prefix[:-1]!r:.80}; " if prefix and not notes else ""
         notes = [*notes, f"{under}left out: {left}"]
     return Tree(names, (*notes, *dense))
 
@@ -119,7 +119,9 @@ def _prefixes(shapes: Shapes) -> list[str]:
         stems = (f"{match[1]}{stem}.weight" for stem in ("0", "0.0"))
         if int(match[2]) > 1 and any(len(shapes.get(stem, ())) == 4 for stem in stems):
             found[match[1]] = None
-    return list(found)
+    statistics = [name for name in shapes if name.endswith(".running_var")]
+    # Without them a tree beside others is a copy of parameters: an optimizer's, an average's.
+    return [p for p in found if any(name.startswith(p) for name in statistics)] or list(found)
 
 
 def _chosen(prefixes: list[str], path: str, name: str | None) -> tuple[str, list[str]]:
@@ -131,9 +133,9 @@ def _chosen(prefixes: list[str], path: str, name: str | None) -> tuple[str, list
 
     def label(prefix: str) -> str:
         parts = [part for part in prefix[:-1].split(".") if named(part) == [prefix]]
-        return min(parts, key=len, default=prefix[:-1])
+        return [*parts, prefix[:-1]][0]
 
-    ways = ", ".join(f"{path}#{label(prefix)}" for prefix in prefixes)
+    ways = ", ".join(f"{path}#{label(prefix):.80}" for prefix in prefixes[:8])
     if name is not None:
         if len(chosen := named(name)) != 1:
             raise UserError(f"{len(chosen)} of the networks here are named {name!r}: give {ways}")
@@ -141,10 +143,9 @@ def _chosen(prefixes: list[str], path: str, name: str | None) -> tuple[str, list
     averages = [prefix for prefix in prefixes if _AVERAGE.search(prefix)]
     if len(prefixes) == 2 and len(averages) == 1:
         other = next(prefix for prefix in prefixes if prefix not in averages)
-        return averages[0], [
-            f"the averaged weights were read, {averages[0][:-1]!r}; {path}#{label(other)} reads "
-            f"{other[:-1]!r}"
-        ]
+        read, left = averages[0][:-1], other[:-1]
+        way = f"{path}#{label(other)} reads {left!r:.80}"
+        return averages[0], [f"the averaged weights were read, {read!r:.80}; {way}"]
     if len(prefixes) > 1:
         raise UserError(f"it holds {len(prefixes)} networks: say which, by {ways}")
     return prefixes[0], []
@@ -236,5 +237,5 @@ def _summary(prefix: str, names: Iterable[str]) -> str:
         pairs = enumerate(zip(own, parts, strict=False))
         apart = next((i for i, (here, there) in pairs if here != there), len(parts) - 1)
         groups.setdefault(".".join(own[: apart + 1]), []).append(name)
-    some = [f"{g} ({len(n)} tensors)" if n[1:] else n[0] for g, n in groups.items()]
+    some = [f"{g:.80} ({len(n)} tensors)" if n[1:] else f"{n[0]:.80}" for g, n in groups.items()]
     return ", ".join(some[:8]) + (f", and {len(some) - 8} more" if len(some) > 8 else "")

@@ -42,6 +42,7 @@ def test_flags_change_what_is_kept(call, tmp_path):
     assert (kept.size, kept.resize, kept.mean, kept.std) == (9, None, (0.5,), (0.25,) * 3)
 
 
+@pytest.mark.filterwarnings("ignore:.*how images are prepared:UserWarning")
 def test_keras_and_back(call, tmp_path):
     first, keras, last = (tmp_path / n for n in ("a.safetensors", "k.weights.h5", "b.safetensors"))
     variables = zero_weights(first, "ResNet50V2", num_classes=3, num_filters=1, stage_sizes=(2, 2))

@@ -1,15 +1,19 @@
 """The first config for any images."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
 import pytest
 from helpers import class_folders, drawn, tiny_resnet
 from PIL import Image
+from safetensors.numpy import load_file
+from weights_helpers import keras_h5
 
-from flax_resnet import Preprocessing, UserError, train_and_evaluate, write_weights
+from flax_resnet import DataConfig, Preprocessing, UserError, train_and_evaluate, write_weights
+from flax_resnet.cli import train
 from flax_resnet.errors import Note
-from flax_resnet.models import name_of
+from flax_resnet.models import keras_resnet, name_of
 from flax_resnet.training import recipes
 
 
@@ -148,3 +152,36 @@ def test_weights_that_say_nothing_of_images_take_what_is_measured_on_them(photog
     with pytest.warns(Note, match="normalization='channel' is taken"):
         config = recipes.finetuned(str(photographs), recipes.Given(weights=weights))
     assert (config.normalization, config.data.image_size) == ("channel", 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["net.pth", "cifar.pth", "net.h5", "run"])
+def test_fine_tuning_from_any_weights_needs_no_network(photographs, tmp_path, kind):
+    """The command as the docs have it, with fewer steps."""
+    path = tmp_path / kind
+    stem = "cifar" if kind == "cifar.pth" else "imagenet"
+    own = tiny_resnet(stem=stem, num_filters=4, shortcut="A")  # as nothing is projected
+    short = ["--num-steps", "2", "--batch-size", "8", "--eval-batch-size", "8"]
+    if kind == "net.h5":
+        own = keras_resnet(50, stage_sizes=(1,), num_filters=4, num_classes=10)
+        keras_h5(path, own, drawn(own, np.zeros((1, 32, 32, 3), np.float32)))
+    elif kind == "run":
+        data = DataConfig(folder=str(photographs), image_size=32)
+        config = dataclasses.replace(recipes.scratch(str(photographs)), model=own, data=data,
+                                     num_steps=2, batch_size=8, eval_batch_size=8)  # fmt: skip
+        train_and_evaluate(config, path, quiet=True)
+    else:
+        torch = pytest.importorskip("torch")
+        write_weights(tmp_path / "w.safetensors", own, drawn(own, np.zeros((1, 32, 32, 3))))
+        tensors = load_file(tmp_path / "w.safetensors")
+        torch.save({"state_dict": {n: torch.tensor(x) for n, x in tensors.items()}}, path)
+    said = {"cifar.pth": "is taken", "run": ""}.get(kind, "the preprocessing is")
+    with pytest.warns(Note, match=said) if said else contextlib.nullcontext():
+        asked = train.parse("finetune", [str(photographs), "--weights", str(path), *short])
+        assert asked.config.model == own.clone(num_classes=3, norm_kind="frozen")
+        result = train_and_evaluate(asked.config, tmp_path / "tuned", quiet=True)
+    assert result["step"] == 2
+    assert np.isfinite(result["loss"])
+    sizes = {"net.pth": 224, "net.h5": 224}
+    assert asked.config.data.image_size == sizes.get(kind, 32)
+    assert asked.config.normalization == ("channel" if kind == "cifar.pth" else "weights")

@@ -91,10 +91,22 @@ def test_blur_pooling_is_known_by_name(tmp_path, plain, name, refused):
         open_file(path)
 
 
+def test_blur_pooling_is_known_by_what_timm_saves(tmp_path, plain):
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.tensor(x) for name, x in load_file(plain).items()}
+    for arch in ("resnet50", "resnetblur50"):
+        torch.save({"arch": arch, "state_dict": tensors}, tmp_path / "best.pth.tar")
+        if arch == "resnet50":
+            open_file(tmp_path / "best.pth.tar")
+    with pytest.raises(UserError, match="by its name, resnetblur50: it has blur pooling"):
+        open_file(tmp_path / "best.pth.tar")
+
+
 def test_caffes_networks_stride_in_the_first_1x1(tmp_path, plain):
     path = tmp_path / "resnet50_caffe-788b5fa3.pth"
     path.write_bytes(plain.read_bytes())
-    assert open_file(path).module.stride_conv == "1x1"
+    opened = open_file(path)
+    assert (opened.module.stride_conv, opened.preprocessing, opened.assumed) == ("1x1", None, "")
 
 
 def test_squeezes_of_one_reduction_and_other_stems_are_taken(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,12 +38,11 @@ class TensorFile:
     """Floats of 16, 32 or 64 bits by name; they may be read-only and share memory."""
     metadata: dict[str, str]
     """Texts beside the tensors, of safetensors and of ``.keras`` files."""
-    unread: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What else has the name of a weight, and its kind: integers, objects of unknown classes."""
 
 
-Choose = Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, str]]
-"""Shapes by name to new names of those tensors that are to be read."""
+Choose = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, str]], Mapping[str, str]]
+"""Shapes by name, and what else has the name of a weight, with its kind (integers, objects of
+unknown classes), to new names of those tensors that are to be read."""
 
 
 def read_tensors(path: Path, choose: Choose | None = None) -> TensorFile:
@@ -63,67 +63,61 @@ def read_tensors(path: Path, choose: Choose | None = None) -> TensorFile:
     Raises:
       UserError: there is no such file, its kind is unknown, it is damaged, or it holds no weights.
     """
-    selection = _Selection(path, choose)
+    select = functools.partial(_select, path, choose)
     try:
         if not path.exists():
             raise UserError(f"{path}: no such file; give the path of a weight file")
         if not path.is_file():
             raise UserError(f"{path} is not a regular file: give the path of a weight file")
-        kind, tensors, metadata = _read(path, selection)
+        return TensorFile(*_read(path, select))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): check the file") from error
-    return TensorFile(kind, tensors, metadata, selection.unread)
 
 
-class _Selection:
-    """Chooses tensors before they are read, and says what cannot be one of a network."""
-
-    def __init__(self, path: Path, choose: Choose | None):
-        self.path, self.choose = path, choose
-        self.unread: dict[str, str] = {}
-
-    def all(self, infos: Mapping[str, Info], others: Mapping[str, str] = {}) -> dict[str, Any]:
-        """Shapes of those tensors that are weights."""
-        weights, odd = {}, {**others}
-        for name, (shape, dtype) in infos.items():
-            fits = dtype in _FLOATS and 0 not in shape and len(shape) <= MAX_RANK
-            if fits and name.isprintable():
-                weights[name] = shape
-            else:
-                odd[name] = f"{dtype} of shape {shape}"
-        self.unread = {n: what for n, what in odd.items() if n.rpartition(".")[2] in _LEAVES}
-        if not weights:
-            some = ", ".join(f"{shown(n)} is {shown(what)[1:-1]}" for n, what in odd.items())
-            raise UserError(
-                f"{self.path} holds no weights ({some:.500}): expected plain names, floats of 16, "
-                f"32 or 64 bits, elements, and no more than {MAX_RANK} axes; convert them"
-            )
-        return weights
-
-    def foreign(self, infos: Mapping[str, Info], others: Mapping[str, str]) -> Mapping[str, str]:
-        """New names of the tensors to read."""
-        weights = self.all(infos, others)
-        return {name: name for name in weights} if self.choose is None else self.choose(weights)
+def _select(
+    path: Path,
+    choose: Choose | None,
+    infos: Mapping[str, Info],
+    others: Mapping[str, str] = {},
+    known: bool = False,
+) -> Mapping[str, str]:
+    """New names of the tensors to read; with ``known`` all weights, as they are called."""
+    weights, odd = {}, {**others}
+    for name, (shape, dtype) in infos.items():
+        fits = dtype in _FLOATS and 0 not in shape and len(shape) <= MAX_RANK
+        if fits and name.isprintable():
+            weights[name] = shape
+        else:
+            odd[name] = f"{dtype} of shape {shape}"
+    if not weights:
+        some = ", ".join(f"{shown(n)} is {shown(what)[1:-1]}" for n, what in odd.items())
+        raise UserError(
+            f"{path} holds no weights ({some:.500}): expected plain names, floats of 16, 32 or 64 "
+            f"bits, elements, and no more than {MAX_RANK} axes; convert them"
+        )
+    if known or choose is None:
+        return {name: name for name in weights}
+    return choose(weights, {n: w for n, w in odd.items() if n.rpartition(".")[2] in _LEAVES})
 
 
-def _read(path: Path, selection: _Selection) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
+def _read(path: Path, select: Any) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
     """(format, tensors, metadata), as the first bytes say."""
     with path.open("rb") as file:
         start = file.read(16)
     if start.startswith(_HDF5_START):
         from flax_resnet.weights.readers.hdf5 import read_h5
 
-        return _keras(*read_h5(path), {}, selection)
+        return _keras(*read_h5(path), {}, select)
     if start.startswith(_ZIP_START) and _holds_keras(path):
         from flax_resnet.weights.readers.hdf5 import read_keras
 
         kind, tensors, config = read_keras(path)
-        return _keras(kind, tensors, {KERAS_CONFIG: config}, selection)
+        return _keras(kind, tensors, {KERAS_CONFIG: config}, select)
     if start.startswith((_ZIP_START, LEGACY_START)):
-        return "torch", read_torch(path, selection.foreign), {}
+        return "torch", read_torch(path, select), {}
     if start[8:9] == b"{":
         header = int.from_bytes(start[:8], "little")
-        return ("safetensors", *_read_safetensors(path, header, selection))
+        return ("safetensors", *_read_safetensors(path, header, select))
     raise UserError(
         f"{path} is no weight file that is read here (it starts with {start!r}): expected "
         ".safetensors, a state dict by torch.save (.pth, .pt), or Keras's .keras, .h5, .weights.h5"
@@ -131,10 +125,10 @@ def _read(path: Path, selection: _Selection) -> tuple[Any, dict[str, np.ndarray]
 
 
 def _keras(
-    kind: Any, tensors: dict[str, np.ndarray], metadata: dict[str, str], selection: _Selection
+    kind: Any, tensors: dict[str, np.ndarray], metadata: dict[str, str], select: Any
 ) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
-    fitting = selection.all({name: Info(x.shape, str(x.dtype)) for name, x in tensors.items()})
-    return kind, {name: tensors[name] for name in fitting}, metadata
+    infos = {name: Info(x.shape, str(x.dtype)) for name, x in tensors.items()}
+    return kind, {name: tensors[name] for name in select(infos, known=True)}, metadata
 
 
 def _holds_keras(path: Path) -> bool:
@@ -147,7 +141,7 @@ def _holds_keras(path: Path) -> bool:
 
 
 def _read_safetensors(
-    path: Path, header: int, selection: _Selection
+    path: Path, header: int, select: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(tensors, metadata) of a file whose header takes so many bytes."""
     if MAX_HEADER < header < path.stat().st_size:
@@ -163,8 +157,7 @@ def _read_safetensors(
                 kind = part.get_dtype().rstrip("0123456789")
                 dtype = _SAFETENSORS.get(kind, kind) + part.get_dtype().removeprefix(kind)
                 infos[name] = Info(tuple(part.get_shape()), dtype)
-            own = METADATA_KEY in metadata
-            chosen = {n: n for n in selection.all(infos)} if own else selection.foreign(infos, {})
+            chosen = select(infos, known=METADATA_KEY in metadata)
             return {new: file.get_tensor(name) for name, new in chosen.items()}, metadata
     except UserError:
         raise

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flax_resnet.errors import UserError
+from flax_resnet.weights.architectures import check_name
 from flax_resnet.weights.readers.torch_pickle import Inert, Storage, Tensor, Unpickler
 from flax_resnet.weights.readers.untrusted import LimitedFile, Select, open_zip, shown
 
@@ -45,6 +46,8 @@ def read_torch(path: Path, select: Select) -> dict[str, np.ndarray]:
     try:
         with LimitedFile(io.FileIO(path)) as file:
             root, load = (_open_zip if file.peek(2)[:2] == b"PK" else _open_legacy)(path, file)
+            if isinstance(arch := root.get("arch") if isinstance(root, dict) else None, str):
+                check_name(arch)  # timm's and torchvision's training say it
             tensors, unread = _flatten(path, root)
             chosen = select({name: tensor.info for name, tensor in tensors.items()}, unread)
             named = {new: tensors[name] for name, new in chosen.items()}

@@ -85,7 +85,8 @@ class Unpickler(_Python):
 
     def find_class(self, module: str, name: str) -> Any:
         """What a name stands for in the table."""
-        return _NAMES.get(f"{module}.{name}") or Global(f"{module}.{name}")
+        full = f"{module}.{name}"
+        return _NAMES[full] if full in _NAMES else Global(full)
 
     def persistent_load(self, identity: Any) -> Any:
         """A storage, by its place in the file."""
@@ -125,17 +126,13 @@ class Unpickler(_Python):
         if not isinstance(self.stack[-1], (_Dict, Tensor, Global)):
             raise ValueError(f"its pickle sets the inner state of {shown(self.stack[-1])}")
 
-    def load_items(self) -> None:
-        """ADDITEMS: what is in a set is passed over."""
-        self.pop_mark()
-
     def load_frozenset(self) -> None:
-        """FROZENSET."""
+        """FROZENSET: what is in a set is passed over."""
         self.pop_mark()
         self.append(_SET)
 
 
-_SET = Inert("builtins.set")
+_SET = Global("builtins.set")
 
 
 def _refuse(unpickler: Any) -> None:
@@ -200,7 +197,7 @@ _HANDLERS: dict[int, Any] = {
     pickle.NEWOBJ[0]: Unpickler.load_call,
     pickle.NEWOBJ_EX[0]: Unpickler.load_call_by_name,
     pickle.EMPTY_SET[0]: lambda unpickler: unpickler.append(_SET),
-    pickle.ADDITEMS[0]: Unpickler.load_items,
+    pickle.ADDITEMS[0]: Unpickler.pop_mark,
     pickle.FROZENSET[0]: Unpickler.load_frozenset,
     pickle.BUILD[0]: Unpickler.load_build,
 }
