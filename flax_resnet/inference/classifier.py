@@ -18,7 +18,6 @@ from flax_resnet import models
 from flax_resnet.data.decode import DECODE_ERRORS
 from flax_resnet.data.normalization import normalize
 from flax_resnet.data.order import ahead
-from flax_resnet.data.sources import unreadable
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.inference.prediction import (
     OnError,
@@ -29,6 +28,7 @@ from flax_resnet.inference.prediction import (
     image_title,
     is_one_image,
     is_path,
+    reason,
 )
 from flax_resnet.models import ResNet
 from flax_resnet.training import metrics
@@ -171,12 +171,16 @@ class Classifier:
         self, images: Iterable[Any], on_error: OnError | None
     ) -> Iterator[tuple[Any, np.ndarray]]:
         """The images that can be read, two batches of an accelerator decoded ahead."""
-        for image, work in ahead(self.prepare, images, 2 * max(32, self.batch_sizes[-1])):
+        work = ahead(self.prepare, images, 2 * max(32, self.batch_sizes[-1]))
+        for number, (image, pixels) in enumerate(work, 1):
             try:
-                yield image, work.result()
+                yield image, pixels.result()
             except DECODE_ERRORS as error:
                 if on_error is None:
-                    raise unreadable(image_title(image), error) from error
+                    what = (
+                        image_title(image) if is_path(image) else f"{number}, {image_title(image)}"
+                    )
+                    raise UserError(f"unreadable image {what} ({reason(error)})") from error
                 on_error(image, error)
 
 

@@ -204,7 +204,7 @@ def test_an_accelerator_takes_few_batch_sizes(weights, found, photos, monkeypatc
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (b"no picture", "unreadable image <bytes>"),
+        (b"no picture", r"unreadable image 1, <bytes> \(it is no image that Pillow reads\)$"),
         ("/nowhere/x.png", "/nowhere/x.png: no such file or folder"),
         (["/nowhere/x.png"], "/nowhere/x.png: no such file or folder"),
         (None, "None is no image: expected a path, the bytes of an image file, a PIL image"),
