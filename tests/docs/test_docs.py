@@ -266,11 +266,7 @@ def test_every_fence_is_code_output_or_a_directive():
 
 def test_every_public_name_is_in_the_reference():
     text = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
-    found = re.findall(
-        r"^\.\. auto(?:class|function|exception|module):: (?:flax_resnet[.]training[.])?(\w+)$",
-        text,
-        re.MULTILINE,
-    )
+    found = re.findall(r"^\.\. auto(?:class|function|exception|module):: (?:flax_resnet[.]training[.])?(\w+)$", text, re.MULTILINE)
     tree = vars(flax_resnet)
     source = (ROOT / "flax_resnet" / "__init__.py").read_text()
     public = {name for name in re.findall(r" as (\w+)$", source, re.MULTILINE) if name in tree}
