@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 from flax_resnet.cli.flags import DataDir, Switch, flag, writing
 from flax_resnet.cli.weight_flags import WeightFlags
+from flax_resnet.data.batches import changes, contents
 from flax_resnet.data.config import DataConfig
 from flax_resnet.data.tta import Views
 from flax_resnet.errors import UserError
 from flax_resnet.inference.evaluation import evaluate
 from flax_resnet.records import text_tables
-from flax_resnet.records.run_dir import read_config
+from flax_resnet.records.run_dir import CONFIG, data_config, read_config, read_record
 from flax_resnet.weights.loading import is_path
 
 
@@ -29,7 +31,8 @@ class Where:
     data_dir: DataDir = None
     """Directory that holds NAME/VERSION."""
     folder: Annotated[str | None, flag("DIR")] = None
-    """A folder instead: all images of DIR/CLASS/..., or, next to DIR/train, those of DIR/val."""
+    """A folder instead: all images of DIR/CLASS/..., or, next to DIR/train, those of DIR/val. Where
+    a run's folder has been moved there, those that the run evaluated on."""
     train_split: Annotated[str | None, flag("SPLIT", DataConfig.train_split)] = None
     """Of a folder: the sub-folder next to which that of --data.eval-split is one."""
     eval_split: Annotated[str | None, flag("SPLIT", DataConfig.eval_split)] = None
@@ -82,27 +85,56 @@ class Settings(WeightFlags):
                 "expected one of --data.name NAME and --data.folder DIR: what images (weights that "
                 "are a run's working directory need neither)"
             )
-        if not named:
+        there = None
+        if not named or (not holdout and self._has_moved(run)):
             try:
                 recorded = read_config(run)
+                there = read_record(run).get("contents")
             except UserError as error:
                 advice = "or give --data.name NAME or --data.folder DIR"
                 raise UserError(f"{error}; {advice}") from None
-            config = recorded.data
+            config = data_config(run, recorded, self.data.folder)
             # With sub-folders for its splits a folder has nothing to hold out.
             holdout = config.folder is not None
             tta = self.tta or ("none" if self.ten_crop else recorded.tta)
         options = {name: getattr(self, name) for name in ("batch_size", "ten_crop", "limit")}
-        return dataclasses.replace(config, **given), {**options, "tta": tta, "holdout": holdout}
+        return dataclasses.replace(config, **given), {
+            **options,
+            "tta": tta,
+            "holdout": holdout,
+            "recorded": there,
+        }
+
+    def _has_moved(self, run: Path) -> bool:
+        """Whether --data.folder is where the images of a run are now, which left their old place.
+
+        Prints how they differ, if they do.
+        """
+        folder = self.data.folder
+        if folder is None or not (run / CONFIG).is_file():
+            return False
+        config, there = read_config(run), read_record(run).get("contents")
+        if there is None or Path(config.data.folder).expanduser().exists():
+            return False
+        config = data_config(run, config, folder)
+        try:
+            changed = changes(there, contents(config))
+        except UserError as error:
+            changed = str(error)
+        if changed:
+            print(f"{folder} does not hold the images of {run} ({changed}): all of it is evaluated",
+                  file=sys.stderr)  # fmt: skip
+        return not changed
 
 
 def main(settings: Settings) -> None:
     """``flax-resnet evaluate``."""
     config, options = settings.asked()
     opened = settings.open(settings.weights)
+    lines: list[str] = []
     with contextlib.ExitStack() as stack:  # a file that cannot be written is said at once
         file = settings.output and stack.enter_context(writing(settings.output))
-        numbers = evaluate(opened, config, **options)
+        numbers = evaluate(opened, config, **options, say=lines.append)
         if file:
             asked = {**dataclasses.asdict(settings), "tta": options["tta"]}
             unused = {"name": config.folder is not None, "holdout_every": not options["holdout"]}
@@ -112,4 +144,6 @@ def main(settings: Settings) -> None:
             print(json.dumps({**asked, **numbers}, indent=2), file=file)
     split = "" if config.folder else f" {config.eval_split}"
     about = {"weights": settings.weights, "data": f"{config.title}{split}"}
+    for line in lines:
+        print(line)
     text_tables.show(opened.name, [*about.items(), *text_tables.result_rows(numbers).items()])

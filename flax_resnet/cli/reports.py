@@ -16,6 +16,16 @@ from flax_resnet.records.run_dir import read_config
 
 
 @dataclasses.dataclass(frozen=True)
+class Places:
+    """Where a run's data are now, if they have moved."""
+
+    folder: Annotated[str | None, flag("DIR", "as recorded")] = None
+    """The folder of images that the run was trained on."""
+    data_dir: Annotated[str | None, flag("DIR", "as recorded")] = None
+    """Directory that holds NAME/VERSION of a tfds set."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Writes one HTML file with a run's result, config and environment, its curves, confusion
     matrix and reliability diagram, its worst-classified examples, filters, feature maps,
@@ -39,6 +49,7 @@ class Report:
     """Run the learning-rate finder too, which trains for up to 100 steps."""
     seed: int = 0
     """Of t-SNE."""
+    data: Places = Places()
 
 
 def write_report(settings: Report) -> None:
@@ -46,6 +57,7 @@ def write_report(settings: Report) -> None:
     read_config(settings.workdir)  # before the output is opened
     options = dataclasses.asdict(settings)
     workdir, output = options.pop("workdir"), options.pop("output")
+    options |= options.pop("data")
     output = output or str(Path(workdir) / "report.html")
     with writing(output) as file:
         file.write(report(workdir, say=lambda line: print(line, file=sys.stderr), **options))

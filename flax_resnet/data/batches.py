@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from flax_resnet.records.files import digest
 
 # Images are decoded and summed up this many bytes of pixels at a time.
 CHUNK_BYTES = 2**24
+Contents = Mapping[str, Mapping[str, Any]]
+"""{"train" and "eval": {"images": {class: number}, "sha256": of the files' names and sizes}}."""
 
 
 class Data:
@@ -88,9 +92,15 @@ class Data:
         if self.resident:
             self._keep({split: self._decoded(split) for split in SPLITS})
 
+    @functools.cached_property
+    def contents(self) -> Contents | None:
+        """What is in a folder of images, by split; None of a tfds set."""
+        return contents(self._config, self._sources.values())
+
     def describe(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as JSON values."""
         return {
+            **({} if self.contents is None else {"contents": self.contents}),
             "num_train": self.num_train,
             "num_eval": self.num_eval,
             "image_shape": list(self.image_shape),
@@ -99,8 +109,14 @@ class Data:
 
     def check_same(self, recorded: Mapping[str, Any], workdir: Path) -> None:
         """Raises UserError unless these are the data that the run in ``workdir`` recorded."""
+        there = recorded.get("contents")  # earlier versions recorded none
+        if there is not None and (changed := changes(there, self.contents)):
+            raise UserError(
+                f"{workdir} was trained on other images than {self._config.title} has now "
+                f"({changed}): put the same images back, or name another directory"
+            )
         for name, here in self.describe().items():
-            if recorded[name] != here:
+            if name != "contents" and recorded[name] != here:
                 raise UserError(
                     f"{workdir} was trained on data with {name} {recorded[name]!s:.80} and it is "
                     f"{here!s:.80} now: put the same data back, or name another directory"
@@ -248,6 +264,50 @@ class Data:
             yield from map(reader.rows, range(start, stop))
         else:
             yield from read_ahead(reader, start, stop, self._config.num_workers)
+
+
+def contents(config: DataConfig, splits: Iterable[Any] | None = None) -> Contents | None:
+    """What a run records of a folder of images: by split, images by class, and a hash.
+
+    The hash is of the names, relative to the folder, and the sizes in bytes of a split's files.
+
+    Args:
+      config: names the folder; of a tfds set the contents are None.
+      splits: sources of its training and its evaluation split; by default they are opened.
+    """
+    if config.folder is None:
+        return None
+    opened = splits or open_sources(dataclasses.replace(config, image_size=1))
+    root = Path(config.folder).expanduser()
+    found: dict[str, dict[str, Any]] = {}
+    for split, source in zip(SPLITS, opened, strict=True):
+        names = (path.relative_to(root).as_posix() for path in source.paths)
+        sizes = (path.stat().st_size for path in source.paths)
+        files = (f"{name} {size}" for name, size in zip(names, sizes, strict=True))
+        text = "\n".join(sorted(unicodedata.normalize("NFC", line) for line in files))
+        counts = np.bincount(source.labels, minlength=len(source.class_names)).tolist()
+        found[split] = {
+            "images": dict(zip(source.class_names, counts, strict=True)),
+            "sha256": hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest(),
+        }
+    return found
+
+
+def changes(there: Contents, now: Contents | None) -> str:
+    """How recorded contents of a folder differ from those of now; "" where they are the same."""
+    if now is None:
+        return "a folder then, a tfds set now"
+    lines = []
+    for split, what in zip(SPLITS, ("training", "evaluation"), strict=True):
+        old, new = there[split]["images"], now[split]["images"]
+        counts = [
+            f"{name!r} {old.get(name, 0)} {what} images then, {new.get(name, 0)} now"
+            for name in sorted({*old, *new})
+            if old.get(name) != new.get(name)
+        ]
+        if there[split]["sha256"] != now[split]["sha256"]:
+            lines += counts[:3] or [f"other names or sizes of {what} images"]
+    return "; ".join(lines)
 
 
 def _image_shape(

@@ -11,15 +11,17 @@ import functools
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+from unicodedata import normalize as normalize_name
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from flax_resnet.data.batches import open_sources
+from flax_resnet.data.batches import Contents, changes, contents, open_sources
 from flax_resnet.data.config import DataConfig
 from flax_resnet.data.normalization import normalize
 from flax_resnet.data.order import decode_chunks
@@ -42,6 +44,8 @@ def evaluate(
     tta: Views = "none",
     limit: int | None = None,
     holdout: bool = False,
+    recorded: Contents | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
     """Measures a network on a split.
 
@@ -56,6 +60,9 @@ def evaluate(
       limit: evaluate so many examples, evenly spread.
       holdout: of a folder without split sub-folders, evaluate what training holds out (one in
         ``holdout_every`` of each class) rather than all of it.
+      recorded: what was in the folder when the network was trained on it, where that is known.
+      say: called with a line on which images are scored, how the folder has changed, and which
+        classes of the data and of the network do not meet.
 
     Returns:
       "top1" and "top5" (shares of n), "loss" (mean cross-entropy, nats), "calibration_error" (15
@@ -78,12 +85,21 @@ def evaluate(
         (source,) = open_sources(config, (config.eval_split,))
     else:  # images may differ in size, and one that is held out of each one is all of them
         any_size = dataclasses.replace(config, image_size=1)
-        source = open_sources(any_size, every=None if holdout else 1)[1]
+        splits = open_sources(any_size, every=None if holdout else 1)
+        source = splits[1]
+        if recorded and (changed := changes(recorded, contents(config, splits))):
+            say(
+                f"{config.folder} has changed since the training ({changed}): images that were "
+                "trained on may be among those that are scored"
+            )
     if not len(source):
         raise UserError(f"split {config.eval_split!r} of {config.title} is empty: give another")
-    classes = class_order(source.class_names, of.class_names, of.num_classes, config.title)
-    count = len(source) if limit is None else min(limit, len(source))
-    rows = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
+    title = config.title
+    classes = class_order(source.class_names, of.class_names, of.num_classes, title, say)
+    known = _known_rows(source, classes, title, say)
+    count = len(known) if limit is None else min(limit, len(known))
+    rows = known[np.linspace(0, len(known) - 1, count).round().astype(np.int64)]
+    say(f"scored on {count} images: {_which(source, config, holdout)}")
 
     def decode(data: bytes, rng: None) -> np.ndarray:
         return prepared.ten_crops(data) if ten_crop else prepared(data)
@@ -133,37 +149,70 @@ def _scores(
     }
 
 
-def class_order(
-    data: Sequence[str], weights: Sequence[str] | None, num_classes: int, title: str
+def _known_rows(
+    source: Any, classes: np.ndarray, title: str, say: Callable[[str], None]
 ) -> np.ndarray:
-    """The network's output for each label of the data: int32 (labels,).
+    """Rows of the examples whose class the network knows: int64 (N,)."""
+    unknown = [name for name, place in zip(source.class_names, classes, strict=True) if place < 0]
+    if not unknown:
+        return np.arange(len(source))
+    if not hasattr(source, "labels"):
+        raise UserError(f"{title} has classes that the weights do not know: {unknown[:5]}")
+    rows = np.flatnonzero(classes[source.labels] >= 0)
+    say(f"left out: {len(source) - len(rows)} images of classes that the weights do not know, "
+        f"{', '.join(map(repr, unknown[:5]))}")  # fmt: skip
+    return rows
 
-    The same names in another order are matched by name, and WordNet's ids with ImageNet's
-    classes; all else goes by position. Another number of classes, or names of which some are the
-    same, raise UserError.
+
+def _which(source: Any, config: DataConfig, holdout: bool) -> str:
+    """Which images of the data are evaluated, in words."""
+    if config.folder is None:
+        return f"{config.eval_split} of {config.title}"
+    top = source.paths[0].relative_to(Path(config.folder).expanduser()).parts[0]
+    if top not in source.class_names:
+        return f"those of {config.folder}/{top}"
+    if holdout:
+        return f"one in {config.holdout_every} of each class of {config.folder}, held out"
+    return f"all of {config.folder}"
+
+
+def class_order(
+    data: Sequence[str],
+    weights: Sequence[str] | None,
+    num_classes: int,
+    title: str,
+    say: Callable[[str], None] = lambda line: None,
+) -> np.ndarray:
+    """The network's output for each label of the data: int32 (labels,), -1 where it has none.
+
+    Classes are matched by name, and WordNet's ids with ImageNet's classes. Where no name is the
+    same they go by position; another number of classes raises UserError then.
 
     Args:
       data: names of the data's classes.
       weights: names of the network's, where they are known.
       num_classes: the network's outputs.
       title: what to call the data.
+      say: called with a line where classes go by position, or some are not in the data.
     """
     known = num_classes if weights is None else min(len(weights), num_classes)
+    are_ids = all(re.fullmatch(r"n\d{8}", name) for name in data)
+    if are_ids and tuple(weights or ()) == imagenet_classes():
+        weights = imagenet_ids()
+    data, names = ([normalize_name("NFC", name) for name in each] for each in (data, weights or ()))
+    place = {name: index for index, name in enumerate(names)}
+    if data != names and len({*data}) == len(data) and place.keys() & {*data}:
+        if missing := [repr(name) for name in names if name not in data]:
+            more = ", ..." if len(missing) > 5 else ""
+            say(f"{len(missing)} of the network's {len(names)} classes are not in {title}: "
+                f"{', '.join(missing[:5])}{more}")  # fmt: skip
+        return np.array([place.get(name, -1) for name in data], np.int32)
     if len(data) != known:
         raise UserError(
-            f"the weights tell {known} classes apart and {title} has {len(data)}: take weights or "
-            "data of the other number"
+            f"the weights tell {known} classes apart and {title} has {len(data)}, none of the same "
+            "name: take weights or data of the same classes"
         )
-    are_ids = all(re.fullmatch(r"n\d{8}", name) for name in data)
-    if are_ids := are_ids and tuple(weights or ()) == imagenet_classes():
-        weights = imagenet_ids()
-    place = {name: index for index, name in enumerate(weights or ())}
-    odd = sorted(set(data) - place.keys())
-    if odd and (are_ids or place.keys() & set(data)):
-        raise UserError(
-            f"{title} and the weights share {len(data) - len(odd)} of {len(data)} classes; "
-            f"{odd[0]!r} is not among the weights': take weights or data of the same classes"
-        )
-    if odd or len(place) != len(data):
-        return np.arange(len(data), dtype=np.int32)
-    return np.array([place[name] for name in data], np.int32)
+    if weights is not None and data != names:
+        say(f"no class of {title} has a name of the network's: they are matched by position, "
+            f"{data[0]!r} with {names[0]!r}")  # fmt: skip
+    return np.arange(len(data), dtype=np.int32)

@@ -35,6 +35,8 @@ def report(
     images: Sequence[str] = (),
     lr_finder: bool = False,
     seed: int = 0,
+    folder: str | None = None,
+    data_dir: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> str:
     """A run as an HTML page with everything in it; a picture that fails is a line with the reason.
@@ -45,6 +47,8 @@ def report(
       images: files and folders for feature maps and Grad-CAM; else images of the evaluation split.
       lr_finder: run the learning-rate finder too, which trains for up to 100 steps.
       seed: seed of t-SNE.
+      folder: where the run's folder of images is now; None where it was.
+      data_dir: where the run's tfds set is now; None where it was.
       say: called with a line for each picture that begins.
     """
     workdir = Path(workdir).expanduser()
@@ -60,34 +64,43 @@ def report(
 
     @functools.cache
     def session() -> Session:
-        return Session(open_run(workdir, checkpoint), tuple(images), seed=seed, say=say)
+        run = open_run(workdir, checkpoint, folder=folder, data_dir=data_dir)
+        return Session(run, tuple(images), seed=seed, say=say)
 
     def draw(part: Part, path: Path) -> str:
         say(part.heading)
         return part.draw(session(), path)
 
     starts = [_start(number, one) for number, one in enumerate(record["starts"], 1)]
+    missing: dict[str, list[str]] = {}
+    picture = functools.partial(_picture, missing)
     sections = [
         ("result", "Result", _result(workdir)),
-        _picture("curves", "Curves", draw_curves),
+        picture("curves", "Curves", draw_curves),
         *(
-            _picture(anchor, part.heading, functools.partial(draw, part))
+            picture(anchor, part.heading, functools.partial(draw, part))
             for anchor, part in PARTS.items()
             if anchor != "lr" or lr_finder
         ),
         ("config", "Config", _table(flatten(record["config"]))),
         ("environment", "Environment", "\n".join(starts)),
     ]
-    return _page(name, workdir, sections)
+    notes = [f"Not drawn: {', '.join(names)}: {reason}" for reason, names in missing.items()]
+    for note in notes:
+        say(note)
+    return _page(name, workdir, sections, notes)
 
 
-def _picture(name: str, heading: str, draw: Callable[[Path], str]) -> Section:
-    """The section of a picture, or of the reason why there is none."""
+def _picture(
+    missing: dict[str, list[str]], name: str, heading: str, draw: Callable[[Path], str]
+) -> Section:
+    """The section of a picture, or of the reason why it is ``missing``: {reason: headings}."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "figure.png"
         try:
             caption = html.escape(draw(path))
         except UserError as error:
+            missing.setdefault(str(error), []).append(heading)
             return name, heading, f"<p>{html.escape(f'Not drawn: {error}')}</p>"
         data = base64.b64encode(path.read_bytes()).decode()
     image = f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">'
@@ -95,7 +108,7 @@ def _picture(name: str, heading: str, draw: Callable[[Path], str]) -> Section:
     return name, heading, figure
 
 
-def _page(name: str, workdir: Path, sections: Sequence[Section]) -> str:
+def _page(name: str, workdir: Path, sections: Sequence[Section], notes: Sequence[str]) -> str:
     links = "\n".join(f'<a href="#{a}">{html.escape(heading)}</a>' for a, heading, _ in sections)
     parts = (f'<h2 id="{a}">{html.escape(heading)}</h2>\n{body}' for a, heading, body in sections)
     return f"""<!DOCTYPE html>
@@ -107,6 +120,7 @@ def _page(name: str, workdir: Path, sections: Sequence[Section]) -> str:
 <body>
 <h1>{html.escape(name)}</h1>
 <p>Working directory: {html.escape(str(workdir))}</p>
+{chr(10).join(f"<p>{html.escape(note)}</p>" for note in notes)}
 <nav>
 {links}
 </nav>

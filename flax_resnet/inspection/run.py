@@ -16,7 +16,7 @@ from flax_resnet.data.batches import Data
 from flax_resnet.data.normalization import normalize
 from flax_resnet.distributed import sharding
 from flax_resnet.models import ResNet
-from flax_resnet.records.run_dir import read_config
+from flax_resnet.records.run_dir import data_config, read_config
 from flax_resnet.weights.imagenet import class_name
 from flax_resnet.weights.loading import read_checkpoint, saved_variables
 
@@ -67,6 +67,7 @@ class Inspected:
         Raises:
           UserError: they are not there any more, or not those that the run was trained on.
         """
+        data_config(self.workdir, self.config)  # is its folder there?
         mesh = sharding.data_mesh(jax.local_devices()[:1])
         with_rows = self.config.augment.alternating_flip
         data = Data(self.config.data, mesh, self.config.model.num_classes, with_rows=with_rows)
@@ -82,18 +83,29 @@ class Inspected:
         return class_name(self.class_names, index)
 
 
-def open_run(workdir: str | Path, checkpoint: Which = "best") -> Inspected:
+def open_run(
+    workdir: str | Path,
+    checkpoint: Which = "best",
+    *,
+    folder: str | None = None,
+    data_dir: str | None = None,
+) -> Inspected:
     """Opens a run; its data are opened when they are asked for.
 
     Args:
       workdir: of a run that has saved a checkpoint.
       checkpoint: "best" by evaluation top-1 (the latest where none was kept by it), or "latest".
+      folder: where the run's folder of images is now; None where it was.
+      data_dir: where the run's tfds set is now; None where it was.
 
     Raises:
       UserError: there is no run or no checkpoint, or it cannot be read.
     """
     workdir = Path(workdir).expanduser()
     config = read_config(workdir)
+    places = {"folder": folder, "data_dir": data_dir}
+    places = {name: place for name, place in places.items() if place is not None}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **places))
     state, meta = read_checkpoint(workdir, checkpoint)
     module = config.model
     variables = saved_variables(module, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from contextlib import AbstractContextManager
@@ -54,6 +55,31 @@ def read_config(workdir: str | Path) -> Any:
     record = read_record(workdir)
     with record_errors(Path(workdir).expanduser() / CONFIG):
         return from_record(untracked(record["config"]))
+
+
+def data_config(
+    workdir: str | Path, config: Any, folder: str | None = None, data_dir: str | None = None
+) -> Any:
+    """The DataConfig of a run, with the places where its images are now.
+
+    Args:
+      workdir: the run's.
+      config: its TrainConfig.
+      folder: where its folder of images is now; None where it was.
+      data_dir: where its tfds set is now; None where it was.
+
+    Raises:
+      UserError: its folder is not there.
+    """
+    data = dataclasses.replace(
+        config.data, folder=folder or config.data.folder, data_dir=data_dir or config.data.data_dir
+    )
+    if data.folder is not None and not Path(data.folder).expanduser().is_dir():
+        raise UserError(
+            f"{workdir} was trained on the folder {config.data.folder}; {data.folder} is not "
+            "there: name the place where the same images are now (--data.folder DIR)"
+        )
+    return data
 
 
 def finished(workdir: Path) -> dict[str, Any] | None:

@@ -170,7 +170,7 @@ def _train_group(
         watch.at(COMPILING, run.progress.step)
         programs = run.programs.compile(run.dispatch_lengths)
         for path in open_ones:
-            stack.enter_context(claimed(path, configs[path]))
+            stack.enter_context(claimed(path, configs[path], run.data.contents))
         own.mkdir(parents=True, exist_ok=True)
         check_current(run)
         names = [path.relative_to(own.parent.parent).as_posix() for path in configs]

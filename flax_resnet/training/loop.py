@@ -95,7 +95,7 @@ def train_and_evaluate(
         programs = run.programs.compile(run.dispatch_lengths)
 
         # What can be wrong has been by now; only then is anything written.
-        stack.enter_context(claimed(workdir, config))
+        stack.enter_context(claimed(workdir, config, run.data.contents))
         watch.at(watchdog.SETTING_UP, run.progress.step)
         check_current(run)
         with tracking.following({workdir: config.tracking} if lead else {}) as followers:

@@ -155,8 +155,9 @@ def paced(
     epoch = math.ceil(num_images / batch_size)
     num_epochs = given.num_epochs or max(config.num_epochs, math.ceil(least_steps / epoch))
     num_steps = given.num_steps or max(1, round(num_epochs * epoch))
-    optimizer = config.optimizer
-    warmup = round(min(max(0.05, optimizer.schedule.warmup, 20 / num_steps), 0.25), 3)
+    optimizer, schedule = config.optimizer, config.optimizer.schedule
+    assert isinstance(schedule, Cosine)
+    warmup = round(min(max(schedule.warmup, 20 / num_steps), 0.25), 3)
     model = config.model
     if getattr(model, "norm_kind", None) == "batch":
         momentum = round(max(0.0, 1 - 10 / num_steps), 2)
@@ -167,7 +168,7 @@ def paced(
         optimizer=dataclasses.replace(
             optimizer,
             learning_rate=optimizer.learning_rate * batch_size / BATCHES[-1],
-            schedule=dataclasses.replace(optimizer.schedule, warmup=warmup),
+            schedule=dataclasses.replace(schedule, warmup=warmup),
         ),
         batch_size=batch_size,
         num_epochs=num_epochs,

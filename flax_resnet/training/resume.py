@@ -9,7 +9,7 @@ from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.errors import UserError
 from flax_resnet.records.run_dir import RESULT
 from flax_resnet.training.run import Progress, Run
-from flax_resnet.training.workdir import check_same_config
+from flax_resnet.training.workdir import check_same_config, moved
 
 
 def restore(run: Run) -> bool:
@@ -29,7 +29,8 @@ def restore(run: Run) -> bool:
         meta = checkpoints.meta(step)
         run.data.check_same(meta, run.workdir)
         what = f"checkpoint {step} in {checkpoints.directory} is"
-        check_same_config(what, meta["config"], run.config)
+        there = moved(meta["config"], meta.get("contents"), run.config.data)
+        check_same_config(what, there, run.config)
         arrays, _ = checkpoints.restore(run.state.arrays(), step)
     run.state = run.state.replace(**arrays)
     names = [field.name for field in dataclasses.fields(Progress) if field.name in meta]

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from flax_resnet.data.batches import Contents, changes, contents
+from flax_resnet.data.config import DataConfig
 from flax_resnet.data.decode import PACKAGES
 from flax_resnet.distributed import sharding
 from flax_resnet.errors import TryAgain, UserError
@@ -99,12 +101,35 @@ def check_workdir(workdir: Path, config: TrainConfig) -> None:
                 f"--workdir {workdir} holds checkpoints and no config.json: choose another"
             )
         return
-    there = read_record(workdir)["config"]
+    record = read_record(workdir)
+    there = moved(record["config"], record.get("contents"), config.data)
     check_same_config(f"--workdir {workdir} holds a run", there, config)
 
 
+def moved(there: Mapping[str, Any], recorded: Contents | None, data: DataConfig) -> Any:
+    """A recorded config, with the folder of ``data`` where that holds the images of its run.
+
+    Args:
+      there: the config, as recorded.
+      recorded: what was in its folder; None where that is not known.
+      data: where the images are now.
+
+    Raises:
+      UserError: the folder is another one, and holds other images.
+    """
+    old = there["data"]["folder"]
+    if recorded is None or data.folder in (None, old):
+        return there
+    if changed := changes(recorded, contents(data)):
+        raise UserError(
+            f"the run was trained on images in {old}, and {data.folder} holds other ones "
+            f"({changed}): choose another --workdir"
+        )
+    return {**there, "data": {**there["data"], "folder": data.folder}}
+
+
 @contextlib.contextmanager
-def claimed(workdir: Path, config: TrainConfig) -> Iterator[None]:
+def claimed(workdir: Path, config: TrainConfig, found: Contents | None = None) -> Iterator[None]:
     """Makes the workdir, writes the record, and keeps other runs of this machine out of it.
 
     Raises:
@@ -119,7 +144,7 @@ def claimed(workdir: Path, config: TrainConfig) -> Iterator[None]:
                 directory = os.open(workdir, os.O_RDONLY)
                 stack.callback(os.close, directory)
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process lets go
-                write_record(workdir, config)
+                write_record(workdir, config, found)
             _check_shared(workdir)
             is_claimed = True
             yield
@@ -159,8 +184,8 @@ def _check_shared(workdir: Path) -> None:
     )
 
 
-def write_record(workdir: Path, config: TrainConfig) -> None:
-    """Writes config.json: the config, and for each start of the run what it ran on."""
+def write_record(workdir: Path, config: TrainConfig, found: Contents | None = None) -> None:
+    """Writes config.json: the config, a folder's contents, and for each start what it ran on."""
     path = workdir / CONFIG
     starts = read_record(workdir)["starts"] if path.exists() else []
     start = {
@@ -174,4 +199,5 @@ def write_record(workdir: Path, config: TrainConfig) -> None:
         "processes": jax.process_count(),
         "cpu_cores": os.cpu_count(),
     }
-    write_json(path, {"config": to_record(config), "starts": [*starts, start]})
+    record = {"config": to_record(config), "starts": [*starts, start]}
+    write_json(path, record if found is None else {**record, "contents": found})

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -15,8 +16,9 @@ from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
 from flax_resnet.inference.classifier import open_network, predict_images
 from flax_resnet.inference.evaluation import class_order, evaluate
+from flax_resnet.inspection import open_run
 from flax_resnet.optim.optimizers import Adam
-from flax_resnet.records.run_dir import read_metrics
+from flax_resnet.records.run_dir import finished, read_config, read_metrics
 from flax_resnet.training.config import TrainConfig
 from flax_resnet.training.loop import train_and_evaluate
 from flax_resnet.weights.imagenet import imagenet_classes
@@ -109,6 +111,24 @@ def test_ten_crops_against_brute_force(opened, folder):
         evaluate(opened, DataConfig(folder=str(root)), ten_crop=True)
 
 
+def test_an_extra_class_is_left_out_and_a_missing_one_is_said(opened, folder, tmp_path, rng):
+    root, _, _ = folder
+    wanted = evaluate(opened, DataConfig(folder=str(root)))
+    fill(root, rng, ("another", "kind 9"), 3)
+    said = []
+    found = evaluate(opened, DataConfig(folder=str(root)), say=said.append)
+    check(found, {name: wanted[name] for name in NUMBERS})
+    assert said == [
+        "left out: 6 images of classes that the weights do not know, 'another', 'kind 9'",
+        f"scored on 35 images: all of {root}",
+    ]
+    for name in (*CLASSES[:4], "another", "kind 9"):
+        (root / name).rename(tmp_path / name)
+    evaluate(opened, DataConfig(folder=str(root)), say=said.append)
+    assert said[2].startswith(f"4 of the network's 7 classes are not in {root}: 'kind 0', 'kind 1'")
+    assert said[3] == f"scored on 15 images: all of {root}"
+
+
 def test_classes_in_another_order_are_matched_by_name(opened, folder):
     root, _, _ = folder
     config = DataConfig(folder=str(root))
@@ -133,10 +153,16 @@ def test_class_order():
     ids = [line.split("\t")[0] for line in text.splitlines()]
     assert class_order(ids, imagenet_classes(), 1000, "x").tolist() == list(range(1000))
     assert class_order(ids[::-1], imagenet_classes(), 1000, "x").tolist() == [*range(999, -1, -1)]
-    with pytest.raises(UserError, match="share 999 of 1000 classes; 'n99999999' is not among"):
-        class_order([*ids[:-1], "n99999999"], imagenet_classes(), 1000, "x")
-    with pytest.raises(UserError, match="share 2 of 3 classes; 'ant' is not among"):
-        class_order(["ant", "cat", "dog"], ["cat", "dog", "fox"], 3, "d")
+    odd = class_order([*ids[:-1], "n99999999"], imagenet_classes(), 1000, "x")
+    assert odd.tolist() == [*range(999), -1]
+    said = []
+    animals = class_order(["ant", "cat", "dog"], ["cat", "dog", "fox"], 3, "d", said.append)
+    assert animals.tolist() == [-1, 0, 1]
+    assert said == ["1 of the network's 3 classes are not in d: 'fox'"]
+    assert class_order(["fox"], ["cat", "dog", "fox"], 3, "d").tolist() == [2]
+    assert class_order(["e\u0301"], ["a", "\u00e9"], 2, "d").tolist() == [1]
+    class_order(["b", "a"], ["d", "c"], 2, "x", said.append)
+    assert "no class of x has a name of the network's: they are matched by position" in said[1]
     with pytest.raises(UserError, match="tell 3 classes apart and x has 2"):
         class_order(["a", "b"], None, 3, "x")
 
@@ -217,6 +243,58 @@ def test_a_run_on_a_folder_gives_its_own_top1(call, folder_run, tmp_path):
     where = ("--data.folder", own["data"]["folder"], "--tta", "flip")
     assert measured(*where, "--data.holdout-every", "4")["loss"] == own["loss"]
     assert measured(*where)["n"] == 40
+
+
+def test_a_folder_that_has_changed_since_the_training_is_said(call, folder_run, image_folder):
+    arguments = ("evaluate", "--weights", folder_run)
+    code, out, _ = call(*arguments)
+    which = f"scored on 10 images: one in 4 of each class of {image_folder}, held out"
+    assert (code, out.splitlines()[0]) == (0, which)
+    for i in range(3):
+        shutil.copy(image_folder / "cat" / "00.png", image_folder / "cat" / f"0{i}-copy.png")
+    out = call(*arguments)[1]
+    changed = "'cat' 15 training images then, 18 now"
+    assert out.startswith(f"{image_folder} has changed since the training ({changed}")
+
+
+def test_a_run_whose_folder_has_moved(call, folder_run, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("flax_resnet.inspection.gallery.PARTS", {})
+    evaluated = ("evaluate", "--weights", folder_run, "--output", tmp_path / "numbers.json")
+    assert call(*evaluated)[0] == 0
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    image_folder.rename(tmp_path / "new")
+    gone = f"was trained on the folder {image_folder}; {image_folder} is not there"
+    assert_one_line_error(call(*evaluated), gone)
+    assert call(*evaluated, "--data.folder", tmp_path / "new")[::2] == (0, "")
+    again = json.loads((tmp_path / "numbers.json").read_text())
+    assert {k: again[k] for k in NUMBERS} == {k: numbers[k] for k in NUMBERS}
+    with pytest.raises(UserError, match="is not there: name the place"):
+        open_run(folder_run).data  # noqa: B018
+    assert open_run(folder_run, folder=str(tmp_path / "new")).data.num_eval == 10
+
+    (tmp_path / "new" / "cat" / "00.png").unlink()
+    code, _, err = call(*evaluated, "--data.folder", tmp_path / "new")
+    assert code == 0
+    assert "does not hold the images of" in err
+    assert "'cat' 15 training images then, 14 now" in err
+    assert json.loads((tmp_path / "numbers.json").read_text())["n"] == 39
+
+
+def test_a_run_goes_on_where_its_folder_has_moved(folder_run, image_folder, tmp_path, mesh):
+    config = read_config(folder_run)
+    image_folder.rename(tmp_path / "new")
+    moved = dataclasses.replace(config.data, folder=str(tmp_path / "new"))
+    moved = dataclasses.replace(config, data=moved)
+    recorded = finished(folder_run)
+    assert train_and_evaluate(moved, folder_run, mesh=mesh) == recorded
+    (folder_run / "result.json").unlink()
+    again = train_and_evaluate(moved, folder_run, mesh=mesh)
+    assert (again["step"], again["loss"]) == (6, recorded["loss"])
+    (tmp_path / "new").rename(tmp_path / "third")
+    (tmp_path / "third" / "cat" / "00.png").unlink()
+    third = dataclasses.replace(config.data, folder=str(tmp_path / "third"))
+    with pytest.raises(UserError, match=r"other ones \('cat' 15 training images then, 14 now\)"):
+        train_and_evaluate(dataclasses.replace(config, data=third), folder_run, mesh=mesh)
 
 
 def test_sub_folders_for_splits_hold_out_nothing(call, folder_run, image_folder, tmp_path, rng):

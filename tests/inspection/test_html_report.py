@@ -101,9 +101,13 @@ def test_without_data_the_rest_is_there(workdir, tmp_path):
     record["config"]["data"] |= {"name": "cifar10", "data_dir": str(tmp_path)}
     (gone / "config.json").write_text(json.dumps(record))
     (gone / "result.json").unlink()
-    found = Page(html_report.report(gone))
+    said = []
+    found = Page(html_report.report(gone, say=said.append))
     assert [alt for alt, _ in found.images] == ["Curves", "First-layer filters"]
-    reasons = found.text["p"][1:]
+    head, *reasons = found.text["p"][1:]
+    assert head == said[-1]
+    assert head.startswith("Not drawn: Confusion matrix, Reliability, Worst-classified examples, ")
+    assert "dataset 'cifar10' is not prepared in" in head
     assert reasons[0] == "No result: the run is not finished."
     assert len(reasons) == len(PARTS) - 1  # the finder is not asked for, the filters are there
     assert all(line.startswith("Not drawn: ") and "\n" not in line for line in reasons[1:])
@@ -128,7 +132,7 @@ def test_command_writes_the_file_whole(call, workdir, tmp_path, monkeypatch):
     assert (workdir / "report.html").read_text() == "page\n"
     del asked["say"]
     wanted = {"checkpoint": "latest", "images": ("a.png", "b"), "lr_finder": False, "seed": 0}
-    assert asked == wanted
+    assert asked == {**wanted, "folder": None, "data_dir": None}
     code, _, error = call("report", tmp_path / "nowhere", "--output", tmp_path / "x.html")
     assert (code, error.count("\n")) == (2, 1)
     assert "holds no run" in error
