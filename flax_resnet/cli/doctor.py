@@ -18,11 +18,14 @@ import jax
 
 from flax_resnet.cli.flags import DataDir
 from flax_resnet.data import sources
+from flax_resnet.distributed import workers
 from flax_resnet.errors import TryAgain
 from flax_resnet.records.files import quoted
 from flax_resnet.records.provenance import git_state, versions
 
 PACKAGE = "flax_resnet"
+SHARED_MEMORY_BYTES = 6 * 128 * 224 * 224 * 3
+"""Batches of ImageNet's size that the two worker processes of a default config hand over."""
 OK, ABSENT, WRONG = " ", "-", "!"
 """Marks: not everybody needs what is absent; something does not work without what is wrong."""
 
@@ -51,6 +54,10 @@ def findings(data_dir: str | None = None) -> Iterator[tuple[str, str, str]]:
     if shutil.which("nvidia-smi") and jax.default_backend() == "cpu":
         text = 'there is an NVIDIA GPU, and jax has no CUDA   -> pip install "jax[cuda13]"'
         yield WRONG, "GPU", text
+    place = Path(workers.SHARED_MEMORY)
+    if place.is_dir() and (free := shutil.disk_usage(place).free) < SHARED_MEMORY_BYTES:
+        advice = "docker run --shm-size 2g, or --data.num-workers 0 for sets that stream"
+        yield ABSENT, "shared memory", f"{free / 2**20:.0f} MiB free in {place}   -> {advice}"
     root = Path(sources.data_root(data_dir))
     infos = [*root.glob("*/*/dataset_info.json"), *root.glob("*/*/*/dataset_info.json")]
     if sets := ", ".join(sorted(str(info.parent.relative_to(root)) for info in infos)):

@@ -26,8 +26,15 @@ from jax.sharding import Mesh
 
 from flax_resnet.data import preparation, sources
 from flax_resnet.data.config import SPLITS, DataConfig, Split
-from flax_resnet.data.order import BatchReader, decode_chunks, decode_rows, read_ahead, take
-from flax_resnet.distributed import sharding
+from flax_resnet.data.order import (
+    BatchReader,
+    decode_chunks,
+    decode_rows,
+    is_repaid,
+    read_ahead,
+    take,
+)
+from flax_resnet.distributed import sharding, workers
 from flax_resnet.errors import UserError
 from flax_resnet.records.files import digest
 
@@ -96,6 +103,18 @@ class Data:
     def contents(self) -> Contents | None:
         """What is in a folder of images, by split; None of a tfds set."""
         return contents(self._config, self._sources.values())
+
+    def check_shared_memory(self, num_steps: int, batch_size: int, eval_batch_size: int) -> None:
+        """Raises UserError where worker processes would run out of memory for their batches."""
+        steps = {"train": num_steps, "eval": -(-self.num_eval // eval_batch_size)}
+        sizes = {"train": batch_size, "eval": eval_batch_size}
+        count, num_bytes = self._config.num_workers, 0
+        for split in SPLITS if not self.resident else ():
+            if is_repaid(count, steps[split]):
+                batch = sizes[split] * math.prod(self._shapes[split]) // jax.process_count()
+                num_bytes += count * (workers.BATCHES_PER_WORKER + 1) * batch
+        if num_bytes:
+            workers.check_shared_memory(num_bytes)
 
     def describe(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as JSON values."""

@@ -7,10 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -19,6 +15,7 @@ import numpy as np
 
 from flax_resnet.data import sources
 from flax_resnet.data.decode import DECODE_ERRORS, Decoder
+from flax_resnet.distributed import workers
 from flax_resnet.errors import UserError
 from flax_resnet.xla.backend import usable_cores
 
@@ -234,23 +231,32 @@ def read_ahead(reader: BatchReader, start: int, stop: int, num_workers: int) -> 
     """
     import grain
 
-    # A worker process costs seconds to start; a handful of batches does not repay it.
-    workers = num_workers if stop - start > 4 * num_workers else 0
-    threads = thread_count(workers)
+    count = num_workers if is_repaid(num_workers, stop - start) else 0
+    threads = thread_count(count)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 + threads)
     made: Any = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
-    if workers:
+    if count:
         _mark_flags_parsed()
         # Grain hands their batches on in shared memory.
         made = made.mp_prefetch(
-            grain.MultiprocessingOptions(workers, per_worker_buffer_size=2), worker_init_fn=_depend
+            grain.MultiprocessingOptions(count, per_worker_buffer_size=workers.BATCHES_PER_WORKER),
+            worker_init_fn=workers.depend,
         )
     with contextlib.ExitStack() as stack:
-        with _signals_held():  # a worker begins with what its parent holds, until it ignores it
+        stack.enter_context(workers.dead_worker_as_one_line())
+        # A worker begins with the signals that its parent holds, until it ignores them.
+        starting = workers.without_main() if count else contextlib.nullcontext()
+        with workers.signals_held(), starting:
             iterator = iter(made)
             stack.callback(iterator.close)
             first = list(itertools.islice(iterator, 1))
-        yield from itertools.chain(first, iterator)
+        for batch in itertools.chain(first, iterator):
+            yield workers.taken(batch)
+
+
+def is_repaid(num_workers: int, num_batches: int) -> bool:
+    """Whether so many batches repay worker processes, each of which costs seconds to start."""
+    return num_batches > 4 * num_workers > 0
 
 
 def thread_count(workers: int) -> int:
@@ -259,32 +265,6 @@ def thread_count(workers: int) -> int:
     They are no more than the cores: they would wait for each other, and for Python.
     """
     return max(1, min(2 if workers else MOST_THREADS, usable_cores() // max(1, workers)))
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """SIGTERM and SIGINT of this thread wait until the block is left."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _depend(worker: int, workers: int) -> None:
-    """In a worker process: it ends with its parent, even a killed one, and by no signal before.
-
-    What stops the run (Slurm tells all processes) is for the main one.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _mark_flags_parsed() -> None:

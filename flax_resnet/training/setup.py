@@ -58,6 +58,7 @@ def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
     data = Data(config.data, mesh, config.model.num_classes, with_rows=with_rows)
     steps_per_epoch = math.ceil(data.num_train / config.batch_size)
     num_steps = config.num_steps or max(1, round(config.num_epochs * steps_per_epoch))
+    data.check_shared_memory(num_steps, config.batch_size, config.eval_batch_size)
     tx, schedule = config.optimizer.build(num_steps, steps_per_epoch)
     start = starter(config, tx, data.image_shape)
     with contextlib.ExitStack() as stack:

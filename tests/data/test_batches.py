@@ -8,11 +8,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from flax_resnet import TrainConfig, train_and_evaluate
-from flax_resnet.data import sources
+from flax_resnet.data import order, sources
 from flax_resnet.data.batches import Data
 from flax_resnet.data.config import DataConfig
 from flax_resnet.data.decode import Decoder
 from flax_resnet.data.order import BatchReader, batch_rows, epoch_permutation
+from flax_resnet.distributed import workers
 from flax_resnet.errors import UserError
 
 
@@ -264,3 +265,25 @@ def test_real_cifar10_reads_whole(shared_data, mesh):
     assert np.bincount(labels).tolist() == [1000] * 10
     streamed = Data(dataclasses.replace(config, resident_mb=0, num_workers=0), mesh, 10)
     assert_same_batches(streamed.train_batches(0, 128, 3, 6), opened.train_batches(0, 128, 3, 6))
+
+
+def test_the_shared_memory_of_a_run_follows_from_its_batches(image_folder, mesh, monkeypatch):
+    asked = []
+    monkeypatch.setattr(workers, "check_shared_memory", asked.append)
+    config = DataConfig(folder=str(image_folder), resident_mb=0, num_workers=1)
+    data = Data(config, mesh, 2)  # 8 for evaluation
+    data.check_shared_memory(5, 8, 1)
+    data.check_shared_memory(4, 8, 1)  # too few steps for worker processes
+    data.check_shared_memory(4, 8, 8)
+    Data(dataclasses.replace(config, num_workers=0), mesh, 2).check_shared_memory(99, 8, 1)
+    Data(dataclasses.replace(config, resident_mb=1), mesh, 2).check_shared_memory(99, 8, 1)
+    assert asked == [3 * (8 + 1) * 8 * 8 * 3, 3 * 8 * 8 * 3]
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "threads"),
+    [(1, 0, 1), (2, 0, 2), (64, 0, 8), (1, 2, 1), (2, 2, 1), (4, 2, 2), (64, 2, 2), (6, 4, 1)],
+)
+def test_there_are_no_more_threads_than_cores(cores, workers, threads, monkeypatch):
+    monkeypatch.setattr(order, "usable_cores", lambda: cores)
+    assert order.thread_count(workers) == threads
