@@ -11,7 +11,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,10 @@ from flax import linen as nn
 
 from flax_resnet.data.batches import open_sources
 from flax_resnet.data.config import DataConfig
+from flax_resnet.data.folders import TEST_NAMES, same_name
 from flax_resnet.data.normalization import normalize
 from flax_resnet.data.order import decode_chunks
+from flax_resnet.data.sources import Unreadable, check_readable
 from flax_resnet.data.tta import Views, averaged_logits
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.inference.classifier import Classifier, not_finite, padded
@@ -42,6 +44,7 @@ def evaluate(
     tta: Views = "none",
     limit: int | None = None,
     holdout: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
     """Measures a network on a split.
 
@@ -56,6 +59,7 @@ def evaluate(
       limit: evaluate so many examples, evenly spread.
       holdout: of a folder without split sub-folders, evaluate what training holds out (one in
         ``holdout_every`` of each class) rather than all of it.
+      say: is given a line for each thing to know of a folder: what is evaluated, what left out.
 
     Returns:
       "top1" and "top5" (shares of n), "loss" (mean cross-entropy, nats), "calibration_error" (15
@@ -77,10 +81,14 @@ def evaluate(
     if config.folder is None:
         (source,) = open_sources(config, (config.eval_split,))
     else:  # images may differ in size, and one that is held out of each one is all of them
-        any_size = dataclasses.replace(config, image_size=1)
+        # Training is evaluated on val, what comes out of it on test.
+        split = config.eval_split or TEST_NAMES[0]
+        any_size = dataclasses.replace(config, image_size=1, eval_split=split)
         source = open_sources(any_size, every=None if holdout else 1)[1]
     if not len(source):
         raise UserError(f"split {config.eval_split!r} of {config.title} is empty: give another")
+    for line in getattr(source, "notes", ()):
+        say(line)
     classes = class_order(source.class_names, of.class_names, of.num_classes, config.title)
     count = len(source) if limit is None else min(limit, len(source))
     rows = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
@@ -93,10 +101,14 @@ def evaluate(
         return _scores(of.module, of.variables, of.stats, images, classes[labels], tta)
 
     batches = decode_chunks(source, decode, rows, min(batch_size, count))  # type: ignore[arg-type]
-    parts = [
-        {name: values[: len(labels)] for name, values in scores.items()}
-        for (_, labels), scores in metrics.outputs(step, batches)
-    ]
+    try:
+        parts = [
+            {name: values[: len(labels)] for name, values in scores.items()}
+            for (_, labels), scores in metrics.outputs(step, batches)
+        ]
+    except Unreadable:
+        check_readable([(source, rows.tolist(), prepared)])  # names all that are unreadable
+        raise
     scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     means = {name: float(values.mean(dtype=np.float64)) for name, values in scores.items()}
     if not math.isfinite(means["loss"]):
@@ -157,7 +169,8 @@ def class_order(
     are_ids = all(re.fullmatch(r"n\d{8}", name) for name in data)
     if are_ids := are_ids and tuple(weights or ()) == imagenet_classes():
         weights = imagenet_ids()
-    place = {name: index for index, name in enumerate(weights or ())}
+    data = [same_name(name) for name in data]
+    place = {same_name(name): index for index, name in enumerate(weights or ())}
     odd = sorted(set(data) - place.keys())
     if odd and (are_ids or place.keys() & set(data)):
         raise UserError(

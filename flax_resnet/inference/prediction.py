@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from PIL import UnidentifiedImageError
 
-from flax_resnet.data.decode import DECODE_ERRORS
+from flax_resnet.data.decode import DECODE_ERRORS, ahead
+from flax_resnet.data.decode import reason as reason
+from flax_resnet.data.folders import find_images as find_images
 from flax_resnet.data.normalization import normalize
-from flax_resnet.data.order import ahead
-from flax_resnet.data.sources import IMAGE_SUFFIXES, unreadable
-from flax_resnet.errors import UserError, check_range
+from flax_resnet.data.sources import unreadable
+from flax_resnet.errors import check_range
 from flax_resnet.inference.classifier import Classifier, not_finite, padded
+from flax_resnet.records.files import shown as shown
 from flax_resnet.training import metrics
 from flax_resnet.weights import Pretrained
 
@@ -42,33 +43,6 @@ class Prediction:
     """Their names, or "class 17" where nobody named them."""
     probabilities: tuple[float, ...]
     """Their softmax probabilities."""
-
-
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as given, and the image files in and below folders, sorted, but for hidden ones.
-
-    Raises:
-      UserError: there is no such file or folder, or a folder holds no images.
-    """
-    files: list[Path] = []
-    for path in (Path(path).expanduser() for path in paths):
-        if not path.exists():
-            raise UserError(f"{shown(path)}: no such file or folder: give images or folders")
-        if not path.is_dir():
-            files.append(path)
-            continue
-        inside = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in IMAGE_SUFFIXES
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            and file.is_file()
-        )
-        if not inside:
-            endings = " ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(f"{shown(path)} holds no images: expected files that end in {endings}")
-        files.extend(inside)
-    return files
 
 
 def predict_images(
@@ -140,15 +114,3 @@ def _decoded(
             if on_error is None:
                 raise unreadable(shown(path), error) from error
             on_error(path, error)
-
-
-def shown(path: str | Path) -> str:
-    """A path as text that can be printed, also where its bytes are no UTF-8."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
-
-
-def reason(error: Exception) -> str:
-    """Why an image could not be read, in one line."""
-    if isinstance(error, UnidentifiedImageError):
-        return "it is no image that Pillow reads"
-    return " ".join(str(error).split()) or type(error).__name__

@@ -86,6 +86,16 @@ def reason(error: BaseException) -> str:
     return next((name for name in map(os.strerror, FULL) if name in text), text[:200])
 
 
+def shown(text: str | Path) -> str:
+    """A text that can be printed, encoded and drawn: bytes of a file's name that are no UTF-8
+    become escapes such as \\xe9."""
+    try:
+        data = str(text).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # surrogates that stand for no byte
+        data = str(text).encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")
+
+
 def cache_dir() -> Path:
     """Where downloads are kept: $FLAX_RESNET_CACHE, else flax_resnet in the user's cache.
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from flax_resnet.data import preparation, sources
+from flax_resnet.data import folders, preparation, sources
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.errors import UserError
@@ -127,7 +127,7 @@ def look_at(data: str, data_dir: str | None = None) -> tuple[DataConfig, int, Sh
     if Path(data).expanduser().is_dir():
         folder = DataConfig(folder=data)
         splits = (folder.train_split, folder.eval_split)
-        source = sources.open_folder(data, splits, LARGE_SIZE, folder.holdout_every)[0]
+        source = sources.open_folder(data, splits, LARGE_SIZE, folder.holdout_every, check=False)[0]
         return folder, len(source.class_names), source.image_shape
     if data.startswith((".", "/", "~")):
         raise UserError(f"{data}: no such folder; expected one with a sub-folder for each class")
@@ -138,7 +138,7 @@ def look_at(data: str, data_dir: str | None = None) -> tuple[DataConfig, int, Sh
         preparation.prepare(name, data_dir)
     train = sources.open_tfds(name, data_dir, [TRAIN_SPLIT])[0]
     there = sources.split_names(name, data_dir)
-    evaluated = [(TRAIN_SPLIT, split) for split in sources.EVAL_NAMES if split in there]
+    evaluated = [(TRAIN_SPLIT, split) for split in folders.EVAL_NAMES if split in there]
     first, second = [*evaluated, HELD_OUT][0]
     config = DataConfig(name=name, data_dir=data_dir, train_split=first, eval_split=second)
     return config, len(train.class_names), train.image_shape
