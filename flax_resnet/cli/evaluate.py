@@ -13,6 +13,7 @@ from flax_resnet.cli.flags import DataDir, Switch, flag, writing
 from flax_resnet.cli.weight_flags import WeightFlags
 from flax_resnet.data.batches import changes, contents
 from flax_resnet.data.config import DataConfig
+from flax_resnet.data.folders import TEST_NAMES
 from flax_resnet.data.tta import Views
 from flax_resnet.errors import UserError
 from flax_resnet.inference.evaluation import evaluate
@@ -35,10 +36,12 @@ class Where:
     a run's folder has been moved there, those that the run evaluated on."""
     train_split: Annotated[str | None, flag("SPLIT", DataConfig.train_split)] = None
     """Of a folder: the sub-folder next to which that of --data.eval-split is one."""
-    eval_split: Annotated[str | None, flag("SPLIT", DataConfig.eval_split)] = None
-    """Split to evaluate; next to a folder's train, val and the like are found too."""
+    eval_split: Annotated[str | None, flag("SPLIT", TEST_NAMES[0])] = None
+    """Split to evaluate; of a folder without it val or the like, next to its train."""
     holdout_every: Annotated[int | None, flag("N")] = None
     """Of DIR/CLASS/... only one image in N of each class: what training on it holds out."""
+    skip_unreadable: Switch = False
+    """Of DIR: leave out images that cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Settings(WeightFlags):
         Raises:
           UserError: nothing says what images, or the record of the run cannot be read.
         """
-        given = {name: v for name, v in dataclasses.asdict(self.data).items() if v is not None}
+        asked = dataclasses.asdict(self.data).items()
+        given = {name: v for name, v in asked if v is not None and v is not False}
         config, holdout = DataConfig(), self.data.holdout_every is not None
         tta: Views = self.tta or "none"
         named, run = {"name", "folder"} & given.keys(), Path(self.weights).expanduser()
@@ -130,11 +134,11 @@ class Settings(WeightFlags):
 def main(settings: Settings) -> None:
     """``flax-resnet evaluate``."""
     config, options = settings.asked()
+    notes: list[str] = []
     opened = settings.open(settings.weights)
-    lines: list[str] = []
     with contextlib.ExitStack() as stack:  # a file that cannot be written is said at once
         file = settings.output and stack.enter_context(writing(settings.output))
-        numbers = evaluate(opened, config, **options, say=lines.append)
+        numbers = evaluate(opened, config, **options, say=notes.append)
         if file:
             asked = {**dataclasses.asdict(settings), "tta": options["tta"]}
             unused = {"name": config.folder is not None, "holdout_every": not options["holdout"]}
@@ -142,8 +146,8 @@ def main(settings: Settings) -> None:
                 name: None if unused.get(name) else getattr(config, name) for name in asked["data"]
             }
             print(json.dumps({**asked, **numbers}, indent=2), file=file)
-    split = "" if config.folder else f" {config.eval_split}"
+    split = "" if config.folder else f" {config.eval_split or TEST_NAMES[0]}"
     about = {"weights": settings.weights, "data": f"{config.title}{split}"}
-    for line in lines:
-        print(line)
     text_tables.show(opened.name, [*about.items(), *text_tables.result_rows(numbers).items()])
+    for line in notes:
+        print(line)

@@ -50,7 +50,8 @@ class Settings(WeightFlags):
 
 def main(settings: Settings) -> None:
     """``flax-resnet predict``."""
-    files = find_images(settings.images)
+    notes: list[str] = []
+    files = find_images(settings.images, notes.append)
     opened, read = settings.open(settings.weights), 0
 
     def skip(path: Path, error: Exception) -> None:
@@ -75,3 +76,5 @@ def main(settings: Settings) -> None:
                 print(shown(one.path), *lines, sep="\n", file=out)
         if not read:
             raise UserError(f"none of {len(files)} images could be read: give others")
+    for line in notes:
+        print(line, file=sys.stderr)

@@ -15,8 +15,10 @@ import dataclasses
 import functools
 import hashlib
 import math
+import threading
 import unicodedata
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet.data import preparation, sources
+from flax_resnet.data import folders, preparation, sources
 from flax_resnet.data.config import SPLITS, DataConfig, Split
 from flax_resnet.data.order import (
     BatchReader,
@@ -56,6 +58,9 @@ class Data:
       num_train: training examples.
       num_eval: evaluation examples.
       resident: True where both splits live on the devices.
+      eval_part: what is evaluated: a split, or "" for what a folder holds out.
+      notes: lines to be said of a folder: what is evaluated, and what was left out.
+      num_unreadable: images of a folder that cannot be read and were left out.
     """
 
     def __init__(
@@ -83,6 +88,9 @@ class Data:
                 f"{len(self.class_names) - 1}: set --model.num-classes {len(self.class_names)}"
             )
         self.num_train, self.num_eval = len(train), len(evaluation)
+        self.notes: tuple[str, ...] = getattr(train, "notes", ())
+        self.eval_part = getattr(evaluation, "part", config.eval_split or folders.TEST_NAMES[0])
+        self.num_unreadable: int = getattr(train, "num_unreadable", 0)
         if not self.num_train or not self.num_eval:
             what = "evaluation" if self.num_train else "training"
             raise UserError(f"the {what} split of {config.title} is empty")
@@ -124,6 +132,7 @@ class Data:
             "num_eval": self.num_eval,
             "image_shape": list(self.image_shape),
             "class_names": list(self.class_names),
+            **({"num_unreadable": self.num_unreadable} if self.num_unreadable else {}),
         }
 
     def check_same(self, recorded: Mapping[str, Any], workdir: Path) -> None:
@@ -135,10 +144,10 @@ class Data:
                 f"({changed}): put the same images back, or name another directory"
             )
         for name, here in self.describe().items():
-            if name != "contents" and recorded[name] != here:
+            if name != "contents" and recorded.get(name) != here:
                 raise UserError(
-                    f"{workdir} was trained on data with {name} {recorded[name]!s:.80} and it is "
-                    f"{here!s:.80} now: put the same data back, or name another directory"
+                    f"{workdir} was trained on data with {name} {recorded.get(name)!s:.80} and it "
+                    f"is {here!s:.80} now: put the same data back, or name another directory"
                 )
 
     @property
@@ -173,7 +182,43 @@ class Data:
 
     def _decode(self, split: Split, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(images uint8 (n, H, W, C), labels int32 (n,)) of a split's rows, some at a time."""
-        return decode_chunks(self._sources[split], self._decoders[split], rows, self._chunk)
+        try:
+            yield from decode_chunks(self._sources[split], self._decoders[split], rows, self._chunk)
+        except sources.Unreadable:
+            self.check_readable()
+            raise
+
+    def check_readable(self) -> None:
+        """Decodes this process's part of all images once, at an eighth where that is quicker.
+
+        Raises:
+          UserError: some do not decode; all are named.
+        """
+        parts = []
+        for split, source in self._sources.items():
+            decoder = self._decoders[split]
+            if decoder.size is not None:
+                decoder = dataclasses.replace(decoder, size=sources.CHECK_SIZE)
+            rows = range(jax.process_index(), len(source), jax.process_count())
+            parts.append((source, rows, decoder))
+        sources.check_readable(parts)
+
+    def begin_check(self) -> Future[None]:
+        """``check_readable`` in a thread for a folder that streams; nothing for other data."""
+        checked: Future[None] = Future()
+
+        def check() -> None:
+            try:
+                self.check_readable()
+                checked.set_result(None)
+            except BaseException as error:
+                checked.set_exception(error)
+
+        if self.resident or self._config.folder is None or self._config.skip_unreadable:
+            checked.set_result(None)
+        else:
+            threading.Thread(target=check, daemon=True).start()
+        return checked
 
     def train_batches(
         self, seed: int | Sequence[int], batch_size: int, start_step: int, stop_step: int
@@ -349,8 +394,17 @@ def open_sources(config: DataConfig, splits: Any = None, every: int | None = Non
     """
     splits = splits or (config.train_split, config.eval_split)
     if config.folder is not None:
-        every = every or config.holdout_every
-        return list(sources.open_folder(config.folder, splits, config.image_size, every))
+        return list(
+            sources.open_folder(
+                config.folder,
+                splits,
+                config.image_size,
+                every or config.holdout_every,
+                as_displayed=config.as_displayed,
+                skip_unreadable=config.skip_unreadable,
+            )
+        )
     if config.name == sources.DIGITS:
         preparation.prepare(config.name, config.data_dir)
+    splits = [split or folders.TEST_NAMES[0] for split in splits]
     return list(sources.open_tfds(config.name, config.data_dir, splits))

@@ -28,8 +28,9 @@ class DataConfig:
     """Read this folder of images, one sub-folder a class, instead of a tfds set."""
     train_split: str = "train"
     """Training split: a name, or a slice such as "train[:90%]"."""
-    eval_split: str = "test"
-    """Evaluation split."""
+    eval_split: str | None = None
+    """Evaluation split; None: of a folder val or the like, test where there is no val; of a tfds
+    set "test"."""
     holdout_every: int = 5
     """A folder without split sub-folders holds out one in so many images of each class."""
     image_size: int | None = None
@@ -55,6 +56,8 @@ class DataConfig:
     num_workers: int = dataclasses.field(default=2, metadata=FREE)
     """Worker processes that decode a streamed set; 0 decodes in threads of this process, and the
     training loop waits for Python with them."""
+    skip_unreadable: bool = False
+    """Of a folder: decode every image once, and leave out those that cannot be read."""
     statistics_examples: int = 100_000
     """Normalisation statistics read at most so many training images, evenly spaced."""
 

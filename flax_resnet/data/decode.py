@@ -12,6 +12,7 @@ on ARM), Pillow does.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -19,20 +20,25 @@ import importlib
 import io
 import math
 import struct
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flax_resnet.data import jpeg
 from flax_resnet.data.jpeg import Box, reach
 from flax_resnet.errors import UserError, check_whole, is_number
+from flax_resnet.xla.backend import usable_cores
 
 try:
     import cykooz_resizer as simd
 except ImportError:
     simd = None
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Sides of decoded images stay below this many pixels.
 LARGEST = 2**11 + 1
@@ -54,6 +60,34 @@ TRANSPARENT_VALUES: Mapping[Any, Callable[[Any], Any]] = {
 
 PACKAGES = ("pillow", "simplejpeg", "cykooz-resizer")
 """What decides the pixels of an image besides this library: for records and the keys of caches."""
+
+
+def reason(error: Exception) -> str:
+    """Why an image could not be read, in one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image that Pillow reads"
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def ahead(
+    work: Callable[[Item], Result], items: Iterable[Item], most: int
+) -> Iterator[tuple[Item, Future[Result]]]:
+    """(item, future of the work on it) in order; threads begin up to ``most`` items before.
+
+    Args:
+      work: function of an item, which frees the GIL.
+      items: what is worked on.
+      most: items whose results wait in memory.
+    """
+    begun: collections.deque[tuple[Item, Future[Result]]] = collections.deque()
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for item in items:
+            begun.append((item, pool.submit(work, item)))
+            if len(begun) > most:
+                yield begun.popleft()
+        while begun:
+            yield begun.popleft()
 
 
 def open_image(data: bytes, channels: int, as_displayed: bool = True) -> Image.Image:
@@ -92,8 +126,10 @@ def register_plugins() -> None:
 def displayed_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) of an image whose header is read, turned as EXIF says."""
     width, height = image.size
-    turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
-    return (height, width) if turned else (width, height)  # Pillow turns TIFF files itself
+    # Pillow turns TIFF files itself; without these it would decode a PNG to look for EXIF.
+    tagged = image.format != "TIFF" and {"exif", "xmp"} & image.info.keys()
+    turned = tagged and image.getexif().get(0x0112) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
 
 
 def _displayed(stored: Image.Image, channels: int) -> Image.Image:
@@ -130,6 +166,23 @@ def eight_bits(values: np.ndarray) -> np.ndarray:
             f"its greys go from {low:g} to {high:g}, expected 0 to {tops[-1]}: save it in 8 bits"
         )
     return np.rint(values * (255 / top)).astype(np.uint8)
+
+
+def undecodable(
+    read: Callable[[int], bytes], rows: Iterable[int], decoder: Callable[[bytes], Any]
+) -> list[tuple[int, str]]:
+    """(row, why) of the images that do not decode; all are decoded, on the machine's cores."""
+
+    def decode(row: int) -> None:
+        decoder(read(row))
+
+    bad = []
+    for row, work in ahead(decode, rows, 64):
+        try:
+            work.result()
+        except DECODE_ERRORS as error:
+            bad.append((row, reason(error)))
+    return bad
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from flax_resnet.data import sources
-from flax_resnet.data.decode import DECODE_ERRORS, Decoder
+from flax_resnet.data.decode import DECODE_ERRORS, Decoder, ahead
 from flax_resnet.distributed import workers
 from flax_resnet.errors import UserError
 from flax_resnet.xla.backend import usable_cores
@@ -25,9 +23,6 @@ from flax_resnet.xla.backend import usable_cores
 READ = 16
 # Threads that decode in this process: each has a batch in hand, and Python lets no more be of use.
 MOST_THREADS = 8
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -195,26 +190,6 @@ def decode_chunks(
 
     for _, decoded in ahead(decode, range(0, len(rows), chunk), usable_cores()):
         yield decoded.result()
-
-
-def ahead(
-    work: Callable[[Item], Result], items: Iterable[Item], most: int
-) -> Iterator[tuple[Item, Future[Result]]]:
-    """(item, future of the work on it) in order; threads begin up to ``most`` items before.
-
-    Args:
-      work: function of an item, which frees the GIL.
-      items: what is worked on.
-      most: items whose results wait in memory.
-    """
-    begun: collections.deque[tuple[Item, Future[Result]]] = collections.deque()
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        for item in items:
-            begun.append((item, pool.submit(work, item)))
-            if len(begun) > most:
-                yield begun.popleft()
-        while begun:
-            yield begun.popleft()
 
 
 def read_ahead(reader: BatchReader, start: int, stop: int, num_workers: int) -> Generator[Any]:

@@ -7,22 +7,22 @@ processes can hold it. TensorFlow is never imported.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
-from flax_resnet.data.decode import DECODE_ERRORS
+from flax_resnet.data import folders
+from flax_resnet.data.decode import Decoder, reason, undecodable
+from flax_resnet.data.folders import Classes
 from flax_resnet.errors import UserError, did_you_mean
+from flax_resnet.records.files import shown
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 DIGITS = "sklearn_digits"
-EVAL_NAMES = ("test", "testing", "val", "valid", "validation", "dev", "eval")
-SPLIT_NAMES = {"train", "training", *EVAL_NAMES}
-Labelled = list[tuple[Path, int]]
+CHECK_SIZE = 16
+"""Side, in pixels, to which images are decoded to see whether they can be: JPEGs at an eighth."""
 
 
 class Source(Protocol):
@@ -97,6 +97,12 @@ class FolderSource:
     labels: np.ndarray
     class_names: tuple[str, ...]
     image_shape: tuple[int | None, int | None, int]
+    part: str = ""
+    """Name of the folder of the evaluation split; "" where images are held out."""
+    notes: tuple[str, ...] = ()
+    """What is to be said of the folder, a line each."""
+    num_unreadable: int = 0
+    """Images of the folder that cannot be read and are left out."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -107,7 +113,7 @@ class FolderSource:
 
     def describe(self, index: int) -> str:
         """What to call the example in an error message."""
-        return str(self.paths[index])
+        return shown(self.paths[index])
 
 
 def find_builder(name: str, data_dir: str | None) -> Any:
@@ -198,122 +204,104 @@ def _supervised_keys(info: Any) -> tuple[str, str]:
 
 
 def open_folder(
-    folder: str, splits: Sequence[str], image_size: int | None, test_every: int
+    folder: str,
+    splits: Sequence[str | None],
+    image_size: int | None,
+    test_every: int,
+    *,
+    as_displayed: bool = True,
+    skip_unreadable: bool = False,
+    check: bool = True,
 ) -> list[FolderSource]:
     """Opens a folder of images, one sub-folder a class.
 
-    With sub-folders named after both splits (``folder/train/CLASS/...``; "val", "validation" and
-    the like also stand for the second), those are the splits. Otherwise
-    ``folder/CLASS/...`` is split: every ``test_every``-th file of a class, by sorted path, is
-    evaluation. Images are read as RGB.
+    With sub-folders named after both splits (``folder/train/CLASS/...``), those are the splits.
+    Otherwise ``folder/CLASS/...`` is split: every ``test_every``-th file of a class, by sorted
+    path, is evaluation. Images are read as RGB.
 
     Args:
       folder: the directory.
-      splits: two names, for training and evaluation.
+      splits: names for training and evaluation; see ``folders.eval_names`` for the second.
       image_size: side that images will be resized to; None demands equal sizes on disk.
       test_every: holds out 1 / ``test_every`` of each class.
+      as_displayed: how images are decoded, see ``decode.open_image``.
+      skip_unreadable: decode every image once, and leave out those that cannot be.
+      check: whether images whose header cannot be read are a UserError; else they are left out.
 
     Raises:
-      UserError: no such folder, fewer than two classes, a class without images, an
-        unreadable image, or images of several sizes and no ``image_size``.
+      UserError: no such folder, fewer than two classes, a class without images,
+        unreadable images, or images of several sizes and no ``image_size``.
     """
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise UserError(f"--data.folder {folder}: no such directory")
-    if any(mark in split for split in splits for mark in "[+"):
-        raise UserError(
-            f"splits {splits[0]!r} and {splits[1]!r}: a folder has no slices, name sub-folders of "
-            f"{folder}, or set --data.holdout-every"
-        )
-    train_root, others = root / splits[0], (splits[1], *EVAL_NAMES)
-    test_root = next((root / s for s in others if (root / s).is_dir()), None)
-    if train_root.is_dir() and test_root is not None:
-        names, groups = _split_folders(train_root, test_root)
-    else:
-        names, groups = _held_out(root, test_every)
-    shape = _common_shape([path for group in groups for path, _ in group], image_size)
+    roots = folders.split_folders(folder, splits)
+    parts, notes = folders.matched_classes(roots)
+    listings = [listing for part in parts for listing in part.values()]
+    decoder = Decoder(3, CHECK_SIZE, as_displayed=as_displayed)
+    sizes, bad, frames = folders.read_headers(listings, as_displayed)
+    if skip_unreadable or (bad and check):  # what is bad comes in one list
+        paths = list(sizes)
+        for row, why in undecodable(lambda i: paths[i].read_bytes(), range(len(paths)), decoder):
+            bad[paths[row]] = why
+    bad |= {path: why for listing in listings for path, why in listing.unreadable.items()}
+    unreadable_paths = {shown(path): why for path, why in bad.items()}
+    if bad and check and not skip_unreadable:
+        raise unreadable_images(unreadable_paths)
+    for listing in listings:
+        listing.images = [path for path in listing.images if path not in bad]
+    folders.refuse_empty(parts[0], roots[0])
+    shape = _common_shape(
+        {path: size for path, size in sizes.items() if path not in bad}, image_size
+    )
+    groups, part, taken = _groups(roots, parts, test_every)
+    if bad:
+        notes = [*notes, f"left out, as they cannot be read: {_listed(unreadable_paths)}"]
+    said = (taken, *notes, *frames)
     return [
-        FolderSource([p for p, _ in g], np.array([c for _, c in g], np.int32), tuple(names), shape)
-        for g in groups
+        FolderSource(
+            [path for path, _ in group], np.array([label for _, label in group], np.int32),
+            tuple(parts[0]), shape, part, said, len(bad),
+        )
+        for group in groups
+    ]  # fmt: skip
+
+
+def _groups(
+    roots: Sequence[Path], parts: Sequence[Classes], every: int
+) -> tuple[list[list[tuple[Path, int]]], str, str]:
+    """([(image, label) of training, of evaluation], what is evaluated, a line that says so)."""
+    groups: list[list[tuple[Path, int]]] = [
+        [(path, label) for label, one in enumerate(part.values()) for path in one.images]
+        for part in parts
     ]
-
-
-def _split_folders(train_root: Path, test_root: Path) -> tuple[list[str], list[Labelled]]:
-    """(class names, [training images, evaluation images]) of two folders with the same classes."""
-    names = _class_names(train_root)
-    if odd := sorted(set(names) ^ set(_class_names(test_root))):
-        raise UserError(
-            f"{train_root} and {test_root} differ in classes {odd}: both need the same ones"
-        )
-    roots = (train_root, test_root)
-    return names, [[*itertools.chain(*_by_class(root, names))] for root in roots]
-
-
-def _held_out(root: Path, test_every: int) -> tuple[list[str], list[Labelled]]:
-    """(class names, [training images, evaluation images]), one in ``test_every`` held out."""
-    names = _class_names(root)
-    if alike := [name for name in names if name.lower() in SPLIT_NAMES]:
-        raise UserError(
-            f"{root} holds {alike}, which look like splits and not like classes: for splits "
-            "name them train and test, for classes give them other names"
-        )
-    groups: list[Labelled] = [[], []]
-    for images in _by_class(root, names):
-        if len(images) < test_every:
-            raise UserError(
-                f"class {names[images[0][1]]!r} in {root} has {len(images)} images, at least "
-                f"{test_every} are needed to hold out one in {test_every} for evaluation"
-            )
-        for position, image in enumerate(images, 1):
-            groups[position % test_every == 0].append(image)
-    return names, groups
-
-
-def _class_names(root: Path) -> list[str]:
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not _hidden(p.name))
-    if len(names) < 2:
-        raise UserError(
-            f"{root} holds {len(names)} class sub-folders {names}: at least 2 are expected, one "
-            "for each class with its images inside"
-        )
-    return names
-
-
-def _hidden(name: str) -> bool:
-    """True for what a file manager or a notebook leaves behind."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _by_class(root: Path, names: Sequence[str]) -> list[Labelled]:
-    """Images of each class, sorted by path."""
-    classes = []
-    for label, name in enumerate(names):
-        images = [
-            (path, label)
-            for path in sorted((root / name).rglob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES
-            and not any(map(_hidden, path.relative_to(root).parts))
+    if len(roots) == 2:
+        there = map(roots[1].with_name, folders.sub_folders(roots[1].parent))
+        others = [
+            shown(path) for path in there if folders.is_split(path.name) and path not in roots
         ]
-        if not images:
-            raise UserError(f"class folder {root / name} holds no images: add some or remove it")
-        classes.append(images)
-    return classes
+        unused = f"; {' and '.join(others)} not used" if others else ""
+        return groups, roots[1].name, f"evaluated on {shown(roots[1])}{unused}"
+    held_out: list[list[tuple[Path, int]]] = [[], []]
+    for label, (name, listing) in enumerate(parts[0].items()):
+        if len(listing.images) < every:
+            raise UserError(
+                f"class {name!r} in {shown(roots[0])} has {len(listing.images)} images, at least "
+                f"{every} are needed to hold out one in {every} for evaluation"
+            )
+        for position, path in enumerate(listing.images, 1):
+            held_out[position % every == 0].append((path, label))
+    part = "all images" if every == 1 else f"one in {every} images of each class"
+    return held_out, "", f"evaluated on {part}"
 
 
-def _common_shape(paths: Sequence[Path], image_size: int | None) -> tuple:
-    """Opens every header, so that a file that is no image is found before anything starts."""
-    sizes: dict[tuple[int, int], Path] = {}
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                sizes.setdefault(image.size, path)
-        except DECODE_ERRORS as error:
-            raise unreadable(str(path), error) from error
-    if len(sizes) == 1:
-        ((width, height),) = sizes
+def _common_shape(sizes: Mapping[Path, tuple[int, int]], image_size: int | None) -> tuple:
+    """(H, W, 3) of all images, or (None, None, 3) where they differ and will be resized."""
+    by_size: dict[tuple[int, int], Path] = {}
+    for path, size in sizes.items():
+        by_size.setdefault(size, path)
+    if len(by_size) == 1:
+        ((width, height),) = by_size
         return height, width, 3
     if image_size is None:
-        (a, first), (b, second) = list(sizes.items())[:2]
+        (a, first), (b, second) = list(by_size.items())[:2]
         raise UserError(
             f"images differ in size ({first} is {a[0]}x{a[1]}, {second} is {b[0]}x{b[1]}): set "
             "--data.image-size, for example 224"
@@ -321,6 +309,38 @@ def _common_shape(paths: Sequence[Path], image_size: int | None) -> tuple:
     return None, None, 3
 
 
-def unreadable(what: str, error: Exception) -> UserError:
+class Unreadable(UserError):
+    """Images whose bytes do not decode."""
+
+
+def check_readable(
+    parts: Iterable[tuple[Source, Iterable[int], Callable[[bytes], Any]]],
+) -> None:
+    """Raises Unreadable with all images that do not decode, of (source, rows, decoder) each."""
+    bad: dict[str, str] = {}
+    for source, rows, decoder in parts:
+        read = functools.partial(_read_one, source)
+        bad |= {source.describe(row): why for row, why in undecodable(read, rows, decoder)}
+    if bad:
+        raise unreadable_images(bad)
+
+
+def _read_one(source: Source, row: int) -> bytes:
+    return source.read([row])[0][0]
+
+
+def _listed(bad: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({why})" for name, why in bad.items())
+
+
+def unreadable_images(bad: Mapping[str, str]) -> Unreadable:
+    """The error for images that cannot be read: {what to call each: why}."""
+    if len(bad) == 1:
+        ((name, why),) = bad.items()
+        return Unreadable(f"unreadable image {name} ({why}): repair it or remove it")
+    return Unreadable(f"{len(bad)} unreadable images: {_listed(bad)}: repair or remove them")
+
+
+def unreadable(what: str, error: Exception) -> Unreadable:
     """The error for bytes that do not decode."""
-    return UserError(f"unreadable image {what} ({error}): repair it or remove it")
+    return unreadable_images({what: reason(error)})

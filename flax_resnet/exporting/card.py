@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from flax_resnet.data.folders import TEST_NAMES
 from flax_resnet.weights import Pretrained
 from flax_resnet.weights.hub import client, is_address, parse
 
@@ -125,12 +126,13 @@ def _measured(address: str, trained: Trained) -> tuple[list[Any], str]:
     scores = next((row for row in trained.evaluations[::-1] if row["step"] == step), None)
     if scores is None:
         return [], f"Not known: the checkpoint of step {step} was not evaluated."
+    split = trained.checkpoint.get("evaluated_on") or data.eval_split or TEST_NAMES[0]
     data_name = PurePath(data.folder).name or "images" if data.folder else data.name
     result = EvalResult(
         task_type="image-classification",
         dataset_type="imagefolder" if data.folder else data.name,
         dataset_name=data_name,
-        dataset_split=data.eval_split,
+        dataset_split=split,
         dataset_args={"images": trained.checkpoint["num_eval"]},
         metric_type="accuracy",
         metric_name="top-1 accuracy",
@@ -140,14 +142,14 @@ def _measured(address: str, trained: Trained) -> tuple[list[Any], str]:
     words += ["--data.folder", "DIR", "--data.train-split", data.train_split] if data.folder else []
     words += ["--data.holdout-every", str(data.holdout_every)] if data.folder else []
     words += ["--data.name", data.name] if not data.folder else []
-    words += ["--data.eval-split", data.eval_split]
+    words += ["--data.eval-split", split]
     words += ["--tta", config.tta] if config.tta != "none" else []
     top1 = [row["top1"] for row in trained.evaluations]
     chosen = len(top1) > 1 and scores["top1"] == max(top1)
     return [result], ACCURACY.format(
         images=trained.checkpoint["num_eval"],
         data=escaped(data_name),
-        split=escaped(data.eval_split),
+        split=escaped(split),
         top1=scores["top1"],
         top5=scores["top5"],
         loss=scores["loss"],

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unicodedata import normalize as normalize_name
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,10 @@ from flax import linen as nn
 
 from flax_resnet.data.batches import Contents, changes, contents, open_sources
 from flax_resnet.data.config import DataConfig
+from flax_resnet.data.folders import TEST_NAMES, same_name
 from flax_resnet.data.normalization import normalize
 from flax_resnet.data.order import decode_chunks
+from flax_resnet.data.sources import Unreadable, check_readable
 from flax_resnet.data.tta import Views, averaged_logits
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.inference.classifier import Classifier, not_finite, padded
@@ -84,7 +85,9 @@ def evaluate(
     if config.folder is None:
         (source,) = open_sources(config, (config.eval_split,))
     else:  # images may differ in size, and one that is held out of each one is all of them
-        any_size = dataclasses.replace(config, image_size=1)
+        # Training is evaluated on val, what comes out of it on test.
+        split = config.eval_split or TEST_NAMES[0]
+        any_size = dataclasses.replace(config, image_size=1, eval_split=split)
         splits = open_sources(any_size, every=None if holdout else 1)
         source = splits[1]
         if recorded and (changed := changes(recorded, contents(config, splits))):
@@ -95,6 +98,8 @@ def evaluate(
     if not len(source):
         raise UserError(f"split {config.eval_split!r} of {config.title} is empty: give another")
     title = config.title
+    for line in getattr(source, "notes", ()):
+        say(line)
     classes = class_order(source.class_names, of.class_names, of.num_classes, title, say)
     known = _known_rows(source, classes, title, say)
     count = len(known) if limit is None else min(limit, len(known))
@@ -109,10 +114,14 @@ def evaluate(
         return _scores(of.module, of.variables, of.stats, images, classes[labels], tta)
 
     batches = decode_chunks(source, decode, rows, min(batch_size, count))  # type: ignore[arg-type]
-    parts = [
-        {name: values[: len(labels)] for name, values in scores.items()}
-        for (_, labels), scores in metrics.outputs(step, batches)
-    ]
+    try:
+        parts = [
+            {name: values[: len(labels)] for name, values in scores.items()}
+            for (_, labels), scores in metrics.outputs(step, batches)
+        ]
+    except Unreadable:
+        check_readable([(source, rows.tolist(), prepared)])  # names all that are unreadable
+        raise
     scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     means = {name: float(values.mean(dtype=np.float64)) for name, values in scores.items()}
     if not math.isfinite(means["loss"]):
@@ -199,7 +208,7 @@ def class_order(
     are_ids = all(re.fullmatch(r"n\d{8}", name) for name in data)
     if are_ids and tuple(weights or ()) == imagenet_classes():
         weights = imagenet_ids()
-    data, names = ([normalize_name("NFC", name) for name in each] for each in (data, weights or ()))
+    data, names = ([same_name(name) for name in each] for each in (data, weights or ()))
     place = {name: index for index, name in enumerate(names)}
     if data != names and len({*data}) == len(data) and place.keys() & {*data}:
         if missing := [repr(name) for name in names if name not in data]:

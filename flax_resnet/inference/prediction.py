@@ -11,9 +11,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile
 
-from flax_resnet.data.sources import IMAGE_SUFFIXES
+from flax_resnet.data.folders import find_images
 from flax_resnet.errors import UserError
 from flax_resnet.records.files import shown
 
@@ -47,33 +47,6 @@ class Prediction:
     def probability(self) -> float:
         """Probability of the most probable class."""
         return self.probabilities[0]
-
-
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as given, and the image files in and below folders, sorted, but for hidden ones.
-
-    Raises:
-      UserError: there is no such file or folder, or a folder holds no images.
-    """
-    files: list[Path] = []
-    for path in (Path(path).expanduser() for path in paths):
-        if not path.exists():
-            raise UserError(f"{shown(path)}: no such file or folder: give images or folders")
-        if not path.is_dir():
-            files.append(path)
-            continue
-        inside = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in IMAGE_SUFFIXES
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            and file.is_file()
-        )
-        if not inside:
-            endings = " ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(f"{shown(path)} holds no images: expected files that end in {endings}")
-        files.extend(inside)
-    return files
 
 
 def is_path(image: Any) -> bool:
@@ -149,10 +122,3 @@ def _pixels(image: Any) -> np.ndarray:
 def image_title(image: Any) -> str:
     """What to call an image in a message: its path, or its type."""
     return shown(image) if is_path(image) else f"<{type(image).__name__}>"
-
-
-def reason(error: Exception) -> str:
-    """Why an image could not be read, in one line."""
-    if isinstance(error, UnidentifiedImageError):
-        return "it is no image that Pillow reads"
-    return " ".join(str(error).split()) or type(error).__name__

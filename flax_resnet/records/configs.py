@@ -101,7 +101,8 @@ def from_record(record: Any) -> Any:
     fields = fields_of(record)
     of_field = (f"{record['class']}.{name}" for name in fields)
     cls = find_class(next((key for key in of_field if key in MOVED_CLASSES), record["class"]))
-    values = {name: from_record(value) for name, value in fields.items()}
+    added = ADDED_FIELDS.get(class_name(cls), {})
+    values = {name: from_record(value) for name, value in {**added, **fields}.items()}
     known = {f.name for f in dataclasses.fields(cls)}
     for name in values.keys() - known:
         advice = f"{did_you_mean(name, known)}: the record is of another version, or mistyped"
@@ -115,10 +116,9 @@ def from_record(record: Any) -> Any:
 
 
 def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields in a record of a class: with ADDED_FIELDS, without REMOVED_FIELDS that are off."""
+    """The fields in a record of a class, but those of REMOVED_FIELDS that are turned off."""
     off = REMOVED_FIELDS.get(record["class"], {}).items()
-    fields = {k: v for k, v in record.items() if k != "class" and (k, v) not in off}
-    return {**ADDED_FIELDS.get(todays_name(record["class"]), {}), **fields}
+    return {k: v for k, v in record.items() if k != "class" and (k, v) not in off}
 
 
 def untracked(record: Mapping[str, Any]) -> dict[str, Any]:

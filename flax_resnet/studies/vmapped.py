@@ -121,8 +121,7 @@ def train_together(
       NotTogether: they have to be trained in turn.
       UserError: bad input; nothing has been written then.
     """
-    for workdir, config in configs.items():
-        check_workdir(workdir, config)
+    configs = {workdir: check_workdir(workdir, config) for workdir, config in configs.items()}
     groups = {}  # {directory of common checkpoints: its runs}
     for record in sorted(directory.glob("*/members.json")):
         members = [directory.parent / name for name in json.loads(record.read_text())]

@@ -66,6 +66,7 @@ def with_cached_features(
         stored = _read(path)
         say(f"{'read' if stored else 'computes'} the features of the {split} split: {path}")
         if stored is None:
+            data.check_readable()
             stored = _compute(trunk, variables, state.normalization, data, split, batch_size)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ def train_and_evaluate(
         record = flatten(to_record(config), "config")
         del record["config.data.data_dir"]  # each host may have its own copy of the data
         hosts.check_alike({**record, "workdir": str(workdir)})
-        check_workdir(workdir, config)
+        config = check_workdir(workdir, config)
         lead = sharding.is_lead()
         # The lead's word: another may not see the file yet, or see it already.
         if sharding.same_everywhere(finished(workdir) is not None):
@@ -93,6 +93,7 @@ def train_and_evaluate(
         run = set_up(config, workdir, sharding.data_mesh() if mesh is None else mesh)
         watch.at(watchdog.COMPILING, run.progress.step)
         programs = run.programs.compile(run.dispatch_lengths)
+        run.checked.result()
 
         # What can be wrong has been by now; only then is anything written.
         stack.enter_context(claimed(workdir, config, run.data.contents))
@@ -339,6 +340,8 @@ def conclude(run: Run, *, quiet: bool = False) -> dict[str, Any]:
         "eval_seconds": progress.spent["evaluate"] / shared_by,
         "num_train": run.data.num_train,
         "num_eval": run.data.num_eval,
+        "evaluated_on": run.data.eval_part,
+        **({"num_unreadable": run.data.num_unreadable} if run.data.num_unreadable else {}),
         **({"together": shared_by} if shared_by > 1 else {}),
     }
     if not quiet:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from flax_resnet.data import preparation, sources
+from flax_resnet.data import folders, preparation, sources
 from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.errors import Note, UserError
@@ -245,7 +245,8 @@ def look_at(data: str, data_dir: str | None = None) -> tuple[DataConfig, sources
     if Path(data).expanduser().is_dir():
         folder = DataConfig(folder=data)
         splits = (folder.train_split, folder.eval_split)
-        return folder, sources.open_folder(data, splits, LARGE_SIZE, folder.holdout_every)[0]
+        source = sources.open_folder(data, splits, LARGE_SIZE, folder.holdout_every, check=False)[0]
+        return folder, source
     if data.startswith((".", "/", "~")):
         raise UserError(f"{data}: no such folder; expected one with a sub-folder for each class")
     if data != "digits" and difflib.get_close_matches(data, ["digits"], 1, 0.8):
@@ -255,6 +256,6 @@ def look_at(data: str, data_dir: str | None = None) -> tuple[DataConfig, sources
         preparation.prepare(name, data_dir)
     train = sources.open_tfds(name, data_dir, [TRAIN_SPLIT])[0]
     there = sources.split_names(name, data_dir)
-    evaluated = [(TRAIN_SPLIT, split) for split in sources.EVAL_NAMES if split in there]
+    evaluated = [(TRAIN_SPLIT, split) for split in folders.EVAL_NAMES if split in there]
     first, second = [*evaluated, HELD_OUT][0]
     return DataConfig(name=name, data_dir=data_dir, train_split=first, eval_split=second), train

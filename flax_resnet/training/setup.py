@@ -36,8 +36,11 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
     with guards.memory_advice(advice):
         run = prepare(config, workdir, mesh)
         if not restore(run):
+            run.checked = run.data.begin_check()
             state = measured(config, run.data, run.state)
             run.state, run.progress.start_seconds = fitted(config, run.data, state)
+        else:
+            run.checked.set_result(None)
         if config.cache_features:
             run.data = features.with_cached_features(
                 run.state, config.model, run.data, config.eval_batch_size, say
@@ -107,4 +110,4 @@ def opening_lines(run: Run) -> list[str]:
             f"steps_per_dispatch={size} and never so many steps with nothing logged, "
             "evaluated or saved between them: each is a dispatch of its own"
         )
-    return lines
+    return [*lines, *data.notes]

@@ -46,9 +46,25 @@ def free_fields(config: Any, prefix: str = "", free: bool = False) -> set[str]:
     return names
 
 
+def as_begun(there: Mapping[str, Any], config: TrainConfig) -> TrainConfig:
+    """A config that goes on as a recorded run was begun, where fields have come or changed since.
+
+    Args:
+      there: the record of the run's config.
+      config: with the defaults of today.
+    """
+    old, data = there.get("data", {}), config.data
+    if "as_displayed" in old:
+        return config
+    split = old.get("eval_split") if data.eval_split is None else data.eval_split
+    return dataclasses.replace(
+        config, data=dataclasses.replace(data, as_displayed=False, eval_split=split)
+    )
+
+
 def differences(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
     """What a recorded run and a config disagree on, as ``field: there X, here Y``."""
-    old, new = flatten(there), flatten(to_record(config))
+    old, new = flatten(there), flatten(to_record(as_begun(there, config)))
     free = {*free_fields(config), *FREE_MODEL_FIELDS}
     absent = "not a field"
     return [
@@ -56,7 +72,7 @@ def differences(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
         for name in sorted(varying_fields([old, new]))
         if not any(name == field or name.startswith(f"{field}.") for field in free)
         # A field that came after the run was begun stands for what was done before.
-        if name in old or not _is_default(config, name)
+        if name in old or not (name == "data.as_displayed" or _is_default(config, name))
     ]
 
 
@@ -80,8 +96,11 @@ def _is_default(config: Any, name: str) -> bool:
         return False
 
 
-def check_workdir(workdir: Path, config: TrainConfig) -> None:
+def check_workdir(workdir: Path, config: TrainConfig) -> TrainConfig:
     """Makes sure that a run of ``config`` can live in ``workdir``; writes nothing.
+
+    Returns:
+      The config; of a run that is there already, as it was begun.
 
     Raises:
       UserError: another config's run is there, or it cannot be written.
@@ -100,10 +119,11 @@ def check_workdir(workdir: Path, config: TrainConfig) -> None:
             raise UserError(
                 f"--workdir {workdir} holds checkpoints and no config.json: choose another"
             )
-        return
+        return config
     record = read_record(workdir)
     there = moved(record["config"], record.get("contents"), config.data)
     check_same_config(f"--workdir {workdir} holds a run", there, config)
+    return as_begun(there, config)
 
 
 def moved(there: Mapping[str, Any], recorded: Contents | None, data: DataConfig) -> Any:
