@@ -14,11 +14,10 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from flax_resnet.data.decode import DECODE_ERRORS
+from flax_resnet.data.decode import DECODE_ERRORS, reason
 from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
 from flax_resnet.inference.classifier import Classifier
-from flax_resnet.inference.prediction import reason
 from flax_resnet.inspection.layers import grad_cam, heat
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

@@ -73,8 +73,10 @@ class Settings(WeightFlags):
     output: Annotated[str | None, flag("FILE.json")] = None
     """Write the numbers to this file too."""
 
-    def asked(self) -> tuple[DataConfig, dict[str, Any]]:
+    def asked(self) -> tuple[DataConfig, dict[str, Any], list[str]]:
         """The data and the other arguments of ``evaluate``: those given, else the run's own.
+
+        The last is a line where a run's own folder has changed since the training.
 
         Raises:
           UserError: nothing says what images, or the record of the run cannot be read.
@@ -89,7 +91,7 @@ class Settings(WeightFlags):
                 "expected one of --data.name NAME and --data.folder DIR: what images (weights that "
                 "are a run's working directory need neither)"
             )
-        there = None
+        notes: list[str] = []
         if not named or (not holdout and self._has_moved(run)):
             try:
                 recorded = read_config(run)
@@ -98,16 +100,17 @@ class Settings(WeightFlags):
                 advice = "or give --data.name NAME or --data.folder DIR"
                 raise UserError(f"{error}; {advice}") from None
             config = data_config(run, recorded, self.data.folder)
+            if there is not None and (changed := changes(there, contents(config))):
+                notes.append(
+                    f"{config.folder} has changed since the training ({changed}): images that were "
+                    "trained on may be among those that are scored"
+                )
             # With sub-folders for its splits a folder has nothing to hold out.
             holdout = config.folder is not None
             tta = self.tta or ("none" if self.ten_crop else recorded.tta)
         options = {name: getattr(self, name) for name in ("batch_size", "ten_crop", "limit")}
-        return dataclasses.replace(config, **given), {
-            **options,
-            "tta": tta,
-            "holdout": holdout,
-            "recorded": there,
-        }
+        options |= {"tta": tta, "holdout": holdout}
+        return dataclasses.replace(config, **given), options, notes
 
     def _has_moved(self, run: Path) -> bool:
         """Whether --data.folder is where the images of a run are now, which left their old place.
@@ -133,8 +136,7 @@ class Settings(WeightFlags):
 
 def main(settings: Settings) -> None:
     """``flax-resnet evaluate``."""
-    config, options = settings.asked()
-    notes: list[str] = []
+    config, options, notes = settings.asked()
     opened = settings.open(settings.weights)
     with contextlib.ExitStack() as stack:  # a file that cannot be written is said at once
         file = settings.output and stack.enter_context(writing(settings.output))

@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 
 from flax_resnet.cli.flags import Positional, flag, writing
 from flax_resnet.cli.weight_flags import WeightFlags
+from flax_resnet.data.decode import reason
+from flax_resnet.data.folders import find_images
 from flax_resnet.errors import UserError
 from flax_resnet.inference.classifier import predict_images
-from flax_resnet.inference.prediction import find_images, reason
 from flax_resnet.records.files import shown
 
 
@@ -66,14 +67,15 @@ def main(settings: Settings) -> None:
             rows.writerow(["path", "rank", "class", "name", "probability"])
         for one in found:
             read += 1
+            path = shown(str(one.path))
             columns = zip(one.classes, one.names, one.probabilities, strict=True)
             if settings.format == "json":
                 print(json.dumps({**dataclasses.asdict(one), "path": str(one.path)}), file=out)
             elif settings.format == "csv":
-                rows.writerows([shown(one.path), i, *row] for i, row in enumerate(columns, 1))
+                rows.writerows([path, i, *row] for i, row in enumerate(columns, 1))
             else:
                 lines = [f"  {p:.4f}  {name}" for _, name, p in columns]
-                print(shown(one.path), *lines, sep="\n", file=out)
+                print(path, *lines, sep="\n", file=out)
         if not read:
             raise UserError(f"none of {len(files)} images could be read: give others")
     for line in notes:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from flax_resnet import models
-from flax_resnet.data.decode import DECODE_ERRORS
+from flax_resnet.data.decode import DECODE_ERRORS, reason
 from flax_resnet.data.normalization import normalize
 from flax_resnet.data.order import ahead
 from flax_resnet.errors import UserError, check_range
@@ -28,7 +28,6 @@ from flax_resnet.inference.prediction import (
     image_title,
     is_one_image,
     is_path,
-    reason,
 )
 from flax_resnet.models import ResNet
 from flax_resnet.training import metrics

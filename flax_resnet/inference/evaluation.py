@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from flax_resnet.data.batches import Contents, changes, contents, open_sources
+from flax_resnet.data.batches import open_sources
 from flax_resnet.data.config import DataConfig
 from flax_resnet.data.folders import TEST_NAMES, same_name
 from flax_resnet.data.normalization import normalize
@@ -45,7 +45,6 @@ def evaluate(
     tta: Views = "none",
     limit: int | None = None,
     holdout: bool = False,
-    recorded: Contents | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
     """Measures a network on a split.
@@ -61,9 +60,8 @@ def evaluate(
       limit: evaluate so many examples, evenly spread.
       holdout: of a folder without split sub-folders, evaluate what training holds out (one in
         ``holdout_every`` of each class) rather than all of it.
-      recorded: what was in the folder when the network was trained on it, where that is known.
-      say: called with a line on which images are scored, how the folder has changed, and which
-        classes of the data and of the network do not meet.
+      say: called with a line on which images are scored, which are left out, and which classes of
+        the data and of the network do not meet.
 
     Returns:
       "top1" and "top5" (shares of n), "loss" (mean cross-entropy, nats), "calibration_error" (15
@@ -88,13 +86,7 @@ def evaluate(
         # Training is evaluated on val, what comes out of it on test.
         split = config.eval_split or TEST_NAMES[0]
         any_size = dataclasses.replace(config, image_size=1, eval_split=split)
-        splits = open_sources(any_size, every=None if holdout else 1)
-        source = splits[1]
-        if recorded and (changed := changes(recorded, contents(config, splits))):
-            say(
-                f"{config.folder} has changed since the training ({changed}): images that were "
-                "trained on may be among those that are scored"
-            )
+        source = open_sources(any_size, every=None if holdout else 1)[1]
     if not len(source):
         raise UserError(f"split {config.eval_split!r} of {config.title} is empty: give another")
     title = config.title

@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flax_resnet.data.decode import DECODE_ERRORS
+from flax_resnet.data.decode import DECODE_ERRORS, reason
+from flax_resnet.data.folders import find_images
 from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import UserError
-from flax_resnet.inference.prediction import find_images, reason
 from flax_resnet.inspection.run import Inspected
 from flax_resnet.records.files import shown
 from flax_resnet.training.step import step_keys
