@@ -75,7 +75,9 @@ def check_shapes(shapes: Shapes) -> None:
         for name, shape in shapes.items()
         if re.search(_BLOCK + r"se\.fc1\.weight$", name) and len(shape) > 1 and shape[0]
     }
-    if len({channels // inner for channels, inner in squeezes.items()}) > 1:
+    widest = max(squeezes, default=0)
+    reduction = widest // squeezes.get(widest, 1)
+    if any(inner != max(1, c // reduction) for c, inner in squeezes.items() if reduction):
         raise _other(f"as its squeezes tell, {{channels: inner width}} {squeezes}",
                      "inner widths of squeeze-and-excitation that are rounded up to 8")  # fmt: skip
 
