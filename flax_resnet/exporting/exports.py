@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.data.decode import DECODE_ERRORS, PIL_MODES
+from flax_resnet.data.folders import find_images
 from flax_resnet.data.normalization import normalize
 from flax_resnet.data.preprocess import Preprocessing
 from flax_resnet.data.sources import unreadable
@@ -25,7 +26,6 @@ from flax_resnet.errors import UserError, check_range
 from flax_resnet.exporting import loader, to_onnx
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, FORMAT, WEIGHTS
 from flax_resnet.inference.classifier import Classifier, not_finite, open_network
-from flax_resnet.inference.prediction import find_images
 from flax_resnet.records.configs import to_record
 from flax_resnet.records.files import os_error_as_one_line, replacing_tree, shown
 from flax_resnet.weights import Pretrained, open_weights

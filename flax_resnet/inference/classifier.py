@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from flax_resnet import models
 from flax_resnet.data.decode import DECODE_ERRORS, reason
+from flax_resnet.data.folders import find_images
 from flax_resnet.data.normalization import normalize
 from flax_resnet.data.order import ahead
 from flax_resnet.errors import UserError, check_range
@@ -24,7 +25,6 @@ from flax_resnet.inference.prediction import (
     Prediction,
     encoded,
     every_image,
-    find_images,
     image_title,
     is_one_image,
     is_path,

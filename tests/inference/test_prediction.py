@@ -18,9 +18,9 @@ from prediction_helpers import (
     probabilities,
 )
 
+from flax_resnet.data.folders import find_images
 from flax_resnet.errors import UserError
 from flax_resnet.inference.classifier import predict_images
-from flax_resnet.inference.prediction import find_images
 from flax_resnet.weights import open_weights
 
 ROOT = pathlib.Path(__file__).parents[2]
