@@ -17,7 +17,7 @@ import hashlib
 import math
 import threading
 import unicodedata
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -203,8 +203,8 @@ class Data:
             parts.append((source, rows, decoder))
         sources.check_readable(parts)
 
-    def begin_check(self) -> Future[None]:
-        """``check_readable`` in a thread for a folder that streams; nothing for other data."""
+    def begin_check(self) -> Callable[[], None]:
+        """Begins ``check_readable`` in a thread for a folder that streams; returns what ends it."""
         checked: Future[None] = Future()
 
         def check() -> None:
@@ -215,10 +215,9 @@ class Data:
                 checked.set_exception(error)
 
         if self.resident or self._config.folder is None or self._config.skip_unreadable:
-            checked.set_result(None)
-        else:
-            threading.Thread(target=check, daemon=True).start()
-        return checked
+            return lambda: None
+        threading.Thread(target=check, daemon=True).start()
+        return checked.result
 
     def train_batches(
         self, seed: int | Sequence[int], batch_size: int, start_step: int, stop_step: int

@@ -335,12 +335,13 @@ def _listed(bad: Mapping[str, str]) -> str:
 
 def unreadable_images(bad: Mapping[str, str]) -> Unreadable:
     """The error for images that cannot be read: {what to call each: why}."""
-    if len(bad) == 1:
-        ((name, why),) = bad.items()
-        return Unreadable(f"unreadable image {name} ({why}): repair it or remove it")
-    return Unreadable(f"{len(bad)} unreadable images: {_listed(bad)}: repair or remove them")
+    what = "unreadable image" if len(bad) == 1 else f"{len(bad)} unreadable images:"
+    return Unreadable(
+        f"{what} {_listed(bad)}: repair or remove what is damaged, or set data.skip_unreadable to "
+        "leave it out of a folder"
+    )
 
 
 def unreadable(what: str, error: Exception) -> Unreadable:
     """The error for bytes that do not decode."""
-    return unreadable_images({what: reason(error)})
+    return Unreadable(f"unreadable image {what} ({reason(error)}): repair it or remove it")

@@ -93,7 +93,7 @@ def train_and_evaluate(
         run = set_up(config, workdir, sharding.data_mesh() if mesh is None else mesh)
         watch.at(watchdog.COMPILING, run.progress.step)
         programs = run.programs.compile(run.dispatch_lengths)
-        run.checked.result()
+        run.finish_check()
 
         # What can be wrong has been by now; only then is anything written.
         stack.enter_context(claimed(workdir, config, run.data.contents))

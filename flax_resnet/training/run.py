@@ -8,7 +8,6 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ class Run:
       confusion: int (K, K) counts of the last evaluation; None before the first.
       resumed_on: what ``ran_on`` said where it was saved.
       shared_by: networks that trained in the program whose ``progress.seconds`` these are.
-      checked: ends when all images have been decoded once, or raises what is wrong with them.
+      finish_check: waits until all images have been decoded once, or raises what is wrong.
       members: configs of S networks that train together, which differ by their seed; () for one.
     """
 
@@ -87,7 +86,7 @@ class Run:
     resumed_on: dict[str, Any] | None = None
     shared_by: int = 1
     members: tuple[TrainConfig, ...] = ()
-    checked: Future[None] = dataclasses.field(default_factory=Future)
+    finish_check: Callable[[], None] = lambda: None
 
     @property
     def epoch(self) -> float:

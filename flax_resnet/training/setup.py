@@ -36,11 +36,9 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
     with guards.memory_advice(advice):
         run = prepare(config, workdir, mesh)
         if not restore(run):
-            run.checked = run.data.begin_check()
+            run.finish_check = run.data.begin_check()
             state = measured(config, run.data, run.state)
             run.state, run.progress.start_seconds = fitted(config, run.data, state)
-        else:
-            run.checked.set_result(None)
         if config.cache_features:
             run.data = features.with_cached_features(
                 run.state, config.model, run.data, config.eval_batch_size, say

@@ -198,7 +198,7 @@ def test_all_that_breaks_off_in_either_part_is_one_list(root, mesh, resident_mb)
         (root / name).write_bytes((root / name).read_bytes()[:120])
     config = DataConfig(folder=str(root), image_size=8, resident_mb=resident_mb, num_workers=0)
     with pytest.raises(UserError, match=r"3 unreadable.*cat/05\.png.*cat/04\.png.*dog/19\.png"):
-        Data(config, mesh, 2).begin_check().result()
+        Data(config, mesh, 2).begin_check()()
     with pytest.raises(UserError, match="3 unreadable images"):
         list(Data(config, mesh, 2).train_images())
 
