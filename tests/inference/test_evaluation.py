@@ -276,7 +276,7 @@ def test_a_run_whose_folder_has_moved(call, folder_run, image_folder, tmp_path, 
     code, _, err = call(*evaluated, "--data.folder", tmp_path / "new")
     assert code == 0
     assert "does not hold the images of" in err
-    assert "'cat' 15 training images then, 14 now" in err
+    assert "'cat' 5 evaluation images then, 4 now" in err
     assert json.loads((tmp_path / "numbers.json").read_text())["n"] == 39
 
 
@@ -293,7 +293,7 @@ def test_a_run_goes_on_where_its_folder_has_moved(folder_run, image_folder, tmp_
     (tmp_path / "new").rename(tmp_path / "third")
     (tmp_path / "third" / "cat" / "00.png").unlink()
     third = dataclasses.replace(config.data, folder=str(tmp_path / "third"))
-    with pytest.raises(UserError, match=r"other ones \('cat' 15 training images then, 14 now\)"):
+    with pytest.raises(UserError, match=r"other ones .*'cat' 5 evaluation images then, 4 now"):
         train_and_evaluate(dataclasses.replace(config, data=third), folder_run, mesh=mesh)
 
 
