@@ -17,7 +17,7 @@ from jax.scipy.ndimage import map_coordinates
 from flax_resnet.data.mixing import Batch, cutmix, cutout, mixup
 from flax_resnet.data.normalization import mean_pixel
 from flax_resnet.data.randaugment import MOST, apply_randaugment
-from flax_resnet.errors import UserError, check_range
+from flax_resnet.errors import UserError, check_range, check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Augment:
     """Beta parameter of CutMix (Yun et al. 2019); 0 is off. With mixup, a coin a batch decides."""
 
     def __post_init__(self) -> None:
+        check_types(self, "augment.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (int, float)):
