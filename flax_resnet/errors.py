@@ -7,12 +7,18 @@ import functools
 import importlib
 import itertools
 import math
+import numbers
 import typing
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 # The least float above 0, as a bound.
 POSITIVE = math.ulp(0.0)
+WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text",
+         type(None): "None"}  # fmt: skip
+"""Types as messages call them."""
 
 
 class UserError(ValueError):
@@ -26,7 +32,7 @@ class UserError(ValueError):
     """Of the command: the same one ends so again."""
 
     def __init__(self, message: str):
-        lines = (line.strip() for line in message.splitlines())
+        lines = (line.strip() for line in message.expandtabs(1).splitlines())
         super().__init__(" ".join(filter(None, lines)))
 
 
@@ -76,15 +82,39 @@ def check_whole(name: str, value: Any, least: int, below: int) -> None:
         raise UserError(f"{name}={value!r:.40}: expected a whole number, {least} to {below - 1}")
 
 
-def check_choices(owner: Any) -> None:
+def check_types(owner: Any, prefix: str = "") -> None:
+    """Raises UserError for a field whose value is of no type that its annotation names.
+
+    Args:
+      owner: a dataclass; fields annotated with other than bool, int, float, str and None are left.
+      prefix: what messages put before a field's name, such as "data.".
+    """
+    for name, hint in typing.get_type_hints(type(owner)).items():
+        kinds = typing.get_args(hint) or (hint,)
+        value = getattr(owner, name)
+        if not {*kinds} <= {bool, int, float, str, type(None)}:
+            continue
+        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        is_right = {
+            bool: isinstance(value, (bool, np.bool_)),
+            int: is_whole,
+            float: isinstance(value, numbers.Real) and not isinstance(value, bool),
+            str: isinstance(value, str),
+            type(None): value is None,
+        }
+        if not any(is_right[kind] for kind in kinds):
+            expected = " or ".join(WORDS.get(kind, kind.__name__) for kind in kinds)
+            raise UserError(f"{prefix}{name}={value!r:.60}: expected {expected}")
+
+
+def check_choices(owner: Any, prefix: str = "") -> None:
     """Raises UserError where a field annotated as a Literal holds none of its values."""
     for name, allowed in _choices(type(owner)).items():  # type: ignore[arg-type]
         value = getattr(owner, name)
         if value not in allowed:
-            near = did_you_mean(str(value), [a for a in allowed if a is not None])
-            raise UserError(
-                f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}{near}"
-            )
+            near = did_you_mean(str(value), [a for a in allowed if isinstance(a, str)])
+            values = ", ".join(map(repr, allowed))
+            raise UserError(f"{prefix}{name}={value!r:.60}: expected one of {values}{near}")
 
 
 @functools.cache

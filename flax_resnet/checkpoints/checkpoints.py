@@ -29,7 +29,7 @@ from flax_resnet.checkpoints import seals
 from flax_resnet.checkpoints.orbax_paths import orbax, plain_path, signatures
 from flax_resnet.distributed import sharding
 from flax_resnet.distributed.watchdog import print_report
-from flax_resnet.errors import TryAgain, UserError, check_range
+from flax_resnet.errors import TryAgain, UserError, check_range, check_types
 from flax_resnet.records.files import error_as_one_line, reason
 
 Which = int | Literal["latest", "best"]
@@ -60,6 +60,7 @@ class CheckpointConfig:
     A sweep's runs each get a directory of their name in it."""
 
     def __post_init__(self) -> None:
+        check_types(self, "checkpoint.")
         bounds = {"every_steps": 1, "every_evals": 1, "keep_last": 1, "keep_best": 0}
         for name, least in bounds.items():
             check_range(f"checkpoint.{name}", getattr(self, name), least)

@@ -16,7 +16,7 @@ from jax.scipy.ndimage import map_coordinates
 
 from flax_resnet.data.normalization import mean_pixel
 from flax_resnet.data.randaugment import MOST, apply_randaugment
-from flax_resnet.errors import UserError, check_range
+from flax_resnet.errors import UserError, check_range, check_types
 
 Batch = dict[str, jax.Array]
 
@@ -59,6 +59,7 @@ class Augment:
     """Beta parameter of CutMix (Yun et al. 2019); 0 is off. With mixup, a coin a batch decides."""
 
     def __post_init__(self) -> None:
+        check_types(self, "augment.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (int, float)):

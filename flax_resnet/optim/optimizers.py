@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from flax_resnet.errors import POSITIVE, UserError, check_range
+from flax_resnet.errors import POSITIVE, UserError, check_range, check_types
 from flax_resnet.optim.schedules import Constant as Constant
 from flax_resnet.optim.schedules import Cosine as Cosine
 from flax_resnet.optim.schedules import OneCycle as OneCycle
@@ -55,6 +55,11 @@ class _Optimizer:
     their learning rate over the others' (64 in K. Jordan 2024). Adam takes no notice."""
 
     def __post_init__(self) -> None:
+        check_types(self, "optimizer.")
+        if not hasattr(self.schedule, "build"):
+            raise UserError(
+                f"optimizer.schedule={self.schedule!r:.60}: expected a schedule, such as Cosine()"
+            )
         for name in ("learning_rate", "weight_decay", "stage_decay", "norm_bias_scale"):
             check_range(f"optimizer.{name}", getattr(self, name), 0)
         if self.max_grad_norm != math.inf:  # clips nothing, as None does

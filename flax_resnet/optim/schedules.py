@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import optax
 import optax.contrib
 
-from flax_resnet.errors import UserError
+from flax_resnet.errors import UserError, check_types
 
 
 def check_shares(name: str, values: Sequence[float], owner: str = "schedule") -> None:
@@ -41,6 +41,7 @@ class Constant(Shape):
     """Learning rate at step 0 of the warm-up, as a share of the peak."""
 
     def __post_init__(self) -> None:
+        check_types(self, "schedule.")
         check_shares("warmup", [self.warmup])
 
     def build(self, peak: float, num_steps: int) -> optax.Schedule:
@@ -97,6 +98,7 @@ class OneCycle(Shape):
     """The last rate is the first over this."""
 
     def __post_init__(self) -> None:
+        check_types(self, "schedule.")
         check_shares("rise", [self.rise])
 
     def build(self, peak: float, num_steps: int) -> optax.Schedule:

@@ -17,10 +17,12 @@ from flax_resnet.models.arguments import check_bn_group, needs_x64
 from flax_resnet.optim.optimizers import LAMB, LARS, Muon
 from flax_resnet.training.config import TrainConfig
 from flax_resnet.training.step import TrainState
+from flax_resnet.xla import backend
 
 
 def check_config(config: TrainConfig, mesh: Mesh) -> None:
     """Raises UserError for the first thing in a config that needs no data to be seen as wrong."""
+    backend.check_settings()
     check_divisible("eval_batch_size", config.eval_batch_size, mesh)
     _check_model(config.model)
     if getattr(config.model, "norm_kind", None) == "batch" and not config.cache_features:

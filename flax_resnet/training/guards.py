@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_resnet.errors import POSITIVE, UserError, check_range
+from flax_resnet.errors import POSITIVE, UserError, check_range, check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Guard:
     """Seconds without a batch, a step or a save after which the terminal says so."""
 
     def __post_init__(self) -> None:
+        check_types(self, "guard.")
         check_range("guard.times_chance", self.times_chance, POSITIVE)
         check_range("guard.report_after", self.report_after, POSITIVE)
 

@@ -10,10 +10,21 @@ from typing import Any, Literal
 
 import jax
 
+from flax_resnet.errors import UserError
+
 YNN = "xla_cpu_experimental_ynn_fusion_type"
 # By default XLA gives convolutions to YNNPACK, which has no fast gradient of a kernel, and sums
 # over the batch to its own loops; the other way round both are faster.
 FUSION_TYPES = "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+
+REFUSED_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "jax_disable_jit": (True,),  # the steps are compiled ahead
+    "jax_numpy_rank_promotion": ("raise",),
+    "jax_numpy_dtype_promotion": ("strict",),
+    "jax_transfer_guard": ("disallow", "disallow_explicit"),
+    "jax_check_tracer_leaks": (True,),
+}
+"""{setting of JAX: its values with which the programs of this library, or of flax, do not run}."""
 
 _target: ContextVar[Literal["cpu", "any"] | None] = ContextVar("target", default=None)
 
@@ -34,6 +45,17 @@ def traced_for(target: Literal["cpu", "any"]) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+def check_settings() -> None:
+    """Raises UserError where JAX is told to work in a way in which no program here runs."""
+    for name, refused in REFUSED_SETTINGS.items():
+        value = getattr(jax.config, name)
+        if getattr(value, "value", value) in refused:  # some are enums
+            raise UserError(
+                f"{name.upper()}={value}: training and evaluation do not work with it; unset it in "
+                f"the environment, or where your program calls jax.config.update({name!r}, ...)"
+            )
 
 
 def usable_cores() -> int:
