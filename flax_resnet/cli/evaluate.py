@@ -150,6 +150,6 @@ def main(settings: Settings) -> None:
             print(json.dumps({**asked, **numbers}, indent=2), file=file)
     split = "" if config.folder else f" {config.eval_split or TEST_NAMES[0]}"
     about = {"weights": settings.weights, "data": f"{config.title}{split}"}
-    text_tables.show(opened.name, [*about.items(), *text_tables.result_rows(numbers).items()])
     for line in notes:
         print(line)
+    text_tables.show(opened.name, [*about.items(), *text_tables.result_rows(numbers).items()])

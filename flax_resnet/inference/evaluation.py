@@ -12,7 +12,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -90,13 +89,14 @@ def evaluate(
     if not len(source):
         raise UserError(f"split {config.eval_split!r} of {config.title} is empty: give another")
     title = config.title
-    for line in getattr(source, "notes", ()):
+    where, *lines = getattr(source, "notes", (f"evaluated on {config.eval_split} of {title}",))
+    for line in lines:
         say(line)
     classes = class_order(source.class_names, of.class_names, of.num_classes, title, say)
     known = _known_rows(source, classes, title, say)
     count = len(known) if limit is None else min(limit, len(known))
     rows = known[np.linspace(0, len(known) - 1, count).round().astype(np.int64)]
-    say(f"scored on {count} images: {_which(source, config, holdout)}")
+    say(f"{where} ({count} images)")
 
     def decode(data: bytes, rng: None) -> np.ndarray:
         return prepared.ten_crops(data) if ten_crop else prepared(data)
@@ -163,18 +163,6 @@ def _known_rows(
     say(f"left out: {len(source) - len(rows)} images of classes that the weights do not know, "
         f"{', '.join(map(repr, unknown[:5]))}")  # fmt: skip
     return rows
-
-
-def _which(source: Any, config: DataConfig, holdout: bool) -> str:
-    """Which images of the data are evaluated, in words."""
-    if config.folder is None:
-        return f"{config.eval_split} of {config.title}"
-    top = source.paths[0].relative_to(Path(config.folder).expanduser()).parts[0]
-    if top not in source.class_names:
-        return f"those of {config.folder}/{top}"
-    if holdout:
-        return f"one in {config.holdout_every} of each class of {config.folder}, held out"
-    return f"all of {config.folder}"
 
 
 def class_order(

@@ -120,13 +120,13 @@ def test_an_extra_class_is_left_out_and_a_missing_one_is_said(opened, folder, tm
     check(found, {name: wanted[name] for name in NUMBERS})
     assert said == [
         "left out: 6 images of classes that the weights do not know, 'another', 'kind 9'",
-        f"scored on 35 images: all of {root}",
+        "evaluated on all images (35 images)",
     ]
     for name in (*CLASSES[:4], "another", "kind 9"):
         (root / name).rename(tmp_path / name)
     evaluate(opened, DataConfig(folder=str(root)), say=said.append)
     assert said[2].startswith(f"4 of the network's 7 classes are not in {root}: 'kind 0', 'kind 1'")
-    assert said[3] == f"scored on 15 images: all of {root}"
+    assert said[3] == "evaluated on all images (15 images)"
 
 
 def test_classes_in_another_order_are_matched_by_name(opened, folder):
@@ -248,7 +248,7 @@ def test_a_run_on_a_folder_gives_its_own_top1(call, folder_run, tmp_path):
 def test_a_folder_that_has_changed_since_the_training_is_said(call, folder_run, image_folder):
     arguments = ("evaluate", "--weights", folder_run)
     code, out, _ = call(*arguments)
-    which = f"scored on 10 images: one in 4 of each class of {image_folder}, held out"
+    which = "evaluated on one in 4 images of each class (10 images)"
     assert (code, out.splitlines()[0]) == (0, which)
     for i in range(3):
         shutil.copy(image_folder / "cat" / "00.png", image_folder / "cat" / f"0{i}-copy.png")
