@@ -20,7 +20,7 @@ from flax_resnet.models import (
 )
 from flax_resnet.records.configs import MOVED_CLASSES
 from flax_resnet.weights.readers.tensors import TensorFile, read_tensors
-from flax_resnet.weights.reading import METADATA_KEY, _foreign, open_file, read_weights
+from flax_resnet.weights.reading import METADATA_KEY, _inferred, open_file, read_weights
 from flax_resnet.weights.writing import write_weights
 
 
@@ -63,7 +63,7 @@ def test_mangled_files_are_taken_or_refused(tmp_path, name, fields, kind, cases)
     tensors, refused, rng = read_tensors(path).tensors, [], np.random.default_rng(0)
     for _ in range(cases):
         try:
-            _foreign(TensorFile(kind, mangled(rng, tensors), {}), {})
+            _inferred(path, TensorFile(kind, mangled(rng, tensors), {}), {}, [])
         except UserError as error:
             refused.append(str(error))
     assert refused
