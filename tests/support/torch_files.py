@@ -152,8 +152,8 @@ PICKLES = {
         name: (b"\x80\x02" + body, words)
         for name, (body, words) in {
             "memo": (b"]r\xff\xff\xff\xffj\xff\xff\xff\xffa.", ["a list"]),
-            "deep lists": (b"]" * DEPTH + b"a" * (DEPTH - 1) + b".", ["a list"]),
-            "deep tuples": (b")" + b"\x85" * DEPTH + b".", ["a tuple"]),
+            "deep lists": (b"]" * DEPTH + b"a" * (DEPTH - 1) + b".", ["names"]),
+            "deep tuples": (b")" + b"\x85" * DEPTH + b".", ["names"]),
             "deep key": (b"})" + b"\x85" * DEPTH + b"K\x01s.", ["but nothing"]),
             "itself": (b"]q\x00h\x00a.", ["a list"]),
             "dict in itself": (b"}q\x00" + text("state_dict") + b"h\x00s.", ["no tensors"]),

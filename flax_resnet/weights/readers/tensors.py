@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flax_resnet.errors import UserError
+from flax_resnet.errors import UserError, first_few
 from flax_resnet.weights.readers.torch_archive import LEGACY_START, read_torch
 from flax_resnet.weights.readers.untrusted import MAX_RANK, Info, LimitedFile, open_zip, shown
 
@@ -90,7 +90,7 @@ def _select(
         else:
             odd[name] = f"{dtype} of shape {shape}"
     if not weights:
-        some = ", ".join(f"{shown(n)} is {shown(what)[1:-1]}" for n, what in odd.items())
+        some = first_few([f"{shown(name)} is {shown(kind)[1:-1]}" for name, kind in odd.items()])
         raise UserError(
             f"{path} holds no weights ({some:.500}): expected plain names, floats of 16, 32 or 64 "
             f"bits, elements, and no more than {MAX_RANK} axes; convert them"
@@ -104,29 +104,26 @@ def _read(path: Path, select: Any) -> tuple[Any, dict[str, np.ndarray], dict[str
     """(format, tensors, metadata), as the first bytes say."""
     with path.open("rb") as file:
         start = file.read(16)
+    metadata: dict[str, str] = {}
     if start.startswith(_HDF5_START):
         from flax_resnet.weights.readers.hdf5 import read_h5
 
-        return _keras(*read_h5(path), {}, select)
-    if start.startswith(_ZIP_START) and _holds_keras(path):
+        kind, tensors = read_h5(path)
+    elif start.startswith(_ZIP_START) and _holds_keras(path):
         from flax_resnet.weights.readers.hdf5 import read_keras
 
         kind, tensors, config = read_keras(path)
-        return _keras(kind, tensors, {KERAS_CONFIG: config}, select)
-    if start.startswith((_ZIP_START, LEGACY_START)):
-        return "torch", read_torch(path, select), {}
-    if start[8:9] == b"{":
+        metadata[KERAS_CONFIG] = config
+    elif start.startswith((_ZIP_START, LEGACY_START)):
+        return "torch", read_torch(path, select), metadata
+    elif start[8:9] == b"{":
         header = int.from_bytes(start[:8], "little")
         return ("safetensors", *_read_safetensors(path, header, select))
-    raise UserError(
-        f"{path} is no weight file that is read here (it starts with {start!r}): expected "
-        ".safetensors, a state dict by torch.save (.pth, .pt), or Keras's .keras, .h5, .weights.h5"
-    )
-
-
-def _keras(
-    kind: Any, tensors: dict[str, np.ndarray], metadata: dict[str, str], select: Any
-) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
+    else:
+        raise UserError(
+            f"{path} is no weight file that is read here (it starts with {start!r}): expected "
+            ".safetensors, torch.save's state dict (.pth, .pt), or Keras's .keras, .h5, .weights.h5"
+        )
     infos = {name: Info(x.shape, str(x.dtype)) for name, x in tensors.items()}
     return kind, {name: tensors[name] for name in select(infos, known=True)}, metadata
 
@@ -159,9 +156,7 @@ def _read_safetensors(
                 infos[name] = Info(tuple(part.get_shape()), dtype)
             chosen = select(infos, known=METADATA_KEY in metadata)
             return {new: file.get_tensor(name) for name, new in chosen.items()}, metadata
-    except UserError:
-        raise
-    except (KeyboardInterrupt, SystemExit):
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of its Rust code is no Exception
         raise UserError(
