@@ -53,19 +53,10 @@ def split(address: str | Path) -> tuple[str, str | None]:
 
 
 def find(shapes: Shapes, path: object, name: str | None = None) -> tuple[dict[str, str], list[str]]:
-    """The network among a file's tensors.
+    """(torchvision's names of a network's tensors, by the names in the file; notes).
 
-    Args:
-      shapes: of all tensors, by name.
-      path: of the file, for messages.
-      name: a part of the prefix of the network, where the file holds several.
-
-    Returns:
-      (torchvision's names of the network's tensors, by the names in the file; notes on what was
-      left out and how the rest was read).
-
-    Raises:
-      UserError: there is none, or several and no name that tells them apart.
+    UserError where there is no network, or several and ``name``, which is a part of the prefix of
+    one, does not tell them apart.
     """
     check_shapes(shapes)
     plain = {key: _WRAPPERS.sub("", key) for key in shapes}

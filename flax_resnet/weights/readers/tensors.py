@@ -41,34 +41,27 @@ class TensorFile:
 
 
 Choose = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, str]], Mapping[str, str]]
-"""Shapes by name, and what else has the name of a weight, with its kind (integers, objects of
-unknown classes), to new names of those tensors that are to be read."""
+"""Shapes by name, and the kind of what else has the name of a weight, to new names of the tensors
+to read."""
 
 
 def read_tensors(path: Path, choose: Choose | None = None) -> TensorFile:
-    """Reads the weights in a file that nobody need vouch for.
+    """Reads the floats in a file that nobody need vouch for, in its dtypes.
 
-    Nothing in the file is executed, and memory stays below twice its size plus 200 MB. Integers,
-    such as ``num_batches_tracked``, are no weights.
+    Nothing in the file is executed, and memory stays below twice its size plus 200 MB.
 
     Args:
-      path: safetensors, a torch state dict or a checkpoint around one, Keras weights in HDF5 or a
-        ``.keras`` file.
-      choose: says which tensors to read, and how to call them, where the file does not describe
-        its network itself and is not Keras's; by default all, as the file calls them.
-
-    Returns:
-      The tensors in the dtypes of the file.
+      path: safetensors, a torch state dict or a checkpoint around one, Keras's HDF5 or ``.keras``.
+      choose: of torch's names, the tensors to read and how to call them; by default all.
 
     Raises:
       UserError: there is no such file, its kind is unknown, it is damaged, or it holds no weights.
     """
     select = functools.partial(_select, path, choose)
     try:
-        if not path.exists():
-            raise UserError(f"{path}: no such file; give the path of a weight file")
         if not path.is_file():
-            raise UserError(f"{path} is not a regular file: give the path of a weight file")
+            why = "is not a regular file" if path.exists() else "is not there: no such file"
+            raise UserError(f"{path} {why}; give the path of a weight file")
         return TensorFile(*_read(path, select))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): check the file") from error

@@ -32,18 +32,10 @@ _Load = Callable[[Storage], bytes]
 
 
 def read_torch(path: Path, select: Select) -> dict[str, np.ndarray]:
-    """Reads tensors of a state dict, or of the checkpoint around one; runs nothing of it.
+    """The tensors that ``select`` chooses, by the names that it gives them.
 
-    Args:
-      path: the file.
-      select: chooses among all tensors of the file, and gives them new names; "state_dict.fc.bias"
-        is the entry "fc.bias" of the entry "state_dict".
-
-    Returns:
-      The tensors chosen, by their new names. They may be read-only and share memory.
-
-    Raises:
-      UserError: the file is damaged, or holds no tensors by name.
+    "state_dict.fc.bias" is the entry "fc.bias" of the entry "state_dict". UserError for a file
+    that is damaged or holds no tensors by name.
     """
     try:
         with LimitedFile(io.FileIO(path)) as file:
@@ -80,7 +72,7 @@ def _open_zip(path: Path, file: LimitedFile) -> tuple[Any, _Load]:
     if not stored or sum(member.file_size for member in members) > path.stat().st_size:
         raise ValueError("its members are compressed, overlap, or are larger than the file")
     if f"{prefix}byteorder" in names and archive.read(f"{prefix}byteorder") != b"little":
-        raise _big_endian(path)
+        raise ValueError("it was not saved on a little-endian machine")
     if archive.getinfo(tops[0]).file_size > MAX_PICKLE:
         raise ValueError(f"its pickle is larger than {MAX_PICKLE} bytes")
     root = Unpickler(io.BytesIO(archive.read(tops[0]))).load()
@@ -93,7 +85,7 @@ def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, _Load]:
     if (magic, protocol) != (LEGACY_MAGIC, 1001):
         raise ValueError("it does not start as torch.save starts a file")
     if system["little_endian"] is not True:
-        raise _big_endian(path)
+        raise ValueError("it was not saved on a little-endian machine")
     unpickler = Unpickler(stream)
     root, keys = unpickler.load(), Unpickler(stream).load()
     at, total = stream.tell(), path.stat().st_size
@@ -112,10 +104,6 @@ def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, _Load]:
         return file.read(storage.nbytes)
 
     return root, load
-
-
-def _big_endian(path: Path) -> UserError:
-    return UserError(f"{path} was not saved on a little-endian machine: save it again on one")
 
 
 def _flatten(path: Path, root: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -85,10 +85,9 @@ class Unpickler(_Python):
         kind, dtype, key, *rest = identity
         if isinstance(dtype, Inert):  # or a class with its source, in the files of before 1.6
             return dtype
-        if kind != "storage" or not isinstance(dtype, np.dtype) or rest[2:] not in ([], [None]):
+        types = (isinstance(dtype, np.dtype), type(key), type(rest[1]))
+        if kind != "storage" or types != (True, str, int) or rest[2:] not in ([], [None]):
             raise ValueError("its pickle refers to an object that is no storage")
-        if type(key) is not str or type(rest[1]) is not int:
-            raise TypeError("a storage without a key or a length")
         found = Storage(key, dtype, rest[1] * dtype.itemsize)
         storage = self.storages.setdefault(key, found)
         if storage != found:
