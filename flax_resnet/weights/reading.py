@@ -65,7 +65,7 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
     text, network = trees.split(path)
     path, notes = Path(text).expanduser(), list[str]()
 
-    def choose(shapes: trees.Shapes, unread: Mapping[str, str]) -> dict[str, str]:
+    def choose(shapes: architectures.Shapes, unread: Mapping[str, str]) -> dict[str, str]:
         if some := [f"{name!r:.80} is {kind:.80}" for name, kind in unread.items()]:
             notes.append(f"not read: {first_few(some)}")
         names, more = trees.find(shapes, text, network)

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_resnet.errors import UserError, first_few
-from flax_resnet.weights.architectures import check_shapes
-
-Shapes = Mapping[str, tuple[int, ...]]
+from flax_resnet.weights.architectures import Shapes, check_shapes
 
 # What FSDP, activation checkpointing and torch.compile put between the parts of a name.
 _WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
