@@ -137,6 +137,7 @@ def shared(count):
     return state(**{f"t{i}": turned for i in range(count)})
 
 
+LONG_NAMES = text("a" * 10**6) + b"}(" + b"".join(text(f"{i}") + b"]" for i in range(100)) + b"us."
 LIMIT, DEPTH, RUN = torch_archive.MAX_PICKLE - 9, 30_000, storage("0", "FloatStorage", 4)
 FOUR = whole("0", ONES)
 PICKLES = {
@@ -148,6 +149,7 @@ PICKLES = {
             "memo": (b"]r\xff\xff\xff\xffj\xff\xff\xff\xffa.", ["a list"]),
             "deep lists": (b"]" * DEPTH + b"a" * (DEPTH - 1) + b".", ["names"]),
             "deep key": (b"})" + b"\x85" * DEPTH + b"K\x01s.", ["but nothing"]),
+            "long names": (b"}" + LONG_NAMES, ["names"]),
             "itself": (b"]q\x00h\x00a.", ["a list"]),
             "lists": (b"]" * LIMIT + b".", ["a list"]),
             "dicts": (b"}\x94" * (LIMIT // 2) + b".", ["but nothing"]),

@@ -117,18 +117,18 @@ def _flatten(path: Path, root: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
             continue
         visited.add(id(node))
         for key, value in enumerate(node) if is_list else node.items():
+            if not isinstance(value, (dict, list, tuple)):  # a Tensor is a tuple
+                continue
             name = f"{prefix}{key}"
+            length += len(name)
+            if length > MAX_NAMES:
+                raise ValueError("the names in it are too long")
             if isinstance(value, Tensor):
                 tensors[name] = value
             elif isinstance(value, Inert) and not value:
                 unread[name] = value.name
-            elif isinstance(value, (dict, list, tuple)):
-                queue.append((f"{name}.", value))
             else:
-                continue
-            length += len(name)
-            if length > MAX_NAMES:
-                raise ValueError("the names in it are too long")
+                queue.append((f"{name}.", value))
     if not tensors:
         some = [f"{shown(name, 30)}, a {shown(kind)[1:-1]}" for name, kind in unread.items()]
         if isinstance(root, Inert):
