@@ -9,7 +9,7 @@ import itertools
 import math
 import numbers
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,3 +133,9 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Returns ``" (did you mean 'x'?)"`` for the nearest option, or an empty string."""
     near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def first_few(items: Sequence[str], count: int = 8) -> str:
+    """The first items, and how many more there are."""
+    more = f", and {len(items) - count} more" if len(items) > count else ""
+    return ", ".join(items[:count]) + more

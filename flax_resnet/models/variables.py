@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_resnet.errors import UserError, check_range
+from flax_resnet.errors import UserError, check_range, first_few
 from flax_resnet.models.resnet import ResNet
 from flax_resnet.models.stages import block_name, blocks_name
 
@@ -203,7 +203,7 @@ class WeightsError(UserError):
         shapes = [f"{name} {have} for {want}" for name, (have, want) in self.misshaped.items()]
         kinds = ("missing", "unexpected", "of another shape")
         lists = zip((self.missing, self.unexpected, shapes), kinds, strict=True)
-        some = [f"{len(names)} {kind} ({_some(names)})" for names, kind in lists if names]
+        some = [f"{len(names)} {kind} ({first_few(names)})" for names, kind in lists if names]
         super().__init__(f"{what}: {'; '.join(some)}")
 
 
@@ -272,7 +272,7 @@ def match_variables(module: nn.Module, want: Any, given: Mapping[str, Any]) -> d
     if odd := [
         k for k, x in have.items() if not jnp.issubdtype(getattr(x, "dtype", str), jnp.floating)
     ]:
-        raise UserError(f"the weights hold what is no floating-point array: {_some(odd)}")
+        raise UserError(f"the weights hold what is no floating-point array: {first_few(odd)}")
     # Input channels and classes are the differences that people meet: each has its own line.
     stem = "stem_conv1" if "params/stem_conv1/kernel" in need else "stem_conv"
     for key, axis, text in (
@@ -285,9 +285,3 @@ def match_variables(module: nn.Module, want: Any, given: Mapping[str, Any]) -> d
             raise UserError(text.format(need[key].shape[axis], have[key].shape[axis]))
     found = match(f"the weights are not this {type(module).__name__}'s", need, have)
     return unflatten_dict({k: jnp.asarray(found[k], need[k].dtype) for k in need}, sep="/")
-
-
-def _some(items: Sequence[str]) -> str:
-    """The first eight of the items, and how many more there are."""
-    more = f", and {len(items) - 8} more" if len(items) > 8 else ""
-    return ", ".join(items[:8]) + more

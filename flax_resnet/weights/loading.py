@@ -115,12 +115,11 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
         holds several networks.
       network: a name of ``names()``, which a tag needs.
     """
-    weights, tree = trees.split(weights)
     entry = None if is_path(weights) else published.find(network, str(weights))
-    address = weights if entry is None else entry.url
+    address = str(weights) if entry is None else entry.url
     if hub.is_address(address):
-        path = hub.fetch_folder(str(address)) / hub.WEIGHTS
-        known = entry or published.find_source(str(address).partition("@")[0])
+        path = hub.fetch_folder(address) / hub.WEIGHTS
+        known = entry or published.find_source(address.partition("@")[0])
     elif entry is not None:
         path, known = fetch(entry), entry
     else:
@@ -131,7 +130,13 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
                 return open_run_weights(path)[0]
             path = inside[0]
         known = published.find_source(path.name)
-    opened = _described(open_file(path if tree is None else f"{path}#{tree}"), known)
+    opened = open_file(path)
+    prepared = known.preprocessing if known is not None else None
+    if prepared is not None and (opened.assumed or opened.preprocessing is None):
+        opened = dataclasses.replace(opened, preprocessing=prepared, assumed="")
+    width = opened.module.num_classes if getattr(opened.module, "include_top", True) else None
+    if opened.class_names is None and opened.preprocessing is not None and width == 1000:
+        opened = dataclasses.replace(opened, class_names=imagenet_classes())
     if opened.assumed:
         warnings.warn(
             f"{path}: nothing says how images are prepared for it: unless it is given, the "
@@ -143,21 +148,6 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
         return opened
     module = models.create(entry.network, num_classes=getattr(opened.module, "num_classes", 1000))
     return dataclasses.replace(opened, module=module, network=entry.network, certain=True)
-
-
-def _described(opened: Pretrained, known: published.Published | None) -> Pretrained:
-    """``opened`` with the preprocessing and class names that its file does not say.
-
-    Those of published weights are in their table.
-    """
-    prepared = known.preprocessing if known is not None else None
-    if prepared is not None and (opened.assumed or opened.preprocessing is None):
-        opened = dataclasses.replace(opened, preprocessing=prepared, assumed="")
-    classes, module = imagenet_classes(), opened.module
-    imagenet = getattr(module, "include_top", True) and module.num_classes == len(classes)
-    if opened.class_names is not None or not imagenet or opened.preprocessing is None:
-        return opened
-    return dataclasses.replace(opened, class_names=classes)
 
 
 def is_path(weights: str | Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import warnings
@@ -19,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_resnet import models
 from flax_resnet.data.decode import Decoder
 from flax_resnet.data.preprocess import KERAS_V1, KERAS_V2, TORCH, Preprocessing
-from flax_resnet.errors import Note, UserError
+from flax_resnet.errors import Note, UserError, first_few
 from flax_resnet.models import ResNet
 from flax_resnet.models.arguments import check_dtype
 from flax_resnet.records.configs import MOVED_CLASSES, class_name, from_record, todays_name
@@ -66,24 +65,19 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
     text, network = trees.split(path)
     path, notes = Path(text).expanduser(), list[str]()
 
-    def choose(shapes: trees.Shapes, unread: Mapping[str, str]) -> dict[str, str]:
-        nonlocal network
+    def choose(shapes: architectures.Shapes, unread: Mapping[str, str]) -> dict[str, str]:
         if some := [f"{name!r:.80} is {kind:.80}" for name, kind in unread.items()]:
-            notes.append("not read: " + "; ".join(some[:8]))
-        tree = trees.find(shapes, text, network)
-        notes.extend(tree.notes)
-        network = None
-        return tree.names
+            notes.append(f"not read: {first_few(some)}")
+        names, more = trees.find(shapes, text, network)
+        notes.extend(more)
+        return names
 
     try:
         file = read_tensors(path, choose)
-        if network is not None:
+        is_own = METADATA_KEY in file.metadata
+        if network is not None and (is_own or file.format.startswith("keras")):
             raise UserError(f"it holds one network: give the path without #{network}")
-        if METADATA_KEY in file.metadata:
-            opened = _own(file, fields)
-        else:
-            opened, more = _inferred(path, file, fields)
-            notes += more
+        opened = _own(file, fields) if is_own else _inferred(path, file, fields, notes)
     except UserError as error:
         start = "" if str(error).startswith(str(path)) else f"{path}: "
         error.args = ("; ".join([f"{start}{error}", *notes]),)
@@ -94,31 +88,16 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
 
 
 def _inferred(
-    path: Path, file: TensorFile, fields: Mapping[str, Any]
-) -> tuple[Pretrained, tuple[str, ...]]:
-    """The network of a file by its tensors, its name and the files beside it, and notes."""
+    path: Path, file: TensorFile, fields: Mapping[str, Any], notes: list[str]
+) -> Pretrained:
+    """The network of a file by its tensors, its name and the files beside it; adds to ``notes``."""
     beside = config_files.read(path.parent)
     for name in (path.name, path.absolute().parent.name, beside.architecture):
         architectures.check_name(name)
     caffe = architectures.fields_of(path.name)
-    opened, notes = _foreign(file, {**caffe, **beside.fields, **fields})
-    names, classes = beside.class_names, getattr(opened.module, "num_classes", None)
-    if names is not None and opened.module.include_top and len(names) != classes:
-        raise UserError(
-            f"the {config_files.CONFIG} beside it names {len(names)} classes, and its head has "
-            f"{classes}: correct the names, or move the weights to another folder"
-        )
-    opened = dataclasses.replace(opened, class_names=names)
-    if caffe or beside.preprocessing is not None:  # Caffe's are fed otherwise than torchvision's
-        opened = dataclasses.replace(opened, preprocessing=beside.preprocessing, assumed="")
-    return opened, notes
-
-
-def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> tuple[Pretrained, tuple[str, ...]]:
-    """The network that is inferred from the names and shapes of a file's tensors, and notes."""
-    keras = file.format.startswith("keras")
-    notes: tuple[str, ...] = ()
-    if keras:
+    fields = {**caffe, **beside.fields, **fields}
+    preprocessing: Preprocessing | None
+    if keras := file.format.startswith("keras"):
         tensors = keras_names.keras_layers(file.tensors, file.format)  # type: ignore[arg-type]
         module = keras_names.infer_keras(tensors, keras_names.is_old(file.tensors), **fields)
         stem = tensors["conv1_conv/0"]
@@ -126,19 +105,28 @@ def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> tuple[Pretrained, t
         usual, assumed = USUAL[keras_names.version_of(module)]
         preprocessing = usual
         if (config := file.metadata.get(KERAS_CONFIG)) is not None:
-            preprocessing, notes = keras_models.described(config, usual)
+            preprocessing, more = keras_models.described(config, usual)
+            notes += more
             assumed = assumed if preprocessing.mean == usual.mean else ""  # its Rescaling says it
         elif module.hidden_units:
-            notes = ("its dense layers are taken to have ReLU between them",)
+            notes.append("its dense layers are taken to have ReLU between them")
     else:
         tensors = torch_names.with_biases(file.tensors)
         module = torch_names.infer_resnet(tensors, **fields)
         channels, preprocessing, assumed = torch_names.input_channels(tensors), TORCH, AS_TORCH
+    names = beside.class_names
+    if names is not None and module.include_top and len(names) != module.num_classes:
+        raise UserError(
+            f"the {config_files.CONFIG} beside it names {len(names)} classes, and its head has "
+            f"{module.num_classes}: correct the names, or move the weights to another folder"
+        )
+    if caffe or beside.preprocessing is not None:  # Caffe's are fed otherwise than torchvision's
+        preprocessing, assumed = beside.preprocessing, ""
+    elif module.stem == "cifar" or channels != 3:
+        preprocessing, assumed = None, ""
     shape = (*models.default_shape(module)[:2], channels)
     variables = _fit(module, tensors, naming_of(module, keras), shape)
-    if module.stem == "cifar" or channels != 3:
-        return Pretrained(module, variables, None, certain=keras), notes
-    return Pretrained(module, variables, preprocessing, certain=keras, assumed=assumed), notes
+    return Pretrained(module, variables, preprocessing, names, certain=keras, assumed=assumed)
 
 
 def _own(file: TensorFile, fields: Mapping[str, Any]) -> Pretrained:

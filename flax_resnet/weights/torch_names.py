@@ -10,41 +10,31 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from flax_resnet import models
 from flax_resnet.errors import UserError
-from flax_resnet.models import (
-    BasicBlock,
-    BottleneckBlock,
-    PreActBasicBlock,
-    PreActBottleneckBlock,
-    ResNet,
-)
-from flax_resnet.weights.trees import no_network
 
-Tensors = dict[str, np.ndarray]
-
-MOST_BLOCKS = 2000
-_BLOCK = re.compile(r"layer(\d{1,4})\.(\d{1,6})\.(.+)")
+_BLOCK = re.compile(r"layer(\d{1,4})\.(\d{1,6})\.")
 _STEM_MODULES = {"stem_conv": "conv1", "stem_norm": "bn1", "final_norm": "bn", "head": "fc"}
 _DEEP_STEM = {"stem_conv1": "conv1.0", "stem_norm1": "conv1.1", "stem_conv2": "conv1.3",
               "stem_norm2": "conv1.4", "stem_conv": "conv1.6"}  # fmt: skip
 # (three convolutions, normalised before the first): the block.
 _BLOCK_CLASSES = {
-    (False, False): BasicBlock,
-    (False, True): PreActBasicBlock,
-    (True, False): BottleneckBlock,
-    (True, True): PreActBottleneckBlock,
+    (False, False): models.BasicBlock,
+    (False, True): models.PreActBasicBlock,
+    (True, False): models.BottleneckBlock,
+    (True, True): models.PreActBottleneckBlock,
 }
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias",
            "mean": "running_mean", "var": "running_var"}  # fmt: skip
 
 
-def torch_name(module: ResNet, path: tuple[str, ...]) -> str:
+def torch_name(module: models.ResNet, path: tuple[str, ...]) -> str:
     """torchvision's name of a variable: ("params", "stage1_block1", "conv1", "kernel"), say."""
     names = dict(_STEM_MODULES)
     if module.stem == "deep":
@@ -85,27 +75,18 @@ def from_torch(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
     return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
 
 
-def with_biases(tensors: Mapping[str, np.ndarray]) -> Tensors:
+def with_biases(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors, and zeros as the biases of dense layers that have none."""
-    kernels = {
-        name: x for name, x in tensors.items() if re.fullmatch(r"(fc|hidden\d+)\.weight", name)
-    }
-    zeros = {f"{name[:-6]}bias": np.zeros(x.shape[:1], x.dtype) for name, x in kernels.items()}
+    dense = [name for name in tensors if re.fullmatch(r"(fc|hidden\d+)\.weight", name)]
+    zeros = {f"{n[:-6]}bias": np.zeros(tensors[n].shape[:1], tensors[n].dtype) for n in dense}
     return {**zeros, **tensors}
 
 
-def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> ResNet:
-    """The network that tensors of torchvision's names belong to, by names and shapes.
+def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> models.ResNet:
+    """The network of tensors under torchvision's names, with ``fields`` over what is inferred.
 
     Where a bottleneck strides is not to be seen: the 3x3 is taken, as torchvision and timm have
     it; ``stride_conv="1x1"`` says otherwise. A net without projections has shortcut A.
-
-    Args:
-      tensors: as ``trees.find`` names them.
-      **fields: of the network, over what is inferred.
-
-    Raises:
-      UserError: they are not those of a residual network.
     """
     stages, (stem, stem_conv) = _stage_sizes(tensors), _stem(tensors)
     head = {name for name in tensors if name.startswith("fc.")}
@@ -145,7 +126,7 @@ def infer_resnet(tensors: Mapping[str, np.ndarray], **fields: Any) -> ResNet:
         found["conv_bias"] = "all"
     elif normed and "conv1.bias" in tensors:
         found["conv_bias"] = "unnormalized"
-    return ResNet(**{**found, **fields})
+    return models.ResNet(**{**found, **fields})
 
 
 def input_channels(tensors: Mapping[str, np.ndarray]) -> int:
@@ -156,26 +137,17 @@ def input_channels(tensors: Mapping[str, np.ndarray]) -> int:
 
 def _stage_sizes(tensors: Mapping[str, np.ndarray]) -> tuple[int, ...]:
     """Blocks in each stage; what is beyond a gap is left over when names are compared."""
-    stages: dict[int, set[str]] = defaultdict(set)
-    for name in tensors:
-        if found := _BLOCK.fullmatch(name):
-            stages[int(found[1])].add(found[2])
-    if "layer1.0.conv1.weight" not in tensors:
-        raise no_network(tensors)
-    numbers = itertools.takewhile(stages.__contains__, itertools.count(1))
-    sizes = tuple(len(stages[number]) for number in numbers)
+    blocks = {found.groups() for name in tensors if (found := _BLOCK.match(name))}
+    stages = Counter(int(stage) for stage, _ in blocks)
+    sizes = tuple(stages[n] for n in itertools.takewhile(stages.__contains__, itertools.count(1)))
     if too_many(sum(sizes), len(tensors)):
         raise UserError(f"the weights have {sum(sizes)} blocks and {len(tensors)} tensors: too few")
     return sizes
 
 
 def too_many(blocks: int, tensors: int) -> bool:
-    """True where so few tensors cannot make so many blocks, or there are more than anyone trains.
-
-    A network is traced before its names can be compared with a file's, which takes long for one
-    that only a damaged or a hostile file would make.
-    """
-    return blocks > MOST_BLOCKS or 4 * blocks > tensors + 8
+    """True for more blocks than tensors make or anyone trains, which would take long to trace."""
+    return blocks > 2000 or 4 * blocks > tensors + 8
 
 
 def _stem(tensors: Mapping[str, np.ndarray]) -> tuple[str, str]:

@@ -6,15 +6,15 @@ The names and shapes alone decide, before a tensor is read.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from flax_resnet.errors import UserError
-from flax_resnet.weights.architectures import check_shapes
-
-Shapes = Mapping[str, tuple[int, ...]]
+from flax_resnet.errors import UserError, first_few
+from flax_resnet.weights.architectures import Shapes, check_shapes
 
 # What FSDP, activation checkpointing and torch.compile put between the parts of a name.
 _WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
@@ -43,15 +43,6 @@ _LAST_CONV = re.compile(r"layer(\d{1,4})\.\d+\.conv(\d)\.weight")
 _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?)(?:[._]|$)")
 
 
-class Tree(NamedTuple):
-    """A network in a file."""
-
-    names: dict[str, str]
-    """torchvision's name of each of its tensors, by the name in the file."""
-    notes: tuple[str, ...]
-    """What the file's owner may not expect, a phrase each."""
-
-
 def split(address: str | Path) -> tuple[str, str | None]:
     """(path, name of the network in it or None) of a path, or of PATH#NAME."""
     text = str(address)
@@ -59,57 +50,41 @@ def split(address: str | Path) -> tuple[str, str | None]:
     return (path, name) if mark and not Path(text).expanduser().exists() else (text, None)
 
 
-def find(shapes: Shapes, path: object, name: str | None = None) -> Tree:
-    """The network among a file's tensors.
+def find(shapes: Shapes, path: object, name: str | None = None) -> tuple[dict[str, str], list[str]]:
+    """(torchvision's names of a network's tensors, by the names in the file; notes).
 
-    Args:
-      shapes: of all tensors, by name.
-      path: of the file, for messages.
-      name: a part of the prefix of the network, where the file holds several.
-
-    Raises:
-      UserError: there is none, or several and no name that tells them apart.
+    UserError where there is no network, or several and ``name``, which is a part of the prefix of
+    one, does not tell them apart.
     """
     check_shapes(shapes)
     plain = {key: _WRAPPERS.sub("", key) for key in shapes}
     prefixes = _prefixes({plain[key]: shape for key, shape in shapes.items()})
     if not prefixes:
-        raise no_network(plain.values())
-    prefix, notes = _chosen(prefixes, str(path), name)
-    inner = [p for p in prefixes if p != prefix and p.startswith(prefix)]
-    names: dict[str, str] = {}
-    outside: list[str] = []
-    for key, full in plain.items():
-        if not full.startswith(prefix) or any(full.startswith(p) for p in inner):
-            outside.append(key)
-        else:
-            names[key] = full.removeprefix(prefix)
+        some = first_few([repr(name) for name in plain.values()], 3)
+        raise UserError(
+            "the weights are no residual network's: expected names like 'layer1.0.conv1.weight', "
+            f"found {some:.200}; give the weights of a ResNet, or convert the names first"
+        )
+    prefix, how = _chosen(prefixes, str(path), name)
+    inner = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
+    names = {key: full.removeprefix(prefix) for key, full in plain.items()
+             if full.startswith(prefix) and not full.startswith(inner)}  # fmt: skip
     names = _spelled(names, shapes)
-    if not any(_HEAD.match(new) for new in names.values()):
-        names |= _head_outside(prefix, {key: plain[key] for key in outside}, names, shapes)
+    if not any(map(_HEAD.match, names.values())):
+        outside = {key: full for key, full in plain.items() if key not in names}
+        names |= _head_outside(prefix, outside, names, shapes)
     names, dense = _with_head(names, shapes)
-    for key, new in [*names.items()]:  # a kernel beside the stages may be a part of the network
-        if not (_NETWORK.fullmatch(new) or (new.endswith(".weight") and len(shapes[key]) == 4)):
-            del names[key]
-    if len(set(names.values())) < len(names):
-        twice = next(key for key, new in names.items() if [*names.values()].count(new) > 1)
-        raise UserError(f"the weights have {twice!r:.200} under another name too: keep one of them")
-    said = [p for p in prefixes if notes and p != prefix]
-    beside = [plain[key] for key in shapes if key not in names]
-    beside = [full for full in beside if not any(full.startswith(p) for p in said)]
-    if left := _summary(prefix, beside):
-        under = f"read under {prefix[:-1]!r:.80}; " if prefix and not notes else ""
-        notes = [*notes, f"{under}left out: {left}"]
-    return Tree(names, (*notes, *dense))
-
-
-def no_network(names: Iterable[str]) -> UserError:
-    """The error of a file without a residual network."""
-    some = ", ".join(repr(name) for name in list(names)[:3])
-    return UserError(
-        f"the weights are no residual network's: expected names like 'layer1.0.conv1.weight', "
-        f"found {some:.200}; give the weights of a ResNet, or convert the names first"
-    )
+    # A kernel of 4 axes beside the stages may be a part of the network.
+    names = {key: new for key, new in names.items() if _NETWORK.fullmatch(new)
+             or (new.endswith(".weight") and len(shapes[key]) == 4)}  # fmt: skip
+    for new, count in Counter(names.values()).items():
+        if count > 1:
+            raise UserError(f"the weights have {new!r:.200} under another name too: keep one")
+    left = _summary(prefix, [full for key, full in plain.items() if key not in names])
+    notes = [f"{how}left out: {left}"] if left else []
+    if dense[1:]:
+        notes.append(f"{', '.join(dense)} are read as dense layers with ReLU between")
+    return names, notes
 
 
 def _prefixes(shapes: Shapes) -> list[str]:
@@ -124,53 +99,43 @@ def _prefixes(shapes: Shapes) -> list[str]:
     return [p for p in found if any(name.startswith(p) for name in statistics)] or list(found)
 
 
-def _chosen(prefixes: list[str], path: str, name: str | None) -> tuple[str, list[str]]:
-    """(the prefix that is meant, notes)."""
-
-    def named(name: str) -> list[str]:
-        inside = [p for p in prefixes if f".{name}." in f".{p}"] if name else []
-        return [p for p in prefixes if p == f"{name}." or p == name] or inside
-
-    def label(prefix: str) -> str:
-        parts = [part for part in prefix[:-1].split(".") if named(part) == [prefix]]
-        return [*parts, prefix[:-1]][0]
-
-    ways = ", ".join(f"{path}#{label(prefix):.80}" for prefix in prefixes[:8])
+def _chosen(prefixes: list[str], path: str, name: str | None) -> tuple[str, str]:
+    """(the prefix that is meant, the start of a note on it)."""
+    ways = first_few([f"{path}#{prefix[:-1]:.80}" for prefix in prefixes])
     if name is not None:
-        if len(chosen := named(name)) != 1:
+        chosen = [p for p in prefixes if p[:-1] == name]
+        chosen = chosen or [p for p in prefixes if f".{name}." in f".{p}"]
+        if len(chosen) != 1:
             raise UserError(f"{len(chosen)} of the networks here are named {name!r}: give {ways}")
-        return chosen[0], []
+        prefixes = chosen
     averages = [prefix for prefix in prefixes if _AVERAGE.search(prefix)]
     if len(prefixes) == 2 and len(averages) == 1:
-        other = next(prefix for prefix in prefixes if prefix not in averages)
-        read, left = averages[0][:-1], other[:-1]
-        way = f"{path}#{label(other)} reads {left!r:.80}"
-        return averages[0], [f"the averaged weights were read, {read!r:.80}; {way}"]
+        read, other = averages[0], next(p for p in prefixes if p not in averages)[:-1]
+        way = f"{path}#{other:.80} reads {other!r:.80}"
+        return read, f"the averaged weights were read, {read[:-1]!r:.80}; {way}; "
     if len(prefixes) > 1:
         raise UserError(f"it holds {len(prefixes)} networks: say which, by {ways}")
-    return prefixes[0], []
+    return prefixes[0], f"read under {prefixes[0][:-1]!r:.80}; " if prefixes[0] else ""
 
 
 def _spelled(names: dict[str, str], shapes: Shapes) -> dict[str, str]:
     """Names below the prefix as torchvision spells them."""
     firsts = filter(None, map(_CHILD.fullmatch, names.values()))
     stages = [int(match[2]) for match in firsts if not match[1]]
-    children = {"0": "conv1", "1": "bn1"}
     if stages and "layer1.0.conv1.weight" not in names.values():
         first, last = min(stages), max(stages)
+        children = {"0": "conv1", "1": "bn1"}
         children |= {str(n): f"layer{n - first + 1}" for n in range(first, last + 1)}
         children |= {str(n): f"fc.{n}" for n in range(last + 1, last + 10)}
         parts = {key: name.partition(".") for key, name in names.items()}
         names = {k: children.get(top, top) + dot + rest for k, (top, dot, rest) in parts.items()}
     for pattern, replacement in _SPELLINGS:
         names = {key: re.sub(pattern, replacement, name) for key, name in names.items()}
-    sizes = {name: shapes[key] for key, name in names.items()}
-    if "bn1.weight" in sizes and "layer1.0.bn1.weight" in sizes and "bn.weight" not in sizes:
-        first_norm = sizes["layer1.0.bn1.weight"] == sizes["bn1.weight"]
-        stems = [sizes[n][:1] for n in ("conv1.weight", "conv1.6.weight") if n in sizes]
-        if not first_norm and sizes["bn1.weight"] not in stems:
-            # Wide-ResNet codes call the last norm bn1: they have none after the stem.
-            names = {key: re.sub(r"^bn1\.", "bn.", name) for key, name in names.items()}
+    sizes = {name: shapes[key][:1] for key, name in names.items()}
+    stems = [sizes.get(f"{stem}.weight") for stem in ("conv1", "conv1.6")]
+    if sizes.get("bn1.weight") not in (None, *stems):
+        # Wide-ResNet codes call the last norm bn1: they have none after the stem.
+        names = {key: re.sub(r"^bn1\.", "bn.", name) for key, name in names.items()}
     return names
 
 
@@ -178,64 +143,58 @@ def _head_outside(
     prefix: str, outside: Mapping[str, str], names: Mapping[str, str], shapes: Shapes
 ) -> dict[str, str]:
     """The dense layers of a classifier whose trunk is a part of it, under the nearest prefix."""
-    parts = prefix[:-1].split(".")
-    for count in range(len(parts) - 1, -1, -1):
+    parts = prefix.split(".")[:-1]
+    for count in reversed(range(len(parts))):
         above = "".join(f"{part}." for part in parts[:count])
-        tops = {k: n.removeprefix(above) for k, n in outside.items() if n.startswith(above)}
-        tops = {key: name for key, name in tops.items() if _HEAD.match(name)}
-        if tops and "fc.weight" in _with_head({**names, **tops}, shapes)[0].values():
+        tops = {key: full.removeprefix(above) for key, full in outside.items()
+                if full.startswith(above) and _HEAD.match(full, len(above))}  # fmt: skip
+        if _with_head({**names, **tops}, shapes)[1]:
             return tops
     return {}
 
 
-def _with_head(names: dict[str, str], shapes: Shapes) -> tuple[dict[str, str], tuple[str, ...]]:
-    """``names`` with the head's dense layers as hidden1, ..., fc; and a note where there are some.
+def _with_head(names: Mapping[str, str], shapes: Shapes) -> tuple[dict[str, str], list[str]]:
+    """(``names`` with the head's dense layers as hidden1, ..., fc; these, as they were called).
 
     A head that is no chain of dense layers keeps the names of its parts, behind "fc.".
     """
     heads = {key: f"fc.{name[found.end():]}" for key, name in names.items()
              if (found := _HEAD.match(name))}  # fmt: skip
-    names = {**names, **heads}
-    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    layers: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for key, name in heads.items():
         layer, _, leaf = name.rpartition(".")
-        layers.setdefault(layer, {})[leaf] = shapes[key]
-    places = {layer: layer.rpartition(".")[2] for layer in layers}
-    order, numbers = list(layers), [int(n) for n in places.values() if n.isdecimal()]
-    if len(numbers) == len(order):  # places in an nn.Sequential
-        order.sort(key=lambda layer: int(places[layer]))
-        if any(number + 1 in numbers for number in numbers):
-            return names, ()  # with nothing between them
-    width = _num_features(names, shapes)
+        layers[layer][leaf] = shapes[key]
+    order, ends = list(layers), {layer: layer.rpartition(".")[2] for layer in layers}
+    is_chain = True
+    if all(map(str.isdecimal, ends.values())):  # places in an nn.Sequential
+        order.sort(key=lambda layer: int(ends[layer]))
+        places = [int(ends[layer]) for layer in order]
+        is_chain = not any(place + 1 in places for place in places)  # something is between them
+    convs = [(int(match[1]), int(match[2]), *shapes[key][:1])
+             for key, name in names.items() if (match := _LAST_CONV.fullmatch(name))]  # fmt: skip
+    width = max(convs, default=(0,))[-1]
     for layer in order:
         kernel = layers[layer].get("weight", ())
-        if len(kernel) != 2 or layers[layer].keys() > {"weight", "bias"} or kernel[1] != width:
-            return names, ()
-        width = kernel[0]
+        is_dense = len(kernel) == 2 and layers[layer].keys() <= {"weight", "bias"}
+        is_chain = is_chain and is_dense and kernel[1] == width
+        width = kernel[0] if kernel else 0
+    if not is_chain:
+        return {**names, **heads}, []
     new = {layer: f"hidden{i}" for i, layer in enumerate(order, start=1)}
     new |= dict.fromkeys(order[-1:], "fc")
     for key, name in heads.items():
         layer, _, leaf = name.rpartition(".")
-        names[key] = f"{new[layer]}.{leaf}"
-    some = ", ".join(order)
-    return names, (f"{some} are read as dense layers with ReLU between",) if order[1:] else ()
-
-
-def _num_features(names: Mapping[str, str], shapes: Shapes) -> int:
-    """Channels of the last stage."""
-    convs = [(int(match[1]), int(match[2]), shapes[key][:1])
-             for key, name in names.items() if (match := _LAST_CONV.fullmatch(name))]  # fmt: skip
-    return next(iter(max(convs)[2]), 0) if convs else 0
+        heads[key] = f"{new[layer]}.{leaf}"
+    return {**names, **heads}, order
 
 
 def _summary(prefix: str, names: Iterable[str]) -> str:
     """Names beside a network, those of one part together: "optimizer (60 tensors), queue"."""
-    parts = prefix.split(".")
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        own = name.split(".")
-        pairs = enumerate(zip(own, parts, strict=False))
-        apart = next((i for i, (here, there) in pairs if here != there), len(parts) - 1)
-        groups.setdefault(".".join(own[: apart + 1]), []).append(name)
-    some = [f"{g:.80} ({len(n)} tensors)" if n[1:] else f"{n[0]:.80}" for g, n in groups.items()]
-    return ", ".join(some[:8]) + (f", and {len(some) - 8} more" if len(some) > 8 else "")
+        parts = name.split(".")
+        pairs = zip(parts, prefix.split("."), strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        groups[".".join(parts[: shared + 1])].append(name)
+    return first_few([f"{group:.80} ({len(inside)} tensors)" if inside[1:] else f"{inside[0]:.80}"
+                      for group, inside in groups.items()])  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flax_resnet.errors import UserError
+from flax_resnet.errors import UserError, first_few
 from flax_resnet.weights.readers.torch_archive import LEGACY_START, read_torch
 from flax_resnet.weights.readers.untrusted import MAX_RANK, Info, LimitedFile, open_zip, shown
 
@@ -41,34 +41,27 @@ class TensorFile:
 
 
 Choose = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, str]], Mapping[str, str]]
-"""Shapes by name, and what else has the name of a weight, with its kind (integers, objects of
-unknown classes), to new names of those tensors that are to be read."""
+"""Shapes by name, and the kind of what else has the name of a weight, to new names of the tensors
+to read."""
 
 
 def read_tensors(path: Path, choose: Choose | None = None) -> TensorFile:
-    """Reads the weights in a file that nobody need vouch for.
+    """Reads the floats in a file that nobody need vouch for, in its dtypes.
 
-    Nothing in the file is executed, and memory stays below twice its size plus 200 MB. Integers,
-    such as ``num_batches_tracked``, are no weights.
+    Nothing in the file is executed, and memory stays below twice its size plus 200 MB.
 
     Args:
-      path: safetensors, a torch state dict or a checkpoint around one, Keras weights in HDF5 or a
-        ``.keras`` file.
-      choose: says which tensors to read, and how to call them, where the file does not describe
-        its network itself and is not Keras's; by default all, as the file calls them.
-
-    Returns:
-      The tensors in the dtypes of the file.
+      path: safetensors, a torch state dict or a checkpoint around one, Keras's HDF5 or ``.keras``.
+      choose: of torch's names, the tensors to read and how to call them; by default all.
 
     Raises:
       UserError: there is no such file, its kind is unknown, it is damaged, or it holds no weights.
     """
     select = functools.partial(_select, path, choose)
     try:
-        if not path.exists():
-            raise UserError(f"{path}: no such file; give the path of a weight file")
         if not path.is_file():
-            raise UserError(f"{path} is not a regular file: give the path of a weight file")
+            why = "is not a regular file" if path.exists() else "is not there: no such file"
+            raise UserError(f"{path} {why}; give the path of a weight file")
         return TensorFile(*_read(path, select))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): check the file") from error
@@ -90,7 +83,7 @@ def _select(
         else:
             odd[name] = f"{dtype} of shape {shape}"
     if not weights:
-        some = ", ".join(f"{shown(n)} is {shown(what)[1:-1]}" for n, what in odd.items())
+        some = first_few([f"{shown(name)} is {shown(kind)[1:-1]}" for name, kind in odd.items()])
         raise UserError(
             f"{path} holds no weights ({some:.500}): expected plain names, floats of 16, 32 or 64 "
             f"bits, elements, and no more than {MAX_RANK} axes; convert them"
@@ -104,29 +97,26 @@ def _read(path: Path, select: Any) -> tuple[Any, dict[str, np.ndarray], dict[str
     """(format, tensors, metadata), as the first bytes say."""
     with path.open("rb") as file:
         start = file.read(16)
+    metadata: dict[str, str] = {}
     if start.startswith(_HDF5_START):
         from flax_resnet.weights.readers.hdf5 import read_h5
 
-        return _keras(*read_h5(path), {}, select)
-    if start.startswith(_ZIP_START) and _holds_keras(path):
+        kind, tensors = read_h5(path)
+    elif start.startswith(_ZIP_START) and _holds_keras(path):
         from flax_resnet.weights.readers.hdf5 import read_keras
 
         kind, tensors, config = read_keras(path)
-        return _keras(kind, tensors, {KERAS_CONFIG: config}, select)
-    if start.startswith((_ZIP_START, LEGACY_START)):
-        return "torch", read_torch(path, select), {}
-    if start[8:9] == b"{":
+        metadata[KERAS_CONFIG] = config
+    elif start.startswith((_ZIP_START, LEGACY_START)):
+        return "torch", read_torch(path, select), metadata
+    elif start[8:9] == b"{":
         header = int.from_bytes(start[:8], "little")
         return ("safetensors", *_read_safetensors(path, header, select))
-    raise UserError(
-        f"{path} is no weight file that is read here (it starts with {start!r}): expected "
-        ".safetensors, a state dict by torch.save (.pth, .pt), or Keras's .keras, .h5, .weights.h5"
-    )
-
-
-def _keras(
-    kind: Any, tensors: dict[str, np.ndarray], metadata: dict[str, str], select: Any
-) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
+    else:
+        raise UserError(
+            f"{path} is no weight file that is read here (it starts with {start!r}): expected "
+            ".safetensors, torch.save's state dict (.pth, .pt), or Keras's .keras, .h5, .weights.h5"
+        )
     infos = {name: Info(x.shape, str(x.dtype)) for name, x in tensors.items()}
     return kind, {name: tensors[name] for name in select(infos, known=True)}, metadata
 
@@ -159,9 +149,7 @@ def _read_safetensors(
                 infos[name] = Info(tuple(part.get_shape()), dtype)
             chosen = select(infos, known=METADATA_KEY in metadata)
             return {new: file.get_tensor(name) for name, new in chosen.items()}, metadata
-    except UserError:
-        raise
-    except (KeyboardInterrupt, SystemExit):
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of its Rust code is no Exception
         raise UserError(

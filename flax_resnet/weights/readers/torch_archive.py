@@ -12,36 +12,30 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from flax_resnet.errors import UserError
+from flax_resnet.errors import UserError, first_few
 from flax_resnet.weights.architectures import check_name
 from flax_resnet.weights.readers.torch_pickle import Inert, Storage, Tensor, Unpickler
-from flax_resnet.weights.readers.untrusted import LimitedFile, Select, open_zip, shown
+from flax_resnet.weights.readers.untrusted import Info, LimitedFile, Select, open_zip, shown
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")
-# Containers that are looked into for tensors, levels of them, and entries of a list.
-MAX_CONTAINERS, MAX_DEPTH, MAX_LIST = 50_000, 8, 100
+# Entries of a list that is looked into for tensors, and characters of all dotted names.
+MAX_LIST, MAX_NAMES = 100, 2 * 10**7
 # Bytes of a pickle, whose objects take up to 120 times as many. A state dict takes about 120 for a
 # tensor.
 MAX_PICKLE = 1_500_000
-
+SAVE = (
+    'in the program that made it `torch.save(net.state_dict(), "net.pth")` writes one that is read'
+)
 
 _Load = Callable[[Storage], bytes]
 
 
 def read_torch(path: Path, select: Select) -> dict[str, np.ndarray]:
-    """Reads tensors of a state dict, or of the checkpoint around one; runs nothing of it.
+    """The tensors that ``select`` chooses, by the names that it gives them.
 
-    Args:
-      path: the file.
-      select: chooses among all tensors of the file, and gives them new names; "state_dict.fc.bias"
-        is the entry "fc.bias" of the entry "state_dict".
-
-    Returns:
-      The tensors chosen, by their new names. They may be read-only and share memory.
-
-    Raises:
-      UserError: the file is damaged, or holds no tensors by name.
+    "state_dict.fc.bias" is the entry "fc.bias" of the entry "state_dict". UserError for a file
+    that is damaged or holds no tensors by name.
     """
     try:
         with LimitedFile(io.FileIO(path)) as file:
@@ -49,7 +43,8 @@ def read_torch(path: Path, select: Select) -> dict[str, np.ndarray]:
             if isinstance(arch := root.get("arch") if isinstance(root, dict) else None, str):
                 check_name(arch)  # timm's and torchvision's training say it
             tensors, unread = _flatten(path, root)
-            chosen = select({name: tensor.info for name, tensor in tensors.items()}, unread)
+            infos = {name: Info(x.size, str(x.storage.dtype)) for name, x in tensors.items()}
+            chosen = select(infos, unread)
             named = {new: tensors[name] for name, new in chosen.items()}
             return _arrays(named, load, path.stat().st_size)
     except (UserError, OSError):
@@ -60,11 +55,6 @@ def read_torch(path: Path, select: Select) -> dict[str, np.ndarray]:
             f"{path} is not read, to be safe ({reason}): it is damaged, or no checkpoint as "
             f"torch.save writes it; copy it again, or {SAVE}"
         ) from error
-
-
-SAVE = (
-    'in the program that made it `torch.save(net.state_dict(), "net.pth")` writes one that is read'
-)
 
 
 def _open_zip(path: Path, file: LimitedFile) -> tuple[Any, _Load]:
@@ -82,7 +72,7 @@ def _open_zip(path: Path, file: LimitedFile) -> tuple[Any, _Load]:
     if not stored or sum(member.file_size for member in members) > path.stat().st_size:
         raise ValueError("its members are compressed, overlap, or are larger than the file")
     if f"{prefix}byteorder" in names and archive.read(f"{prefix}byteorder") != b"little":
-        raise _big_endian(path)
+        raise ValueError("it was not saved on a little-endian machine")
     if archive.getinfo(tops[0]).file_size > MAX_PICKLE:
         raise ValueError(f"its pickle is larger than {MAX_PICKLE} bytes")
     root = Unpickler(io.BytesIO(archive.read(tops[0]))).load()
@@ -95,7 +85,7 @@ def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, _Load]:
     if (magic, protocol) != (LEGACY_MAGIC, 1001):
         raise ValueError("it does not start as torch.save starts a file")
     if system["little_endian"] is not True:
-        raise _big_endian(path)
+        raise ValueError("it was not saved on a little-endian machine")
     unpickler = Unpickler(stream)
     root, keys = unpickler.load(), Unpickler(stream).load()
     at, total = stream.tell(), path.stat().st_size
@@ -116,37 +106,38 @@ def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, _Load]:
     return root, load
 
 
-def _big_endian(path: Path) -> UserError:
-    return UserError(f"{path} was not saved on a little-endian machine: save it again on one")
-
-
 def _flatten(path: Path, root: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(the tensors in what a checkpoint holds, by dotted names; classes of what is inert there)."""
     tensors: dict[str, Tensor] = {}
     unread: dict[str, str] = {}
-    queue, visited = [("", 0, root)], {id(root)}
-    if not isinstance(root, (dict, list, tuple)) or isinstance(root, Tensor):
-        queue = []
-    for prefix, depth, node in queue:  # it grows
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+    queue, visited, length = [("", root)], set[int](), 0
+    for prefix, node in queue:  # it grows
+        is_list = type(node) in (list, tuple) and len(node) < MAX_LIST
+        if id(node) in visited or not (isinstance(node, dict) or is_list):
+            continue
+        visited.add(id(node))
+        for key, value in enumerate(node) if is_list else node.items():
+            if not isinstance(value, (dict, list, tuple)):  # a Tensor is a tuple
+                continue
             name = f"{prefix}{key}"
+            length += len(name)
+            if length > MAX_NAMES:
+                raise ValueError("the names in it are too long")
             if isinstance(value, Tensor):
                 tensors[name] = value
             elif isinstance(value, Inert) and not value:
                 unread[name] = value.name
-            elif isinstance(value, dict) or (
-                type(value) in (list, tuple) and len(value) < MAX_LIST
-            ):
-                fits = depth < MAX_DEPTH and len(visited) < MAX_CONTAINERS
-                if fits and value and id(value) not in visited:
-                    visited.add(id(value))
-                    queue.append((f"{name}.", depth + 1, value))
+            else:
+                queue.append((f"{name}.", value))
     if not tensors:
-        keys = [f"{shown(n, 30)}, a {shown(c)[1:-1]}" for n, c in unread.items()]
-        keys = (keys or [shown(key, 30) for key in root])[:8] if isinstance(root, dict) else []
-        what = f"a {shown(root.name)[1:-1]}" if isinstance(root, Inert) else shown(root)
-        what = ", ".join(keys) if keys or what == "a _Dict" else what
-        raise UserError(f"{path} holds no tensors by name, but {what or 'nothing'}: {SAVE}")
+        some = [f"{shown(name, 30)}, a {shown(kind)[1:-1]}" for name, kind in unread.items()]
+        if isinstance(root, Inert):
+            some.append(f"a {shown(root.name)[1:-1]}")
+        elif not some:
+            some = [shown(key, 30) for key in root] if isinstance(root, dict) else [shown(root)]
+        raise UserError(
+            f"{path} holds no tensors by name, but {first_few(some) or 'nothing'}: {SAVE}"
+        )
     return tensors, unread
 
 

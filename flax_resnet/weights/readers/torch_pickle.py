@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from flax_resnet.weights.readers.untrusted import Info, shown
+from flax_resnet.weights.readers.untrusted import shown
 
 
 class Storage(NamedTuple):
@@ -32,17 +32,6 @@ class Tensor(NamedTuple):
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
-    @property
-    def info(self) -> Info:
-        """Its shape and dtype."""
-        return Info(self.size, str(self.storage.dtype))
-
-
-class Global(NamedTuple):
-    """A class or function that a pickle names and this reader does not know; never imported."""
-
-    name: str
-
 
 class _Dict(dict):
     """A dict of a pickle; entries whose keys are no texts or small integers are left out.
@@ -58,7 +47,10 @@ class _Dict(dict):
 
 
 class Inert(_Dict):
-    """What stands for an object of a class that this reader does not know; its items are kept."""
+    """What stands for a class or function that is not in the table, and for what it makes.
+
+    Its items are kept: it may be a dict.
+    """
 
     __slots__ = ("name",)
 
@@ -86,19 +78,16 @@ class Unpickler(_Python):
     def find_class(self, module: str, name: str) -> Any:
         """What a name stands for in the table."""
         full = f"{module}.{name}"
-        return _NAMES[full] if full in _NAMES else Global(full)
+        return _NAMES[full] if full in _NAMES else Inert(full)
 
     def persistent_load(self, identity: Any) -> Any:
         """A storage, by its place in the file."""
         kind, dtype, key, *rest = identity
-        if kind == "module":  # a class with its source, in the files of before 1.6
+        if isinstance(dtype, Inert):  # or a class with its source, in the files of before 1.6
             return dtype
-        if kind == "storage" and isinstance(dtype, Global):
-            return Inert(dtype.name)
-        if kind != "storage" or not isinstance(dtype, np.dtype) or rest[2:] not in ([], [None]):
+        types = (isinstance(dtype, np.dtype), type(key), type(rest[1]))
+        if kind != "storage" or types != (True, str, int) or rest[2:] not in ([], [None]):
             raise ValueError("its pickle refers to an object that is no storage")
-        if type(key) is not str or type(rest[1]) is not int:
-            raise TypeError("a storage without a key or a length")
         found = Storage(key, dtype, rest[1] * dtype.itemsize)
         storage = self.storages.setdefault(key, found)
         if storage != found:
@@ -108,12 +97,12 @@ class Unpickler(_Python):
     def load_call(self) -> None:
         """REDUCE and NEWOBJ: a call of a function in the table, else an inert value."""
         function, arguments = self.stack[-2:]
-        if isinstance(function, Global):
+        if isinstance(function, Inert):
             self.stack[-2:] = [Inert(function.name)]
-            return
-        if not callable(function) or type(arguments) is not tuple:
+        elif callable(function) and type(arguments) is tuple:
+            self.stack[-2:] = [function(*arguments)]
+        else:
             raise ValueError(f"its pickle calls {shown(function)}")
-        self.stack[-2:] = [function(*arguments)]
 
     def load_call_by_name(self) -> None:
         """NEWOBJ_EX, whose arguments by name are passed over."""
@@ -123,16 +112,13 @@ class Unpickler(_Python):
     def load_build(self) -> None:
         """BUILD: the inner state of an object is passed over."""
         self.stack.pop()
-        if not isinstance(self.stack[-1], (_Dict, Tensor, Global)):
+        if not isinstance(self.stack[-1], (_Dict, Tensor)):
             raise ValueError(f"its pickle sets the inner state of {shown(self.stack[-1])}")
 
     def load_frozenset(self) -> None:
-        """FROZENSET: what is in a set is passed over."""
+        """FROZENSET: a set and what is in it are passed over."""
         self.pop_mark()
-        self.append(_SET)
-
-
-_SET = Global("builtins.set")
+        self.append(None)
 
 
 def _refuse(unpickler: Any) -> None:
@@ -148,9 +134,13 @@ def _ordered(items: Any = ()) -> _Dict:
 
 
 def _typed(function: Any, kind: Any, arguments: Any, *state: Any) -> Any:
-    """A tensor with a class or attributes; of a class that is not known it is inert."""
-    known = kind in (Global("torch.Tensor"), _NAMES["torch.nn.parameter.Parameter"])
-    return function(*arguments) if known and function is _tensor else Inert(kind.name)
+    """A tensor with attributes; one of another class is inert."""
+    return function(*arguments) if kind.name == "torch.Tensor" and function is _tensor else kind
+
+
+def _same(tensor: Any, *flags: Any) -> Any:
+    """A parameter: its tensor."""
+    return tensor
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *flags: Any) -> Any:
@@ -174,10 +164,10 @@ _NAMES: dict[str, Any] = {
     "collections.OrderedDict": _ordered,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": lambda tensor, *flags: tensor,
-    "torch._utils._rebuild_parameter_with_state": lambda tensor, *flags: tensor,
+    "torch._utils._rebuild_parameter": _same,
+    "torch._utils._rebuild_parameter_with_state": _same,
     "torch._tensor._rebuild_from_type_v2": _typed,
-    "torch.nn.parameter.Parameter": lambda tensor, *flags: tensor,
+    "torch.nn.parameter.Parameter": _same,
 }
 _OPCODES = (
     *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
@@ -196,7 +186,7 @@ _HANDLERS: dict[int, Any] = {
     pickle.REDUCE[0]: Unpickler.load_call,
     pickle.NEWOBJ[0]: Unpickler.load_call,
     pickle.NEWOBJ_EX[0]: Unpickler.load_call_by_name,
-    pickle.EMPTY_SET[0]: lambda unpickler: unpickler.append(_SET),
+    pickle.EMPTY_SET[0]: _Python.dispatch[pickle.NONE[0]],
     pickle.ADDITEMS[0]: Unpickler.pop_mark,
     pickle.FROZENSET[0]: Unpickler.load_frozenset,
     pickle.BUILD[0]: Unpickler.load_build,

@@ -52,8 +52,6 @@ def shown(value: object, length: int = 80) -> str:
     """
     if isinstance(value, str):
         return ascii(value[:length]) + ("..." if len(value) > length else "")
-    if value is None or isinstance(value, bool):
+    if isinstance(value, int) and value.bit_length() <= 128:
         return str(value)
-    if isinstance(value, int):
-        return str(value) if value.bit_length() <= 128 else "a number of more than 128 bits"
     return f"a {type(value).__name__}"
