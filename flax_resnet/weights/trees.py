@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax_resnet.errors import UserError
-from flax_resnet.weights.architectures import check_shapes
+from flax_resnet.weights.architectures import check_tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -70,7 +70,7 @@ def find(shapes: Shapes, path: object, name: str | None = None) -> Tree:
     Raises:
       UserError: there is none, or several and no name that tells them apart.
     """
-    check_shapes(shapes)
+    check_tensors(shapes)
     plain = {key: _WRAPPERS.sub("", key) for key in shapes}
     prefixes = _prefixes({plain[key]: shape for key, shape in shapes.items()})
     if not prefixes:
