@@ -120,7 +120,7 @@ def _foreign(file: TensorFile, fields: Mapping[str, Any]) -> tuple[Pretrained, t
     notes: tuple[str, ...] = ()
     if keras:
         tensors = keras_names.keras_layers(file.tensors, file.format)  # type: ignore[arg-type]
-        module = keras_names.infer_keras(tensors, keras_names.is_old(file.tensors), **fields)
+        module = keras_names.infer_keras(tensors, file.tensors, **fields)
         stem = tensors["conv1_conv/0"]
         channels = stem.shape[-2] if stem.ndim == 4 else 3
         usual, assumed = USUAL[keras_names.version_of(module)]
