@@ -104,12 +104,3 @@ def test_caffes_networks_stride_in_the_first_1x1(tmp_path, plain):
     path.write_bytes(plain.read_bytes())
     opened = open_file(path)
     assert (opened.module.stride_conv, opened.preprocessing, opened.assumed) == ("1x1", None, "")
-
-
-def test_squeezes_of_one_reduction_and_other_stems_are_taken(tmp_path):
-    for fields in ({"se_reduction": 4}, {"stem": "deep"}, {"stem": "deep", "shortcut": "D"},
-                   {"stem": "deep", "stem_filters": 16}, {"groups": 2, "width_per_group": 32},
-                   {"se_reduction": 8, "groups": 2, "stem": "deep", "shortcut": "D"}):  # fmt: skip
-        net = create("resnet50", **{"stage_sizes": (1, 1), **SMALL, **fields})
-        found = open_file(without_description(saved(tmp_path, net)[0])).module
-        assert {name: getattr(found, name) for name in fields} == fields
