@@ -270,11 +270,7 @@ def default_shape(module: nn.Module) -> tuple[int, int, int]:
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """``shape`` as (H, W, C).
-
-    Raises:
-      UserError: it is not three whole numbers above 0.
-    """
+    """``shape`` as (H, W, C); UserError unless it is three whole numbers above 0."""
     sizes = whole_numbers("input_shape", shape)
     if len(sizes) != 3:
         raise UserError(f"input_shape={sizes}: expected height, width and channels")

@@ -39,8 +39,7 @@ class Description(NamedTuple):
 def read(folder: Path) -> Description:
     """What timm's or Hugging Face's files in a folder say; nothing where there are none.
 
-    Raises:
-      UserError: a file cannot be read, or says what this library's networks cannot do.
+    UserError where a file cannot be read, or says what this library's networks cannot do.
     """
     described = _read(folder / CONFIG, _of_config)
     if described is None or described.preprocessing is not None:
@@ -110,7 +109,8 @@ def _timm(content: Mapping[str, Any]) -> Preprocessing | None:
 
 def _hugging_face(content: Mapping[str, Any]) -> Preprocessing:
     """How an image processor of transformers prepares images."""
-    _expect(content, do_resize=True, do_rescale=True, do_flip_channel_order=False)
+    _expect(content, do_resize=True, do_rescale=True, do_normalize=True)
+    _expect(content, do_flip_channel_order=False)
     kind = content.get("image_processor_type") or content.get("feature_extractor_type") or ""
     size, resize = content["size"], None
     side, shortest = _side(size), not isinstance(size, dict) or "shortest_edge" in size
@@ -123,15 +123,12 @@ def _hugging_face(content: Mapping[str, Any]) -> Preprocessing:
         resize, side = side, _side(content["crop_size"])
     elif isinstance(size, dict) and shortest:
         raise ValueError(f"size {size} without a crop: expected a square")
-    values = {"mean": [0.0] * 3, "std": [1.0] * 3}
-    if content.get("do_normalize", True):
-        values = {name: content[f"image_{name}"] for name in values}
     return Preprocessing(
         size=side,
         resize=resize,
         interpolation=_RESAMPLE[content.get("resample", 2)],  # type: ignore[arg-type]
-        mean=tuple(values["mean"]),
-        std=tuple(values["std"]),
+        mean=tuple(content["image_mean"]),
+        std=tuple(content["image_std"]),
     )
 
 

@@ -30,9 +30,7 @@ def described(config: str, usual: Preprocessing) -> tuple[Preprocessing, tuple[s
 
     Returns:
       (preprocessing, notes); without a Rescaling layer the first is ``usual`` at the model's size.
-
-    Raises:
-      UserError: the model computes more than a ResNet with a dense head.
+      UserError where the model computes more than a ResNet with a dense head.
     """
     try:
         layers = list(_layers(json.loads(config)))

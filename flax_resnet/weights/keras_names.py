@@ -94,9 +94,6 @@ def keras_layers(tensors: Tensors, kind: Literal["keras_h5", "keras_weights"]) -
     """The tensors of either file format under Keras's layers' names, as ``keras_name`` has them.
 
     The ResNet may be a layer of the file's model. Dense layers become hidden1, ..., predictions.
-
-    Raises:
-      UserError: they are not those of a residual network of Keras.
     """
     layers = {name.rpartition("/")[0] for name in tensors}
     if kind == "keras_h5":
@@ -152,9 +149,6 @@ def infer_keras(layers: Tensors, names: Iterable[str], **fields: Any) -> ResNet:
       layers: the tensors.
       names: of the tensors in the file; those of before 2019 mean another epsilon.
       **fields: of the network, over what is inferred.
-
-    Raises:
-      UserError: they are not those of a residual network of Keras.
     """
     if not {"conv1_conv/0", "conv2_block1_1_conv/0"} <= layers.keys():
         raise _not_keras(layers)

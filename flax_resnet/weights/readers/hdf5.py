@@ -47,15 +47,10 @@ _WEIGHT = re.compile(rf"(?:.*[/_])?({'|'.join(_POSITIONS)})(?:_\d+)?(?::0)?")
 def read_h5(path: Path) -> tuple[Layout, dict[str, np.ndarray]]:
     """Reads the weights that Keras saved in an HDF5 file.
 
-    Args:
-      path: a ``.h5`` file of weights or of a whole model, or Keras 3's ``.weights.h5``.
-
     Returns:
-      ("keras_h5", tensors by "{layer}/{position among its weights}") of the first, or
-      ("keras_weights", tensors by "{path of the layer}/{index}") of the last.
-
-    Raises:
-      UserError: the file is damaged, or not what Keras writes.
+      ("keras_h5", tensors by "{layer}/{position among its weights}") of a ``.h5`` of weights or
+      of a whole model, ("keras_weights", tensors by "{path of the layer}/{index}") of Keras 3's
+      ``.weights.h5``.
     """
     with _one_line(path):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -69,9 +64,6 @@ def read_keras(path: Path) -> tuple[Layout, dict[str, np.ndarray], str]:
 
     Returns:
       What ``read_h5`` returns, and the text of config.json, which describes the model.
-
-    Raises:
-      UserError: the file is damaged, or not what Keras writes.
     """
     with _one_line(path):
         with LimitedFile(io.FileIO(path)) as zipped, open_zip(zipped) as archive:
