@@ -48,11 +48,7 @@ def check_images(
 
 
 def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
-    """``values`` as a tuple of ints, each 1 or more.
-
-    Raises:
-      UserError: they are not, or there are none.
-    """
+    """``values`` as a tuple of ints; UserError unless each is 1 or more, and there are some."""
     try:
         numbers = tuple(operator.index(n) for n in values)
     except TypeError:
@@ -63,11 +59,7 @@ def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
 
 
 def check_dtype(dtype: Dtype) -> Dtype:
-    """``dtype``, where it is a floating-point dtype, or the name of one, that this jax has.
-
-    Raises:
-      UserError: it is not.
-    """
+    """``dtype``; UserError unless it is, or names, a floating-point dtype that this jax has."""
     try:
         floats = jnp.issubdtype(as_dtype(dtype), jnp.floating)
     except TypeError:

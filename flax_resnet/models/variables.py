@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -191,19 +191,14 @@ class WeightsError(UserError):
       misshaped: {name: (shape there, shape in the network)}.
     """
 
-    def __init__(
-        self,
-        what: str,
-        missing: Collection[str],
-        unexpected: Collection[str],
-        misshaped: Mapping[str, tuple[Any, Any]],
-    ):
+    def __init__(self, what: str, missing: Any, unexpected: Any, misshaped: Mapping[str, Any]):
         self.missing, self.unexpected = tuple(sorted(missing)), tuple(sorted(unexpected))
         self.misshaped = dict(sorted(misshaped.items()))
         shapes = [f"{name} {have} for {want}" for name, (have, want) in self.misshaped.items()]
-        kinds = ("missing", "unexpected", "of another shape")
-        lists = zip((self.missing, self.unexpected, shapes), kinds, strict=True)
-        some = [f"{len(names)} {kind} ({first_few(names)})" for names, kind in lists if names]
+        lists = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": shapes}
+        some = [
+            f"{len(names)} {kind} ({first_few(names)})" for kind, names in lists.items() if names
+        ]
         super().__init__(f"{what}: {'; '.join(some)}")
 
 
@@ -269,9 +264,8 @@ def match_variables(module: nn.Module, want: Any, given: Mapping[str, Any]) -> d
     have, need = (flatten_dict(dict(tree), sep="/") for tree in (given, want))
     if not any(key.startswith("params/head/") for key in need):
         have = {k: x for k, x in have.items() if k[:7] != "params/" or not is_top(k.split("/")[1])}
-    if odd := [
-        k for k, x in have.items() if not jnp.issubdtype(getattr(x, "dtype", str), jnp.floating)
-    ]:
+    dtypes = {key: getattr(value, "dtype", str) for key, value in have.items()}
+    if odd := [key for key, dtype in dtypes.items() if not jnp.issubdtype(dtype, jnp.floating)]:
         raise UserError(f"the weights hold what is no floating-point array: {first_few(odd)}")
     # Input channels and classes are the differences that people meet: each has its own line.
     stem = "stem_conv1" if "params/stem_conv1/kernel" in need else "stem_conv"

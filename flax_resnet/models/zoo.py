@@ -81,15 +81,10 @@ def keras_resnet(depth: int, version: Literal["v1", "v2"] = "v1", **fields: Any)
       version: "v1" or "v2".
       **fields: any field of ResNet, over these.
     """
-    own: dict[str, Any] = {
-        "bn_momentum": 0.99,
-        "bn_epsilon": 1.001e-5,
-        "kernel_init": "glorot_uniform",
-    }
-    if version == "v1":
-        own |= {"conv_bias": "all"}
-    else:
-        own |= {"conv_bias": "unnormalized", "stride_block": "last", "stem_pool_zeros": True}
+    own: dict[str, Any] = {"conv_bias": "all"}
+    if version != "v1":
+        own = {"conv_bias": "unnormalized", "stride_block": "last", "stem_pool_zeros": True}
+    own |= {"bn_momentum": 0.99, "bn_epsilon": 1.001e-5, "kernel_init": "glorot_uniform"}
     return imagenet_resnet(depth, version, **{**own, **fields})
 
 
@@ -226,17 +221,11 @@ def create(name: str, **fields: Any) -> nn.Module:
         )
     for field in ("dtype", "param_dtype"):
         check_dtype(fields.get(field, "float32"))
-    try:
-        return known[name](**fields)
-    except TypeError:
-        module = type(known[name]())
-        allowed = set(inspect.signature(module).parameters) - {"parent", "name"}
-        for field in fields:
-            if field not in allowed:
-                raise UserError(
-                    f"{name} has no field {field!r}{did_you_mean(field, allowed)}"
-                ) from None
-        raise
+    allowed = inspect.signature(type(known[name]())).parameters
+    for field in fields:
+        if field not in allowed:
+            raise UserError(f"{name} has no field {field!r}{did_you_mean(field, allowed)}")
+    return known[name](**fields)
 
 
 # What a ResNet computes in evaluation, but for its classes and the form of its output.
@@ -281,11 +270,7 @@ def default_shape(module: nn.Module) -> tuple[int, int, int]:
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """``shape`` as (H, W, C).
-
-    Raises:
-      UserError: it is not three whole numbers above 0.
-    """
+    """``shape`` as (H, W, C); UserError unless it is three whole numbers above 0."""
     sizes = whole_numbers("input_shape", shape)
     if len(sizes) != 3:
         raise UserError(f"input_shape={sizes}: expected height, width and channels")

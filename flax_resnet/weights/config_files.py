@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax_resnet.data.preprocess import Preprocessing
 from flax_resnet.errors import UserError
@@ -22,50 +20,62 @@ _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 """Pillow's numbers, which Hugging Face writes."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What the files beside weights say of them."""
+class Description(NamedTuple):
+    """What the files beside weights say of them.
+
+    Attributes:
+      architecture: timm's name of the network.
+      fields: fields of the network that its tensors' names and shapes do not tell.
+      preprocessing: how images are prepared.
+      class_names: name of each class.
+    """
 
     architecture: str = ""
-    """timm's name of the network."""
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of the network that its tensors' names and shapes do not tell."""
+    fields: Mapping[str, Any] = {}
     preprocessing: Preprocessing | None = None
-    """How images are prepared."""
     class_names: tuple[str, ...] | None = None
-    """Name of each class."""
 
 
 def read(folder: Path) -> Description:
     """What timm's or Hugging Face's files in a folder say; nothing where there are none.
 
-    Raises:
-      UserError: a file cannot be read, or says what this library's networks cannot do.
+    UserError where a file cannot be read, or says what this library's networks cannot do.
     """
-    content, prepared = _json(folder / CONFIG), None
-    fields: dict[str, Any] = {}
+    described = _read(folder / CONFIG, _of_config)
+    if described is None or described.preprocessing is not None:
+        return described or Description()
+    return described._replace(preprocessing=_read(folder / PROCESSOR, _hugging_face))
+
+
+def _read(path: Path, what: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """``what`` of the object in a file; None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        return what(json.loads(path.read_text(encoding="utf-8")))
+    except Exception as error:  # a file of anyone's may fail in any way
+        text = str(error) if isinstance(error, ValueError) else repr(error)
+        raise UserError(f"{path} cannot be used: {text:.300}") from error
+
+
+def _of_config(content: Mapping[str, Any]) -> Description | None:
+    """What a config.json says; None of another program's."""
+    prepared, fields = None, {}
     if "architecture" in content or "pretrained_cfg" in content:
-        with _one_line(folder / CONFIG, "timm's pretrained_cfg"):
-            prepared = _timm(content)
-    elif content.get("model_type") == "resnet":
-        with _one_line(folder / CONFIG, "Hugging Face's ResNet"):
-            _expect(content, hidden_act="relu", downsample_in_first_stage=False)
-            early = content.get("downsample_in_bottleneck", False)
-            fields = {"stride_conv": "1x1"} if early else {}
-    elif "model_type" not in content:  # another program's
-        return Description()
-    processor = _json(folder / PROCESSOR)
-    if prepared is None and processor:
-        with _one_line(folder / PROCESSOR, "it"):
-            prepared = _hugging_face(processor)
+        prepared = _timm(content)
+    elif "model_type" not in content:
+        return None
+    elif content["model_type"] == "resnet":
+        _expect(content, hidden_act="relu", downsample_in_first_stage=False)
+        if content.get("downsample_in_bottleneck"):
+            fields = {"stride_conv": "1x1"}
     names = content.get("label_names") or content.get("labels") or content.get("id2label") or ()
-    with _one_line(folder / CONFIG, "the classes' names"):
-        if isinstance(names, dict):
-            names = [names[key] for key in sorted(names, key=int)]
-        if all(name == f"LABEL_{i}" for i, name in enumerate(names)):
-            names = ()
-        classes = as_imagenet([*map(printable, names)]) or None
-    return Description(str(content.get("architecture", "")), fields, prepared, classes)
+    if isinstance(names, dict):
+        names = [names[key] for key in sorted(names, key=int)]
+    if all(name == f"LABEL_{i}" for i, name in enumerate(names)):
+        names = ()
+    classes = as_imagenet([*map(printable, names)]) or None
+    return Description(content.get("architecture", ""), fields, prepared, classes)
 
 
 def printable(name: str) -> str:
@@ -99,62 +109,38 @@ def _timm(content: Mapping[str, Any]) -> Preprocessing | None:
 
 def _hugging_face(content: Mapping[str, Any]) -> Preprocessing:
     """How an image processor of transformers prepares images."""
-    _expect(content, do_resize=True, do_rescale=True, do_flip_channel_order=False)
+    _expect(content, do_resize=True, do_rescale=True, do_normalize=True)
+    _expect(content, do_flip_channel_order=False)
     kind = content.get("image_processor_type") or content.get("feature_extractor_type") or ""
-    size, crop = content["size"], content.get("crop_size")
-    sides = _sides(size)
-    resize: int | None = None
+    size, resize = content["size"], None
+    side, shortest = _side(size), not isinstance(size, dict) or "shortest_edge" in size
     if "crop_pct" in content or kind.startswith("ConvNext"):
-        if sides[0] < 384:
-            resize = int(sides[0] / (content.get("crop_pct") or 224 / 256))
-    elif content.get("do_center_crop") and crop is not None:
-        squashed = isinstance(size, dict) and "shortest_edge" not in size
-        resize, sides = sides[0], _sides(crop)
-        if squashed and sides[0] != resize:
-            raise ValueError(f"size {size} and crop_size {crop}: expected a shortest_edge")
-        resize = None if squashed else resize
-    elif isinstance(size, dict) and "shortest_edge" in size:
+        if side < 384:
+            resize = int(side / (content.get("crop_pct") or 224 / 256))
+    elif content.get("do_center_crop"):
+        if not shortest:
+            raise ValueError(f"size {size} and a crop: expected a shortest_edge")
+        resize, side = side, _side(content["crop_size"])
+    elif isinstance(size, dict) and shortest:
         raise ValueError(f"size {size} without a crop: expected a square")
-    if sides[0] != sides[1]:
-        raise ValueError(f"{sides[0]}x{sides[1]}: expected a square")
-    normalized = content.get("do_normalize", True)
-    mean, std = (content[n] if normalized else [0.0, 0.0, 0.0] for n in ("image_mean", "image_std"))
     return Preprocessing(
-        size=sides[0],
+        size=side,
         resize=resize,
         interpolation=_RESAMPLE[content.get("resample", 2)],  # type: ignore[arg-type]
-        mean=tuple(mean),
-        std=tuple(std) if normalized else (1.0,) * 3,
+        mean=tuple(content["image_mean"]),
+        std=tuple(content["image_std"]),
     )
 
 
-def _sides(size: Any) -> tuple[int, int]:
-    """(height, width) of a number, {"shortest_edge": n} or {"height": h, "width": w}."""
-    if not isinstance(size, dict):
-        return size, size
-    short = size.get("shortest_edge")
-    return (size["height"], size["width"]) if short is None else (short, short)
+def _side(size: Any) -> int:
+    """Side of a square: of a number, {"shortest_edge": n} or {"height": n, "width": n}."""
+    sides = {*size.values()} if isinstance(size, dict) else {size}
+    if len(sides) != 1:
+        raise ValueError(f"size {size}: expected a square")
+    return sides.pop()
 
 
 def _expect(content: Mapping[str, Any], **values: Any) -> None:
     for name, value in values.items():
         if content.get(name, value) != value:
             raise ValueError(f"{name} is {content[name]!r}: expected {value!r}")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    with _one_line(path, "it"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
-
-
-@contextlib.contextmanager
-def _one_line(path: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a file of anyone's may fail in any way
-        text = f"{error}" if type(error) is ValueError else repr(error)
-        raise UserError(f"{path}: {what} cannot be used ({text:.300})") from error

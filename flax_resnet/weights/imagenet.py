@@ -35,8 +35,7 @@ def imagenet_ids() -> tuple[str, ...]:
 
 def class_name(names: Sequence[str] | None, index: int) -> str:
     """What to call the class of an output; a network may have more outputs than classes."""
-    has_name = names is not None and index < len(names)
-    return shown(names[index]) if names and has_name else f"class {index}"
+    return shown(names[index]) if names and index < len(names) else f"class {index}"
 
 
 def _rows() -> list[list[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from flax_resnet.data.preprocess import Preprocessing
 from flax_resnet.errors import UserError, is_number
+from flax_resnet.weights.keras_names import ALONE
 
 # Layers of a ResNet with a dense head, and those that preprocess_input makes.
 _KNOWN = {"Functional", "Sequential", "InputLayer", "Conv2D", "BatchNormalization", "Add",
@@ -29,9 +30,7 @@ def described(config: str, usual: Preprocessing) -> tuple[Preprocessing, tuple[s
 
     Returns:
       (preprocessing, notes); without a Rescaling layer the first is ``usual`` at the model's size.
-
-    Raises:
-      UserError: the model computes more than a ResNet with a dense head.
+      UserError where the model computes more than a ResNet with a dense head.
     """
     try:
         layers = list(_layers(json.loads(config)))
@@ -41,16 +40,16 @@ def described(config: str, usual: Preprocessing) -> tuple[Preprocessing, tuple[s
         if not any(layer["name"] == "conv2_block1_1_conv" for _, layer in layers):
             other = ["no layer conv2_block1_1_conv"]
         scales = [(layer["scale"], layer["offset"]) for k, layer in layers if k == "Rescaling"]
-        sigmoid = any(layer.get("activation") == "sigmoid" for _, layer in layers)
+        if scales[1:]:
+            other.append(f"{len(scales)} layers Rescaling")
     except Exception as error:  # a config of anyone's may fail in any way
         raise UserError(f"its config.json is not a Keras model's ({error!r:.200})") from error
-    if other or len(scales) > 1:
-        other += [f"{len(scales)} layers Rescaling"] if len(scales) > 1 else []
+    if other:
         raise UserError(
             f"the model has {', '.join(other[:8]):.300}: expected a ResNet of keras.applications, "
-            "its global average, and dense layers with ReLU; save the ResNet alone in Keras: "
-            "model.get_layer('resnet50').save_weights('resnet50.weights.h5')"
+            f"its global average, and dense layers with ReLU; {ALONE}"
         )
+    sigmoid = any(layer.get("activation") == "sigmoid" for _, layer in layers)
     notes = ("its last sigmoid is left out: probabilities here are a softmax",) if sigmoid else ()
     if shape[1] == shape[2] and isinstance(shape[1], int):
         usual = dataclasses.replace(usual, size=shape[1])
@@ -81,9 +80,7 @@ def _other_hidden(layers: list[tuple[str, Mapping[str, Any]]]) -> list[str]:
     found = []
     for i in dense[:-1]:
         (_, layer), (kind, after) = layers[i], layers[i + 1]
-        next_one = after.get("activation", kind) if kind in ("ReLU", "Activation") else None
-        if layer["activation"] != "relu" and (
-            layer["activation"] != "linear" or next_one not in ("relu", "ReLU")
-        ):
+        is_relu = kind == "ReLU" or (kind, after.get("activation")) == ("Activation", "relu")
+        if layer["activation"] != "relu" and (layer["activation"] != "linear" or not is_relu):
             found.append(f"{layer['name']} (Dense without ReLU before another)")
     return found

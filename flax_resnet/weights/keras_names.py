@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -36,8 +36,12 @@ _BLOCK = re.compile(r"conv(\d+)_block\d+_1_conv/0")
 _OLD = re.compile(r"(res|bn)([2-5])([a-z])_branch(1|2a|2b|2c)")
 _OLD_NAMES = {"conv1": "conv1_conv", "bn_conv1": "conv1_bn"}
 OLD_EPSILON = 1e-3
-_POSITIONS = {"kernel": 0, "bias": 1}
-_NORM_POSITIONS = {"scale": 0, "bias": 1, "mean": 2, "var": 3}
+_POSITIONS = {"kernel": 0, "scale": 0, "bias": 1, "mean": 2, "var": 3}
+ALONE = (
+    "save the ResNet alone in Keras: "
+    "model.get_layer('resnet50').save_weights('resnet50.weights.h5')"
+)
+"""What to do where a model around a ResNet cannot be read."""
 
 
 def version_of(module: ResNet) -> Version:
@@ -58,7 +62,7 @@ def keras_name(module: ResNet, path: tuple[str, ...]) -> str:
     if blocks:
         stage, block = blocks[0].removeprefix("stage").split("_block")
         layer = f"conv{int(stage) + 1}_block{block}_{layer}"
-    return f"{layer}/{(_NORM_POSITIONS if 'norm' in part else _POSITIONS)[leaf]}"
+    return f"{layer}/{_POSITIONS[leaf]}"
 
 
 def layer_order(stage_sizes: Sequence[int], version: Version) -> list[str]:
@@ -77,7 +81,7 @@ def layer_order(stage_sizes: Sequence[int], version: Version) -> list[str]:
 def weights_groups(layers: Sequence[str]) -> dict[str, str]:
     """{layer: its group below "layers" in a .weights.h5}, which counts layers of each class."""
     found: dict[str, str] = {}
-    counts = {"conv2d": 0, "batch_normalization": 0, "dense": 0}
+    counts = Counter[str]()
     for layer in layers:
         kind = "conv2d" if layer.endswith("conv") else "batch_normalization"
         kind = "dense" if layer == "predictions" else kind
@@ -90,21 +94,16 @@ def keras_layers(tensors: Tensors, kind: Literal["keras_h5", "keras_weights"]) -
     """The tensors of either file format under Keras's layers' names, as ``keras_name`` has them.
 
     The ResNet may be a layer of the file's model. Dense layers become hidden1, ..., predictions.
-
-    Raises:
-      UserError: they are not those of a residual network of Keras.
     """
     layers = {name.rpartition("/")[0] for name in tensors}
     if kind == "keras_h5":
         renamed = {layer: _modern(layer) for layer in layers}
     else:
         networks = {n.removesuffix("conv2d") for n in layers if re.fullmatch("(.*/)?conv2d", n)}
-        if len(networks) != 1:
-            raise UserError(_not_keras(tensors))
-        (below,) = networks
+        below = min(networks, default="")
         convs, norms = (_counted(tensors, below + k) for k in ("conv2d", "batch_normalization"))
-        if any(kernel.ndim != 4 for kernel in convs):
-            raise UserError(_not_keras(tensors))
+        if len(networks) != 1 or any(kernel.ndim != 4 for kernel in convs):
+            raise _not_keras(tensors)
         order = layer_order(_shape_of(convs), "v2" if len(norms) < len(convs) else "v1")
         renamed = {below + group: layer for layer, group in weights_groups(order).items()}
     renamed |= _dense_layers(tensors)
@@ -134,11 +133,6 @@ def _dense_layers(tensors: Tensors) -> dict[str, str]:
     return {name: f"hidden{i}" for i, name in enumerate(hidden, 1)} | {head: "predictions"}
 
 
-def is_old(tensors: Tensors) -> bool:
-    """Whether a file has the layers' names of before 2019 (``res2a_branch2a``)."""
-    return any(_OLD.match(name) for name in tensors)
-
-
 def _modern(layer: str) -> str:
     if (found := _OLD.fullmatch(layer)) is None:
         return _OLD_NAMES.get(layer, layer)
@@ -148,35 +142,31 @@ def _modern(layer: str) -> str:
     return f"conv{stage}_block{ord(block) - ord('a') + 1}_{number}_{kind}"
 
 
-def infer_keras(layers: Tensors, old: bool, **fields: Any) -> ResNet:
+def infer_keras(layers: Tensors, names: Iterable[str], **fields: Any) -> ResNet:
     """The network of tensors named as ``keras_layers`` names them.
 
     Args:
       layers: the tensors.
-      old: the file has the names of before 2019, and so another epsilon.
+      names: of the tensors in the file; those of before 2019 mean another epsilon.
       **fields: of the network, over what is inferred.
-
-    Raises:
-      UserError: they are not those of a residual network of Keras.
     """
-    version: Version = "v2" if "post_bn/0" in layers else "v1"
     if not {"conv1_conv/0", "conv2_block1_1_conv/0"} <= layers.keys():
-        raise UserError(_not_keras(layers))
+        raise _not_keras(layers)
     blocks = Counter(found[1] for name in layers if (found := _BLOCK.fullmatch(name)))
     stages = itertools.takewhile(blocks.__contains__, map(str, itertools.count(2)))
+    hidden = itertools.takewhile(layers.__contains__, (f"hidden{i}/0" for i in itertools.count(1)))
     kernel = layers["conv2_block1_1_conv/0"]
     fits: dict[str, Any] = {
         "stage_sizes": tuple(blocks[stage] for stage in stages),
         "num_filters": kernel.shape[-1] if kernel.ndim == 4 else 0,
+        "include_top": "predictions/0" in layers,
+        "hidden_units": tuple(layers[name].shape[-1] for name in hidden),
     }
-    if "predictions/0" in layers:
+    if fits["include_top"]:
         fits["num_classes"] = layers["predictions/0"].shape[-1]
-    else:
-        fits["include_top"] = False
-    hidden = itertools.takewhile(layers.__contains__, (f"hidden{i}/0" for i in itertools.count(1)))
-    fits["hidden_units"] = tuple(layers[name].shape[-1] for name in hidden)
-    if old:
+    if any(_OLD.match(name) for name in names):
         fits["bn_epsilon"] = OLD_EPSILON
+    version: Version = "v2" if "post_bn/0" in layers else "v1"
     return keras_resnet(50, version, **{**fits, **fields})
 
 
@@ -191,18 +181,16 @@ def _shape_of(kernels: Sequence[np.ndarray]) -> tuple[int, ...]:
     sizes: list[int] = []
     width, at = 0, 1
     while at < len(kernels):
-        if kernels[at].shape[-1] != width:
-            width = kernels[at].shape[-1]
-            sizes.append(0)
-        sizes[-1] += 1
-        at += 4 if sizes[-1] == 1 else 3
+        is_first = kernels[at].shape[-1] != width
+        width = kernels[at].shape[-1]
+        sizes = [*sizes, 1] if is_first else [*sizes[:-1], sizes[-1] + 1]
+        at += 4 if is_first else 3
     return tuple(sizes)
 
 
-def _not_keras(tensors: Tensors) -> str:
+def _not_keras(tensors: Tensors) -> UserError:
     some = ", ".join(repr(name) for name in list(tensors)[:3])
-    return (
+    return UserError(
         f"the weights are no ResNet of keras.applications: found layers like {some:.200}; expected "
-        "conv1_conv, conv2_block1_1_conv, ..., or the conv2d, conv2d_1, ... of one ResNet; save it "
-        "alone in Keras: model.get_layer('resnet50').save_weights('resnet50.weights.h5')"
+        f"conv1_conv, conv2_block1_1_conv, ..., or the conv2d, conv2d_1, ... of one ResNet; {ALONE}"
     )

@@ -65,7 +65,7 @@ def open_file(path: str | Path, **fields: Any) -> Pretrained:
     text, network = trees.split(path)
     path, notes = Path(text).expanduser(), list[str]()
 
-    def choose(shapes: architectures.Shapes, unread: Mapping[str, str]) -> dict[str, str]:
+    def choose(shapes: trees.Shapes, unread: Mapping[str, str]) -> dict[str, str]:
         if some := [f"{name!r:.80} is {kind:.80}" for name, kind in unread.items()]:
             notes.append(f"not read: {first_few(some)}")
         names, more = trees.find(shapes, text, network)
@@ -99,7 +99,7 @@ def _inferred(
     preprocessing: Preprocessing | None
     if keras := file.format.startswith("keras"):
         tensors = keras_names.keras_layers(file.tensors, file.format)  # type: ignore[arg-type]
-        module = keras_names.infer_keras(tensors, keras_names.is_old(file.tensors), **fields)
+        module = keras_names.infer_keras(tensors, file.tensors, **fields)
         stem = tensors["conv1_conv/0"]
         channels = stem.shape[-2] if stem.ndim == 4 else 3
         usual, assumed = USUAL[keras_names.version_of(module)]

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from flax_resnet.errors import UserError, first_few
-from flax_resnet.weights.architectures import Shapes, check_shapes
+from flax_resnet.weights.architectures import check_tensors
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 # What FSDP, activation checkpointing and torch.compile put between the parts of a name.
 _WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
@@ -56,7 +58,7 @@ def find(shapes: Shapes, path: object, name: str | None = None) -> tuple[dict[st
     UserError where there is no network, or several and ``name``, which is a part of the prefix of
     one, does not tell them apart.
     """
-    check_shapes(shapes)
+    check_tensors(shapes)
     plain = {key: _WRAPPERS.sub("", key) for key in shapes}
     prefixes = _prefixes({plain[key]: shape for key, shape in shapes.items()})
     if not prefixes:

@@ -283,7 +283,8 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
                 size=16, mean=(0.5,), std=(0.2,) * 3, decoder=Decoder(3, 12, 0.875, pad=2)
             ),
             "decode to RGB; turn as EXIF says; put transparent pixels on white; crop the central "
-            "square of 0.875 of the shorter side; resize to 12x12, bilinear; pad 2 zeros on every side",
+            "square of 0.875 of the shorter side; resize to 12x12, bilinear; pad 2 zeros on every "
+            "side",
         ),
     ],
 )

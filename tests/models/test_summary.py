@@ -76,10 +76,6 @@ def test_the_command_prints_a_named_network(capsys):
     ("argv", "message"),
     [
         (["resnt50"], "network 'resnt50' is not known (did you mean 'resnet50'?)"),
-        (
-            ["resnet50", "--input-shape", "16", "16", "3"],
-            "input is 16x16, the least for this network is",
-        ),
         (["resnet50", "--batch-size", "0"], "--batch-size=0: expected 1 or more"),
         (["resnet50", "--dtype", "int8"], "dtype 'int8': expected one such as float32"),
         (["mini", "--no-top"], "mini has no field 'include_top'"),

@@ -8,6 +8,7 @@ looked for first.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import mmap
 import re
@@ -21,7 +22,7 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from flax_resnet.errors import UserError
+from flax_resnet.records.files import error_as_one_line
 from flax_resnet.weights.readers.untrusted import MAX_RANK, LimitedFile, open_zip, shown
 
 Layout = Literal["keras_h5", "keras_weights"]
@@ -35,36 +36,27 @@ MAX_CONFIG = 8 * 2**20
 MAX_GROWTH = 100 * 10**6
 """Bytes by which compressed weights may be larger than their ``.keras`` file."""
 _FLOATS = {np.dtype(name) for name in ("float16", "float32", "float64")}
-# Groups of Keras 3 that hold no weights: a dropout's random state lies beside its layer.
-_NO_WEIGHTS = {"seed_generator"}
+# A group of Keras 3 that holds no weights: a dropout's random state lies beside its layer.
+_NO_WEIGHTS = "seed_generator"
 # Place of a weight among those of its layer, by the end of its name in Keras 1, 2 and 3.
-_POSITIONS = {
-    **{"kernel": 0, "W": 0, "gamma": 0, "bias": 1, "b": 1, "beta": 1},
-    **{"moving_mean": 2, "running_mean": 2, "moving_variance": 3, "running_std": 3},
-}
+_POSITIONS = {"kernel": 0, "W": 0, "gamma": 0, "bias": 1, "b": 1, "beta": 1, "moving_mean": 2,
+              "running_mean": 2, "moving_variance": 3, "running_std": 3}  # fmt: skip
 _WEIGHT = re.compile(rf"(?:.*[/_])?({'|'.join(_POSITIONS)})(?:_\d+)?(?::0)?")
 
 
 def read_h5(path: Path) -> tuple[Layout, dict[str, np.ndarray]]:
     """Reads the weights that Keras saved in an HDF5 file.
 
-    Args:
-      path: a ``.h5`` file of weights or of a whole model, or Keras 3's ``.weights.h5``.
-
     Returns:
-      ("keras_h5", tensors by "{layer}/{position among its weights}") of the first, or
-      ("keras_weights", tensors by "{path of the layer}/{index}") of the last.
-
-    Raises:
-      UserError: the file is damaged, or not what Keras writes.
+      ("keras_h5", tensors by "{layer}/{position among its weights}") of a ``.h5`` of weights or
+      of a whole model, ("keras_weights", tensors by "{path of the layer}/{index}") of Keras 3's
+      ``.weights.h5``.
     """
-    try:
+    with _one_line(path):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _check_heaps(data)
         with h5py.File(path, "r", locking=False) as root:
             return _read(root, path.stat().st_size)
-    except Exception as error:  # h5py raises half a dozen kinds on damaged bytes
-        raise _unreadable(path, error) from error
 
 
 def read_keras(path: Path) -> tuple[Layout, dict[str, np.ndarray], str]:
@@ -72,11 +64,8 @@ def read_keras(path: Path) -> tuple[Layout, dict[str, np.ndarray], str]:
 
     Returns:
       What ``read_h5`` returns, and the text of config.json, which describes the model.
-
-    Raises:
-      UserError: the file is damaged, or not what Keras writes.
     """
-    try:
+    with _one_line(path):
         with LimitedFile(io.FileIO(path)) as zipped, open_zip(zipped) as archive:
             limits = {KERAS_WEIGHTS: path.stat().st_size + MAX_GROWTH, "config.json": MAX_CONFIG}
             for name, limit in limits.items():
@@ -86,15 +75,17 @@ def read_keras(path: Path) -> tuple[Layout, dict[str, np.ndarray], str]:
         _check_heaps(data)
         with h5py.File(io.BytesIO(data), "r") as root:
             return (*_read(root, len(data)), config.decode())
-    except Exception as error:
-        raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = str(error) if isinstance(error, _Problem) else shown(str(error), 200)
-    return UserError(
-        f"{path} is not read: {reason}; expected weights saved by Keras: "
-        "download it again, or save them again by model.save_weights('net.weights.h5')"
+def _one_line(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Turns the half a dozen kinds of errors that h5py raises on damaged bytes into a UserError."""
+    return error_as_one_line(
+        lambda error: (
+            f"{path} is not read: "
+            f"{error if isinstance(error, _Problem) else shown(str(error), 200)}; expected weights "
+            "saved by Keras: download it again, or save them again by "
+            "model.save_weights('net.weights.h5')"
+        )
     )
 
 
@@ -167,13 +158,12 @@ def _datasets(root: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
         groups += 1
         if path.count("/") > MAX_DEPTH or groups > MAX_OBJECTS:
             raise _Problem(f"group {shown(path)} contains itself, or one of too many lies in it")
-        for name in group:
-            if name not in _NO_WEIGHTS:
-                where, item = f"{path}/{name}".lstrip("/"), _child(group, name)
-                if isinstance(item, h5py.Group):
-                    waiting.append((where, item))
-                else:
-                    yield where, item
+        for name in filter(_NO_WEIGHTS.__ne__, group):
+            where, item = f"{path}/{name}".lstrip("/"), _child(group, name)
+            if isinstance(item, h5py.Group):
+                waiting.append((where, item))
+            else:
+                yield where, item
 
 
 def _child(group: h5py.Group, name: str) -> Any:
