@@ -11,9 +11,8 @@ from typing import Annotated, Any
 
 from flax_resnet.cli.flags import DataDir, Switch, flag, writing
 from flax_resnet.cli.weight_flags import WeightFlags
-from flax_resnet.data.batches import changes, contents
-from flax_resnet.data.config import DataConfig
-from flax_resnet.data.folders import TEST_NAMES
+from flax_resnet.data.config import DataConfig, contents
+from flax_resnet.data.folders import TEST_NAMES, changes
 from flax_resnet.data.tta import Views
 from flax_resnet.errors import UserError
 from flax_resnet.inference.evaluation import evaluate

@@ -16,8 +16,7 @@ import functools
 import hashlib
 import math
 import threading
-import unicodedata
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_resnet.data import folders, preparation, sources
-from flax_resnet.data.config import SPLITS, DataConfig, Split
+from flax_resnet.data import folders, sources
+from flax_resnet.data.config import SPLITS, DataConfig, Split, contents, open_sources
+from flax_resnet.data.folders import Contents, changes
 from flax_resnet.data.order import (
     BatchReader,
     decode_chunks,
@@ -42,8 +42,6 @@ from flax_resnet.records.files import digest
 
 # Images are decoded and summed up this many bytes of pixels at a time.
 CHUNK_BYTES = 2**24
-Contents = Mapping[str, Mapping[str, Any]]
-"""{"train" and "eval": {"images": {class: number}, "sha256": of the files' names and sizes}}."""
 
 
 class Data:
@@ -194,14 +192,15 @@ class Data:
         Raises:
           UserError: some do not decode; all are named.
         """
-        parts = []
+        bad: dict[str, str] = {}
         for split, source in self._sources.items():
             decoder = self._decoders[split]
             if decoder.size is not None:
                 decoder = dataclasses.replace(decoder, size=sources.CHECK_SIZE)
             rows = range(jax.process_index(), len(source), jax.process_count())
-            parts.append((source, rows, decoder))
-        sources.check_readable(parts)
+            bad |= sources.undecodable_rows(source, rows, decoder)
+        if bad:
+            raise sources.unreadable(bad)
 
     def begin_check(self) -> Callable[[], None]:
         """Begins ``check_readable`` in a thread for a folder that streams; returns what ends it."""
@@ -329,50 +328,6 @@ class Data:
             yield from read_ahead(reader, start, stop, self._config.num_workers)
 
 
-def contents(config: DataConfig, splits: Iterable[Any] | None = None) -> Contents | None:
-    """What a run records of a folder of images: by split, images by class, and a hash.
-
-    The hash is of the names, relative to the folder, and the sizes in bytes of a split's files.
-
-    Args:
-      config: names the folder; of a tfds set the contents are None.
-      splits: sources of its training and its evaluation split; by default they are opened.
-    """
-    if config.folder is None:
-        return None
-    opened = splits or open_sources(dataclasses.replace(config, image_size=1))
-    root = Path(config.folder).expanduser()
-    found: dict[str, dict[str, Any]] = {}
-    for split, source in zip(SPLITS, opened, strict=True):
-        names = (path.relative_to(root).as_posix() for path in source.paths)
-        sizes = (path.stat().st_size for path in source.paths)
-        files = (f"{name} {size}" for name, size in zip(names, sizes, strict=True))
-        text = "\n".join(sorted(unicodedata.normalize("NFC", line) for line in files))
-        counts = np.bincount(source.labels, minlength=len(source.class_names)).tolist()
-        found[split] = {
-            "images": dict(zip(source.class_names, counts, strict=True)),
-            "sha256": hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest(),
-        }
-    return found
-
-
-def changes(there: Contents, now: Contents | None) -> str:
-    """How recorded contents of a folder differ from those of now; "" where they are the same."""
-    if now is None:
-        return "a folder then, a tfds set now"
-    lines = []
-    for split, what in zip(SPLITS, ("training", "evaluation"), strict=True):
-        old, new = there[split]["images"], now[split]["images"]
-        counts = [
-            f"{name!r} {old.get(name, 0)} {what} images then, {new.get(name, 0)} now"
-            for name in sorted({*old, *new})
-            if old.get(name) != new.get(name)
-        ]
-        if there[split]["sha256"] != now[split]["sha256"]:
-            lines += counts[:3] or [f"other names or sizes of {what} images"]
-    return "; ".join(lines)
-
-
 def _image_shape(
     config: DataConfig, source: sources.Source, side: int | None
 ) -> tuple[int, int, int]:
@@ -384,26 +339,3 @@ def _image_shape(
             f"images of {config.title} differ in size: set --data.image-size, for example 224"
         )
     return height + 2 * config.pad, width + 2 * config.pad, config.channels or channels
-
-
-def open_sources(config: DataConfig, splits: Any = None, every: int | None = None) -> list[Any]:
-    """Sources of the training and the evaluation split, or of other ``splits`` of a tfds set.
-
-    ``every`` takes the place of ``holdout_every``.
-    """
-    splits = splits or (config.train_split, config.eval_split)
-    if config.folder is not None:
-        return list(
-            sources.open_folder(
-                config.folder,
-                splits,
-                config.image_size,
-                every or config.holdout_every,
-                as_displayed=config.as_displayed,
-                skip_unreadable=config.skip_unreadable,
-            )
-        )
-    if config.name == sources.DIGITS:
-        preparation.prepare(config.name, config.data_dir)
-    splits = [split or folders.TEST_NAMES[0] for split in splits]
-    return list(sources.open_tfds(config.name, config.data_dir, splits))

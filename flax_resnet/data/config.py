@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
 
+from flax_resnet.data import folders, preparation, sources
 from flax_resnet.data.decode import Decoder
 from flax_resnet.data.sources import DIGITS
 from flax_resnet.errors import UserError, check_choices, check_range, check_types
@@ -87,3 +90,38 @@ class DataConfig:
     def title(self) -> str:
         """What to call the data: the folder, or the set's name."""
         return self.folder or self.name
+
+
+def open_sources(config: DataConfig, splits: Any = None, every: int | None = None) -> list[Any]:
+    """Sources of the training and the evaluation split, or of other ``splits`` of a tfds set.
+
+    ``every`` takes the place of ``holdout_every``.
+    """
+    splits = splits or (config.train_split, config.eval_split)
+    if config.folder is not None:
+        return list(
+            sources.open_folder(
+                config.folder,
+                splits,
+                config.image_size,
+                every or config.holdout_every,
+                as_displayed=config.as_displayed,
+                skip_unreadable=config.skip_unreadable,
+            )
+        )
+    if config.name == sources.DIGITS:
+        preparation.prepare(config.name, config.data_dir)
+    splits = [split or folders.TEST_NAMES[0] for split in splits]
+    return list(sources.open_tfds(config.name, config.data_dir, splits))
+
+
+def contents(config: DataConfig, splits: Iterable[Any] | None = None) -> folders.Contents | None:
+    """What a run records of a folder of images; None of a tfds set.
+
+    ``splits`` are sources of its training and its evaluation split; by default they are opened.
+    """
+    if config.folder is None:
+        return None
+    opened = splits or open_sources(dataclasses.replace(config, image_size=1))
+    root = Path(config.folder).expanduser()
+    return {split: one.contents(root) for split, one in zip(SPLITS, opened, strict=True)}

@@ -123,13 +123,22 @@ def register_plugins() -> None:
         importlib.import_module("pillow_jxl")
 
 
-def displayed_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of an image whose header is read, turned as EXIF says."""
-    width, height = image.size
+def orientation(image: Image.Image) -> int:
+    """EXIF's orientation of an opened image, 1 to 8; 1 is as stored, and damaged EXIF says so."""
     # Pillow turns TIFF files itself; without these it would decode a PNG to look for EXIF.
-    tagged = image.format != "TIFF" and {"exif", "xmp"} & image.info.keys()
-    turned = tagged and image.getexif().get(0x0112) in (5, 6, 7, 8)
-    return (height, width) if turned else (width, height)
+    if image.format != "TIFF" and {"exif", "xmp"} & image.info.keys():
+        with contextlib.suppress(Exception):
+            value = image.getexif().get(0x0112, 1)
+            return value if value in range(1, 9) else 1
+    return 1
+
+
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Stored pixels (H, W, C) as EXIF's ``orientation`` shows them."""
+    rows = -1 if orientation in (3, 4, 6, 7) else 1
+    columns = -1 if orientation in (2, 3, 7, 8) else 1
+    pixels = pixels[::rows, ::columns]
+    return pixels.swapaxes(0, 1) if orientation > 4 else pixels
 
 
 def _displayed(stored: Image.Image, channels: int) -> Image.Image:
@@ -138,7 +147,9 @@ def _displayed(stored: Image.Image, channels: int) -> Image.Image:
     kind = tiles[0].args if tiles else None
     if "transparency" in stored.info and (change := TRANSPARENT_VALUES.get(str(kind))):
         stored.info["transparency"] = change(stored.info["transparency"])
-    ImageOps.exif_transpose(stored, in_place=True)
+    stored.load()  # the EXIF of a PNG may come after its pixels
+    if orientation(stored) != 1:
+        ImageOps.exif_transpose(stored, in_place=True)
     if stored.mode.startswith("I") or stored.mode == "F":
         values = np.asarray(stored)
         grey = np.where(values == stored.info.get("transparency"), 255, eight_bits(values))
@@ -168,20 +179,14 @@ def eight_bits(values: np.ndarray) -> np.ndarray:
     return np.rint(values * (255 / top)).astype(np.uint8)
 
 
-def undecodable(
-    read: Callable[[int], bytes], rows: Iterable[int], decoder: Callable[[bytes], Any]
-) -> list[tuple[int, str]]:
-    """(row, why) of the images that do not decode; all are decoded, on the machine's cores."""
-
-    def decode(row: int) -> None:
-        decoder(read(row))
-
-    bad = []
-    for row, work in ahead(decode, rows, 64):
+def undecodable(items: Iterable[Item], decode: Callable[[Item], Any]) -> dict[Item, str]:
+    """{item: why} of those that ``decode`` cannot; all are decoded, on the machine's cores."""
+    bad = {}
+    for item, work in ahead(decode, items, 64):
         try:
             work.result()
         except DECODE_ERRORS as error:
-            bad.append((row, reason(error)))
+            bad[item] = reason(error)
     return bad
 
 
@@ -230,13 +235,18 @@ class Decoder:
         return np.pad(pixels, ((self.pad,) * 2,) * 2 + ((0, 0),)) if self.pad else pixels
 
     def _cropped(self, data: bytes, rng: np.random.Generator | None, size: int) -> np.ndarray:
-        header, box = jpeg.read_header(data, self.as_displayed), None
+        header, box = jpeg.read_header(data), None
         if header is not None and (header.components, self.channels) in PLAIN:
-            box = self._box(rng, *header.displayed_size)
+            turn = 1
+            if self.as_displayed:
+                with Image.open(io.BytesIO(data)) as stored:
+                    turn = orientation(stored)
+            box = self._box(rng, header.width, header.height)
             decoded = jpeg.decode(data, header, box, size)
             if decoded is not None:
-                pixels = resized(*decoded, size)
+                pixels = turned(resized(*decoded, size), turn)
                 return pixels.repeat(3, axis=2) if self.channels > pixels.shape[2] else pixels
+            box = box if turn == 1 else None  # it is of the image as it is stored
         image = open_image(data, self.channels, self.as_displayed)
         box = box or self._box(rng, *image.size)
         return np.asarray(_shrunk(image, box, size))

@@ -11,12 +11,13 @@ import dataclasses
 import functools
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from flax_resnet.data.decode import DECODE_ERRORS, displayed_size, reason, register_plugins
+from flax_resnet.data.decode import DECODE_ERRORS, orientation, reason, register_plugins
 from flax_resnet.errors import UserError
 from flax_resnet.records.files import shown
 
@@ -36,6 +37,8 @@ LITTER = {
 }  # fmt: skip
 """Names, in lower case, of what systems leave in folders."""
 Say = Callable[[str], None]
+Contents = Mapping[str, Mapping[str, Any]]
+"""{"train" and "eval": {"images": {class: number}, "sha256": of the files' names and sizes}}."""
 Classes = dict[str, "Listing"]
 """{class: the images of its folder}."""
 
@@ -44,15 +47,10 @@ Classes = dict[str, "Listing"]
 class Listing:
     """What a folder holds, with its sub-folders."""
 
-    root: Path
     images: list[Path] = dataclasses.field(default_factory=list)
     """Files with an ending that Pillow opens, in the order of their paths."""
     left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    """Number of all other files, by their ending."""
-    unreadable: dict[Path, str] = dataclasses.field(default_factory=dict)
-    """{folder that cannot be listed: why}."""
-    notes: list[str] = dataclasses.field(default_factory=list)
-    """What else was not followed, a line each."""
+    """Number of all other files, by their ending, and of links that are not followed."""
 
 
 @functools.cache
@@ -74,56 +72,49 @@ def same_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def sub_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, and of links to folders, sorted.
+def _inside(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """(path, whether it or what it links to is a folder) of all but litter, sorted.
 
     Raises:
       UserError: the folder cannot be listed.
     """
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if not is_litter(entry.name))
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(
-            f"{shown(folder)} cannot be listed ({error.strerror}): allow reading it"
+            f"{shown(folder)} cannot be listed ({reason(error)}): allow reading it"
         ) from error
-    return [name for name in names if (folder / name).is_dir()]
+    for entry in entries:
+        if not is_litter(entry.name):
+            path = folder / entry.name
+            yield path, path.is_dir() if entry.is_symlink() else entry.is_dir()
 
 
-def list_images(root: Path, deep: bool = True, above: Path | None = None) -> Listing:
-    """The images in a folder and, where ``deep``, in those below it; no link leads ``above``."""
-    listing = Listing(root)
-    parents = frozenset() if above is None else frozenset({_identity(above)})
-    _walk(root, listing, parents, deep)
-    return listing
+def sub_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, and of links to folders, sorted."""
+    return [path.name for path, is_folder in _inside(folder) if is_folder]
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
+def list_images(folder: Path, deep: bool = True, parents: Set[Path] = frozenset()) -> Listing:
+    """The images in a folder and, where ``deep``, in those below it.
 
-
-def _walk(folder: Path, into: Listing, parents: frozenset[tuple[int, int]], deep: bool) -> None:
-    try:
-        identity = _identity(folder)
-        inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        into.unreadable[folder] = reason(error)
-        return
-    if identity in parents:
-        into.notes.append(f"{shown(folder)} leads back to a folder that it is in: not followed")
-        return
-    for entry in inside:
-        path = folder / entry.name
+    ``parents``, resolved, are not entered again: a link may lead back to one.
+    """
+    listing, place = Listing(), folder.resolve()
+    if place in parents:
+        listing.left_out["link back to a folder that it is in"] += 1
+        return listing
+    for path, is_folder in _inside(folder):
         ending = path.suffix.lower()
-        if is_litter(entry.name):
-            continue
-        if path.is_dir() if entry.is_symlink() else entry.is_dir():
-            if deep:
-                _walk(path, into, parents | {identity}, deep)
-        elif ending in image_endings() and (path.is_file() or not path.exists()):
-            into.images.append(path)  # a broken link too: it has to be said by its name
-        else:
-            into.left_out[ending or "without an ending"] += 1
+        if is_folder and deep:
+            inner = list_images(path, deep, parents | {place})
+            listing.images += inner.images
+            listing.left_out += inner.left_out
+        elif not is_folder and ending in image_endings():
+            listing.images.append(path)  # a broken link too: it has to be said by its name
+        elif not is_folder:
+            listing.left_out[ending or "without an ending"] += 1
+    return listing
 
 
 def left_out_line(listings: Iterable[Listing], root: Path) -> list[str]:
@@ -151,14 +142,8 @@ def find_images(paths: Iterable[str | Path], say: Say = lambda line: None) -> li
     for path in (Path(path).expanduser() for path in paths):
         if not path.exists():
             raise UserError(f"{shown(path)}: no such file or folder: give images or folders")
-        if not path.is_dir():
-            files.append(path)
-            continue
-        listing = list_images(path)
-        lines = [*left_out_line([listing], path), *listing.notes]
-        if listing.unreadable:
-            (folder, why), *_ = listing.unreadable.items()
-            raise UserError(f"{shown(folder)} cannot be listed ({why}): allow reading it")
+        listing = list_images(path) if path.is_dir() else Listing([path])
+        lines = left_out_line([listing], path)
         if not listing.images:
             endings = " ".join(sorted(image_endings()))
             raise UserError(
@@ -167,20 +152,8 @@ def find_images(paths: Iterable[str | Path], say: Say = lambda line: None) -> li
             )
         for line in lines:
             say(line)
-        files.extend(listing.images)
+        files += listing.images
     return files
-
-
-def find_split(root: Path, names: Sequence[str]) -> Path | None:
-    """The sub-folder of the first of these names, in any case; None where there is none."""
-    there = sub_folders(root)
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-        alike = [other for other in there if same_name(other).lower() == same_name(name).lower()]
-        if alike:
-            return root / alike[0]
-    return None
 
 
 def is_split(name: str) -> bool:
@@ -188,24 +161,46 @@ def is_split(name: str) -> bool:
     return name.lower() in (*TRAIN_NAMES, *EVAL_NAMES)
 
 
-def eval_names(name: str | None) -> tuple[str, ...]:
-    """Names that the evaluation folder may have, the first choice first.
+def split_folders(folder: str, splits: Sequence[str | None]) -> list[Path]:
+    """The folders of the training and the evaluation split, or the one folder of both.
 
-    None is that of a training: validation, and test only where there is none.
+    Their names count in any case. An evaluation split of None is that of a training: validation,
+    and test only where there is none.
     """
-    return (*VAL_NAMES, *TEST_NAMES) if name is None else (name, *EVAL_NAMES)
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--data.folder {folder}: no such directory")
+    train, evaluated = splits
+    if any(mark in f"{train}{evaluated}" for mark in "[+"):
+        raise UserError(
+            f"splits {train!r} and {evaluated!r}: a folder has no slices, name sub-folders of "
+            f"{folder}, or set --data.holdout-every"
+        )
+    there = {same_name(name).lower(): root / name for name in sub_folders(root)}
+    trains = (str(train), *(TRAIN_NAMES if train in TRAIN_NAMES else ()))
+    evals = (evaluated, *EVAL_NAMES) if evaluated else (*VAL_NAMES, *TEST_NAMES)
+    wanted = ([same_name(name).lower() for name in names] for names in (trains, evals))
+    first, second = (next((there[n] for n in names if n in there), None) for names in wanted)
+    if first is not None and second is not None:
+        return [first, second]
+    if alike := [path.name for path in there.values() if is_split(path.name)]:
+        advice = f"; to hold out images of {shown(first)}, give that folder" if first else ""
+        raise UserError(
+            f"{shown(root)} holds {alike}, which look like splits and not like classes: for splits "
+            f"name them train and val (or test), for classes give them other names{advice}"
+        )
+    return [root]
 
 
-def list_classes(root: Path) -> tuple[dict[str, Listing], list[str]]:
+def list_classes(root: Path) -> tuple[Classes, list[str]]:
     """({class: what its sub-folder holds}, a line for each thing that was left out), sorted.
 
     Raises:
       UserError: two folders have one name, or the sub-folders are splits.
     """
-    names = sub_folders(root)
-    for name in names:
-        twins = [other for other in names if same_name(other) == same_name(name)]
-        if len(twins) > 1:
+    names: dict[str, str] = {}
+    for name in sub_folders(root):
+        if names.setdefault(same_name(name), name) != name:
             raise UserError(
                 f"{shown(root)} holds two folders of the name {shown(name)}, whose accents are "
                 "written differently: move the images of one into the other"
@@ -217,38 +212,14 @@ def list_classes(root: Path) -> tuple[dict[str, Listing], list[str]]:
                 f"{shown(root / name)}, or sort the images into FOLDER/train/CLASS"
             )
     beside = list_images(root, deep=False)
-    classes = {name: list_images(root / name, above=root) for name in names}
-    notes = [line for one in classes.values() for line in one.notes]
+    above = {root.resolve()}
+    classes = {name: list_images(root / name, parents=above) for name in names.values()}
+    notes = left_out_line([beside, *classes.values()], root)
     if beside.images:
         notes.append(
             f"{len(beside.images)} images directly in {shown(root)} are of no class: left out"
         )
-    return classes, [*notes, *left_out_line([beside, *classes.values()], root)]
-
-
-def split_folders(folder: str, splits: Sequence[str | None]) -> list[Path]:
-    """The folders of the training and the evaluation split, or the one folder of both."""
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise UserError(f"--data.folder {folder}: no such directory")
-    if any(mark in split for split in splits for mark in "[+" if split):
-        raise UserError(
-            f"splits {splits[0]!r} and {splits[1]!r}: a folder has no slices, name sub-folders of "
-            f"{folder}, or set --data.holdout-every"
-        )
-    train, evaluated = splits
-    names = TRAIN_NAMES if train in TRAIN_NAMES else ()
-    first = find_split(root, [str(train), *names])
-    second = find_split(root, eval_names(evaluated))
-    if first is not None and second is not None:
-        return [first, second]
-    if alike := [name for name in sub_folders(root) if is_split(name)]:
-        advice = f"; to hold out images of {shown(first)}, give that folder" if first else ""
-        raise UserError(
-            f"{shown(root)} holds {alike}, which look like splits and not like classes: for splits "
-            f"name them train and val (or test), for classes give them other names{advice}"
-        )
-    return [root]
+    return classes, notes
 
 
 def matched_classes(roots: Sequence[Path]) -> tuple[list[Classes], list[str]]:
@@ -256,11 +227,9 @@ def matched_classes(roots: Sequence[Path]) -> tuple[list[Classes], list[str]]:
     listed = [list_classes(root) for root in roots]
     (classes, _), notes = listed[0], [line for _, lines in listed for line in lines]
     if len(classes) < 2:
-        beside = len(list_images(roots[0], deep=False).images)
-        advice = f"; {beside} images lie beside them, in no class" if beside else ""
         raise UserError(
             f"{shown(roots[0])} holds {len(classes)} class sub-folders {list(classes)}: at least "
-            f"2 are expected, one for each class with its images inside{advice}"
+            f"2 are expected, one for each class with its images inside{'; '.join(['', *notes])}"
         )
     parts = [classes]
     for root, (others, _) in zip(roots[1:], listed[1:], strict=True):
@@ -271,7 +240,7 @@ def matched_classes(roots: Sequence[Path]) -> tuple[list[Classes], list[str]]:
                 f"{shown(roots[0])} and {shown(root)} differ in classes "
                 f"{sorted(same.keys() ^ names.keys())}: both need the same ones"
             )
-        parts.append({name: same.get(key, Listing(root / name)) for key, name in names.items()})
+        parts.append({name: same.get(key, Listing()) for key, name in names.items()})
         if missing := [name for name, one in parts[-1].items() if not one.images]:
             notes.append(f"{shown(root)} has no images of {len(missing)} classes: {missing}")
     return parts, notes
@@ -280,25 +249,25 @@ def matched_classes(roots: Sequence[Path]) -> tuple[list[Classes], list[str]]:
 def refuse_empty(classes: Classes, root: Path) -> None:
     """Raises UserError for training classes without images."""
     if empty := [name for name, listing in classes.items() if not listing.images]:
-        there = ", ".join(f"{n} {end}" for end, n in sorted(classes[empty[0]].left_out.items()))
-        more = f", nor do {empty[1:]}" if empty[1:] else ""
+        lines = left_out_line([classes[name] for name in empty], root)
         raise UserError(
-            f"class folder {shown(root / empty[0])} holds no images{there and f' but {there}'}"
-            f"{more}: add some or remove it"
+            f"class folders {empty} in {shown(root)} hold no images: add some or remove them"
+            f"{'; '.join(['', *lines])}"
         )
 
 
 def read_headers(
-    listings: Iterable[Listing], as_displayed: bool
+    paths: Iterable[Path], as_displayed: bool
 ) -> tuple[dict[Path, tuple[int, int]], dict[Path, str], list[str]]:
     """({image: its (width, height)}, {image without a readable header: why}, lines to be said)."""
     sizes: dict[Path, tuple[int, int]] = {}
     bad: dict[Path, str] = {}
     frames: list[Path] = []
-    for path in (path for listing in listings for path in listing.images):
+    for path in paths:
         try:
             with Image.open(path) as image:
-                sizes[path] = displayed_size(image) if as_displayed else image.size
+                is_turned = as_displayed and orientation(image) > 4
+                sizes[path] = image.size[::-1] if is_turned else image.size
                 if image.format != "MPO" and getattr(image, "is_animated", False):
                     frames.append(path)
         except DECODE_ERRORS as error:
@@ -306,3 +275,20 @@ def read_headers(
             bad[path] = "it is empty" if is_empty else reason(error)
     count = f"{len(frames)} files have several frames, and the first is taken, as of"
     return sizes, bad, [f"{count} {shown(path)}" for path in frames[:1]]
+
+
+def changes(there: Contents, now: Contents | None) -> str:
+    """How recorded contents of a folder differ from those of now; "" where they are the same."""
+    if now is None:
+        return "a folder then, a tfds set now"
+    lines = []
+    for split, what in zip(("train", "eval"), ("training", "evaluation"), strict=True):
+        old, new = there[split]["images"], now[split]["images"]
+        counts = [
+            f"{name!r} {old.get(name, 0)} {what} images then, {new.get(name, 0)} now"
+            for name in sorted({*old, *new})
+            if old.get(name) != new.get(name)
+        ]
+        if there[split]["sha256"] != now[split]["sha256"]:
+            lines += counts[:3] or [f"other names or sizes of {what} images"]
+    return "; ".join(lines)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flax_resnet.data import sources
-from flax_resnet.data.decode import DECODE_ERRORS, Decoder, ahead
+from flax_resnet.data.decode import DECODE_ERRORS, Decoder, ahead, reason
 from flax_resnet.distributed import workers
 from flax_resnet.errors import UserError
 from flax_resnet.xla.backend import usable_cores
@@ -168,7 +168,8 @@ def decode_rows(
             try:
                 pixels = decoder(data, draws[position])
             except DECODE_ERRORS as error:
-                raise sources.unreadable(source.describe(int(row)), error) from error
+                bad = {source.describe(int(row)): reason(error)}
+                raise sources.unreadable(bad) from error
             if position == 0:
                 images = np.empty((len(rows), *pixels.shape), np.uint8)
             if pixels.shape != images.shape[1:]:

@@ -7,7 +7,7 @@ processes can hold it. TensorFlow is never imported.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flax_resnet.data import folders
-from flax_resnet.data.decode import Decoder, reason, undecodable
+from flax_resnet.data.decode import Decoder, undecodable
 from flax_resnet.data.folders import Classes
 from flax_resnet.errors import UserError, did_you_mean
 from flax_resnet.records.files import shown
@@ -114,6 +114,16 @@ class FolderSource:
     def describe(self, index: int) -> str:
         """What to call the example in an error message."""
         return shown(self.paths[index])
+
+    def contents(self, root: Path) -> dict[str, Any]:
+        """{"images": {class: number}, "sha256": of the names in ``root`` and the sizes}."""
+        files = (
+            f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in self.paths
+        )
+        text = "\n".join(sorted(map(folders.same_name, files)))
+        sha256 = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+        counts = np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+        return {"images": dict(zip(self.class_names, counts, strict=True)), "sha256": sha256}
 
 
 def find_builder(name: str, data_dir: str | None) -> Any:
@@ -221,7 +231,7 @@ def open_folder(
 
     Args:
       folder: the directory.
-      splits: names for training and evaluation; see ``folders.eval_names`` for the second.
+      splits: names for training and evaluation; see ``folders.split_folders`` for the second.
       image_size: side that images will be resized to; None demands equal sizes on disk.
       test_every: holds out 1 / ``test_every`` of each class.
       as_displayed: how images are decoded, see ``decode.open_image``.
@@ -235,30 +245,27 @@ def open_folder(
     roots = folders.split_folders(folder, splits)
     parts, notes = folders.matched_classes(roots)
     listings = [listing for part in parts for listing in part.values()]
-    decoder = Decoder(3, CHECK_SIZE, as_displayed=as_displayed)
-    sizes, bad, frames = folders.read_headers(listings, as_displayed)
+    paths = (path for listing in listings for path in listing.images)
+    sizes, bad, frames = folders.read_headers(paths, as_displayed)
     if skip_unreadable or (bad and check):  # what is bad comes in one list
-        paths = list(sizes)
-        for row, why in undecodable(lambda i: paths[i].read_bytes(), range(len(paths)), decoder):
-            bad[paths[row]] = why
-    bad |= {path: why for listing in listings for path, why in listing.unreadable.items()}
-    unreadable_paths = {shown(path): why for path, why in bad.items()}
-    if bad and check and not skip_unreadable:
-        raise unreadable_images(unreadable_paths)
+        decoder = Decoder(3, CHECK_SIZE, as_displayed=as_displayed)
+        bad |= undecodable(sizes, lambda path: decoder(path.read_bytes()))
+    if bad:
+        named = {shown(path): why for path, why in bad.items()}
+        if check and not skip_unreadable:
+            raise unreadable(named)
+        notes.append(f"left out, as they cannot be read: {_listed(named)}")
     for listing in listings:
         listing.images = [path for path in listing.images if path not in bad]
     folders.refuse_empty(parts[0], roots[0])
-    shape = _common_shape(
-        {path: size for path, size in sizes.items() if path not in bad}, image_size
-    )
+    readable = {path: size for path, size in sizes.items() if path not in bad}
+    shape = _common_shape(readable, image_size)
     groups, part, taken = _groups(roots, parts, test_every)
-    if bad:
-        notes = [*notes, f"left out, as they cannot be read: {_listed(unreadable_paths)}"]
-    said = (taken, *notes, *frames)
+    names, said = tuple(parts[0]), (taken, *notes, *frames)
     return [
         FolderSource(
             [path for path, _ in group], np.array([label for _, label in group], np.int32),
-            tuple(parts[0]), shape, part, said, len(bad),
+            names, shape, part, said, len(bad),
         )
         for group in groups
     ]  # fmt: skip
@@ -313,35 +320,22 @@ class Unreadable(UserError):
     """Images whose bytes do not decode."""
 
 
-def check_readable(
-    parts: Iterable[tuple[Source, Iterable[int], Callable[[bytes], Any]]],
-) -> None:
-    """Raises Unreadable with all images that do not decode, of (source, rows, decoder) each."""
-    bad: dict[str, str] = {}
-    for source, rows, decoder in parts:
-        read = functools.partial(_read_one, source)
-        bad |= {source.describe(row): why for row, why in undecodable(read, rows, decoder)}
-    if bad:
-        raise unreadable_images(bad)
-
-
-def _read_one(source: Source, row: int) -> bytes:
-    return source.read([row])[0][0]
+def undecodable_rows(
+    source: Source, rows: Iterable[int], decoder: Callable[[bytes], Any]
+) -> dict[str, str]:
+    """{what to call an example: why} of the rows of a source that do not decode."""
+    bad = undecodable(rows, lambda row: decoder(source.read([row])[0][0]))
+    return {source.describe(row): why for row, why in bad.items()}
 
 
 def _listed(bad: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({why})" for name, why in bad.items())
 
 
-def unreadable_images(bad: Mapping[str, str]) -> Unreadable:
+def unreadable(bad: Mapping[str, str]) -> Unreadable:
     """The error for images that cannot be read: {what to call each: why}."""
     what = "unreadable image" if len(bad) == 1 else f"{len(bad)} unreadable images:"
     return Unreadable(
         f"{what} {_listed(bad)}: repair or remove what is damaged, or set data.skip_unreadable to "
         "leave it out of a folder"
     )
-
-
-def unreadable(what: str, error: Exception) -> Unreadable:
-    """The error for bytes that do not decode."""
-    return Unreadable(f"unreadable image {what} ({reason(error)}): repair it or remove it")

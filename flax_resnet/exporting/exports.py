@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_resnet.data.decode import DECODE_ERRORS, PIL_MODES
+from flax_resnet.data.decode import DECODE_ERRORS, PIL_MODES, reason
 from flax_resnet.data.folders import find_images
 from flax_resnet.data.normalization import normalize
 from flax_resnet.data.preprocess import Preprocessing
-from flax_resnet.data.sources import unreadable
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.exporting import loader, to_onnx
 from flax_resnet.exporting.loader import ABOUT, ARTIFACT, FORMAT, WEIGHTS
@@ -263,7 +262,7 @@ def prepared_images(prepared: Preprocessing, photographs: Sequence[str | Path]) 
         try:
             image = prepared(path.read_bytes())
         except DECODE_ERRORS as error:
-            raise unreadable(shown(path), error) from error
+            raise UserError(f"unreadable image {shown(path)} ({reason(error)})") from error
         images += [image, image[::-1], image[:, ::-1], image[::-1, ::-1], 255 - image]
     return np.stack(images)
 

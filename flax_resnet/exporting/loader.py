@@ -174,7 +174,7 @@ def _displayed(stored: Any, channels: int) -> Any:
 
 def _square(data: bytes, channels: int, size: int, ratio: float, as_displayed: bool) -> np.ndarray:
     """The central square of ``ratio`` of the shorter side at (size, size, 1, 3 or 4)."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     def box(width: int, height: int) -> tuple[float, float, float, float]:
         side = ratio * min(width, height)
@@ -189,23 +189,17 @@ def _square(data: bytes, channels: int, size: int, ratio: float, as_displayed: b
             picture = picture.resize((size, size), bilinear, box=around, reducing_gap=3.0)
             return np.atleast_3d(np.asarray(picture))
         turn = file.getexif().get(0x0112, 1) if as_displayed else 1
-        sides = file.size[:: -1 if turn in (5, 6, 7, 8) else 1]
-        left, top, right, bottom = box(*sides)
+        left, top, right, bottom = box(*file.size)
         factor = 1  # a half, a quarter or an eighth of the pixels is enough of many a photograph
         while factor < 8 and min(right - left, bottom - top) >= 3 * factor * max(size, 4):
             factor *= 2
         file.draft(None, (file.width // factor, file.height // factor))
-        turned = ImageOps.exif_transpose(file) if as_displayed else file
-        pixels = np.atleast_3d(np.asarray(turned))
-    rows, columns = (top, bottom, (3, 4, 7, 8)), (left, right, (2, 3, 6, 7))
-    for axis, (start, stop, flipped) in enumerate((rows, columns)):
-        if turn in flipped:  # the sides need not divide by the factor
-            whole, end = sides[1 - axis], pixels.shape[axis]
-            start, stop = end - (whole - start) / factor, end - (whole - stop) / factor
-        else:
-            start, stop = start / factor, stop / factor
-        pixels = _resized(pixels, axis, start, stop, size)
-    return pixels
+        pixels = np.atleast_3d(np.asarray(file))
+    for axis, (start, stop) in enumerate(((top, bottom), (left, right))):
+        pixels = _resized(pixels, axis, start / factor, stop / factor, size)
+    rows, columns = (-1 if turn in flipped else 1 for flipped in ((3, 4, 6, 7), (2, 3, 7, 8)))
+    pixels = pixels[::rows, ::columns]
+    return pixels.swapaxes(0, 1) if turn in (5, 6, 7, 8) else pixels
 
 
 def _is_common_jpeg(data: bytes) -> bool:

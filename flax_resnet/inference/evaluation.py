@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from flax_resnet.data.batches import open_sources
-from flax_resnet.data.config import DataConfig
+from flax_resnet.data.config import DataConfig, open_sources
 from flax_resnet.data.folders import TEST_NAMES, same_name
 from flax_resnet.data.normalization import normalize
 from flax_resnet.data.order import decode_chunks
-from flax_resnet.data.sources import Unreadable, check_readable
+from flax_resnet.data.sources import Unreadable, undecodable_rows, unreadable
 from flax_resnet.data.tta import Views, averaged_logits
 from flax_resnet.errors import UserError, check_range
 from flax_resnet.inference.classifier import Classifier, not_finite, padded
@@ -112,8 +111,8 @@ def evaluate(
             for (_, labels), scores in metrics.outputs(step, batches)
         ]
     except Unreadable:
-        check_readable([(source, rows.tolist(), prepared)])  # names all that are unreadable
-        raise
+        bad = undecodable_rows(source, rows.tolist(), prepared)
+        raise unreadable(bad) from None  # with all that are unreadable
     scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     means = {name: float(values.mean(dtype=np.float64)) for name, values in scores.items()}
     if not math.isfinite(means["loss"]):

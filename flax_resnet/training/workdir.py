@@ -16,9 +16,9 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from flax_resnet.data.batches import Contents, changes, contents
-from flax_resnet.data.config import DataConfig
+from flax_resnet.data.config import DataConfig, contents
 from flax_resnet.data.decode import PACKAGES
+from flax_resnet.data.folders import Contents, changes
 from flax_resnet.distributed import sharding
 from flax_resnet.errors import TryAgain, UserError
 from flax_resnet.records.configs import flatten, to_record, varying_fields

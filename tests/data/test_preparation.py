@@ -153,44 +153,16 @@ def test_folder_holds_out_every_fifth_of_each_class(image_folder):
     assert labels.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["test", "val"])
-def test_folder_with_split_folders_uses_them(image_folder, name):
-    root = image_folder.parent / "split"
-    root.mkdir()
-    (root / name).mkdir()
-    image_folder.rename(root / "train")
-    for cls in ("cat", "dog"):
-        (root / name / cls).mkdir()
-        (root / "train" / cls / "00.png").rename(root / name / cls / "a.png")
-    train, test = sources.open_folder(str(root), ("train", "test"), None, 5)
-    assert (len(train), len(test)) == (38, 2)
-    (root / name / "dog").rename(root / name / "wolf")
-    with pytest.raises(UserError, match=r"differ in classes \['dog', 'wolf'\]"):
-        sources.open_folder(str(root), ("train", "test"), None, 5)
-
-
-def test_split_folders_are_never_taken_for_classes(image_folder):
-    root = image_folder.parent / "split"
-    for name in ("train", "x"):
-        shutil.copytree(image_folder, root / name)
-    with pytest.raises(UserError, match="which look like splits and not like classes"):
-        sources.open_folder(str(root), ("train", "test"), None, 5)
+def test_a_folder_has_no_slices(image_folder):
     with pytest.raises(UserError, match="a folder has no slices"):
-        sources.open_folder(str(root), ("train[:90%]", "test"), None, 5)
-
-
-def test_what_file_managers_and_notebooks_leave_behind_is_no_image(image_folder):
-    shutil.copytree(image_folder / "cat", image_folder / "__MACOSX")
-    shutil.copytree(image_folder / "cat", image_folder / "dog" / ".ipynb_checkpoints")
-    train, test = sources.open_folder(str(image_folder), ("train", "test"), None, 5)
-    assert (len(train), len(test), train.class_names) == (32, 8, ("cat", "dog"))
+        sources.open_folder(str(image_folder), ("train[:90%]", "test"), None, 5)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda root: shutil.rmtree(root), r"--data\.folder .*set: no such directory"),
-        (lambda root: (root / "empty").mkdir(), "empty holds no images: add some or remove it"),
+        (lambda root: (root / "empty").mkdir(), r"'empty'.* hold no images: add some or remove"),
         (lambda root: Image.new("RGB", (9, 8)).save(root / "dog" / "wide.png"),
          r"differ in size .*8x8.* 9x8\): set --data.image-size"),
         (lambda root: (root / "dog" / "bad.png").write_bytes(b"no image"),
