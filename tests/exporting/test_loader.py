@@ -102,25 +102,17 @@ def test_a_damaged_export_is_one_line_and_nothing_is_unpickled(exported, tmp_pat
     assert not (tmp_path / "trapped").exists()
 
 
-@pytest.mark.parametrize("wrote", ["999.1", "0.0.1"])
-def test_a_jax_that_cannot_read_a_program_is_named_at_load(exported, tmp_path, monkeypatch, wrote):
+def test_a_jax_that_cannot_read_a_program_is_named_at_load(exported, monkeypatch):
     """jax 0.10 takes a program of jax 0.12 for whole until it is lowered."""
-    net = exported[1]
 
     def refuse(*arguments):
         raise ValueError("INVALID_ARGUMENT: Failed to deserialize StableHLO\nmore")
 
     monkeypatch.setattr(loader.jax, "jit", lambda call: types.SimpleNamespace(lower=refuse))
-    changed(net, jax=wrote)
-    now = f"jax {jax.__version__}"
-    said = {
-        "999.1": rf"was written by jax 999\.1, and {now} cannot read it .* deserialize Stable.*\): "
-        r"pip install 'jax>=999\.1', or export it again with the older one",
-        "0.0.1": rf"no exported network that {now} reads on cpu \(ValueError: ",
-    }[wrote]
-    with pytest.raises(ExportError, match=said) as error:
-        loader.load(net)
-    assert "\n" not in str(error.value)
+    changed(exported[1], jax="999.1")
+    said = rf"by jax 999\.1, is no exported network that jax {jax.__version__} reads on cpu .*"
+    with pytest.raises(ExportError, match=said + r"StableHLO\).*pip install 'jax>=999\.1'$"):
+        loader.load(exported[1])
 
 
 def encoded(image, kind, **options):
@@ -186,9 +178,9 @@ def test_prepare_is_predicts_bit_for_bit(photo, how, tmp_path):
 
 @pytest.mark.parametrize("how", ["run", "run, larger", "torchvision"])
 def test_prepare_shows_images_as_viewers_do_where_the_record_says_so(photo, how):
-    plain = to_record(PREPARATIONS[how])
-    shown = json.loads(json.dumps(plain))
-    (shown["decoder"] or shown)["as_displayed"] = True
+    plain, shown = (json.loads(json.dumps(to_record(PREPARATIONS[how]))) for _ in range(2))
+    for record in (plain, shown):
+        (record["decoder"] or record)["as_displayed"] = record is shown
     for orientation in range(1, 9):
         data = encoded(photo, "PNG", exif=turned(orientation))
         upright = encoded(ImageOps.exif_transpose(Image.open(io.BytesIO(data))), "PNG")
