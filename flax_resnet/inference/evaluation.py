@@ -12,7 +12,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -80,23 +79,22 @@ def evaluate(
             raise UserError(f"--ten-crop with --tta {tta}: the crops are mirrored; leave one out")
         prepared.check_ten_crops()
         batch_size = max(1, batch_size // CROPS)
+    split = config.eval_split or TEST_NAMES[0]  # a training is evaluated on val
     if config.folder is None:
-        (source,) = open_sources(config, (config.eval_split,))
+        (source,) = open_sources(config, (split,))
     else:  # images may differ in size, and one that is held out of each one is all of them
-        # Training is evaluated on val, what comes out of it on test.
-        split = config.eval_split or TEST_NAMES[0]
         any_size = dataclasses.replace(config, image_size=1, eval_split=split)
         source = open_sources(any_size, every=None if holdout else 1)[1]
     if not len(source):
-        raise UserError(f"split {config.eval_split!r} of {config.title} is empty: give another")
+        raise UserError(f"split {split!r} of {config.title} is empty: give another")
     title = config.title
-    for line in getattr(source, "notes", ()):
+    for line in getattr(source, "notes", (f"evaluated on {split}",)):
         say(line)
     classes = class_order(source.class_names, of.class_names, of.num_classes, title, say)
     known = _known_rows(source, classes, title, say)
     count = len(known) if limit is None else min(limit, len(known))
     rows = known[np.linspace(0, len(known) - 1, count).round().astype(np.int64)]
-    say(f"scored on {count} images: {_which(source, config, holdout)}")
+    say(f"scored on {count} images of {title}")
 
     def decode(data: bytes, rng: None) -> np.ndarray:
         return prepared.ten_crops(data) if ten_crop else prepared(data)
@@ -157,24 +155,12 @@ def _known_rows(
     unknown = [name for name, place in zip(source.class_names, classes, strict=True) if place < 0]
     if not unknown:
         return np.arange(len(source))
+    what = f"classes that the weights do not know: {unknown[:5]}"
     if not hasattr(source, "labels"):
-        raise UserError(f"{title} has classes that the weights do not know: {unknown[:5]}")
+        raise UserError(f"{title} has {what}")
     rows = np.flatnonzero(classes[source.labels] >= 0)
-    say(f"left out: {len(source) - len(rows)} images of classes that the weights do not know, "
-        f"{', '.join(map(repr, unknown[:5]))}")  # fmt: skip
+    say(f"left out: {len(source) - len(rows)} images of {what}")
     return rows
-
-
-def _which(source: Any, config: DataConfig, holdout: bool) -> str:
-    """Which images of the data are evaluated, in words."""
-    if config.folder is None:
-        return f"{config.eval_split} of {config.title}"
-    top = source.paths[0].relative_to(Path(config.folder).expanduser()).parts[0]
-    if top not in source.class_names:
-        return f"those of {config.folder}/{top}"
-    if holdout:
-        return f"one in {config.holdout_every} of each class of {config.folder}, held out"
-    return f"all of {config.folder}"
 
 
 def class_order(
@@ -203,10 +189,8 @@ def class_order(
     data, names = ([same_name(name) for name in each] for each in (data, weights or ()))
     place = {name: index for index, name in enumerate(names)}
     if data != names and len({*data}) == len(data) and place.keys() & {*data}:
-        if missing := [repr(name) for name in names if name not in data]:
-            more = ", ..." if len(missing) > 5 else ""
-            say(f"{len(missing)} of the network's {len(names)} classes are not in {title}: "
-                f"{', '.join(missing[:5])}{more}")  # fmt: skip
+        if missing := [name for name in names if name not in data]:
+            say(f"{len(missing)} of the network's classes are not in {title}: {missing[:5]}")
         return np.array([place.get(name, -1) for name in data], np.int32)
     if len(data) != known:
         raise UserError(
