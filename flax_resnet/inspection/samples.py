@@ -46,14 +46,11 @@ def folder_images(
     Raises:
       UserError: a path that is not there, none can be read, or the run's images are not square.
     """
-    height, width, channels = run.eval_shape
-    if height != width:
-        raise UserError(
-            f"the run's images are {height}x{width}: photographs would be bent to fit; give a run "
-            "of square ones"
-        )
+    height, width, channels = run.image_shape
     decoder = run.config.data.decoder(channels)
     if decoder.size is None:
+        if height != width:
+            raise UserError(f"the run's images are {height}x{width}: give a run of square ones")
         decoder = dataclasses.replace(decoder, size=height - 2 * decoder.pad)
     names, images = [], []
     for path in find_images(paths):
