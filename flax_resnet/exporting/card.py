@@ -70,18 +70,8 @@ class Trained(NamedTuple):
 def model_card(
     opened: Pretrained, repository: str, license: str, trained: Trained | None = None
 ) -> str:
-    """The README.md of a repository: YAML that the hub reads, and Markdown for people.
-
-    Args:
-      opened: the weights.
-      repository: OWNER/NAME.
-      license: of the weights, by the hub's word for it.
-      trained: the run they are of, where it is known.
-
-    Raises:
-      UserError: huggingface_hub is not installed.
-    """
-    client()  # raises where huggingface_hub is not installed
+    """The README.md of OWNER/NAME: YAML that the hub reads, and Markdown for people."""
+    client()  # raises UserError where huggingface_hub is not installed
     from huggingface_hub import ModelCardData
 
     name, address = repository.partition("/")[2], f"hf://{repository}"

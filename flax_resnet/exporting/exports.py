@@ -234,12 +234,7 @@ def in_float32(opened: Pretrained) -> Pretrained:
 def prepared_images(prepared: Preprocessing, photographs: Sequence[str | Path]) -> np.ndarray:
     """Photographs, each as it is, mirrored two ways, turned, and inverted: uint8 (5 N, H, W, C).
 
-    Args:
-      prepared: makes an image of a file's bytes.
-      photographs: image files or folders; if empty, scikit-learn's two.
-
-    Raises:
-      UserError: a photograph cannot be read.
+    They are image files or folders; if there are none, scikit-learn's two.
     """
     if not photographs:
         from sklearn.datasets import load_sample_images

@@ -77,7 +77,7 @@ def load(directory: str | Path) -> Net:
     """
     directory, about = Path(directory), {}
     try:
-        about = json.loads((directory / ABOUT).read_text("utf-8"))
+        about = {**json.loads((directory / ABOUT).read_text("utf-8"))}
         if about["format"] != FORMAT:
             raise ValueError(f"it is {about['format']!r:.80}: use the load.py there")
         files = [(directory / name).read_bytes() for name in (ARTIFACT, WEIGHTS)]
@@ -87,8 +87,7 @@ def load(directory: str | Path) -> Net:
             raise ValueError(f"its files are not those that {ABOUT} describes: export it again")
         return Net(about, *files)
     except Exception as error:  # whatever a reader of bytes may raise; no flatbuffers, too
-        line = (str(error).splitlines() or [""])[0]
-        wrote = about.get("jax", "?") if isinstance(about, dict) else "?"
+        line, wrote = (str(error).splitlines() or [""])[0], about.get("jax", "?")
         raise ExportError(
             f"{directory}, by jax {wrote}, is no exported network that jax {jax.__version__} reads "
             f"on {jax.default_backend()} ({type(error).__name__}: {line:.200}); of a newer jax: "

@@ -194,8 +194,7 @@ def predict_images(
     Args:
       opened: a network with its weights, as ``open_weights`` gives it.
       paths: image files, and folders of them.
-      top: how many classes an image; at most all.
-      batch_size: most images in one step of an accelerator.
+      top, batch_size: as of ``Classifier``.
       on_error: called with an image that cannot be read and why, and the image is skipped; by
         default the first such image ends it all.
 

@@ -175,12 +175,8 @@ def class_order(
     Classes are matched by name, and WordNet's ids with ImageNet's classes. Where no name is the
     same they go by position; another number of classes raises UserError then.
 
-    Args:
-      data: names of the data's classes.
-      weights: names of the network's, where they are known.
-      num_classes: the network's outputs.
-      title: what to call the data.
-      say: called with a line where classes go by position, or some are not in the data.
+    ``title`` is what to call the data; ``say`` is called with a line where classes go by position,
+    or some are not in the data.
     """
     known = num_classes if weights is None else min(len(weights), num_classes)
     are_ids = all(re.fullmatch(r"n\d{8}", name) for name in data)

@@ -32,16 +32,13 @@ def folder_images(
     most: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[str], np.ndarray]:
-    """Images of any size, decoded as the run's data were.
+    """(names, uint8 (N, H, W, C)) of the first ``most`` images, of any size, decoded as the run's.
 
     Args:
       run: an opened run, of square images.
       paths: image files, and folders of them.
       most: images at most; further ones are not read.
       say: is given a line for each image that cannot be read, and it is left out.
-
-    Returns:
-      (file names, uint8 (N, H, W, C)).
 
     Raises:
       UserError: a path that is not there, none can be read, or the run's images are not square.

@@ -211,7 +211,7 @@ def test_an_accelerator_takes_few_batch_sizes(weights, found, photos, monkeypatc
         ({"image": b""}, "is no image: expected a path"),
         (
             np.full((8, 8, 3), 200.0),
-            r"float64 \(8, 8, 3\) is no image: expected .*floats of 0 to 1",
+            r"float64 \(8, 8, 3\) is no image: .*floats of 0 to 1",
         ),
         (np.full((8, 8), np.nan, np.float32), "expected .*floats of 0 to 1"),
         (np.zeros((8, 8), np.int64), r"int64 \(8, 8\) is no image: expected a path"),
