@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from flax_resnet.data.tta import Views
 from flax_resnet.errors import UserError
 from flax_resnet.inference.evaluation import evaluate
 from flax_resnet.records import text_tables
-from flax_resnet.records.run_dir import CONFIG, data_config, read_config, read_record
+from flax_resnet.records.run_dir import METRICS, data_config, read_config, read_record
 from flax_resnet.weights.loading import is_path
 
 
@@ -82,55 +81,41 @@ class Settings(WeightFlags):
         """
         asked = dataclasses.asdict(self.data).items()
         given = {name: v for name, v in asked if v is not None and v is not False}
-        config, holdout = DataConfig(), self.data.holdout_every is not None
-        tta: Views = self.tta or "none"
         named, run = {"name", "folder"} & given.keys(), Path(self.weights).expanduser()
-        if len(named) == 2 or not (named or (is_path(self.weights) and run.is_dir())):
+        is_run = is_path(self.weights) and (run / METRICS if named else run).exists()
+        if len(named) == 2 or not (named or is_run):
             raise UserError(
                 "expected one of --data.name NAME and --data.folder DIR: what images (weights that "
                 "are a run's working directory need neither)"
             )
+        config, holdout = DataConfig(), self.data.holdout_every is not None
+        tta: Views = self.tta or "none"
         notes: list[str] = []
-        if not named or (not holdout and self._has_moved(run)):
-            try:
-                recorded = read_config(run)
-                there = read_record(run).get("contents")
-            except UserError as error:
-                advice = "or give --data.name NAME or --data.folder DIR"
-                raise UserError(f"{error}; {advice}") from None
-            config = data_config(run, recorded, self.data.folder)
-            if there is not None and (changed := changes(there, contents(config))):
-                notes.append(
-                    f"{config.folder} has changed since the training ({changed}): images that were "
-                    "trained on may be among those that are scored"
-                )
-            # With sub-folders for its splits a folder has nothing to hold out.
-            holdout = config.folder is not None
-            tta = self.tta or ("none" if self.ten_crop else recorded.tta)
+        if is_run and "name" not in named and not (named and holdout):
+            recorded, there = read_config(run), read_record(run).get("contents")
+            is_gone = there and not Path(recorded.data.folder).expanduser().exists()
+            if not named or is_gone:
+                own = data_config(run, recorded, self.data.folder)
+                if changed := there and _changed(there, own):
+                    notes.append(
+                        f"{own.folder} has changed since the training ({changed}): images that "
+                        "were trained on may be among those that are scored"
+                    )
+                if not named or not changed:
+                    # With sub-folders for its splits a folder has nothing to hold out.
+                    config, holdout = own, own.folder is not None
+                    tta = self.tta or ("none" if self.ten_crop else recorded.tta)
         options = {name: getattr(self, name) for name in ("batch_size", "ten_crop", "limit")}
         options |= {"tta": tta, "holdout": holdout}
         return dataclasses.replace(config, **given), options, notes
 
-    def _has_moved(self, run: Path) -> bool:
-        """Whether --data.folder is where the images of a run are now, which left their old place.
 
-        Prints how they differ, if they do.
-        """
-        folder = self.data.folder
-        if folder is None or not (run / CONFIG).is_file():
-            return False
-        config, there = read_config(run), read_record(run).get("contents")
-        if there is None or Path(config.data.folder).expanduser().exists():
-            return False
-        config = data_config(run, config, folder)
-        try:
-            changed = changes(there, contents(config))
-        except UserError as error:
-            changed = str(error)
-        if changed:
-            print(f"{folder} does not hold the images of {run} ({changed}): all of it is evaluated",
-                  file=sys.stderr)  # fmt: skip
-        return not changed
+def _changed(there: dict[str, Any], config: DataConfig) -> str:
+    """How a folder differs from its recorded contents; "" where it does not."""
+    try:
+        return changes(there, contents(config))
+    except UserError as error:  # it is no folder of the run's kind
+        return str(error)
 
 
 def main(settings: Settings) -> None:

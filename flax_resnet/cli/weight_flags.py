@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from flax_resnet.cli.flags import flag
 from flax_resnet.data.preprocess import Preprocessing
 from flax_resnet.errors import UserError, check_range
-from flax_resnet.inference.classifier import FLAGS, open_network
+from flax_resnet.inference.classifier import FLAGS, open_network, unprepared
 from flax_resnet.weights.pretrained import Pretrained
 
 OWN = "the weights' own"
@@ -56,11 +56,8 @@ class PreparedFlags:
         if len(given.get("std", ())) == 1:
             given["std"] *= channels
         if old is None:
-            if missing := [f"--{name}" for name in ("size", "mean", "std") if name not in given]:
-                raise UserError(
-                    f"{weights} does not say how images are prepared for it: give "
-                    f"{' and '.join(missing)} too"
-                )
+            if not {"size", "mean", "std"} <= given.keys():
+                raise unprepared(weights)
             unit: dict[str, Any] = {"mean": (0.0,), "std": (1.0,) * channels}
             old = Preprocessing(1, None, channels=channels, as_displayed=True, **unit)
         elif given.keys() & {"size", "resize", "interpolation"}:

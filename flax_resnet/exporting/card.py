@@ -70,18 +70,8 @@ class Trained(NamedTuple):
 def model_card(
     opened: Pretrained, repository: str, license: str, trained: Trained | None = None
 ) -> str:
-    """The README.md of a repository: YAML that the hub reads, and Markdown for people.
-
-    Args:
-      opened: the weights.
-      repository: OWNER/NAME.
-      license: of the weights, by the hub's word for it.
-      trained: the run they are of, where it is known.
-
-    Raises:
-      UserError: huggingface_hub is not installed.
-    """
-    client()  # raises where huggingface_hub is not installed
+    """The README.md of OWNER/NAME: YAML that the hub reads, and Markdown for people."""
+    client()  # raises UserError where huggingface_hub is not installed
     from huggingface_hub import ModelCardData
 
     name, address = repository.partition("/")[2], f"hf://{repository}"
@@ -138,12 +128,10 @@ def _measured(address: str, trained: Trained) -> tuple[list[Any], str]:
         metric_name="top-1 accuracy",
         metric_value=scores["top1"],
     )
-    words = ["--weights", address]
-    words += ["--data.folder", "DIR", "--data.train-split", data.train_split] if data.folder else []
-    words += ["--data.holdout-every", str(data.holdout_every)] if data.folder else []
-    words += ["--data.name", data.name] if not data.folder else []
-    words += ["--data.eval-split", split]
-    words += ["--tta", config.tta] if config.tta != "none" else []
+    folder = ["--data.folder", "DIR", "--data.train-split", data.train_split,
+              "--data.holdout-every", str(data.holdout_every)]  # fmt: skip
+    words = ["--weights", address, *(folder if data.folder else ["--data.name", data.name])]
+    words += ["--data.eval-split", split, *(["--tta", config.tta] * (config.tta != "none"))]
     top1 = [row["top1"] for row in trained.evaluations]
     chosen = len(top1) > 1 and scores["top1"] == max(top1)
     return [result], ACCURACY.format(

@@ -76,13 +76,9 @@ def check(dest: Path, platforms: Sequence[str], tolerance: float, overwrite: boo
             f"{dest}: expected a name that ends in .onnx or .safetensors, or a directory's, for "
             "StableHLO; `convert` writes .weights.h5"
         )
-    if not dest.exists():
-        return
-    if is_file and dest.is_dir():
-        raise UserError(f"{dest} is a directory: name a file")
-    if not overwrite:
+    if dest.exists() and not overwrite:
         raise UserError(f"{dest} is there already: give another name, or --overwrite")
-    if not (is_file or (dest / ARTIFACT).is_file()):
+    if dest.exists() and not (dest if is_file else dest / ARTIFACT).is_file():
         raise UserError(f"{dest} is no exported network, and is not overwritten: give another name")
 
 
@@ -124,7 +120,7 @@ def export(
         opened = in_float32(open_network(source) if isinstance(source, (str, Path)) else source)
         network = Classifier(opened)
         pixels = prepared_images(network.preprocessing, images)
-        logits = np.asarray(runner(network)(pixels))
+        logits = np.asarray(network.outputs(pixels)[0])
         if not np.isfinite(logits).all():
             raise not_finite()
         kind, run = _write(opened, network, partial, platforms)
@@ -155,8 +151,9 @@ def _write(
     """Writes the format that the name says; returns it in words, and what runs the export."""
     if path.suffix == ".safetensors":
         convert(opened, path)
+        again = Classifier(in_float32(open_weights(path)))
         kind = "safetensors with torchvision's names, read back"
-        return kind, runner(Classifier(in_float32(open_weights(path))))
+        return kind, lambda images: again.outputs(images)[0]
     about = {
         "network": opened.name,
         "class_names": network.class_names and list(network.class_names),
@@ -233,25 +230,10 @@ def in_float32(opened: Pretrained) -> Pretrained:
     return dataclasses.replace(opened, module=opened.module.clone(**known), variables=variables)
 
 
-def runner(network: Classifier) -> Run:
-    """The network as ``predict`` computes it."""
-
-    @jax.jit
-    def run(variables: Any, stats: Any, images: jax.Array) -> Any:
-        return network.module.apply(variables, normalize(images, stats))
-
-    return lambda images: run(network.variables, network.stats, images)
-
-
 def prepared_images(prepared: Preprocessing, photographs: Sequence[str | Path]) -> np.ndarray:
     """Photographs, each as it is, mirrored two ways, turned, and inverted: uint8 (5 N, H, W, C).
 
-    Args:
-      prepared: makes an image of a file's bytes.
-      photographs: image files or folders; if empty, scikit-learn's two.
-
-    Raises:
-      UserError: a photograph cannot be read.
+    They are image files or folders; if there are none, scikit-learn's two.
     """
     if not photographs:
         from sklearn.datasets import load_sample_images

@@ -13,7 +13,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.exporting.card import Trained, model_card
 from flax_resnet.records import provenance
 from flax_resnet.records.configs import from_record, to_record, untracked
-from flax_resnet.records.files import error_as_one_line, replacing_tree, shown
+from flax_resnet.records.files import os_error_as_one_line, replacing_tree, shown
 from flax_resnet.records.run_dir import finished, read_metrics, read_record
 from flax_resnet.weights import Pretrained, open_weights, write_weights
 from flax_resnet.weights.hub import CONFIG, PREFIX, WEIGHTS, client, fetch_folder, one_line, parse
@@ -104,7 +104,7 @@ def write_repository(
         "result": result,
     }
     card = model_card(opened, name, license, trained)
-    with _writing(directory):
+    with os_error_as_one_line(directory):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CARD).write_text(shown(card), encoding="utf-8")
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -134,7 +134,7 @@ def pull_from_hub(repo_id: str, directory: str | Path) -> Path:
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise UserError(f"{directory} is there already: name a directory that is not")
     folder = fetch_folder(f"{PREFIX}{repo_id.removeprefix(PREFIX)}", names)
-    with _writing(directory):
+    with os_error_as_one_line(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with replacing_tree(directory) as partial:
             shutil.copytree(folder, partial, ignore=lambda _, found: {*found} - {*names})
@@ -155,10 +155,3 @@ def _opened(source: str | Path | Pretrained) -> tuple[Pretrained, Trained | None
     config = from_record(untracked(record["config"]))
     evaluations = [line for line in read_metrics(workdir) if line["split"] == "eval"]
     return opened, Trained(config, checkpoint, evaluations), record, result
-
-
-def _writing(directory: Path) -> Any:
-    """Turns what the file system raises into one line."""
-    return error_as_one_line(
-        lambda error: f"{directory} cannot be written ({error}): name another directory"
-    )

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ def load(directory: str | Path) -> Net:
     """
     directory, about = Path(directory), {}
     try:
-        about = json.loads((directory / ABOUT).read_text("utf-8"))
+        about = {**json.loads((directory / ABOUT).read_text("utf-8"))}
         if about["format"] != FORMAT:
             raise ValueError(f"it is {about['format']!r:.80}: use the load.py there")
         files = [(directory / name).read_bytes() for name in (ARTIFACT, WEIGHTS)]
@@ -88,23 +87,12 @@ def load(directory: str | Path) -> Net:
             raise ValueError(f"its files are not those that {ABOUT} describes: export it again")
         return Net(about, *files)
     except Exception as error:  # whatever a reader of bytes may raise; no flatbuffers, too
-        lines = str(error).splitlines() or [""]
-        reason = f"{type(error).__name__}: {lines[0]:.200}"
-        wrote = str(about.get("jax", "")) if isinstance(about, dict) else ""
-        if _release(jax.__version__) < _release(wrote):
-            raise ExportError(
-                f"{directory} was written by jax {wrote}, and jax {jax.__version__} cannot read it "
-                f"({reason}): pip install 'jax>={wrote}', or export it again with the older one"
-            ) from error
+        line, wrote = (str(error).splitlines() or [""])[0], about.get("jax", "?")
         raise ExportError(
-            f"{directory} is no exported network that jax {jax.__version__} reads on "
-            f"{jax.default_backend()} ({reason})"
+            f"{directory}, by jax {wrote}, is no exported network that jax {jax.__version__} reads "
+            f"on {jax.default_backend()} ({type(error).__name__}: {line:.200}); of a newer jax: "
+            f"pip install 'jax>={wrote}'"
         ) from error
-
-
-def _release(version: str) -> list[int]:
-    """The numbers that a version begins with."""
-    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 def prepare(image: str | Path | bytes, preprocessing: Mapping[str, Any]) -> np.ndarray:
@@ -176,27 +164,25 @@ def _square(data: bytes, channels: int, size: int, ratio: float, as_displayed: b
     """The central square of ``ratio`` of the shorter side at (size, size, 1, 3 or 4)."""
     from PIL import Image
 
-    def box(width: int, height: int) -> tuple[float, float, float, float]:
-        side = ratio * min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        return left, top, left + side, top + side
-
     with Image.open(io.BytesIO(data)) as file:
-        layers: int = getattr(file, "layers", 0)
-        if not _is_common_jpeg(data) or (layers, channels) not in {(1, 1), (1, 3), (3, 3)}:
+        plain = (getattr(file, "layers", 0), channels) in {(1, 1), (1, 3), (3, 3)}
+        if not plain or not _is_common_jpeg(data):
             picture = _decoded(data, channels, as_displayed)
-            around, bilinear = box(*picture.size), Image.Resampling.BILINEAR
-            picture = picture.resize((size, size), bilinear, box=around, reducing_gap=3.0)
+            side = ratio * min(picture.size)
+            left, top = ((length - side) / 2 for length in picture.size)
+            box, bilinear = (left, top, left + side, top + side), Image.Resampling.BILINEAR
+            picture = picture.resize((size, size), bilinear, box=box, reducing_gap=3.0)
             return np.atleast_3d(np.asarray(picture))
         turn = file.getexif().get(0x0112, 1) if as_displayed else 1
-        left, top, right, bottom = box(*file.size)
+        side = ratio * min(file.size)
         factor = 1  # a half, a quarter or an eighth of the pixels is enough of many a photograph
-        while factor < 8 and min(right - left, bottom - top) >= 3 * factor * max(size, 4):
+        while factor < 8 and side >= 3 * factor * max(size, 4):
             factor *= 2
+        starts = [(length - side) / 2 for length in (file.height, file.width)]
         file.draft(None, (file.width // factor, file.height // factor))
         pixels = np.atleast_3d(np.asarray(file))
-    for axis, (start, stop) in enumerate(((top, bottom), (left, right))):
-        pixels = _resized(pixels, axis, start / factor, stop / factor, size)
+    for axis, start in enumerate(starts):
+        pixels = _resized(pixels, axis, start / factor, (start + side) / factor, size)
     rows, columns = (-1 if turn in flipped else 1 for flipped in ((3, 4, 6, 7), (2, 3, 7, 8)))
     pixels = pixels[::rows, ::columns]
     return pixels.swapaxes(0, 1) if turn in (5, 6, 7, 8) else pixels

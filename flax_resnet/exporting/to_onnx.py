@@ -31,16 +31,10 @@ def write(
     about: Mapping[str, Any],
     path: Path,
 ) -> None:
-    """Writes the file.
+    """Writes a program from images, of the shape and dtype of ``spec``, to logits.
 
-    Args:
-      program: maps images to logits.
-      spec: shape and dtype of the images.
-      about: the file's metadata.
-      path: the file.
-
-    Raises:
-      UserError: the converter is not installed, or cannot convert the network.
+    ``about`` becomes the file's metadata. Where the converter is not installed, or cannot convert
+    the network, UserError is raised.
     """
     jax2onnx = import_extra("jax2onnx", "onnx")
     logging.disable(logging.WARNING)  # the converter's notes; what it makes is measured

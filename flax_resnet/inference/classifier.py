@@ -95,10 +95,7 @@ class Classifier:
         opened = weights if isinstance(weights, Pretrained) else open_network(weights, model)
         prepared, module = opened.preprocessing, opened.module
         if prepared is None:
-            raise UserError(
-                "the weights do not say how images are prepared for them: give --size, --mean and "
-                f"--std (the flags are {FLAGS}; in Python Pretrained.preprocessing)"
-            )
+            raise unprepared("the network")
         if isinstance(module, ResNet):
             module = module.clone(scan_blocks=False)  # opened variables are not stacked
         decoder = prepared.decoder
@@ -146,8 +143,7 @@ class Classifier:
 
         def step(group: Sequence[tuple[Any, np.ndarray]]) -> Any:
             size = next(size for size in self.batch_sizes if size >= len(group))
-            pixels = padded([pixels for _, pixels in group], size)
-            return _outputs(self.module, self.variables, self.stats, pixels)
+            return self.outputs(padded([pixels for _, pixels in group], size))
 
         for group, outputs in metrics.outputs(step, groups):
             # The last batch may be padded: zip leaves its padding out.
@@ -166,6 +162,10 @@ class Classifier:
         """An image as the network takes it: uint8 (H, W, C), not normalised."""
         return self.preprocessing(encoded(image))
 
+    def outputs(self, images: Any) -> tuple[jax.Array, jax.Array]:
+        """Logits and probabilities, (N, classes) each, of prepared images (N, H, W, C)."""
+        return _outputs(self.module, self.variables, self.stats, images)
+
     def _decoded(
         self, images: Iterable[Any], on_error: OnError | None
     ) -> Iterator[tuple[Any, np.ndarray]]:
@@ -176,10 +176,8 @@ class Classifier:
                 yield image, pixels.result()
             except DECODE_ERRORS as error:
                 if on_error is None:
-                    what = (
-                        image_title(image) if is_path(image) else f"{number}, {image_title(image)}"
-                    )
-                    raise UserError(f"unreadable image {what} ({reason(error)})") from error
+                    what = f"unreadable image {number}, {image_title(image)}"
+                    raise UserError(f"{what} ({reason(error)})") from error
                 on_error(image, error)
 
 
@@ -196,8 +194,7 @@ def predict_images(
     Args:
       opened: a network with its weights, as ``open_weights`` gives it.
       paths: image files, and folders of them.
-      top: how many classes an image; at most all.
-      batch_size: most images in one step of an accelerator.
+      top, batch_size: as of ``Classifier``.
       on_error: called with an image that cannot be read and why, and the image is skipped; by
         default the first such image ends it all.
 
@@ -214,7 +211,6 @@ def predict_images(
 def _outputs(
     module: nn.Module, variables: Any, stats: Any, images: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits and softmax probabilities, (N, classes) each."""
     logits: Any = module.apply(variables, normalize(images, stats))
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return logits, jax.nn.softmax(logits)
@@ -234,6 +230,14 @@ def _num_classes(module: nn.Module, variables: Any, shape: tuple[int, ...]) -> i
             "(include_top=True)"
         )
     return logits[1]
+
+
+def unprepared(weights: str) -> UserError:
+    """The error of weights without a preprocessing."""
+    return UserError(
+        f"{weights} does not say how images are prepared for it: give --size, --mean and --std "
+        f"(the flags are {FLAGS}; in Python Pretrained.preprocessing)"
+    )
 
 
 def not_finite(what: str = "the network's outputs") -> UserError:

@@ -78,24 +78,22 @@ def evaluate(
             raise UserError(f"--ten-crop with --tta {tta}: the crops are mirrored; leave one out")
         prepared.check_ten_crops()
         batch_size = max(1, batch_size // CROPS)
+    split = config.eval_split or TEST_NAMES[0]  # a training is evaluated on val
     if config.folder is None:
-        (source,) = open_sources(config, (config.eval_split,))
+        (source,) = open_sources(config, (split,))
     else:  # images may differ in size, and one that is held out of each one is all of them
-        # Training is evaluated on val, what comes out of it on test.
-        split = config.eval_split or TEST_NAMES[0]
         any_size = dataclasses.replace(config, image_size=1, eval_split=split)
         source = open_sources(any_size, every=None if holdout else 1)[1]
     if not len(source):
-        raise UserError(f"split {config.eval_split!r} of {config.title} is empty: give another")
+        raise UserError(f"split {split!r} of {config.title} is empty: give another")
     title = config.title
-    where, *lines = getattr(source, "notes", (f"evaluated on {config.eval_split} of {title}",))
-    for line in lines:
+    for line in getattr(source, "notes", (f"evaluated on {split}",)):
         say(line)
     classes = class_order(source.class_names, of.class_names, of.num_classes, title, say)
     known = _known_rows(source, classes, title, say)
     count = len(known) if limit is None else min(limit, len(known))
     rows = known[np.linspace(0, len(known) - 1, count).round().astype(np.int64)]
-    say(f"{where} ({count} images)")
+    say(f"scored on {count} images of {title}")
 
     def decode(data: bytes, rng: None) -> np.ndarray:
         return prepared.ten_crops(data) if ten_crop else prepared(data)
@@ -156,11 +154,11 @@ def _known_rows(
     unknown = [name for name, place in zip(source.class_names, classes, strict=True) if place < 0]
     if not unknown:
         return np.arange(len(source))
+    what = f"classes that the weights do not know: {unknown[:5]}"
     if not hasattr(source, "labels"):
-        raise UserError(f"{title} has classes that the weights do not know: {unknown[:5]}")
+        raise UserError(f"{title} has {what}")
     rows = np.flatnonzero(classes[source.labels] >= 0)
-    say(f"left out: {len(source) - len(rows)} images of classes that the weights do not know, "
-        f"{', '.join(map(repr, unknown[:5]))}")  # fmt: skip
+    say(f"left out: {len(source) - len(rows)} images of {what}")
     return rows
 
 
@@ -176,12 +174,8 @@ def class_order(
     Classes are matched by name, and WordNet's ids with ImageNet's classes. Where no name is the
     same they go by position; another number of classes raises UserError then.
 
-    Args:
-      data: names of the data's classes.
-      weights: names of the network's, where they are known.
-      num_classes: the network's outputs.
-      title: what to call the data.
-      say: called with a line where classes go by position, or some are not in the data.
+    ``title`` is what to call the data; ``say`` is called with a line where classes go by position,
+    or some are not in the data.
     """
     known = num_classes if weights is None else min(len(weights), num_classes)
     are_ids = all(re.fullmatch(r"n\d{8}", name) for name in data)
@@ -190,10 +184,8 @@ def class_order(
     data, names = ([same_name(name) for name in each] for each in (data, weights or ()))
     place = {name: index for index, name in enumerate(names)}
     if data != names and len({*data}) == len(data) and place.keys() & {*data}:
-        if missing := [repr(name) for name in names if name not in data]:
-            more = ", ..." if len(missing) > 5 else ""
-            say(f"{len(missing)} of the network's {len(names)} classes are not in {title}: "
-                f"{', '.join(missing[:5])}{more}")  # fmt: skip
+        if missing := [name for name in names if name not in data]:
+            say(f"{len(missing)} of the network's classes are not in {title}: {missing[:5]}")
         return np.array([place.get(name, -1) for name in data], np.int32)
     if len(data) != known:
         raise UserError(

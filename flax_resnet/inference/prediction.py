@@ -94,8 +94,8 @@ def encoded(image: Any) -> bytes:
                 return data
     if image.mode == "I":  # its range is anyone's guess
         raise ValueError("its mode is I, 8 or 16 bits a channel are expected")
-    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX", "La", "RGBa", "PA"):
-        image = image.convert("RGBA" if image.mode in ("La", "RGBa", "PA") else "RGB")
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        image = image.convert("RGB")
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=0, exif=image.getexif())
     return file.getvalue()
@@ -107,11 +107,8 @@ def _pixels(image: Any) -> np.ndarray:
     said = f"an array of {pixels.dtype} {pixels.shape}"
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
-    if jnp.issubdtype(pixels.dtype, jnp.floating):
-        if not ((pixels >= 0) & (pixels <= 1)).all():
-            raise UserError(
-                f"{said} is no image: expected floats of 0 to 1; give 0 to 255 as uint8"
-            )
+    is_float = jnp.issubdtype(pixels.dtype, jnp.floating)
+    if is_float and ((pixels >= 0) & (pixels <= 1)).all():
         pixels = np.rint(255 * pixels.astype(np.float32)).astype(np.uint8)
     is_image = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
     if not is_image or pixels.dtype != np.uint8 or not pixels.size:

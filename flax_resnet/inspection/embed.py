@@ -26,11 +26,8 @@ def pca(features: np.ndarray) -> Embedding:
 
     model = PCA(2, svd_solver="full")
     points = model.fit_transform(_checked(features))
-    one, two = (
-        f"principal component {i} ({100 * share:.1f} % of variance)"
-        for i, share in enumerate(model.explained_variance_ratio_, 1)
-    )
-    return points, (one, two)
+    one, two = (f"{100 * share:.1f} % of variance" for share in model.explained_variance_ratio_)
+    return points, (f"principal component 1 ({one})", f"principal component 2 ({two})")
 
 
 def tsne(features: np.ndarray, seed: int = 0) -> Embedding:

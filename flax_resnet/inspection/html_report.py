@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from flax_resnet import figures
 from flax_resnet.errors import UserError
 from flax_resnet.inspection import PARTS, Part, Session, open_run
@@ -131,25 +133,18 @@ def _page(name: str, workdir: Path, sections: Sequence[Section], notes: Sequence
 
 
 def _result(workdir: Path) -> str:
-    try:
-        result = run_dir.finished(workdir)
-        if result is None:
-            return "<p>No result: the run is not finished.</p>"
-        with run_dir.record_errors(workdir / run_dir.RESULT):
-            return _table(result_rows(result) | {"training images": result["num_train"]})
-    except UserError as error:
-        return f"<p>{html.escape(f'No result: {error}')}</p>"
+    result = run_dir.finished(workdir)
+    if result is None:
+        return "<p>No result: the run is not finished.</p>"
+    with run_dir.record_errors(workdir / run_dir.RESULT):
+        return _table(result_rows(result) | {"training images": result["num_train"]})
 
 
 def _start(number: int, start: Mapping[str, Any]) -> str:
     """What was installed at one start of the run, on what, and by which command."""
-    rows: dict[str, Any] = {}
-    for name, value in start.items():
-        if isinstance(value, Mapping):
-            rows |= {f"{name}: {inner}": v for inner, v in value.items()}
-        else:
-            rows[name] = " ".join(map(str, value)) if isinstance(value, list) else value
-    return f"<h3>Start {number}</h3>\n{_table(rows)}"
+    rows = flatten_dict({**start}, sep=": ")
+    texts = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in rows.items()}
+    return f"<h3>Start {number}</h3>\n{_table(texts)}"
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -38,12 +38,11 @@ def _watched(module: nn.Module, variables: Any, images: jax.Array, watch: Watch)
         return module.apply(variables, images)
 
 
-Call = tuple[tuple[str, ...], type, bool]
-
-
-def _calls(module: nn.Module, variables: Any, images: Any) -> list[Call]:
+def _calls(
+    module: nn.Module, variables: Any, images: Any
+) -> list[tuple[tuple[str, ...], type, bool]]:
     """(path, class, does it give a map) of each layer called, in order; nothing is computed."""
-    calls: list[Call] = []
+    calls = []
 
     def watch(layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         calls.append((layer.path, type(layer), _is_map(layer, out)))

@@ -53,13 +53,6 @@ class Inspected:
         """The network and the data, in a few words."""
         return f"{models.network_name(self.config.model)} on {self.config.data.title}"
 
-    @property
-    def eval_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of an evaluation image."""
-        channels = self.image_shape[2]
-        side = self.config.data.decoder(channels).side
-        return self.image_shape if side is None else (side, side, channels)
-
     @functools.cached_property
     def data(self) -> Data:
         """The run's data, on one device.
@@ -103,9 +96,8 @@ def open_run(
     """
     workdir = Path(workdir).expanduser()
     config = read_config(workdir)
-    places = {"folder": folder, "data_dir": data_dir}
-    places = {name: place for name, place in places.items() if place is not None}
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **places))
+    moved = {"folder": folder or config.data.folder, "data_dir": data_dir or config.data.data_dir}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **moved))
     state, meta = read_checkpoint(workdir, checkpoint)
     module = config.model
     variables = saved_variables(module, state)

@@ -32,7 +32,7 @@ def folder_images(
     most: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[str], np.ndarray]:
-    """Images of any size, decoded as the run's data were.
+    """(names, uint8 (N, H, W, C)) of the first ``most`` images, of any size, decoded as the run's.
 
     Args:
       run: an opened run, of square images.
@@ -40,20 +40,14 @@ def folder_images(
       most: images at most; further ones are not read.
       say: is given a line for each image that cannot be read, and it is left out.
 
-    Returns:
-      (file names, uint8 (N, H, W, C)).
-
     Raises:
       UserError: a path that is not there, none can be read, or the run's images are not square.
     """
-    height, width, channels = run.eval_shape
-    if height != width:
-        raise UserError(
-            f"the run's images are {height}x{width}: photographs would be bent to fit; give a run "
-            "of square ones"
-        )
+    height, width, channels = run.image_shape
     decoder = run.config.data.decoder(channels)
     if decoder.size is None:
+        if height != width:
+            raise UserError(f"the run's images are {height}x{width}: give a run of square ones")
         decoder = dataclasses.replace(decoder, size=height - 2 * decoder.pad)
     names, images = [], []
     for path in find_images(paths):

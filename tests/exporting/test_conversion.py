@@ -68,9 +68,6 @@ def test_what_is_there_is_kept_unless_told(call, tmp_path):
         (["{source}", "{tmp}/x.pth"], "x.pth: expected a name that ends in .safetensors or .weig"),
         (["{source}", "{tmp}/x.weights.h5"], "the network is not one of Keras's"),
         (["{source}", "{tmp}/none/x.safetensors"], "cannot be written"),
-        (["{tmp}/none.safetensors", "{tmp}/x.safetensors"], "none.safetensors"),
-        (["imagenet", "{tmp}/x.safetensors"], "a tag needs a network"),
-        (["{tmp}", "{tmp}/x.safetensors"], "holds no run"),
         (["{source}", "{tmp}/x.safetensors", "--model", "resnet50"], "are not of resnet50"),
     ],
 )

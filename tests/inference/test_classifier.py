@@ -32,8 +32,8 @@ def test_flags_take_the_place_of_the_weights_preprocessing(call, tmp_path, photo
     file = photos / "z.png"
     arguments = ("predict", file, "--weights", path)
     message = "give --size, --mean and --std (the flags are --size, --resize, --interpolation"
-    assert_one_line_error(call(*arguments), message)
-    assert_one_line_error(call(*arguments, "--size", 8), "give --mean and --std too")
+    for more in ((), ("--size", 8)):
+        assert_one_line_error(call(*arguments, *more), message)
     given = ("--size", 8, "--mean", 0.4, 0.5, 0.6, "--std", 0.2, "--format", "json", "--top", 1)
     for more, prepared in {
         (): Preprocessing(8, None, mean=(0.4, 0.5, 0.6), std=(0.2,) * 3),
@@ -209,8 +209,11 @@ def test_an_accelerator_takes_few_batch_sizes(weights, found, photos, monkeypatc
         (["/nowhere/x.png"], "/nowhere/x.png: no such file or folder"),
         (None, "None is no image: expected a path, the bytes of an image file, a PIL image"),
         ({"image": b""}, "is no image: expected a path"),
-        (np.full((8, 8, 3), 200.0), r"float64 \(8, 8, 3\) is no image: expected floats of 0 to 1"),
-        (np.full((8, 8), np.nan, np.float32), "expected floats of 0 to 1"),
+        (
+            np.full((8, 8, 3), 200.0),
+            r"float64 \(8, 8, 3\) is no image: .*floats of 0 to 1",
+        ),
+        (np.full((8, 8), np.nan, np.float32), "expected .*floats of 0 to 1"),
         (np.zeros((8, 8), np.int64), r"int64 \(8, 8\) is no image: expected a path"),
         (np.zeros((3, 8, 8), np.uint8), r"uint8 \(3, 8, 8\) is no image"),
         ([[0, 1], [2, 3]], r"int64 \(2,\) is no image"),
