@@ -58,7 +58,7 @@ def test_labels_name_variants_and_grids_join(base):
         ({"batch_size": (8, 8)}, "two variants are called 'batch_size=8'"),
         ({"seed": (5, 6)}, "the axis seed: seeds are the runs of a variant"),
         ({"": {"x": {"seed": 1}}}, "the axis seed: seeds are the runs of a variant"),
-        ({"batch_size": ("8",)}, "batch_size='8' does not fit"),
+        ({"batch_size": ("8",)}, "batch_size='8': expected a whole number"),
         ({"loss": ("crossentropy",)}, "loss='crossentropy': expected one of"),
         ({"model": (tiny_resnet(),)}, "a variant would be called 'model=ResNet( # attributes"),
         ({"num_steps": {"table.csv": 3}}, "a variant would be called 'table.csv'"),
