@@ -103,14 +103,9 @@ def chosen_by(
     ask: Any = flags.Invocation,
     of: Callable[..., Any] | None = None,
 ) -> Any:
-    """What a command line asks of an experiment or an ablation.
+    """What a command line asks of an experiment, or of the ablation in the module of ``of``.
 
-    Args:
-      get_config: as of ``main``.
-      workdir: default of --workdir.
-      argv: flags; by default the process's.
-      ask: the class to return, flags.Invocation or flags.SweepInvocation.
-      of: the function whose module is run; by default ``get_config``.
+    The arguments are those of ``main``; ``ask`` is the class to return.
     """
     module = sys.modules[(of or get_config).__module__]
     prog = f"python -m {module.__spec__.name}" if module.__spec__ else None

@@ -72,7 +72,7 @@ def sweep(
         devices = jax.local_devices() if alone else ()
     root = Path(workdir).expanduser()
     configs = {  # each with a place of its own where checkpoints are not in the workdir
-        name: replaced(config, "checkpoint.directory", f"{shared}/{name}") if shared else config
+        name: replaced(config, "checkpoint.directory", shared and f"{shared}/{name}")
         for name, config in configs.items()
         for shared in [config.checkpoint.directory]
     }
