@@ -90,7 +90,7 @@ def check_types(owner: Any, prefix: str = "") -> None:
       owner: a dataclass or a linen module. Numbers may be numpy's, and a tuple a list.
       prefix: what messages put before a field's name, such as "data.".
     """
-    for name, hint in _hints(type(owner)).items():
+    for name, hint in _hints(type(owner)).items():  # type: ignore[arg-type]
         value = getattr(owner, name)
         if not _fits(value, hint):
             raise UserError(f"{prefix}{name}={value!r:.60}: expected {_expected(value, hint)}")

@@ -76,13 +76,7 @@ def ablate(
     """Runs an ablation: a grid of an experiment's config, changed by flags, through ``sweep``.
 
     Bad input ends the process with status 2 and one line; so does a failed run, at the end.
-
-    Args:
-      get_config: as of ``main``.
-      get_grid: (config, seeds) to named configs, as ``grid`` gives.
-      workdir: default of --workdir.
-      argv: flags; by default the process's.
-      baseline: the variant that the others are compared with, or {variant: its own reference}.
+    ``get_grid`` makes named configs of (config, seeds); the rest is that of ``main`` and ``sweep``.
     """
     with one_line_errors():
         chosen = chosen_by(get_config, workdir, argv, flags.SweepInvocation, get_grid)

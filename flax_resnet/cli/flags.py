@@ -129,13 +129,8 @@ def parse(
     ``--model NAME``, ``--optimizer NAME`` and ``--optimizer.schedule NAME`` choose a class, with
     its defaults; every other flag sets a field of the chosen class.
 
-    Args:
-      config: the defaults.
-      workdir: default of --workdir.
-      argv: flags, in dashes or underscores.
-      about: first lines of --help.
-      prog: the command that --help shows.
-      ask: Invocation or SweepInvocation.
+    ``config`` and ``workdir`` are the defaults, ``about`` the first lines of --help, ``prog`` the
+    command that it shows, ``ask`` Invocation or SweepInvocation.
     """
     config, argv = _choose(config, argv)
     choices = {path: "|".join(names) for path, names in class_choices(config).items()}

@@ -98,10 +98,7 @@ def _name_finetune(data: str, given: recipes.Given, line: str) -> None:
 
 
 def _resumed(chosen: flags.Invocation, argv: Sequence[str]) -> flags.Invocation:
-    """The config that the same command began a run in the working directory with, if it did.
-
-    The first config for the same images may be another one in a later version.
-    """
+    """The config that the same command, perhaps of an earlier version, began a run there with."""
     workdir = Path(chosen.workdir).expanduser()
     if chosen.num_seeds > 1:
         workdir /= f"seed{chosen.config.seed}"

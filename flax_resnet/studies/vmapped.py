@@ -110,12 +110,7 @@ def train_together(
       devices: to run on, by default all.
       stop: as of ``train_and_evaluate``.
 
-    Returns:
-      What each result.json holds.
-
-    Raises:
-      NotTogether: they have to be trained in turn.
-      UserError: bad input; nothing has been written then.
+    Returns what each result.json holds; NotTogether where they have to be trained in turn.
     """
     configs = {workdir: check_workdir(workdir, config) for workdir, config in configs.items()}
     groups = {}  # {directory of common checkpoints: its runs}

@@ -149,12 +149,8 @@ def measured(config: TrainConfig, data: Data, state: TrainState) -> TrainState:
 def fitted(config: TrainConfig, data: Data, state: TrainState) -> tuple[TrainState, float]:
     """A state at step 0 with the parameters that its network computes from training images.
 
-    Such a network has ``from_images(params, images)``: it is given normalised images (N, H, W, C),
-    evenly spread over the split, and gives the parameters. With ``weights`` it is not asked. The
-    normalisation of ``state`` has been measured.
-
-    Returns:
-      (the state, the seconds that this took; 0 where the network computes nothing from images).
+    Such a network has ``from_images(params, images)``, which gets normalised images (N, H, W, C),
+    evenly spread over the split. With ``weights`` it is not asked. Returns (state, seconds).
     """
     from_images = getattr(config.model, "from_images", None)
     if from_images is None or config.weights is not None:

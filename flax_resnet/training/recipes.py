@@ -238,6 +238,6 @@ def look_at(data: str, data_dir: str | None = None) -> tuple[DataConfig, sources
         preparation.prepare(name, data_dir)
     train = sources.open_tfds(name, data_dir, [TRAIN_SPLIT])[0]
     there = sources.split_names(name, data_dir)
-    splits = ((TRAIN_SPLIT, split) for split in folders.EVAL_NAMES if split in there)
-    first, second = next(splits, HELD_OUT)
+    pairs = ((TRAIN_SPLIT, split) for split in folders.EVAL_NAMES if split in there)
+    first, second = next(pairs, HELD_OUT)
     return DataConfig(name=name, data_dir=data_dir, train_split=first, eval_split=second), train

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import functools
+import operator
 import os
 import sys
 import time
@@ -95,11 +95,10 @@ def check_same_run(what: str, record: Mapping[str, Any], config: TrainConfig) ->
 def _is_default(config: Any, name: str) -> bool:
     """Whether the field of a dotted name has the value that it has by itself."""
     outer, _, last = name.rpartition(".")
-    try:
-        owner = functools.reduce(getattr, outer.split("."), config) if outer else config
+    with contextlib.suppress(AttributeError, KeyError):
+        owner = operator.attrgetter(outer)(config) if outer else config
         return bool(getattr(owner, last) == type(owner).__dataclass_fields__[last].default)
-    except (AttributeError, KeyError):
-        return False
+    return False
 
 
 def check_workdir(workdir: Path, config: TrainConfig) -> TrainConfig:
