@@ -86,7 +86,7 @@ def test_training_the_digits_and_predicting(call, here, rng):
         (["train", "--batch-size", "8"], "train --batch-size: expected what to train on first"),
         (["train", "digits", "--optimzer", "adamw"], "(did you mean --optimizer?)"),
         (["train", "cifar1o"], "unknown dataset 'cifar1o' (did you mean 'cifar10'?)"),
-        (["train", "cifar100"], "run python -m flax_resnet prepare cifar100 --data-dir "),
+        (["train", "cifar100", "--data.data-dir", "x"], "prepare cifar100 --data-dir x"),
         (["train", "digits", "--workdir", "/proc/x"], "--workdir /proc/x cannot be written"),
         (["train", "digits", "--workdir", "/dev/null/w"], "--workdir /dev/null/w cannot be"),
         (["summary", "resnet5o"], "did you mean 'resnet56'?"),
