@@ -37,7 +37,7 @@ from flax_resnet import UserError, summarize
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.cli.flags import flag
-from flax_resnet.errors import POSITIVE, check_choices, check_range, did_you_mean
+from flax_resnet.errors import POSITIVE, check_range, check_types, did_you_mean
 from flax_resnet.inspection import PARTS, Session, open_run
 from flax_resnet.models import network_name
 from flax_resnet.records.configs import flatten, varying_fields
@@ -98,7 +98,7 @@ class Settings:
     """Steps of lr at most."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         if not self.paths:
             raise UserError(f"{self.what}: no directory is given: expected a run's, such as runs/x")
         if self.what not in GROUPS and len(self.paths) > 1:

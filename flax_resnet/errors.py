@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib
-import itertools
 import math
 import numbers
+import types
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 # The least float above 0, as a bound.
 POSITIVE = math.ulp(0.0)
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text",
-         type(None): "None"}  # fmt: skip
+         tuple[float, ...]: "a tuple of numbers", type(None): "None"}  # fmt: skip
 """Types as messages call them."""
 
 
@@ -83,50 +84,55 @@ def check_whole(name: str, value: Any, least: int, below: int) -> None:
 
 
 def check_types(owner: Any, prefix: str = "") -> None:
-    """Raises UserError for a field whose value is of no type that its annotation names.
+    """Raises UserError for a field whose value is none that its annotation allows.
 
     Args:
-      owner: a dataclass; fields annotated with other than bool, int, float, str and None are left.
+      owner: a dataclass or a linen module. Numbers may be numpy's, and a tuple a list.
       prefix: what messages put before a field's name, such as "data.".
     """
-    for name, hint in typing.get_type_hints(type(owner)).items():
-        kinds = typing.get_args(hint) or (hint,)
+    for name, hint in _hints(type(owner)).items():  # type: ignore[arg-type]
         value = getattr(owner, name)
-        if not {*kinds} <= {bool, int, float, str, type(None)}:
-            continue
-        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        is_right = {
-            bool: isinstance(value, (bool, np.bool_)),
-            int: is_whole,
-            float: isinstance(value, numbers.Real) and not isinstance(value, bool),
-            str: isinstance(value, str),
-            type(None): value is None,
-        }
-        if not any(is_right[kind] for kind in kinds):
-            expected = " or ".join(WORDS.get(kind, kind.__name__) for kind in kinds)
-            raise UserError(f"{prefix}{name}={value!r:.60}: expected {expected}")
-
-
-def check_choices(owner: Any, prefix: str = "") -> None:
-    """Raises UserError where a field annotated as a Literal holds none of its values."""
-    for name, allowed in _choices(type(owner)).items():  # type: ignore[arg-type]
-        value = getattr(owner, name)
-        if value not in allowed:
-            near = did_you_mean(str(value), [a for a in allowed if isinstance(a, str)])
-            values = ", ".join(map(repr, allowed))
-            raise UserError(f"{prefix}{name}={value!r:.60}: expected one of {values}{near}")
+        if not _fits(value, hint):
+            raise UserError(f"{prefix}{name}={value!r:.60}: expected {_expected(value, hint)}")
 
 
 @functools.cache
-def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
-    """{field: its values} of the fields that are a Literal, or one or None."""
-    found = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        parts = (hint,) if typing.get_origin(hint) is typing.Literal else typing.get_args(hint)
-        values = [typing.get_args(p) for p in parts if typing.get_origin(p) is typing.Literal]
-        if values:
-            found[name] = (*itertools.chain(*values), *([None] if type(None) in parts else []))
-    return found
+def _hints(cls: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """False where an annotation rules a value out; sequences, callables and Any rule none out."""
+    if len(kinds := _kinds(hint)) > 1:
+        return any(_fits(value, kind) for kind in kinds)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, (tuple, list)) and all(_fits(x, arguments[0]) for x in value)
+    if hint in (int, float):
+        kind = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool)
+    if hint is Any or origin is not None or not isinstance(hint, type):
+        return True
+    return isinstance(value, (bool, np.bool_) if hint is bool else hint)
+
+
+def _expected(value: Any, hint: Any) -> str:
+    kinds = _kinds(hint)
+    values = [x for kind in kinds if typing.get_origin(kind) is typing.Literal
+              for x in typing.get_args(kind)]  # fmt: skip
+    if not values:
+        return " or ".join(WORDS.get(kind) or kind.__name__ for kind in kinds)
+    values += [None] * (type(None) in kinds)
+    near = did_you_mean(str(value), [x for x in values if isinstance(x, str)])
+    return f"one of {', '.join(map(repr, values))}{near}"
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -4,16 +4,23 @@ import re
 import jax
 import numpy as np
 import pytest
+from helpers import assert_one_line_error
 
 from flax_resnet import (
     SGD,
     Augment,
     CheckpointConfig,
     DataConfig,
+    Guard,
+    Hosts,
+    MLflow,
+    Piecewise,
     TrainConfig,
+    cifar_resnet,
     train_and_evaluate,
 )
 from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_range, did_you_mean
+from flax_resnet.models import MiniModel
 
 
 def test_a_message_is_one_line():
@@ -51,10 +58,16 @@ def test_the_nearest_name_is_offered_and_a_far_one_is_not():
         (lambda: DataConfig(folder=3), "data.folder=3: expected text or None"),
         (lambda: TrainConfig(batch_size=3.5), "batch_size=3.5: expected a whole number"),
         (lambda: TrainConfig(seed=True), "seed=True: expected a whole number"),
-        (lambda: TrainConfig(model="resnet18"), "model='resnet18': expected a linen module"),
-        (lambda: TrainConfig(optimizer="sgd"), "optimizer='sgd': expected an optimizer, such"),
-        (lambda: SGD(schedule="cosine"), "optimizer.schedule='cosine': expected a schedule"),
+        (lambda: TrainConfig(model="resnet18"), "model='resnet18': expected Module"),
+        (lambda: TrainConfig(optimizer="sgd"), "optimizer='sgd': expected SGD or Adam or AdamW or"),
+        (lambda: SGD(schedule="cosine"), "optimizer.schedule='cosine': expected Constant or"),
         (lambda: SGD(learning_rate="x"), "optimizer.learning_rate='x': expected a number"),
+        (lambda: Piecewise(boundaries=3), "schedule.boundaries=3: expected a tuple of numbers"),
+        (lambda: Guard(times_chance=0), "guard.times_chance=0: expected more than 0"),
+        (lambda: Hosts(num_processes="2"), "hosts.num_processes='2': expected a whole number"),
+        (lambda: MLflow(uri=3), "tracking.uri=3: expected text or None"),
+        (lambda: cifar_resnet(20, num_classes="10"), "num_classes='10': expected a whole number"),
+        (lambda: MiniModel(residual=2), "residual=2: expected True or False"),
         (lambda: Augment(flip="yes"), "augment.flip='yes': expected True or False"),
         (lambda: CheckpointConfig(keep_last=None), "checkpoint.keep_last=None: expected a whole"),
     ],
@@ -78,12 +91,14 @@ def test_numbers_of_numpy_are_numbers():
         ("jax_check_tracer_leaks", True),
     ],
 )
-def test_settings_of_jax_that_no_run_survives_are_refused_by_name(name, value, tmp_path):
+def test_settings_of_jax_that_no_program_survives_are_refused_by_name(name, value, tmp_path, call):
     before = getattr(jax.config, name)
     jax.config.update(name, value)
+    message = f"{name.upper()}={value}: programs here do not work with it; unset it"
     try:
-        with pytest.raises(UserError, match=f"{name.upper()}={value}: .* unset it"):
+        with pytest.raises(UserError, match=message):
             train_and_evaluate(TrainConfig(), tmp_path / "w")
+        assert_one_line_error(call("predict", tmp_path), message)
     finally:
         jax.config.update(name, getattr(before, "value", before))
     assert not (tmp_path / "w").exists()

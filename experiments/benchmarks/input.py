@@ -44,7 +44,7 @@ from pathlib import Path
 
 from experiments.benchmarks import common, driver, input_worker, workers
 from experiments.benchmarks.driver import Columns, Row, timing_cell
-from flax_resnet.errors import check_choices, check_range
+from flax_resnet.errors import check_range, check_types
 
 REFERENCES = {"ratio_to_tf_data": "tf.data", "ratio_to_tf_data_antialias": "tf.data, antialias"}
 """By the fields that have ratios to them."""
@@ -83,7 +83,7 @@ class Settings:
     """Seconds that a turn may take."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         check_range("--photographs", self.photographs, 2)
         check_range("--long-side", self.long_side, 16)
         driver.check_least(self, 1, "size", "batch_size", "batches", "rounds", "limit")

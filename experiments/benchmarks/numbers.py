@@ -37,7 +37,7 @@ from experiments.benchmarks.driver import Columns, Row
 from experiments.benchmarks.peers.specs import NETWORKS
 from flax_resnet import UserError
 from flax_resnet.data.normalization import normalize
-from flax_resnet.errors import check_choices
+from flax_resnet.errors import check_types
 
 BOUNDS: Mapping[str, float] = {
     "logits": 1e-4,
@@ -74,7 +74,7 @@ class Settings:
     """End with status 1 where one is beyond its bound."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         driver.check_names("--models", self.models, NETWORKS)
         driver.check_names("--dtypes", self.dtypes, DTYPES)
         driver.check_least(self, 2, "image_size", "batch_size")

@@ -24,7 +24,7 @@ from experiments.benchmarks.driver import Columns, Row, check_least, table, timi
 from experiments.benchmarks.peers.specs import NETWORKS
 from flax_resnet import Data, TrainConfig, UserError, create_state, models, summarize
 from flax_resnet.distributed import sharding
-from flax_resnet.errors import POSITIVE, check_choices, check_range
+from flax_resnet.errors import POSITIVE, check_range, check_types
 from flax_resnet.models.summary import FLOPS_A_MAC
 from flax_resnet.optim import optimizers
 from flax_resnet.training import run
@@ -69,7 +69,7 @@ class Settings:
     """Rows of the matrices that the machine's peak is measured with; None: 4096, on GPUs 16384."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         if not self.models:
             raise UserError("--models: expected one or more names of networks")
         sizes = ("image_size", "batch_size", "peak_size")

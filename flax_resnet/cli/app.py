@@ -18,6 +18,7 @@ from flax_resnet.cli.flags import OPTIONS, PROG, Invocation, cli, flag
 from flax_resnet.errors import UserError, did_you_mean
 from flax_resnet.records import provenance
 from flax_resnet.training.config import TrainConfig
+from flax_resnet.xla.backend import check_settings
 from flax_resnet.xla.program_cache import use_cache
 
 
@@ -113,6 +114,7 @@ def command(argv: Sequence[str] | None = None) -> None:
             start(train.parse(argv[0], argv[1:]))
             return
         settings = cli(tool.settings, argv[1:], prog=f"{PROG} {argv[0]}")
+        check_settings()
         use_cache()
         tool.main(settings)
 

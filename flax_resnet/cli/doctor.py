@@ -31,14 +31,7 @@ OK, ABSENT, WRONG = " ", "-", "!"
 
 
 def findings(data_dir: str | None = None) -> Iterator[tuple[str, str, str]]:
-    """Looks at this machine; nothing is downloaded or written.
-
-    Args:
-      data_dir: directory of tfds sets; None is tfds's default.
-
-    Yields:
-      (mark, what the fact is about, the fact and, after an arrow, what to do).
-    """
+    """Yields (mark, topic, the fact and, after an arrow, what to do); nothing is written."""
     git = git_state()
     commit = f", commit {git['commit'][:10]}{' and changes' * git['changed']}" if git else ""
     yield OK, PACKAGE, f"{versions([PACKAGE])[PACKAGE]} in {Path(__file__).parents[1]}{commit}"

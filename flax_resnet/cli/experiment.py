@@ -76,13 +76,7 @@ def ablate(
     """Runs an ablation: a grid of an experiment's config, changed by flags, through ``sweep``.
 
     Bad input ends the process with status 2 and one line; so does a failed run, at the end.
-
-    Args:
-      get_config: as of ``main``.
-      get_grid: (config, seeds) to named configs, as ``grid`` gives.
-      workdir: default of --workdir.
-      argv: flags; by default the process's.
-      baseline: the variant that the others are compared with, or {variant: its own reference}.
+    ``get_grid`` makes named configs of (config, seeds); the rest is that of ``main`` and ``sweep``.
     """
     with one_line_errors():
         chosen = chosen_by(get_config, workdir, argv, flags.SweepInvocation, get_grid)
@@ -103,14 +97,9 @@ def chosen_by(
     ask: Any = flags.Invocation,
     of: Callable[..., Any] | None = None,
 ) -> Any:
-    """What a command line asks of an experiment or an ablation.
+    """What a command line asks of an experiment, or of the ablation in the module of ``of``.
 
-    Args:
-      get_config: as of ``main``.
-      workdir: default of --workdir.
-      argv: flags; by default the process's.
-      ask: the class to return, flags.Invocation or flags.SweepInvocation.
-      of: the function whose module is run; by default ``get_config``.
+    The arguments are those of ``main``; ``ask`` is the class to return.
     """
     module = sys.modules[(of or get_config).__module__]
     prog = f"python -m {module.__spec__.name}" if module.__spec__ else None

@@ -102,12 +102,8 @@ def arguments(
 ) -> tuple[dict[str, Any], list[str], str]:
     """Takes the flags that are parameters of ``get_config`` out of a command line.
 
-    Args:
-      get_config: its parameters are an int or a Literal of texts, and have defaults.
-      argv: flags.
-
-    Returns:
-      ({parameter: value} of those in ``argv``, the other flags, what --help says of them).
+    A parameter is an int or a Literal of texts, and has a default. Returns ({parameter: value},
+    the other flags, what --help says of the parameters).
     """
     parser, helps, hints = _parser(), [], typing.get_type_hints(get_config)
     for name, parameter in inspect.signature(get_config).parameters.items():
@@ -133,17 +129,8 @@ def parse(
     ``--model NAME``, ``--optimizer NAME`` and ``--optimizer.schedule NAME`` choose a class, with
     its defaults; every other flag sets a field of the chosen class.
 
-    Args:
-      config: the defaults.
-      workdir: default of --workdir.
-      argv: flags, in dashes or underscores.
-      about: first lines of --help.
-      prog: the command that --help shows.
-      ask: Invocation or SweepInvocation.
-
-    Raises:
-      UserError: a value that the config refuses.
-      SystemExit: tyro has printed what is wrong with a flag.
+    ``config`` and ``workdir`` are the defaults, ``about`` the first lines of --help, ``prog`` the
+    command that it shows, ``ask`` Invocation or SweepInvocation.
     """
     config, argv = _choose(config, argv)
     choices = {path: "|".join(names) for path, names in class_choices(config).items()}
@@ -161,14 +148,7 @@ def cli(
     prog: str | None = None,
     **options: Any,
 ) -> Settings:
-    """Parses a command line (by default the process's) into a dataclass.
-
-    Args:
-      settings: the dataclass; its fields are the flags.
-      argv: flags; None reads the process's.
-      about: first lines of --help; by default the dataclass's docstring.
-      prog: the command that --help shows.
-      **options: other arguments of tyro.cli.
+    """Parses a command line (by default the process's) into a dataclass, as tyro.cli.
 
     Raises:
       UserError: a value that ``settings`` refuses.

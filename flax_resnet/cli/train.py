@@ -73,11 +73,9 @@ def parse(command: str, argv: Sequence[str]) -> flags.Invocation:
     ending = "" if command == "train" else f"-{command}"
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
-            defaults = {
-                "train": recipes.digits(),
-                "finetune": recipes.finetuning(DataConfig(folder=DATA), num_classes=1000),
-            }
-            flags.parse(defaults[command], f"runs/{DATA}{ending}", ["--help"], about, prog)
+            tuned = recipes.finetuning(DataConfig(folder=DATA), num_classes=1000)
+            config = recipes.digits() if command == "train" else tuned
+            flags.parse(config, f"runs/{DATA}{ending}", ["--help"], about, prog)
         raise UserError(
             f'{command} {" ".join(argv[:1])}: expected what to train on first: "digits", a tfds '
             f"name, or a folder; `{PROG} {command} --help` has examples"
@@ -100,19 +98,14 @@ def _name_finetune(data: str, given: recipes.Given, line: str) -> None:
 
 
 def _resumed(chosen: flags.Invocation, argv: Sequence[str]) -> flags.Invocation:
-    """The config that the same command began a run in the working directory with, if it did.
-
-    The first config for the same images may be another one in a later version.
-    """
+    """The config that the same command, perhaps of an earlier version, began a run there with."""
     workdir = Path(chosen.workdir).expanduser()
     if chosen.num_seeds > 1:
         workdir /= f"seed{chosen.config.seed}"
-    if not (workdir / CONFIG).exists():
+    starts = read_record(workdir)["starts"] if (workdir / CONFIG).exists() else []
+    if [*argv] not in (start["argv"][1:] for start in starts):
         return chosen
-    if [*argv] not in (start["argv"][1:] for start in read_record(workdir)["starts"]):
-        return chosen
-    config = read_config(workdir)
-    config = dataclasses.replace(config, tracking=chosen.config.tracking)
+    config = dataclasses.replace(read_config(workdir), tracking=chosen.config.tracking)
     return dataclasses.replace(chosen, config=config)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from flax_resnet.data import folders, preparation, sources
 from flax_resnet.data.decode import Decoder
 from flax_resnet.data.sources import DIGITS
-from flax_resnet.errors import UserError, check_choices, check_range, check_types
+from flax_resnet.errors import UserError, check_range, check_types
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
@@ -71,7 +71,6 @@ class DataConfig:
         for name in ("resident_mb", "num_workers", "pad"):
             check_range(f"data.{name}", getattr(self, name), 0)
         check_range("data.holdout_every", self.holdout_every, 2)
-        check_choices(self, "data.")
         if not 0 < self.crop_ratio <= 1:
             raise UserError(f"data.crop_ratio={self.crop_ratio}: expected a share in (0, 1]")
         sized = {"crop_ratio": 1.0, "random_resized_crop": False, "eval_image_size": None}

@@ -35,7 +35,7 @@ from jax.experimental import multihost_utils
 
 from flax_resnet.distributed.preemption import EXIT_PREEMPTED
 from flax_resnet.distributed.watchdog import Watch
-from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_range
+from flax_resnet.errors import POSITIVE, TryAgain, UserError, check_range, check_types
 from flax_resnet.records.configs import varying_fields
 from flax_resnet.records.provenance import source_hash, versions
 
@@ -72,6 +72,7 @@ class Hosts:
     process of several ends, and all with it."""
 
     def __post_init__(self) -> None:
+        check_types(self, "hosts.")
         for name in ("start_timeout", "heartbeat_timeout", "step_timeout"):
             check_range(f"hosts.{name}", getattr(self, name), POSITIVE)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_resnet.errors import UserError, check_choices
+from flax_resnet.errors import UserError, check_types
 from flax_resnet.models.layers import Layers, ShortcutKind, average_pool_2, shortcut_a
 from flax_resnet.models.regularize import DropBlock, Rate, drop_path, is_zero
 
@@ -189,7 +189,7 @@ class Block(nn.Module):
         return DropBlock(self.dropblock_size)(h, rate, train)
 
     def _check(self) -> None:
-        check_choices(self)
+        check_types(self)
         for spec in self.convs():
             if spec.filters < 1:
                 raise UserError(

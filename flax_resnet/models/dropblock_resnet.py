@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 from flax import linen as nn
 
-from flax_resnet.errors import check_range
+from flax_resnet.errors import check_range, check_types
 from flax_resnet.models.arguments import Dtype, check_images, whole_numbers
 from flax_resnet.models.layers import KERAS_DEFAULTS, Layers, max_pool
 from flax_resnet.models.regularize import DropBlock, Rate
@@ -70,6 +70,7 @@ class DropBlockResNet(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_types(self)
         for name in ("stage_filters", "dense_features"):
             object.__setattr__(self, name, whole_numbers(name, getattr(self, name)))
         check_range("num_classes", self.num_classes, 1)

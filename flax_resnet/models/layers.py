@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_resnet.errors import UserError, check_choices, check_range
+from flax_resnet.errors import UserError, check_range, check_types
 from flax_resnet.models import cpu_forms
 from flax_resnet.models.arguments import Dtype, as_dtype, check_bn_group
 from flax_resnet.xla import backend
@@ -88,7 +88,7 @@ class Layers:
     axis_name: str | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         check_range("bn_group", self.bn_group, 1)
         if self.bn_group is not None and self.axis_name is not None:
             raise UserError(

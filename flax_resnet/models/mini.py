@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_resnet.errors import check_range
+from flax_resnet.errors import check_range, check_types
 from flax_resnet.models.arguments import Dtype, check_images, whole_numbers
 from flax_resnet.models.layers import KERAS_DEFAULTS, Layers, max_pool
 
@@ -86,6 +86,7 @@ class MiniModel(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_types(self)
         object.__setattr__(self, "stage_sizes", whole_numbers("stage_sizes", self.stage_sizes))
         check_range("num_classes", self.num_classes, 1)
 

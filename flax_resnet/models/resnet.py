@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_resnet.errors import UserError, check_choices, check_range
+from flax_resnet.errors import UserError, check_range, check_types
 from flax_resnet.models.arguments import Dtype, check_images, whole_numbers
 from flax_resnet.models.blocks import BasicBlock, Block, Connection, StrideConv
 from flax_resnet.models.layers import BiasKind, InitKind, Layers, NormKind, ShortcutKind, max_pool
@@ -122,7 +122,7 @@ class ResNet(nn.Module):
         hidden = self.hidden_units and whole_numbers("hidden_units", self.hidden_units)
         object.__setattr__(self, "hidden_units", tuple(hidden))
         stages = len(sizes)
-        check_choices(self)
+        check_types(self)
         if not (isinstance(self.block_cls, type) and issubclass(self.block_cls, Block)):
             raise UserError(
                 f"block_cls={self.block_cls}: expected a subclass of Block, such as BasicBlock"

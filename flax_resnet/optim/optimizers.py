@@ -56,10 +56,6 @@ class _Optimizer:
 
     def __post_init__(self) -> None:
         check_types(self, "optimizer.")
-        if not hasattr(self.schedule, "build"):
-            raise UserError(
-                f"optimizer.schedule={self.schedule!r:.60}: expected a schedule, such as Cosine()"
-            )
         for name in ("learning_rate", "weight_decay", "stage_decay", "norm_bias_scale"):
             check_range(f"optimizer.{name}", getattr(self, name), 0)
         if self.max_grad_norm != math.inf:  # clips nothing, as None does

@@ -94,11 +94,7 @@ def check_name(label: str) -> str:
 
 
 def replaced(config: Any, field: str, value: Any) -> Any:
-    """``config`` with one dotted field set; fields of the model too.
-
-    Raises:
-      UserError: there is no such field, or the value does not fit.
-    """
+    """``config`` with one dotted field set, fields of the model too; else a UserError."""
     name, _, rest = field.partition(".")
     module = isinstance(config, nn.Module)
     names = [f.name for f in (module_fields(config) if module else dataclasses.fields(config))]

@@ -72,7 +72,7 @@ def sweep(
         devices = jax.local_devices() if alone else ()
     root = Path(workdir).expanduser()
     configs = {  # each with a place of its own where checkpoints are not in the workdir
-        name: replaced(config, "checkpoint.directory", f"{shared}/{name}") if shared else config
+        name: replaced(config, "checkpoint.directory", shared and f"{shared}/{name}")
         for name, config in configs.items()
         for shared in [config.checkpoint.directory]
     }
@@ -215,15 +215,11 @@ def table_rows(
         result = finished(root / name)
         state = failures.get(name) or (tables.FINISHED if result else "not run")
         row = {"variant": variant, "seed": seed, "state": state}
-        row |= {_column(field): own.get(field, "") for field in varies}
+        taken = (*tables.RESULTS, *row)  # columns that a field of the config does not get
+        row |= {f"config.{f}" if f in taken else f: own.get(f, "") for f in varies}
         row |= {field: (result or {}).get(field, "") for field in tables.RESULTS}
         rows.append({**row, "workdir": name})
     return rows
-
-
-def _column(field: str) -> str:
-    """What a field of the config is called beside the results' own columns."""
-    return f"config.{field}" if field in (*tables.RESULTS, "state", "variant") else field
 
 
 def _split(name: str) -> tuple[str, int]:

@@ -83,12 +83,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def markdown(rows: Sequence[Row], baseline: str | Mapping[str, str] | None = None) -> str:
-    """A table with a line for each variant.
-
-    Args:
-      rows: of runs.
-      baseline: the variant that the others are compared with, or {variant: its own baseline}.
-    """
+    """A table with a line for each variant; ``baseline`` is that of ``sweep``."""
     variants = by_variant(rows)
     if not isinstance(baseline, Mapping):
         baseline = {name: baseline for name in variants if baseline not in (None, name)}

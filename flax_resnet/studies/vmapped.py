@@ -26,6 +26,7 @@ from flax_resnet.errors import UserError
 from flax_resnet.records.configs import flatten, to_record, varying_fields
 from flax_resnet.records.files import digest
 from flax_resnet.records.run_dir import finished, write_json
+from flax_resnet.studies.grids import replaced
 from flax_resnet.tracking.run_log import RunLogs
 from flax_resnet.training.config import TrainConfig
 from flax_resnet.training.initial_state import fitted, measured
@@ -63,17 +64,12 @@ def set_up(
     """Checks and opens everything that the runs need; writes nothing.
 
     Of ``devices``, by default all, the most that divide the runs evenly are used.
-
-    Raises:
-      NotTogether: they have to be trained in turn.
-      UserError: the first thing that is wrong.
     """
     if reason := why_not(configs):
         raise NotTogether(f"these runs do not train together: {reason}; train them in turn")
     devices = jax.devices() if devices is None else devices
     most = max(n for n in range(1, len(devices) + 1) if len(configs) % n == 0)
-    here = dataclasses.replace(configs[0].checkpoint, directory=None)
-    config = dataclasses.replace(configs[0], checkpoint=here)
+    config = replaced(configs[0], "checkpoint.directory", None)
     run = prepare(config, directory, sharding.data_mesh(devices[:most]))
     if not run.data.resident:
         raise NotTogether(
@@ -114,12 +110,7 @@ def train_together(
       devices: to run on, by default all.
       stop: as of ``train_and_evaluate``.
 
-    Returns:
-      What each result.json holds.
-
-    Raises:
-      NotTogether: they have to be trained in turn.
-      UserError: bad input; nothing has been written then.
+    Returns what each result.json holds; NotTogether where they have to be trained in turn.
     """
     configs = {workdir: check_workdir(workdir, config) for workdir, config in configs.items()}
     groups = {}  # {directory of common checkpoints: its runs}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-from flax_resnet.errors import UserError
+from flax_resnet.errors import UserError, check_types
 from flax_resnet.tracking.base import About, End, Line, Tracker, Tracking, masked
 
 ENVIRONMENT = {
@@ -33,6 +33,7 @@ class MLflow(Tracking):
     """What the run is called; None: as its workdir."""
 
     def __post_init__(self) -> None:
+        check_types(self, "tracking.")
         shown = masked(self.uri or "")
         if shown != (self.uri or ""):
             raise UserError(

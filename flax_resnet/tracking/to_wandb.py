@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from flax_resnet.errors import UserError, check_choices
+from flax_resnet.errors import UserError, check_types
 from flax_resnet.tracking.base import About, End, Line, Tracker, Tracking
 
 REACH_SECONDS, OPEN_SECONDS, FINISH_SECONDS = 5.0, 20.0, 8.0
@@ -37,7 +37,7 @@ class Wandb(Tracking):
     The key is $WANDB_API_KEY, or what `wandb login` has left."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self, "tracking.")
 
     @property
     def where(self) -> str:

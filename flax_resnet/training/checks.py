@@ -66,27 +66,25 @@ def _check_transfer(config: TrainConfig) -> None:
     name, is_resnet = type(model).__name__, isinstance(model, ResNet)
     stages, frozen = len(getattr(model, "stage_sizes", ())), getattr(model, "frozen_stages", None)
     norms = getattr(model, "norm_kind", "batch")
-    images_change = config.augment != Augment() or config.data.random_resized_crop
-    has_norms, is_frozen = is_resnet and norms != "none", is_resnet and frozen == stages
-    unfreezes, processes = bool(config.optimizer.unfreeze), jax.process_count()
-    contradictions = {
+    unfreezes = bool(config.optimizer.unfreeze)
+    lines = {
         f"cache_features with model.frozen_stages={frozen}: only a ResNet frozen up to its head "
         f"has features that stay; set --model.frozen-stages {stages}, or "
-        "--no-cache-features": cached and not is_frozen,
+        "--no-cache-features": cached and not (is_resnet and frozen == stages),
         "cache_features with augmentation: features of images that change cannot be kept; switch "
-        "the augmentation off, or --no-cache-features": cached and images_change,
-        f"cache_features in {processes} processes: it is for one; --no-cache-features": cached
-        and processes > 1,
+        "the augmentation off, or --no-cache-features": cached
+        and (config.augment != Augment() or config.data.random_resized_crop),
+        "cache_features in several processes: it is for one; --no-cache-features": cached
+        and jax.process_count() > 1,
         f"measure_norms with this {name}: it is for ResNets with BatchNorm; "
-        "leave it out": config.measure_norms and not has_norms,
+        "leave it out": config.measure_norms and not (is_resnet and norms != "none"),
         f"optimizer.unfreeze with {name}: it is for ResNets; leave it out": unfreezes
         and not is_resnet,
         "optimizer.unfreeze with BatchNorm in training: the statistics of what is still frozen "
         "would move; set --model.norm-kind frozen": unfreezes and norms == "batch",
     }
-    for line, is_so in contradictions.items():
-        if is_so:
-            raise UserError(line)
+    if line := next((line for line, is_so in lines.items() if is_so), None):
+        raise UserError(line)
 
 
 def check_shapes(model: nn.Module, state: TrainState, data: Data) -> None:

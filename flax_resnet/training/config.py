@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from flax import linen as nn
 
@@ -13,10 +13,10 @@ from flax_resnet.data.config import FREE, DataConfig
 from flax_resnet.data.normalization import NormalizationKind
 from flax_resnet.data.tta import Views
 from flax_resnet.distributed.sharding import StateSharding
-from flax_resnet.errors import POSITIVE, UserError, check_choices, check_range, check_types
+from flax_resnet.errors import POSITIVE, UserError, check_range, check_types
 from flax_resnet.models import cifar_resnet
 from flax_resnet.optim.optimizers import SGD, Optimizer
-from flax_resnet.tracking import AnyTracking, TensorBoard, Tracking
+from flax_resnet.tracking import AnyTracking, TensorBoard
 from flax_resnet.training.guards import Guard
 
 
@@ -94,23 +94,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_choices(self)
-        parts: dict[str, tuple[Any, str]] = {
-            "model": (nn.Module, "a linen module, such as flax_resnet.create('resnet18')"),
-            "data": (DataConfig, "a DataConfig"),
-            "augment": (Augment, "an Augment"),
-            "optimizer": (Optimizer, "an optimizer, such as SGD()"),
-            "checkpoint": (CheckpointConfig, "a CheckpointConfig"),
-            "guard": (Guard, "a Guard"),
-        }
-        for name, (kind, expected) in parts.items():
-            if not isinstance(value := getattr(self, name), kind):
-                raise UserError(f"{name}={value!r:.60}: expected {expected}")
-        if not isinstance(self.tracking, Tracking):
-            raise UserError(
-                f"tracking={self.tracking!r}: expected TensorBoard(), MLflow(), Wandb(), Off(), or "
-                "a dataclass of yours that is a flax_resnet.Tracking"
-            )
         for name in ("batch_size", "eval_batch_size", "accum_steps", "log_every_steps",
                      "num_steps", "steps_per_dispatch"):  # fmt: skip
             check_range(name, getattr(self, name), 1)

@@ -35,13 +35,6 @@ def with_cached_features(
 
     They are read from the cache where they are there: files named by a hash of the trunk's weights,
     the decoded images, the normalisation, the network, the platform and this library's source.
-
-    Args:
-      state: has the trunk's variables and the normalisation.
-      model: the network, frozen up to its head.
-      data: both splits are read, ``batch_size`` images at a time.
-      batch_size: images.
-      say: called with a line about each split.
     """
     trunk = model.clone(include_top=False, pooling="avg")
     variables = {"params": split_top(state.params)[0], "batch_stats": state.batch_stats}

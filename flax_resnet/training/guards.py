@@ -50,11 +50,8 @@ class Diverged(UserError):
 def check_loss(sums: Sequence[Mapping[str, Any]], step: int, limit: float) -> None:
     """Raises Diverged where the mean loss of a log interval is above ``limit``, or no number.
 
-    Args:
-      sums: of each step, on the host; of networks that train together with a leading axis. They
-        diverge when all do.
-      step: the last of them.
-      limit: the largest good mean loss, in nats.
+    ``sums`` are those of each step up to ``step``, on the host. Networks that train together, whose
+    sums have a leading axis, diverge when all do.
     """
     totals = np.array([one["loss"] for one in sums], np.float64)
     counts = np.array([one["count"] for one in sums], np.float64)

@@ -37,11 +37,7 @@ MOST_FITTED = 5000
 def starter(
     config: TrainConfig, tx: optax.GradientTransformation, image_shape: tuple[int, int, int]
 ) -> Callable[[int], TrainState]:
-    """Seed to the state at step 0, but for statistics that are measured on the data.
-
-    Raises:
-      UserError: the pretrained weights of the config cannot be had, or do not fit.
-    """
+    """Seed to the state at step 0, but for statistics that are measured on the data."""
     model = config.model
     opened = None if config.weights is None else open_for(model, config.weights)
     if opened is None:
@@ -76,11 +72,7 @@ def starter(
 
 
 def open_for(model: nn.Module, weights: str) -> Pretrained:
-    """The weights for a network that a config's ``weights`` names.
-
-    Raises:
-      UserError: they cannot be had, or are of another network.
-    """
+    """The weights for a network that a config's ``weights`` names."""
     name = models.name_of(model)
     if name is None and not is_path(weights):
         raise UserError(
@@ -95,16 +87,13 @@ def open_for(model: nn.Module, weights: str) -> Pretrained:
 def start_from(
     model: nn.Module, given: Variables, key: jax.Array, images: Any
 ) -> tuple[dict[str, Any], bool]:
-    """Variables to start from: those given, with a fresh top where theirs does not fit.
+    """(variables given, with a top drawn from ``key`` where theirs does not fit; whether it is).
 
     Args:
       model: the network.
       given: variables of it, perhaps without a head or with another one.
       key: random key of a fresh top.
       images: (N, H, W, C), or their shape and dtype.
-
-    Returns:
-      (variables, whether the top is fresh).
 
     Raises:
       WeightsError: anything but the top does not fit.
@@ -126,11 +115,7 @@ def start_from(
 def normalization_of(
     opened: Pretrained | None, what: str | None, image_shape: tuple[int, int, int]
 ) -> Any:
-    """The statistics that pretrained weights want images of ``image_shape`` normalised by.
-
-    Raises:
-      UserError: there are no weights, they do not say, or for images of another shape.
-    """
+    """The statistics that pretrained weights want images of ``image_shape`` normalised by."""
     reason = "they do not say how"
     if opened is not None and opened.preprocessing is not None:
         stats = opened.preprocessing.statistics()
@@ -164,12 +149,8 @@ def measured(config: TrainConfig, data: Data, state: TrainState) -> TrainState:
 def fitted(config: TrainConfig, data: Data, state: TrainState) -> tuple[TrainState, float]:
     """A state at step 0 with the parameters that its network computes from training images.
 
-    Such a network has ``from_images(params, images)``: it is given normalised images (N, H, W, C),
-    evenly spread over the split, and gives the parameters. With ``weights`` it is not asked. The
-    normalisation of ``state`` has been measured.
-
-    Returns:
-      (the state, the seconds that this took; 0 where the network computes nothing from images).
+    Such a network has ``from_images(params, images)``, which gets normalised images (N, H, W, C),
+    evenly spread over the split. With ``weights`` it is not asked. Returns (state, seconds).
     """
     from_images = getattr(config.model, "from_images", None)
     if from_images is None or config.weights is not None:

@@ -115,12 +115,7 @@ def train_to_end(
     watch: Watch,
     stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Takes a run that is set up and compiled to its end; closes ``log``.
-
-    Raises:
-      Preempted: it was stopped, and saved.
-      UserError: the loss diverged, a checkpoint could not be written, or memory did not suffice.
-    """
+    """Takes a run that is set up and compiled to its end; closes ``log``."""
     config, progress = run.config, run.progress
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)
@@ -131,13 +126,8 @@ def train_to_end(
         stack.enter_context(step_memory(config, run.mesh))
         # The workdir of networks that train together goes when they are finished.
         profiles = (run.workdir.parent.parent if run.members else run.workdir) / "profile"
-        tracing = trace.traced(
-            programs.train_step,
-            config.profile_steps,
-            profiles,
-            log.message,
-            lambda state, batch: steps_in(batch),
-        )
+        count, step = config.profile_steps, programs.train_step
+        tracing = trace.traced(step, count, profiles, log.message, lambda _, x: steps_in(x))
         train_step = stack.enter_context(tracing)
         for line in opening_lines(run):
             log.message(line)
@@ -193,8 +183,7 @@ def _last_good_named(checkpoints: Checkpoints, run: Run, watch: Watch) -> Iterat
         watch.at(watchdog.SAVING, run.progress.step)
         checkpoints.wait()
         last = checkpoints.latest_step()
-        none = "no checkpoint was saved before"
-        good = none if last is None else f"the last good one is {last}"
+        good = f"the last good one is {last}" if last else "no checkpoint was saved before"
         raise Diverged(
             f"{error}; checkpoints: {good}, in {checkpoints.directory}. Lower "
             "--optimizer.learning-rate or set --optimizer.max-grad-norm, in another --workdir"

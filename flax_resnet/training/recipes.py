@@ -31,8 +31,6 @@ LARGE_SIZE = 224
 TRAIN_SPLIT = DataConfig.train_split
 HELD_OUT = ("train[:80%]", "train[80%:]")
 """Of a set that has a training split alone."""
-
-
 FEW = 100
 """Training images a class below which a network from random weights learns little from photographs:
 a rule of thumb."""
@@ -40,8 +38,6 @@ LEAST_EPOCH = 4
 """Steps that an epoch has at least, where the batch can be as small as that needs."""
 BATCHES = (16, 32, 64)
 """Batch sizes, in images; the learning rates of the recipes are those of the largest."""
-
-
 Shape = tuple[int | None, int | None, int]
 """(H, W, C) of the images; None where they differ."""
 
@@ -100,17 +96,10 @@ def from_scratch(
     data: DataConfig = DataConfig(),
     given: Given = Given(),
 ) -> TrainConfig:
-    """A config that trains from random weights, as a function of the images.
+    """A config that trains from random weights on ``num_images`` of ``shape``, ``paced``.
 
     Images of up to 96 pixels get a ResNet-20 (He et al. 2016, section 4.2), others a ResNet-18 at
-    224 pixels; ``paced`` says how long they train, and at what rate.
-
-    Args:
-      num_images: training images.
-      num_classes: their classes.
-      shape: (H, W, C) of an image.
-      data: where the images are.
-      given: batch size and length in place of the recipe's.
+    224 pixels.
     """
     *sides, channels = shape
     sgd = SGD(0.1, Cosine(warmup=0.05), weight_decay=5e-4, nesterov=True)
@@ -197,26 +186,24 @@ def finetuned(data: str, given: Given = Given()) -> TrainConfig:
     if weights is None or is_tag or given.model is not None:  # a tag fits any network that has it
         return config
     opened = open_weights(weights)
-    own: Any = opened.module
+    own, prepared = opened.module, opened.preprocessing
     fields: dict[str, Any] = {"num_classes": num_classes}
     if isinstance(own, ResNet):
         kind = "frozen" if own.norm_kind == "batch" else own.norm_kind
         fields |= {"include_top": True, "norm_kind": kind}
-    config = dataclasses.replace(config, model=own.clone(**fields))
-    prepared: Any = opened.preprocessing
-    height, _, channels = opened.input_shape
-    pad = prepared.decoder.pad if prepared is not None and prepared.decoder else 0
-    size = height - 2 * pad
     if prepared is None:
         line = "nothing says how images are prepared for it: normalization='channel' is taken"
         warnings.warn(f"{weights}: {line}", Note, stacklevel=2)
-    shape: dict[str, Any] = {"image_size": size, "pad": pad, "channels": channels}
-    images = dataclasses.replace(config.data, **shape, random_resized_crop=size > SMALL)
+    height, _, channels = opened.input_shape
+    pad = prepared.decoder.pad if prepared and prepared.decoder else 0
+    shape: dict[str, Any] = {"image_size": height - 2 * pad, "pad": pad, "channels": channels}
+    shape["random_resized_crop"] = shape["image_size"] > SMALL
     return dataclasses.replace(
         config,
-        data=images,
+        model=own.clone(**fields),
+        data=dataclasses.replace(config.data, **shape),
         augment=Augment(flip=channels != 1),
-        normalization="channel" if prepared is None else "weights",
+        normalization="weights" if prepared else "channel",
     )
 
 
@@ -236,12 +223,7 @@ def finetuning(data: DataConfig, num_classes: int) -> TrainConfig:
 
 
 def look_at(data: str, data_dir: str | None = None) -> tuple[DataConfig, sources.Source]:
-    """(where images are, the training split); none is decoded.
-
-    Args:
-      data: as of ``scratch``; where there are no such images, UserError.
-      data_dir: directory that holds NAME/VERSION of a tfds set.
-    """
+    """(where the images of ``data`` are, the training split) for ``scratch``; none is decoded."""
     if Path(data).expanduser().is_dir():
         folder = DataConfig(folder=data)
         splits = (folder.train_split, folder.eval_split)
@@ -256,6 +238,6 @@ def look_at(data: str, data_dir: str | None = None) -> tuple[DataConfig, sources
         preparation.prepare(name, data_dir)
     train = sources.open_tfds(name, data_dir, [TRAIN_SPLIT])[0]
     there = sources.split_names(name, data_dir)
-    evaluated = [(TRAIN_SPLIT, split) for split in folders.EVAL_NAMES if split in there]
-    first, second = [*evaluated, HELD_OUT][0]
+    pairs = ((TRAIN_SPLIT, split) for split in folders.EVAL_NAMES if split in there)
+    first, second = next(pairs, HELD_OUT)
     return DataConfig(name=name, data_dir=data_dir, train_split=first, eval_split=second), train

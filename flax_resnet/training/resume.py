@@ -9,18 +9,11 @@ from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.errors import UserError
 from flax_resnet.records.run_dir import RESULT
 from flax_resnet.training.run import Progress, Run
-from flax_resnet.training.workdir import check_same_config, moved
+from flax_resnet.training.workdir import check_same_run
 
 
 def restore(run: Run) -> bool:
-    """Puts the newest good checkpoint of the run's workdir into it; False where there is none.
-
-    Args:
-      run: its state has the arrays' shapes and shardings.
-
-    Raises:
-      UserError: all are damaged, or of another run.
-    """
+    """Puts the newest good checkpoint of the run's workdir into it; False where there is none."""
     checkpoints = Checkpoints(run.config.checkpoint.place(run.workdir))
     with contextlib.closing(checkpoints):
         step = checkpoints.latest_step()
@@ -29,8 +22,7 @@ def restore(run: Run) -> bool:
         meta = checkpoints.meta(step)
         run.data.check_same(meta, run.workdir)
         what = f"checkpoint {step} in {checkpoints.directory} is"
-        there = moved(meta["config"], meta.get("contents"), run.config.data)
-        check_same_config(what, there, run.config)
+        check_same_run(what, meta, run.config)
         arrays, _ = checkpoints.restore(run.state.arrays(), step)
     run.state = run.state.replace(**arrays)
     names = [field.name for field in dataclasses.fields(Progress) if field.name in meta]
@@ -40,11 +32,7 @@ def restore(run: Run) -> bool:
 
 
 def check_current(run: Run) -> None:
-    """Makes sure, once the workdir is claimed, that nobody has gone on in it since ``restore``.
-
-    Raises:
-      UserError: a run was under way there, and has moved.
-    """
+    """Raises UserError where another process has gone on in the workdir since ``restore``."""
     reader = Checkpoints(run.config.checkpoint.place(run.workdir), say=lambda line: None)
     with contextlib.closing(reader):
         newest = reader.latest_step() or 0

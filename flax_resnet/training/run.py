@@ -172,12 +172,7 @@ class Run:
     def evaluate(
         self, step: Callable[..., metrics.Sums], stop: Callable[[], bool] = lambda: False
     ) -> None:
-        """Evaluates the state on the whole evaluation split, every example once.
-
-        Args:
-          step: an eval step.
-          stop: asked before each batch; where it says so, Preempted is raised.
-        """
+        """Evaluates the state on the whole evaluation split; Preempted where ``stop`` says so."""
 
         def batches() -> Iterator[Batch]:
             for batch in self.data.in_order("eval", self.config.eval_batch_size):
@@ -197,11 +192,7 @@ class Run:
 def evaluate(
     step: Callable[..., metrics.Sums], state: TrainState, batches: Iterable[Batch]
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Runs an eval step over batches.
-
-    Returns:
-      (means of the metrics over all examples, int (K, K) confusion counts).
-    """
+    """(means of the metrics over all examples of ``batches``, int (K, K) confusion counts)."""
     outputs = metrics.outputs(functools.partial(step, state), batches)
     total = metrics.totals(sums for _, sums in outputs)
     confusion = total.pop("confusion").astype(np.int64)

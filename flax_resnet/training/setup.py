@@ -22,11 +22,7 @@ from flax_resnet.training.step_programs import state_sharding
 
 
 def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
-    """Checks and opens everything that a run needs, and writes nothing to the workdir.
-
-    Raises:
-      UserError: the first thing that is wrong.
-    """
+    """Checks and opens everything that a run needs, and writes nothing to the workdir."""
     checks.check_batch(config, mesh)
     advice = (
         "the state, the data set and what is measured before the first step; set "
@@ -49,11 +45,7 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
 
 
 def prepare(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
-    """The run at step 0, before anything is measured on the data or restored.
-
-    Raises:
-      UserError: the first thing that is wrong.
-    """
+    """The run at step 0, before anything is measured on the data or restored."""
     checks.check_config(config, mesh)
     with_rows = config.augment.alternating_flip
     data = Data(config.data, mesh, config.model.num_classes, with_rows=with_rows)

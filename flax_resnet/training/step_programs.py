@@ -254,11 +254,8 @@ def grouped(
 ) -> Callable[..., Any]:
     """(state, resident, batch of a Group) to (state, sums with an axis of steps): to be jitted.
 
-    Args:
-      step: the step of one batch.
-      place: fixes how the state lies on the devices between two steps.
-      rows_of: (resident, rows) to a batch; None: the rows are the batch.
-      unroll: write the steps behind one another, and no loop.
+    ``place`` fixes how the state lies on the devices between two steps; ``rows_of`` makes a batch
+    of (resident, rows), None where the rows are the batch.
     """
 
     def train_steps(state: Any, resident: Any, batch: Any) -> Any:

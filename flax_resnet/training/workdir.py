@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import functools
+import operator
 import os
 import sys
 import time
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from flax_resnet.data.config import DataConfig, contents
+from flax_resnet.data.config import contents
 from flax_resnet.data.decode import PACKAGES
 from flax_resnet.data.folders import Contents, changes
 from flax_resnet.distributed import sharding
@@ -47,24 +47,19 @@ def free_fields(config: Any, prefix: str = "", free: bool = False) -> set[str]:
 
 
 def as_begun(there: Mapping[str, Any], config: TrainConfig) -> TrainConfig:
-    """A config that goes on as a recorded run was begun, where fields have come or changed since.
-
-    Args:
-      there: the record of the run's config.
-      config: with the defaults of today.
-    """
+    """A config that reads images as the run of a record does, which may be older than a field."""
     old, data = there.get("data", {}), config.data
     if "as_displayed" in old:
         return config
-    split = old.get("eval_split") if data.eval_split is None else data.eval_split
-    return dataclasses.replace(
-        config, data=dataclasses.replace(data, as_displayed=False, eval_split=split)
-    )
+    split = data.eval_split or old.get("eval_split")
+    data = dataclasses.replace(data, as_displayed=False, eval_split=split)
+    return dataclasses.replace(config, data=data)
 
 
 def differences(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
     """What a recorded run and a config disagree on, as ``field: there X, here Y``."""
     old, new = flatten(there), flatten(to_record(as_begun(there, config)))
+    old.setdefault("data.as_displayed", False)
     free = {*free_fields(config), *FREE_MODEL_FIELDS}
     absent = "not a field"
     return [
@@ -72,12 +67,24 @@ def differences(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
         for name in sorted(varying_fields([old, new]))
         if not any(name == field or name.startswith(f"{field}.") for field in free)
         # A field that came after the run was begun stands for what was done before.
-        if name in old or not (name == "data.as_displayed" or _is_default(config, name))
+        if name in old or not _is_default(config, name)
     ]
 
 
-def check_same_config(what: str, there: Mapping[str, Any], config: TrainConfig) -> None:
-    """Raises UserError where a recorded run's config is not ``config``."""
+def check_same_run(what: str, record: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raises UserError where a recorded run is not one of ``config``.
+
+    Its images may be in another folder now; ``record`` has "config" and "contents" of the folder.
+    """
+    there, recorded, folder = record["config"], record.get("contents"), config.data.folder
+    old = there["data"]["folder"]
+    if recorded is not None and folder not in (None, old):
+        if changed := changes(recorded, contents(config.data)):
+            raise UserError(
+                f"the run was trained on images in {old}, and {folder} holds other ones "
+                f"({changed}): choose another --workdir"
+            )
+        there = {**there, "data": {**there["data"], "folder": folder}}
     if fields := differences(there, config):
         more = f"; and {len(fields) - 3} more" if len(fields) > 3 else ""
         raise UserError(
@@ -89,18 +96,14 @@ def check_same_config(what: str, there: Mapping[str, Any], config: TrainConfig) 
 def _is_default(config: Any, name: str) -> bool:
     """Whether the field of a dotted name has the value that it has by itself."""
     outer, _, last = name.rpartition(".")
-    try:
-        owner = functools.reduce(getattr, outer.split("."), config) if outer else config
+    with contextlib.suppress(AttributeError, KeyError):
+        owner = operator.attrgetter(outer)(config) if outer else config
         return bool(getattr(owner, last) == type(owner).__dataclass_fields__[last].default)
-    except (AttributeError, KeyError):
-        return False
+    return False
 
 
 def check_workdir(workdir: Path, config: TrainConfig) -> TrainConfig:
-    """Makes sure that a run of ``config`` can live in ``workdir``; writes nothing.
-
-    Returns:
-      The config; of a run that is there already, as it was begun.
+    """The config, as the run in ``workdir`` was begun if there is one; writes nothing.
 
     Raises:
       UserError: another config's run is there, or it cannot be written.
@@ -121,31 +124,8 @@ def check_workdir(workdir: Path, config: TrainConfig) -> TrainConfig:
             )
         return config
     record = read_record(workdir)
-    there = moved(record["config"], record.get("contents"), config.data)
-    check_same_config(f"--workdir {workdir} holds a run", there, config)
-    return as_begun(there, config)
-
-
-def moved(there: Mapping[str, Any], recorded: Contents | None, data: DataConfig) -> Any:
-    """A recorded config, with the folder of ``data`` where that holds the images of its run.
-
-    Args:
-      there: the config, as recorded.
-      recorded: what was in its folder; None where that is not known.
-      data: where the images are now.
-
-    Raises:
-      UserError: the folder is another one, and holds other images.
-    """
-    old = there["data"]["folder"]
-    if recorded is None or data.folder in (None, old):
-        return there
-    if changed := changes(recorded, contents(data)):
-        raise UserError(
-            f"the run was trained on images in {old}, and {data.folder} holds other ones "
-            f"({changed}): choose another --workdir"
-        )
-    return {**there, "data": {**there["data"], "folder": data.folder}}
+    check_same_run(f"--workdir {workdir} holds a run", record, config)
+    return as_begun(record["config"], config)
 
 
 @contextlib.contextmanager

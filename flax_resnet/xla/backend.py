@@ -53,7 +53,7 @@ def check_settings() -> None:
         value = getattr(jax.config, name)
         if getattr(value, "value", value) in refused:  # some are enums
             raise UserError(
-                f"{name.upper()}={value}: training and evaluation do not work with it; unset it in "
+                f"{name.upper()}={value}: programs here do not work with it; unset it in "
                 f"the environment, or where your program calls jax.config.update({name!r}, ...)"
             )
 

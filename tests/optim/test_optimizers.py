@@ -93,6 +93,9 @@ def test_linear_scaling_rule():
         {"learning_rate": float("nan")},
         {"weight_decay": float("inf")},
         {"max_grad_norm": 0.0},
+        {"stage_decay": -1},
+        {"unfreeze": (1.5,)},
+        {"unfreeze": (0.5, 0.2)},
     ],
 )
 def test_numbers_that_are_no_rates_are_refused(fields):

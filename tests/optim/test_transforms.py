@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flax_resnet.errors import UserError
 from flax_resnet.optim import optimizers
 
 PARTS = (
@@ -51,15 +50,3 @@ def test_weight_decay_does_not_move_what_is_still_frozen():
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, value=1.0)
     assert not updates["stage2_block1"]["kernel"].any()
     assert updates["head"]["kernel"].all()
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"stage_decay": -1}, "optimizer.stage_decay=-1"),
-        ({"unfreeze": (1.5,)}, "optimizer.unfreeze"),
-    ],
-)
-def test_bad_fields_of_fine_tuning(fields, message):
-    with pytest.raises(UserError, match=message):
-        optimizers.SGD(**fields)

@@ -42,6 +42,10 @@ def test_labels_name_variants_and_grids_join(base):
     assert configs["mini/seed4"].model == nets["mini"]
     assert (configs["crop/seed0"].augment.pad_crop, configs["crop/seed0"].num_steps) == (2, 9)
     assert configs["base/seed0"] == base
+    assert replaced(base, "optimizer.schedule.warmup", 0.5).optimizer.schedule.warmup == 0.5
+    for seeds in ((), 0, (1, 1)):
+        with pytest.raises(UserError, match="expected one or more, each once"):
+            grid(base, {}, seeds)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +62,7 @@ def test_labels_name_variants_and_grids_join(base):
         ({"batch_size": (8, 8)}, "two variants are called 'batch_size=8'"),
         ({"seed": (5, 6)}, "the axis seed: seeds are the runs of a variant"),
         ({"": {"x": {"seed": 1}}}, "the axis seed: seeds are the runs of a variant"),
-        ({"batch_size": ("8",)}, "batch_size='8' does not fit"),
+        ({"batch_size": ("8",)}, "batch_size='8': expected a whole number"),
         ({"loss": ("crossentropy",)}, "loss='crossentropy': expected one of"),
         ({"model": (tiny_resnet(),)}, "a variant would be called 'model=ResNet( # attributes"),
         ({"num_steps": {"table.csv": 3}}, "a variant would be called 'table.csv'"),
@@ -71,15 +75,3 @@ def test_a_bad_grid_is_one_line(base, axes, message):
         grid(base, axes)
     assert message in str(error.value) or re.search(message, str(error.value))
     assert "\n" not in str(error.value)
-
-
-def test_seeds_come_once(base):
-    for seeds in ((), 0, (1, 1)):
-        with pytest.raises(UserError, match="expected one or more, each once"):
-            grid(base, {}, seeds)
-
-
-def test_a_field_is_replaced_wherever_it_is(base):
-    assert replaced(base, "optimizer.schedule.warmup", 0.5).optimizer.schedule.warmup == 0.5
-    assert replaced(base, "model.num_filters", 9).model == tiny_resnet(num_filters=9)
-    assert base.model.num_filters == 4

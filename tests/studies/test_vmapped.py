@@ -166,12 +166,7 @@ def test_one_that_was_begun_by_itself_goes_on_by_itself(configs, tmp_path, devic
 @pytest.mark.parametrize(
     ("who", "field", "value", "message"),
     [
-        (
-            1,
-            "batch_size",
-            8,
-            "do not train together: they differ in more than their seed.*turn",
-        ),
+        (1, "batch_size", 8, "do not train together: they differ in more than their seed.*turn"),
         (2, "data.resident_mb", 0, "is streamed, and networks that train together need it"),
     ],
 )

@@ -51,14 +51,6 @@ def test_confusion_rows_are_true_classes(rng):
     np.testing.assert_array_equal(metrics.confusion_counts(jnp.asarray(logits), labels, mask), want)
 
 
-def test_means_weigh_by_count():
-    sums = [
-        {"loss": np.float32(3.0), "count": np.int32(1)},
-        {"loss": np.float32(5.0), "count": np.int32(3)},
-    ]
-    assert metrics.means(sums) == {"loss": 2.0}
-
-
 def test_an_evaluation_runs_one_step_ahead():
     begun, seen = [], []
 

@@ -92,6 +92,5 @@ def test_another_runs_checkpoints_are_refused(adam, tmp_path, mesh):
     other = dataclasses.replace(one, seed=5)
     with pytest.raises(UserError, match=r"another config \(seed: there 0, here 5\): choose"):
         setup.set_up(other, tmp_path / "b", mesh)
-    assert (
-        setup.set_up(one, tmp_path / "c", mesh).progress.step == 2
-    )  # the workdir was lost, they are not
+    again = setup.set_up(one, tmp_path / "c", mesh)
+    assert again.progress.step == 2  # the workdir was lost, they are not

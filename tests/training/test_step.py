@@ -209,25 +209,6 @@ def test_bfloat16_step_keeps_float32_state_and_follows_float32(rng):
     assert 0 < max_difference(half.params, full.params) < 0.05
 
 
-def test_eval_step_equals_brute_force_and_skips_the_mask(rng):
-    state = make_state()
-    batch = {**random_batch(rng, 20), "mask": rng.random(20) < 0.6}
-    sums = jax.jit(eval_step)(state, batch)
-    logits = np.asarray(
-        state.apply_fn(
-            {"params": state.params, "batch_stats": state.batch_stats},
-            normalize(batch["image"], UNIT_STATS),
-        )
-    )
-    rows = np.flatnonzero(batch["mask"])
-    right = [logits[i].argmax() == batch["label"][i] for i in rows]
-    losses = [np.log(np.exp(logits[i]).sum()) - logits[i, batch["label"][i]] for i in rows]
-    assert (int(sums["count"]), int(sums["top1"])) == (len(rows), sum(right))
-    assert float(sums["loss"]) == pytest.approx(sum(losses), rel=1e-5)
-    assert int(np.trace(sums["confusion"])) == sum(right)
-    assert int(np.sum(sums["confusion"])) == len(rows)
-
-
 @pytest.mark.slow
 def test_a_thousand_layers_and_two_take_a_training_step(rng):
     model = cifar_resnet(1202, scan_blocks=True)

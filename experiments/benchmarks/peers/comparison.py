@@ -50,7 +50,7 @@ from experiments.benchmarks.driver import Columns, Row, note, timing_cell
 from experiments.benchmarks.peers import worker
 from experiments.benchmarks.peers.specs import NETWORKS
 from flax_resnet import UserError, models
-from flax_resnet.errors import POSITIVE, check_choices
+from flax_resnet.errors import POSITIVE, check_types
 
 OURS, *OTHERS = worker.PEERS
 COLUMNS: Columns = {
@@ -99,7 +99,7 @@ class Settings:
     """Rows of the matrices that the machine's peak is measured with; None: 4096, on GPUs 16384."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         driver.check_names("--models", self.models, list(NETWORKS))
         if self.peers:
             driver.check_names("--peers", self.peers, OTHERS)
