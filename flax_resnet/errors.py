@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-import itertools
 import math
 import numbers
 import typing
@@ -16,9 +15,14 @@ import numpy as np
 
 # The least float above 0, as a bound.
 POSITIVE = math.ulp(0.0)
-WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text",
-         type(None): "None"}  # fmt: skip
-"""Types as messages call them."""
+KINDS: dict[type, tuple[str, Any]] = {
+    bool: ("True or False", (bool, np.bool_)),
+    int: ("a whole number", numbers.Integral),
+    float: ("a number", numbers.Real),
+    str: ("text", str),
+    type(None): ("None", type(None)),
+}
+"""{annotation: (what messages call it, classes of its values)}; a bool is no number."""
 
 
 class UserError(ValueError):
@@ -70,16 +74,11 @@ def check_range(name: str, value: float | None, least: float, below: float = mat
 
 def is_number(value: Any) -> bool:
     """True for a finite int or float."""
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_real and abs(value) < 1e30  # NaN is not
+    return _is_a(float, value) and abs(value) < 1e30  # NaN is not
 
 
-def check_whole(name: str, value: Any, least: int, below: int) -> None:
-    """Raises UserError unless ``value`` is None or a whole number, least <= value < below."""
-    if value is not None and not (
-        isinstance(value, int) and not isinstance(value, bool) and least <= value < below
-    ):
-        raise UserError(f"{name}={value!r:.40}: expected a whole number, {least} to {below - 1}")
+def _is_a(kind: type, value: Any) -> bool:
+    return isinstance(value, KINDS[kind][1]) and (kind is bool or not isinstance(value, bool))
 
 
 def check_types(owner: Any, prefix: str = "") -> None:
@@ -92,18 +91,8 @@ def check_types(owner: Any, prefix: str = "") -> None:
     for name, hint in typing.get_type_hints(type(owner)).items():
         kinds = typing.get_args(hint) or (hint,)
         value = getattr(owner, name)
-        if not {*kinds} <= {bool, int, float, str, type(None)}:
-            continue
-        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        is_right = {
-            bool: isinstance(value, (bool, np.bool_)),
-            int: is_whole,
-            float: isinstance(value, numbers.Real) and not isinstance(value, bool),
-            str: isinstance(value, str),
-            type(None): value is None,
-        }
-        if not any(is_right[kind] for kind in kinds):
-            expected = " or ".join(WORDS.get(kind, kind.__name__) for kind in kinds)
+        if {*kinds} <= KINDS.keys() and not any(_is_a(kind, value) for kind in kinds):
+            expected = " or ".join(KINDS[kind][0] for kind in kinds)
             raise UserError(f"{prefix}{name}={value!r:.60}: expected {expected}")
 
 
@@ -122,10 +111,10 @@ def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
     """{field: its values} of the fields that are a Literal, or one or None."""
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
-        parts = (hint,) if typing.get_origin(hint) is typing.Literal else typing.get_args(hint)
-        values = [typing.get_args(p) for p in parts if typing.get_origin(p) is typing.Literal]
-        if values:
-            found[name] = (*itertools.chain(*values), *([None] if type(None) in parts else []))
+        for part in (hint, *typing.get_args(hint)):
+            if typing.get_origin(part) is typing.Literal:
+                none = [None] if type(None) in typing.get_args(hint) else []
+                found[name] = (*typing.get_args(part), *none)
     return found
 
 

@@ -140,8 +140,7 @@ def todays_name(name: str) -> str:
 def find_class(name: str) -> type:
     """The dataclass or linen module class that ``module:Name`` names.
 
-    A record may come from anyone, so a name does not import arbitrary modules: only those of
-    this library, those that the program has imported itself, and those of MOVED_CLASSES.
+    A record may come from anyone: only modules of this library and of MOVED_CLASSES are imported.
     """
     today = todays_name(name)
     moved = today in MOVED_CLASSES.values()
@@ -177,13 +176,6 @@ def flatten(record: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def varying_fields(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the fields in which flat records differ, in the records' order.
-
-    A field that some of the records lack differs.
-    """
+    """Names of the fields in which flat records differ, or that some of them lack, in order."""
     names = dict.fromkeys(name for record in records for name in record)
-    return [
-        name
-        for name in names
-        if any(name not in one or one[name] != records[0].get(name) for one in records)
-    ]
+    return [n for n in names if any(n not in r or r[n] != records[0].get(n) for r in records)]

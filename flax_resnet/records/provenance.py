@@ -40,5 +40,4 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 def source_hash() -> str:
     """A hash of this library's modules: a change in any might change what it computes."""
-    files = sorted(LIBRARY.rglob("*.py"))
-    return digest([file.read_bytes() for file in files])
+    return digest(file.read_bytes() for file in sorted(LIBRARY.rglob("*.py")))

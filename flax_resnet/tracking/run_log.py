@@ -19,12 +19,9 @@ from flax_resnet.tracking.follower import Follower
 class RunLog:
     """Writes one run's metrics: lines of JSON, TensorBoard events, a tracker and the terminal.
 
-    Opened again at a step, it drops the lines after it, so that a resumed run leaves the file
-    of an unbroken one.
-
     Args:
       workdir: gets metrics.jsonl and tensorboard/.
-      start_step: lines after it are dropped.
+      start_step: lines after it, of a run that was stopped, are dropped.
       num_steps: optimizer steps of the whole run.
       lead: False, in every process but process 0, writes nothing.
       quiet: True writes nothing to the terminal.
