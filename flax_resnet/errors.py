@@ -26,10 +26,9 @@ KINDS: dict[type, tuple[str, Any]] = {
 
 
 class UserError(ValueError):
-    """Bad input from the person at the keyboard.
+    """Bad input: one line with the value, what was expected, and what to do.
 
-    The message is one line: the value, what was expected, what to do. The command line
-    prints it without a traceback and exits with ``status``; in Python it is a ValueError.
+    The command line prints it without a traceback and exits with ``status``.
     """
 
     status = 2

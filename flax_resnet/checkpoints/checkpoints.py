@@ -187,15 +187,12 @@ class Checkpoints:
         return self._read(which, lambda path: self._checkpointer.restore(path, args=items)["meta"])
 
     def restore(self, template: Any, which: Which = "latest") -> tuple[Any, dict[str, Any]]:
-        """Reads a checkpoint onto the shapes, dtypes and shardings of ``template``.
+        """(state, meta) of a checkpoint, on the shapes, dtypes and shardings of ``template``.
 
         Args:
           template: tree of jax.ShapeDtypeStruct (or arrays), with shardings.
           which: a step, "latest", or "best": of the highest top-1, of equal ones the newest, and
             where none was kept by its evaluation the latest. What is damaged is passed over.
-
-        Returns:
-          (state, meta).
 
         Raises:
           UserError: the arrays differ from the template.
@@ -225,8 +222,8 @@ class Checkpoints:
     ) -> Any:
         """What ``reading`` returns for the directory of the step that ``which`` names.
 
-        Another process may remove that step meanwhile, its seal first. What was read then is not
-        used, and a step is chosen again. Several processes read only before they write.
+        A step that another process removes meanwhile, its seal first, is not used: another is
+        chosen. Several processes read only before they write.
         """
         place, several, lead = self.directory, jax.process_count() > 1, sharding.is_lead()
         line = lambda error: (  # noqa: E731

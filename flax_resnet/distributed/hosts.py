@@ -43,8 +43,7 @@ TPU_HOSTS = (
     "worker-network-endpoints"
 )
 Process = tuple[str | None, int | None, int | None, tuple[int, ...]]
-LAST_SECONDS = 2
-"""Seconds for the others to say why they end: when process 0 is gone, JAX aborts them."""
+LAST_SECONDS = 2  # for the others to say why they end: when process 0 is gone, JAX aborts them
 LOOPBACK = ("localhost:", "127.0.0.1:", "[::1]:")
 
 
@@ -80,11 +79,9 @@ _joined: tuple[Hosts, str] | None = None
 def find(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> Process | None:
     """This process among those of its run; None for a run of one process.
 
-    The fields of ``hosts`` win over the environment variables.
-
     Returns:
       (coordinator, number of processes, number of this one, its GPUs or () for all that it sees);
-      ``jax.distributed.initialize`` detects what is None.
+      ``jax.distributed.initialize`` detects what is None. Fields of ``hosts`` win.
 
     Raises:
       UserError: a number is missing or none, or the coordinator is not HOST:PORT.
@@ -275,9 +272,9 @@ def _check_equal(values: list[dict[str, Any]]) -> None:
     if names := varying_fields(values):
         texts = [repr(value.get(names[0], "absent")) for value in values]
         other = next(i for i, text in enumerate(texts) if text != texts[0])
+        also = f"; so do {', '.join(names[1:4])}" if names[1:] else ""
         raise UserError(
             f"the processes differ: {names[0]} is {texts[0]:.60} in process 0 and "
-            f"{texts[other]:.60} in process {other}"
-            + (f"; so do {', '.join(names[1:4])}" if names[1:] else "")
-            + ": start all with the same command, code and devices"
+            f"{texts[other]:.60} in process {other}{also}: start all with the same command, code "
+            "and devices"
         )

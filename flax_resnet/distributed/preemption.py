@@ -30,11 +30,8 @@ class Preempted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def restartable() -> Iterator[None]:
-    """Ends a command that is stopped with EXIT_PREEMPTED.
-
-    A SIGTERM that comes before the training loop, or after it, ends it too, when Python next looks:
-    in a compilation that is when it is done. There is nothing to save then.
-    """
+    """Ends a command that is stopped with EXIT_PREEMPTED, also by a SIGTERM before or after the
+    training loop, when Python next looks: in a compilation that is when it is done."""
 
     def end(*_: Any) -> None:
         # No exception: one that leaves the middle of JAX's tracing takes the process down with it.

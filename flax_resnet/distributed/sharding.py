@@ -1,8 +1,4 @@
-"""Devices as a mesh with one data axis, and arrays placed on it.
-
-The batch is split over the axis, the state is whole on every device or split too, and ``jax.jit``
-puts in the collectives.
-"""
+"""Devices as a mesh with one data axis, and arrays placed on it: split over the axis or whole."""
 
 from __future__ import annotations
 

@@ -45,10 +45,8 @@ def signals_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_main() -> Iterator[None]:
-    """Processes that are started here do not run the user's script, of which they need nothing.
-
-    Else a script without ``if __name__ == "__main__":`` would train in each of them again.
-    """
+    """Processes that are started here do not run the user's script, which would train again in
+    each if it has no ``if __name__ == "__main__":``."""
     with _STARTING:
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")

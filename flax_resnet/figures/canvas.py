@@ -26,14 +26,11 @@ CHARACTERS_PER_INCH = 15
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches, drawn by Agg, that keeps its texts apart."""
+    """A figure of so many inches that keeps its texts apart."""
     # Half a second to import, at the end of a run and not at its start.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -121,8 +118,7 @@ def tile(axes: Axes, image: Any, above: str = "", **options: Any) -> Any:
         image = image[..., 0]
         options = {"cmap": "gray", "vmin": 0, "vmax": 255, **options}
     drawn = axes.imshow(image, **{"interpolation": "nearest", **options})
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     if above:
         figure: Any = axes.get_figure(root=True)
         grid: Any = axes.get_subplotspec()

@@ -149,18 +149,13 @@ def find_class(name: str) -> type:
     if module is None and (moved or module_name.split(".")[0] == "flax_resnet"):
         with contextlib.suppress(ImportError):
             module = importlib.import_module(module_name)
-    if moved and module is None:
-        raise UserError(
-            f"class {name!r} is in {module_name}, which cannot be imported here: put a checkout of "
-            "the project on PYTHONPATH"
-        )
     cls = getattr(module, qualname, None)
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise UserError(
-            f"class {name!r} is not known: expected one of flax_resnet, or one of a module that "
-            "is imported already, as MODULE:NAME"
-        )
-    return cls
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+        return cls
+    why = "not known: expected one of flax_resnet, or MODULE:NAME of a module imported already"
+    if moved:
+        why = f"in {module_name}, which cannot be imported: put the project on PYTHONPATH"
+    raise UserError(f"class {name!r} is {why}")
 
 
 def flatten(record: Any, prefix: str = "") -> dict[str, Any]:

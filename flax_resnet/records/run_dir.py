@@ -91,11 +91,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 def variants(path: str | Path) -> list[tuple[str, list[Path]]]:
-    """[(name, working directories of its seeds)] of a run, a variant or a sweep.
-
-    Raises:
-      UserError: the directory holds none of these.
-    """
+    """[(name, working directories of its seeds)] of a run, a variant or a sweep, else UserError."""
     path = Path(path).expanduser()
     if (path / CONFIG).is_file():
         return [(path.name, [path])]

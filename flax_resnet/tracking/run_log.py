@@ -121,10 +121,9 @@ def _text(values: Mapping[str, Any]) -> str:
 
 
 class Timer:
-    """Seconds of an interval, the share of them spent waiting for data, and images a second.
+    """Images a second and the share of time spent waiting for data, of an interval.
 
-    Attributes:
-      images: images trained on in the interval; its user adds them up.
+    Its user counts the interval's ``images``.
     """
 
     def __init__(self) -> None:
@@ -136,14 +135,11 @@ class Timer:
 
     def waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Passes batches on, counting the time until each is there."""
-        iterator, end = iter(batches), object()
-        while True:
-            before = time.perf_counter()
-            batch = next(iterator, end)
+        before = time.perf_counter()
+        for batch in batches:
             self._waited += time.perf_counter() - before
-            if batch is end:
-                return
             yield batch
+            before = time.perf_counter()
 
     def summary(self) -> dict[str, float]:
         """ "images_per_second" and "data_wait" (share of the time) since the last reset."""

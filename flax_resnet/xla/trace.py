@@ -29,9 +29,8 @@ def traced(
 ) -> Iterator[Step]:
     """A step that computes what ``step`` does and traces some of its calls.
 
-    The trace begins after the first FIRST_STEPS steps, when the computation before is done, and
-    covers whole calls until ``steps`` steps are done or the context ends. Each of several processes
-    traces into ``directory/processI``.
+    The trace begins after FIRST_STEPS steps and covers whole calls until ``steps`` steps are done
+    or the context ends. Each of several processes traces into ``directory/processI``.
 
     Args:
       step: takes and returns anything.
