@@ -76,12 +76,7 @@ class Follower:
         self._is_complete = False
 
     def follow(self, earlier: Sequence[Mapping[str, Any]], message: Callable[[str], None]) -> None:
-        """Starts the thread.
-
-        Args:
-          earlier: records of metrics.jsonl, which a new run of the tracker gets first.
-          message: prints a line for the user.
-        """
+        """Starts the thread; a new run of the tracker gets ``earlier`` lines of metrics.jsonl."""
         self._earlier, self._message = [_line(record) for record in earlier], message
         self._step = max((line.step for line in self._earlier), default=0)
         self._wake.set()
