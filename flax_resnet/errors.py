@@ -23,10 +23,9 @@ WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "
 
 
 class UserError(ValueError):
-    """Bad input from the person at the keyboard.
+    """Bad input: one line with the value, what was expected, and what to do.
 
-    The message is one line: the value, what was expected, what to do. The command line
-    prints it without a traceback and exits with ``status``; in Python it is a ValueError.
+    The command line prints it without a traceback and exits with ``status``.
     """
 
     status = 2
@@ -71,16 +70,7 @@ def check_range(name: str, value: float | None, least: float, below: float = mat
 
 def is_number(value: Any) -> bool:
     """True for a finite int or float."""
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_real and abs(value) < 1e30  # NaN is not
-
-
-def check_whole(name: str, value: Any, least: int, below: int) -> None:
-    """Raises UserError unless ``value`` is None or a whole number, least <= value < below."""
-    if value is not None and not (
-        isinstance(value, int) and not isinstance(value, bool) and least <= value < below
-    ):
-        raise UserError(f"{name}={value!r:.40}: expected a whole number, {least} to {below - 1}")
+    return _fits(value, float) and abs(value) < 1e30  # NaN is not
 
 
 def check_types(owner: Any, prefix: str = "") -> None:

@@ -1,12 +1,8 @@
 """Checkpoints of a run through orbax: the newest few and the best, saved while training goes on.
 
-Orbax's AsyncCheckpointer writes and reads the arrays. The list of steps is kept here and not by
-orbax's CheckpointManager, which has no integrity check (a flipped bit is restored silently),
-counts a step that was half removed by a kill as whole, opens no step at all when the metrics file
-of one is damaged, and cannot add an evaluation to a step that is saved already.
-
-A step counts only once it is sealed (``seals``): its files are listed with their hashes in a file
-that is written last. A step that does not match its seal is reported and passed over.
+Orbax's AsyncCheckpointer writes and reads the arrays. Its CheckpointManager is not used: it
+restores a flipped bit silently, and cannot add an evaluation to a step that is saved already.
+A step counts once it is sealed (``seals``); one that does not match its seal is passed over.
 """
 
 from __future__ import annotations
@@ -91,8 +87,7 @@ class Checkpoints:
         Args:
           directory: a local path, or gs://BUCKET/PATH.
           config: what to keep, in order to save.
-          resumed_from: with a config, the step that the run goes on from: newer checkpoints were
-            passed over for it, and are set aside as ``STEP.damaged`` (in a bucket removed).
+          resumed_from: the step that the run goes on from; newer ones are set aside (``tidy``).
           say: called with a line about every checkpoint that is passed over or removed unfinished.
 
         Raises:
@@ -100,7 +95,7 @@ class Checkpoints:
         """
         self.directory = seals.open_directory(directory)
         self._stack = contextlib.ExitStack()
-        self._plain = self._stack.enter_context(plain_path(self.directory))
+        self._plain = plain_path(self.directory, self._stack)
         self._config, self._say = config, say
         self._problems: dict[int, str | None] = {}  # of the steps whose files were hashed
         self._saver = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -137,10 +132,7 @@ class Checkpoints:
             raise
 
     def _commit(self, step: int, scores: dict | None, saved: dict[str, Any]) -> None:
-        """Waits until a save is on disk, seals it, and only then removes what is not kept.
-
-        The first save is read before it is sealed: a place may take what it does not give back.
-        """
+        """Waits until a save is on disk, reads back the first one, seals it, removes old ones."""
         with self._writing(step):
             try:
                 self._checkpointer.wait_until_finished()
@@ -195,15 +187,12 @@ class Checkpoints:
         return self._read(which, lambda path: self._checkpointer.restore(path, args=items)["meta"])
 
     def restore(self, template: Any, which: Which = "latest") -> tuple[Any, dict[str, Any]]:
-        """Reads a checkpoint onto the shapes, dtypes and shardings of ``template``.
+        """(state, meta) of a checkpoint, on the shapes, dtypes and shardings of ``template``.
 
         Args:
           template: tree of jax.ShapeDtypeStruct (or arrays), with shardings.
           which: a step, "latest", or "best": of the highest top-1, of equal ones the newest, and
             where none was kept by its evaluation the latest. What is damaged is passed over.
-
-        Returns:
-          (state, meta).
 
         Raises:
           UserError: the arrays differ from the template.
@@ -233,44 +222,35 @@ class Checkpoints:
     ) -> Any:
         """What ``reading`` returns for the directory of the step that ``which`` names.
 
-        Another process may remove that step meanwhile, its seal first. What was read then is not
-        used, and a step is chosen again. Several processes read only before they write.
+        A step that another process removes meanwhile, its seal first, is not used: another is
+        chosen. Several processes read only before they write.
         """
+        place, several, lead = self.directory, jax.process_count() > 1, sharding.is_lead()
         line = lambda error: (  # noqa: E731
-            f"checkpoint {which!r} in {self.directory} cannot be read ({reason(error)}): keep it, "
-            "and read it with the packages whose versions are in the config.json of its run"
+            f"checkpoint {which!r} in {place} cannot be read ({reason(error)}): keep it, and read "
+            "it with the packages whose versions are in the config.json of its run"
         )
-        several, lead = jax.process_count() > 1, sharding.is_lead()
         with error_as_one_line(line, jax.process_count()):
             for _ in range(MOST_CHOICES):
-                steps = seals.steps(self.directory) if lead else {}
+                steps = seals.steps(place) if lead else {}
                 try:
                     step = self._choose(which, steps) if lead else NO_STEP
                     step = sharding.same_everywhere(step)
                     if step == NO_STEP and or_none:
                         return None
                     if step < 0:
-                        raise UserError(self._why_none(step, which))
+                        held = f"in {place}: it holds steps {sorted(seals.steps(place))}"
+                        if step == NO_STEP:
+                            raise UserError(f"no checkpoint {which!r} {held}")
+                        advice = "put back a copy, or begin again in another directory"
+                        raise UserError(f"no whole checkpoint {which!r} {held}: {advice}")
                     result = reading(self._path(step))
-                except Exception:
-                    if several or seals.steps(self.directory) == steps:
-                        raise
-                else:
-                    if several or step in seals.steps(self.directory):
+                    if several or step in seals.steps(place):
                         return result
-            raise TryAgain(
-                f"checkpoints in {self.directory} are removed faster than they can be read: try "
-                "again when the run that saves them has ended"
-            )
-
-    def _why_none(self, step: int, which: Which) -> str:
-        if step == NO_STEP:
-            steps = sorted(seals.steps(self.directory))
-            return f"no checkpoint {which!r} in {self.directory}: it holds steps {steps}"
-        return (
-            f"{'every checkpoint' if isinstance(which, str) else f'checkpoint {which}'} in "
-            f"{self.directory} is damaged: put back a copy, or begin again in another directory"
-        )
+                except Exception:
+                    if several or seals.steps(place) == steps:
+                        raise
+            raise TryAgain(f"checkpoints in {place} are removed faster than they can be read")
 
     def _choose(self, which: Which, steps: dict[int, seals.Seal]) -> int:
         """The first step that ``which`` names whose files match its seal, or why there is none."""

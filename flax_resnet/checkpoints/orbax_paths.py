@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +22,29 @@ from flax_resnet.errors import UserError
 PLAIN_PATH = re.compile(r"[\w ./,=+@:-]*", re.ASCII)
 
 
-@contextlib.contextmanager
-def plain_path(directory: epath.Path) -> Iterator[epath.Path]:
+def plain_path(directory: epath.Path, stack: contextlib.ExitStack) -> epath.Path:
     """The path to give to orbax: a symbolic link to ``directory`` if its name has other characters.
+
+    The link is removed with ``stack``. Several processes may have links of different names.
 
     Raises:
       UserError: no link can be made.
     """
     if is_remote(directory) or PLAIN_PATH.fullmatch(str(directory)):
-        yield directory
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            place = tempfile.gettempdir()
-            place = place if PLAIN_PATH.fullmatch(place) else "/tmp"
-            temporary = tempfile.TemporaryDirectory(prefix="flax_resnet-", dir=place)
-            link = Path(stack.enter_context(temporary)) / "checkpoints"
-            link.symlink_to(directory)
-        except OSError as error:
-            raise UserError(
-                f"checkpoints in {directory}: orbax needs a path of letters, digits and ./,=+@:-_ "
-                f"alone, and no link to this one can be made in the temporary directory ({error}): "
-                "name a directory without other characters, or make room there"
-            ) from error
-        yield epath.Path(link)
+        return directory
+    try:
+        place = tempfile.gettempdir()
+        temporary = tempfile.TemporaryDirectory(
+            prefix="flax_resnet-", dir=place if PLAIN_PATH.fullmatch(place) else "/tmp"
+        )
+        link = Path(stack.enter_context(temporary)) / "checkpoints"
+        link.symlink_to(directory)
+    except OSError as error:
+        raise UserError(
+            f"checkpoints in {directory}: orbax needs a path of letters, digits and ./,=+@:-_ "
+            f"alone, and no link to this one can be made ({error}): name another directory"
+        ) from error
+    return epath.Path(link)
 
 
 def signatures(tree: Any) -> dict[str, tuple[Any, str]]:

@@ -1,8 +1,7 @@
 """Which checkpoints of a directory are whole: the seal of each, a file that lists its other files.
 
 Each checkpoint is a directory named by its step. Its seal has the size and the hash of every file
-and is written last. So a step with a seal was written to the end, and a step whose files match
-its seal holds exactly the bytes that were written.
+and is written last.
 """
 
 from __future__ import annotations
@@ -106,13 +105,12 @@ def read(directory: epath.Path) -> Seal | None:
     """The seal of a directory: None where there is none, ``DAMAGED`` where it is damaged."""
     try:
         record = json.loads((directory / SEAL).read_text())
-        if hashlib.sha256(record["sealed"].encode()).hexdigest() == record["sha256"]:
-            return Seal(**json.loads(record["sealed"]))
+        is_whole = hashlib.sha256(record["sealed"].encode()).hexdigest() == record["sha256"]
+        return Seal(**json.loads(record["sealed"])) if is_whole else DAMAGED
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return DAMAGED
+        return DAMAGED
 
 
 def problem(directory: epath.Path, seal: Seal) -> str | None:
@@ -168,8 +166,7 @@ def tidy(directory: epath.Path, newest: float) -> list[str]:
     """Makes a directory ready for a run that goes on from its step ``newest``.
 
     Steps that were not finished are removed, and their names returned. What is newer, or has a
-    damaged seal, was passed over and is set aside as ``STEP.damaged``, for whoever wants to look
-    at it; in a bucket, where nothing can be renamed, it is removed.
+    damaged seal, is set aside as ``STEP.damaged``; in a bucket, which cannot rename, it is removed.
     """
     if not is_remote(directory):
         directory.mkdir(parents=True, exist_ok=True)

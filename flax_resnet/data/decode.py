@@ -29,7 +29,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flax_resnet.data import jpeg
 from flax_resnet.data.jpeg import Box, reach
-from flax_resnet.errors import UserError, check_whole, is_number
+from flax_resnet.errors import UserError, check_range, check_types
 from flax_resnet.xla.backend import usable_cores
 
 try:
@@ -213,11 +213,12 @@ class Decoder:
     as_displayed: bool = True
 
     def __post_init__(self) -> None:
-        for name, value in {"size": self.size, "pad": self.pad}.items():
-            check_whole(f"decoder.{name}", value, int(name == "size"), LARGEST)
+        check_types(self, "decoder.")
+        check_range("decoder.size", self.size, 1, LARGEST)
+        check_range("decoder.pad", self.pad, 0, LARGEST)
         if self.channels not in PIL_MODES:
             raise UserError(f"decoder.channels={self.channels!r:.40}: expected 1, 3 or 4")
-        if not is_number(self.crop_ratio) or not 0 < self.crop_ratio <= 1:
+        if not 0 < self.crop_ratio <= 1:
             raise UserError(f"decoder.crop_ratio={self.crop_ratio!r:.40}: expected a share")
 
     @property

@@ -11,7 +11,7 @@ from PIL import Image
 
 from flax_resnet.data.decode import LARGEST, PIL_MODES, Decoder, open_image
 from flax_resnet.data.normalization import IMAGENET_MEAN, IMAGENET_STD, Statistics
-from flax_resnet.errors import UserError, check_range, check_types, check_whole, is_number
+from flax_resnet.errors import UserError, check_range, check_types, is_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         check_types(self, "preprocessing.")
-        for name in ("size", "resize", "channels"):
-            check_whole(f"preprocessing.{name}", getattr(self, name), 1, LARGEST)
+        for name in ("size", "resize"):
+            check_range(f"preprocessing.{name}", getattr(self, name), 1, LARGEST)
         if self.channels not in ((3,) if self.bgr else PIL_MODES):
             expected = "3, as bgr is set" if self.bgr else "1, 3 or 4"
             raise UserError(f"preprocessing.channels={self.channels}: expected {expected}")

@@ -1,11 +1,8 @@
 """Several processes as one run: how they start together, agree, and end together.
 
-``jax.distributed`` detects Slurm, Open MPI, Cloud TPU and Kubernetes, brings the processes
-together, and aborts them when one of them dies or falls silent. This module adds what it does not
-do: whether there are several processes at all, JAX_NUM_PROCESSES and JAX_PROCESS_ID, all the GPUs
-of a task that has several (JAX takes one), one line in place of a C++ stack trace when the
-processes cannot come together, the name of what differs between them, and an end of all of them
-when one of them fails.
+``jax.distributed`` brings the processes together, and aborts them when one of them dies or falls
+silent. This module adds whether there are several at all, all the GPUs of a task (JAX takes one),
+errors of one line, the name of what differs between processes, and an end of all when one fails.
 """
 
 from __future__ import annotations
@@ -46,8 +43,7 @@ TPU_HOSTS = (
     "worker-network-endpoints"
 )
 Process = tuple[str | None, int | None, int | None, tuple[int, ...]]
-LAST_SECONDS = 2
-"""Seconds for the others to say why they end: when process 0 is gone, JAX aborts them."""
+LAST_SECONDS = 2  # for the others to say why they end: when process 0 is gone, JAX aborts them
 LOOPBACK = ("localhost:", "127.0.0.1:", "[::1]:")
 
 
@@ -84,11 +80,9 @@ _joined: tuple[Hosts, str] | None = None
 def find(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> Process | None:
     """This process among those of its run; None for a run of one process.
 
-    The fields of ``hosts`` win over the environment variables.
-
     Returns:
       (coordinator, number of processes, number of this one, its GPUs or () for all that it sees);
-      ``jax.distributed.initialize`` detects what is None.
+      ``jax.distributed.initialize`` detects what is None. Fields of ``hosts`` win.
 
     Raises:
       UserError: a number is missing or none, or the coordinator is not HOST:PORT.
@@ -148,10 +142,9 @@ def joined(hosts: Hosts) -> Iterator[None]:
     """Starts the processes of a run, and ends them together.
 
     Enter it once, before anything that touches devices. With one process errors pass as they are.
-    With several none does: the process prints one line, after the traceback of what is unexpected,
-    and ends with a UserError's or a SystemExit's own status, 130 for an interruption, and 1 for
-    anything else; the others end with it. A SystemExit with 0 or 75 (preempted: start me again) is
-    an end that all come to.
+    With several a process that fails prints one line, after the traceback of what is unexpected,
+    and ends with a UserError's or a SystemExit's own status, 130 for an interruption, else 1; the
+    others end with it. A SystemExit with 0 or 75 (preempted) is an end that all come to.
 
     Raises:
       UserError: as of ``find``.
@@ -182,12 +175,7 @@ def joined(hosts: Hosts) -> Iterator[None]:
 
 
 def _start(hosts: Hosts, process: Process) -> None:
-    """Brings the processes together.
-
-    Raises:
-      UserError: the description of the processes is wrong.
-      TryAgain: a process has not come in time, or the coordinator's port is taken.
-    """
+    """Brings the processes together; UserError or TryAgain where they do not come."""
     coordinator, number, this, gpus = process
     if coordinator is not None and this == 0:
         _check_port(coordinator)
@@ -230,10 +218,7 @@ def _check_port(coordinator: str) -> None:
 
 
 def _end(error: BaseException, who: str, *, is_first: bool) -> NoReturn:
-    """Prints one line and ends this process; the others end with it.
-
-    Python's own end would wait for the others, who wait for this process.
-    """
+    """Prints one line and ends this process without waiting for the others, who wait for it."""
     name, status = type(error).__name__, 1
     try:
         if isinstance(error, UserError):
@@ -288,9 +273,9 @@ def _check_equal(values: list[dict[str, Any]]) -> None:
     if names := varying_fields(values):
         texts = [repr(value.get(names[0], "absent")) for value in values]
         other = next(i for i, text in enumerate(texts) if text != texts[0])
+        also = f"; so do {', '.join(names[1:4])}" if names[1:] else ""
         raise UserError(
             f"the processes differ: {names[0]} is {texts[0]:.60} in process 0 and "
-            f"{texts[other]:.60} in process {other}"
-            + (f"; so do {', '.join(names[1:4])}" if names[1:] else "")
-            + ": start all with the same command, code and devices"
+            f"{texts[other]:.60} in process {other}{also}: start all with the same command, code "
+            "and devices"
         )

@@ -20,8 +20,7 @@ from jax.experimental import multihost_utils
 
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h, "try again later": launchers restart on it."""
-# As many times as this process has asked: jax's agreement between processes wants a number that
-# rises, and is itself one a process.
+# jax's agreement between processes wants a number that rises.
 _asked = itertools.count(1)
 
 
@@ -31,11 +30,8 @@ class Preempted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def restartable() -> Iterator[None]:
-    """Ends a command that is stopped with EXIT_PREEMPTED.
-
-    A SIGTERM that comes before the training loop, or after it, ends it too, when Python next looks:
-    in a compilation that is when it is done. There is nothing to save then.
-    """
+    """Ends a command that is stopped with EXIT_PREEMPTED, also by a SIGTERM before or after the
+    training loop, when Python next looks: in a compilation that is when it is done."""
 
     def end(*_: Any) -> None:
         # No exception: one that leaves the middle of JAX's tracing takes the process down with it.
@@ -59,9 +55,8 @@ def restartable() -> Iterator[None]:
 class Signals:
     """While it is entered, SIGTERM and SIGINT (Ctrl-C) ask the run to stop after its step.
 
-    A second SIGINT ends the program at once. Only the main thread can take signals; in another
-    one this does nothing. With several processes jax's own preemption service takes SIGTERM, and
-    a signal to any of them stops all at one step.
+    A second SIGINT ends the program at once. In another than the main thread nothing is taken.
+    With several processes jax's preemption service takes SIGTERM, which stops all at one step.
     """
 
     def __init__(self, stop: Callable[[], bool] | None = None):

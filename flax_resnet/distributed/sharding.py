@@ -1,8 +1,4 @@
-"""Devices as a mesh with one data axis, and arrays placed on it.
-
-The batch is split over the axis, the state is whole on every device or split too, and ``jax.jit``
-puts in the collectives.
-"""
+"""Devices as a mesh with one data axis, and arrays placed on it: split over the axis or whole."""
 
 from __future__ import annotations
 
@@ -23,8 +19,7 @@ StateSharding = Literal["replicated", "zero", "fsdp"]
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A one-axis mesh named "data" over ``devices``, by default all of all processes.
 
-    Each process's devices are neighbours in it, so that its rows of a batch are one run of rows
-    (``jax.make_mesh`` may order a TPU's otherwise; on one axis that makes nothing faster).
+    Each process's devices are neighbours in it, so that its rows of a batch are one run of rows.
     """
     if devices is None:
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
@@ -62,14 +57,9 @@ def put_replicated(mesh: Mesh, tree: Any) -> Any:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Places arrays that every process has whole, in buffers of their own.
+    """Places a tree of arrays that every process has whole, in buffers of their own.
 
-    ``jax.device_put`` may hand back the very buffer it was given, and donating that would
-    delete the caller's array too. So the leaves pass through host memory.
-
-    Args:
-      tree: arrays, the same in every process.
-      shardings: a tree like it.
+    ``jax.device_put`` may hand back the buffer it was given, which must not be donated.
     """
 
     def one(x: Any, sharding: NamedSharding) -> jax.Array:

@@ -1,8 +1,7 @@
 """A watchdog: says where a run has stopped, and ends a process that others would wait for.
 
-Heartbeats come from threads of JAX's own, so a process whose main thread is stuck looks alive to
-the others. The loop says here what it does next. A thread reports when that takes too long, and
-faulthandler's timer, which needs no Python, prints all stacks and ends the process.
+JAX's heartbeats come from its own threads, so a stuck process looks alive to the others. Here a
+thread reports the stall, and faulthandler's timer, which needs no Python, ends the process.
 """
 
 from __future__ import annotations
@@ -29,9 +28,7 @@ def print_report(text: str) -> None:
 
 
 class Watch:
-    """Watches the main loop's progress from a thread, and reports each stall once.
-
-    It is a context manager: the watch begins when it is entered.
+    """While it is entered, watches the main loop's progress, and reports each stall once.
 
     Args:
       limit: seconds without progress after which the process ends with status 1; None: never.

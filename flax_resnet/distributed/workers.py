@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import multiprocessing.shared_memory
 import os
 import re
 import shutil
@@ -46,10 +45,8 @@ def signals_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_main() -> Iterator[None]:
-    """Processes that are started here do not run the user's script, of which they need nothing.
-
-    Else a script without ``if __name__ == "__main__":`` would train in each of them again.
-    """
+    """Processes that are started here do not run the user's script, which would train again in
+    each if it has no ``if __name__ == "__main__":``."""
     with _STARTING:
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")
@@ -60,10 +57,8 @@ def without_main() -> Iterator[None]:
 
 
 def taken(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch of Grain's in memory of this process, so that its shared memory is free at once.
-
-    Grain frees it when the arrays are deleted, which at the interpreter's end it never is.
-    """
+    """A batch of Grain's in memory of this process; its shared memory, which would outlive the
+    interpreter, is free at once."""
     arrays = {}
     for name, array in batch.items():
         arrays[name] = np.array(array)
@@ -82,28 +77,18 @@ def dead_worker_as_one_line() -> Iterator[None]:
         if (status := re.search(r"Worker process .* exit code (-?\d+)", str(error))) is None:
             raise
         code = int(status[1])
-        try:
-            how = f"was killed by {signal.Signals(-code).name}"
-        except ValueError:
-            how = f"ended with status {code}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         raise UserError(f"a data worker {how}: {ADVICE.get(-code, DECODE_HERE)}") from error
 
 
 def check_shared_memory(num_bytes: int) -> None:
-    """Raises UserError unless batches of so many bytes in all fit into shared memory.
+    """Raises UserError unless batches of so many bytes fit into shared memory.
 
-    Batches are written to memory that is promised and perhaps not there: the worker that meets its
-    end is killed.
+    The system promises the memory all the same, and kills the worker that meets its end.
     """
     if not Path(SHARED_MEMORY).is_dir():
         return
-    try:
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        memory = multiprocessing.shared_memory.SharedMemory(create=True, size=1)
-        memory.close()
-        memory.unlink()
-    except OSError as error:
-        raise UserError(f"{SHARED_MEMORY} cannot be used ({error}): {DECODE_HERE}") from error
+    free = shutil.disk_usage(SHARED_MEMORY).free
     if num_bytes > free:
         raise UserError(
             f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, and the batches that data workers "
@@ -116,12 +101,7 @@ def depend(worker: int, workers: int) -> None:
 
     What stops the run (Slurm tells all processes) is for the main one.
     """
+    parent: Any = multiprocessing.parent_process()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

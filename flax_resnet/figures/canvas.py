@@ -26,14 +26,11 @@ CHARACTERS_PER_INCH = 15
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches, drawn by Agg, that keeps its texts apart."""
+    """A figure of so many inches that keeps its texts apart."""
     # Half a second to import, at the end of a run and not at its start.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -49,23 +46,20 @@ def _choose_fonts(figure: Figure) -> None:
     from matplotlib import font_manager
     from matplotlib.text import Text
 
-    def without(characters: set[str], path: str) -> set[str]:
-        with contextlib.suppress(RuntimeError, OSError):  # a damaged font
-            font = font_manager.get_font(path)
-            return {c for c in characters if not font.get_char_index(ord(c))}
-        return characters
-
+    default = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     texts: Any = [t for t in figure.findobj(Text) if not t.get_text().isascii()]
     characters = {c for text in texts for c in text.get_text() if not c.isascii()}
-    missing = without(characters, font_manager.findfont(font_manager.FontProperties()))
-    fonts = sorted(font_manager.findSystemFonts(), key=lambda path: ("Regular" not in path, path))
-    for path in fonts if missing else ():
-        if missing and (left := without(missing, path)) != missing:
-            missing = left
-            font_manager.fontManager.addfont(path)
-            for text in texts:
-                name = font_manager.fontManager.ttflist[-1].name
-                text.set_fontfamily([*text.get_fontfamily(), name])
+    missing = {c for c in characters if not default.get_char_index(ord(c))}
+    fonts = font_manager.findSystemFonts() if missing else []
+    for path in sorted(fonts, key=lambda path: ("Regular" not in path, path)):
+        with contextlib.suppress(RuntimeError, OSError):  # a damaged font
+            font = font_manager.get_font(path)
+            if drawn := {c for c in missing if font.get_char_index(ord(c))}:
+                missing -= drawn
+                font_manager.fontManager.addfont(path)
+                for text in texts:
+                    name = font_manager.fontManager.ttflist[-1].name
+                    text.set_fontfamily([*text.get_fontfamily(), name])
     if missing:
         _say_boxes(" ".join(sorted(missing)[:20]))
 
@@ -124,12 +118,11 @@ def tile(axes: Axes, image: Any, above: str = "", **options: Any) -> Any:
         image = image[..., 0]
         options = {"cmap": "gray", "vmin": 0, "vmax": 255, **options}
     drawn = axes.imshow(image, **{"interpolation": "nearest", **options})
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     if above:
-        grid, figure = axes.get_subplotspec(), axes.get_figure(root=True)
-        columns = grid.get_gridspec().ncols if grid is not None else 1
-        inches = figure.get_figwidth() / columns if figure is not None else 1.0
+        figure: Any = axes.get_figure(root=True)
+        grid: Any = axes.get_subplotspec()
+        inches = figure.get_figwidth() / grid.get_gridspec().ncols
         most = max(4, int(CHARACTERS_PER_INCH * inches))
         lines = [short(line, most) for line in above.split("\n")]
         axes.set_title("\n".join(lines), fontsize=SMALL, pad=3)

@@ -19,14 +19,10 @@ MOST_CHANNELS = 8
 
 
 def filters(kernel: np.ndarray, path: Path, title: str) -> None:
-    """Draws the filters of a first layer.
+    """Draws the filters of a first layer: a kernel (h, w, C, filters).
 
-    Those of 3 channels are in colour, each stretched over its own range; of other numbers of
-    channels each filter's mean over them is drawn, blue below zero and red above, in shares of
-    that filter's largest weight.
-
-    Args:
-      kernel: (h, w, C, filters).
+    Those of 3 channels are in colour, each stretched over its own range; of others the mean over
+    the channels is drawn, blue below zero and red above, in shares of its largest weight.
     """
     height, width, channels, count = kernel.shape
     rows, columns = canvas.grid_shape(count, 16)
@@ -150,12 +146,7 @@ def scatter(
 
 
 def examples(images: np.ndarray, texts: Sequence[str], path: Path, title: str) -> None:
-    """Draws images with a text over each.
-
-    Args:
-      images: uint8 (N, H, W, C).
-      texts: N, of one line or more.
-    """
+    """Draws images, uint8 (N, H, W, C), with one of N texts over each."""
     rows, columns = canvas.grid_shape(len(images), 6)
     lines = max(text.count("\n") + 1 for text in texts)
     height = (1.25 + 0.14 * lines) * rows + 0.7

@@ -17,11 +17,7 @@ MOST_LABELLED_CLASSES = 30
 
 
 def curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draws loss and top-1 error against epochs, training and evaluation.
-
-    Args:
-      records: lines of metrics.jsonl.
-    """
+    """Draws loss and top-1 error of metrics.jsonl against epochs, training and evaluation."""
     figure = canvas.new_figure(9, 3.8)
     loss_axes, error_axes = figure.subplots(1, 2)
     styles: dict[str, dict[str, Any]] = {
@@ -44,12 +40,7 @@ def curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
 
 
 def confusion(counts: np.ndarray, class_names: Sequence[str], path: Path, title: str) -> None:
-    """Draws a confusion matrix, each row in shares of its true class.
-
-    Args:
-      counts: int (K, K), true class by predicted class.
-      class_names: K names.
-    """
+    """Draws counts (K, K), true class by predicted class, each row in shares of its class."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     labelled = len(class_names) <= MOST_LABELLED_CLASSES
     side = 2.2 + 0.42 * len(class_names) if labelled else 8.0

@@ -140,8 +140,7 @@ def todays_name(name: str) -> str:
 def find_class(name: str) -> type:
     """The dataclass or linen module class that ``module:Name`` names.
 
-    A record may come from anyone, so a name does not import arbitrary modules: only those of
-    this library, those that the program has imported itself, and those of MOVED_CLASSES.
+    A record may come from anyone: only modules of this library and of MOVED_CLASSES are imported.
     """
     today = todays_name(name)
     moved = today in MOVED_CLASSES.values()
@@ -150,18 +149,13 @@ def find_class(name: str) -> type:
     if module is None and (moved or module_name.split(".")[0] == "flax_resnet"):
         with contextlib.suppress(ImportError):
             module = importlib.import_module(module_name)
-    if moved and module is None:
-        raise UserError(
-            f"class {name!r} is in {module_name}, which cannot be imported here: put a checkout of "
-            "the project on PYTHONPATH"
-        )
     cls = getattr(module, qualname, None)
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise UserError(
-            f"class {name!r} is not known: expected one of flax_resnet, or one of a module that "
-            "is imported already, as MODULE:NAME"
-        )
-    return cls
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+        return cls
+    why = "not known: expected one of flax_resnet, or MODULE:NAME of a module imported already"
+    if moved:
+        why = f"in {module_name}, which cannot be imported: put the project on PYTHONPATH"
+    raise UserError(f"class {name!r} is {why}")
 
 
 def flatten(record: Any, prefix: str = "") -> dict[str, Any]:
@@ -177,13 +171,6 @@ def flatten(record: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def varying_fields(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the fields in which flat records differ, in the records' order.
-
-    A field that some of the records lack differs.
-    """
+    """Names of the fields in which flat records differ, or that some of them lack, in order."""
     names = dict.fromkeys(name for record in records for name in record)
-    return [
-        name
-        for name in names
-        if any(name not in one or one[name] != records[0].get(name) for one in records)
-    ]
+    return [n for n in names if any(n not in r or r[n] != records[0].get(n) for r in records)]

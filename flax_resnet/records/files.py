@@ -35,11 +35,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_tree(path: Path) -> Iterator[Path]:
-    """Yields a path of the same name, for a file or a directory, in a directory beside ``path``.
-
-    What is written there takes ``path``'s place when the block ends without error, and a directory
-    that was there goes; if the last step fails, that directory stays.
-    """
+    """Yields a path of the same name for a file or a directory, which takes ``path``'s place, even
+    a directory's, when the block ends without error."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
         partial, before = Path(directory) / path.name, Path(directory) / f"{path.name}.before"
         yield partial
@@ -64,12 +61,9 @@ def os_error_as_one_line(place: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def error_as_one_line(line: Callable[[Exception], str], num_processes: int = 1) -> Iterator[None]:
-    """Turns whatever a library or the file system raises into a UserError of one line.
+    """Turns whatever a library or the file system raises into a UserError of ``line`` of it.
 
-    Args:
-      line: the message for an error.
-      num_processes: processes that take part. Where there are several, an error may come from the
-        death of another, so it is a TryAgain, unless a disk is full.
+    With several processes it is a TryAgain, as of another's death, unless a disk is full.
     """
     try:
         yield
@@ -88,13 +82,11 @@ def reason(error: BaseException) -> str:
 
 
 def shown(text: str | Path) -> str:
-    """A text that can be printed, encoded and drawn: bytes of a file's name that are no UTF-8
-    become escapes such as \\xe9."""
+    """A text that can be printed: bytes of a file's name that are no UTF-8 are escaped, \\xe9."""
     try:
-        data = str(text).encode("utf-8", "surrogateescape")
+        return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # surrogates that stand for no byte
-        data = str(text).encode("utf-8", "backslashreplace")
-    return data.decode("utf-8", "backslashreplace")
+        return ascii(str(text))[1:-1]
 
 
 def quoted(word: str | Path) -> str:
@@ -108,10 +100,8 @@ def quoted(word: str | Path) -> str:
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: $FLAX_RESNET_CACHE, else flax_resnet in the user's cache.
-
-    The user's cache is $XDG_CACHE_HOME or ~/.cache. Weights are in the sub-folder ``weights``.
-    """
+    """Where downloads are kept: $FLAX_RESNET_CACHE, or flax_resnet in $XDG_CACHE_HOME or ~/.cache;
+    weights are in its ``weights``."""
     if own := os.environ.get("FLAX_RESNET_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax_resnet"

@@ -16,12 +16,14 @@ LIBRARY = Path(__file__).resolve().parents[1]
 
 def git_state() -> dict[str, Any] | None:
     """Commit of the checkout that this code runs from, and whether it was changed; else None."""
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 30, "check": True}
+
+    def ask(*words: str) -> str:
+        command, silent = ["git", "-C", str(LIBRARY.parent), *words], subprocess.DEVNULL
+        return subprocess.check_output(command, stderr=silent, text=True, timeout=30)
+
     try:
-        ask = ["git", "-C", str(LIBRARY.parent), "rev-parse", "--show-toplevel", "HEAD"]
-        top, commit = subprocess.run(ask, **options).stdout.splitlines()
-        ask = ["git", "-C", str(LIBRARY.parent), "status", "--porcelain"]
-        changed = bool(subprocess.run(ask, **options).stdout)
+        top, commit = ask("rev-parse", "--show-toplevel", "HEAD").splitlines()
+        changed = bool(ask("status", "--porcelain"))
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit, "changed": changed} if Path(top).resolve() == LIBRARY.parent else None
@@ -40,5 +42,4 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 def source_hash() -> str:
     """A hash of this library's modules: a change in any might change what it computes."""
-    files = sorted(LIBRARY.rglob("*.py"))
-    return digest([file.read_bytes() for file in files])
+    return digest(file.read_bytes() for file in sorted(LIBRARY.rglob("*.py")))

@@ -57,23 +57,13 @@ def read_config(workdir: str | Path) -> Any:
         return from_record(untracked(record["config"]))
 
 
-def data_config(
-    workdir: str | Path, config: Any, folder: str | None = None, data_dir: str | None = None
-) -> Any:
-    """The DataConfig of a run, with the places where its images are now.
-
-    Args:
-      workdir: the run's.
-      config: its TrainConfig.
-      folder: where its folder of images is now; None where it was.
-      data_dir: where its tfds set is now; None where it was.
+def data_config(workdir: str | Path, config: Any, folder: str | None = None) -> Any:
+    """The DataConfig of a run's TrainConfig, with the place where its folder of images is now.
 
     Raises:
       UserError: its folder is not there.
     """
-    data = dataclasses.replace(
-        config.data, folder=folder or config.data.folder, data_dir=data_dir or config.data.data_dir
-    )
+    data = dataclasses.replace(config.data, folder=folder or config.data.folder)
     if data.folder is not None and not Path(data.folder).expanduser().is_dir():
         raise UserError(
             f"{workdir} was trained on the folder {config.data.folder}; {data.folder} is not "
@@ -101,11 +91,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 def variants(path: str | Path) -> list[tuple[str, list[Path]]]:
-    """[(name, working directories of its seeds)] of a run, a variant or a sweep.
-
-    Raises:
-      UserError: the directory holds none of these.
-    """
+    """[(name, working directories of its seeds)] of a run, a variant or a sweep, else UserError."""
     path = Path(path).expanduser()
     if (path / CONFIG).is_file():
         return [(path.name, [path])]

@@ -22,10 +22,7 @@ def say(text: str) -> None:
 def show(
     title: str, rows: Iterable[Sequence[Any]], header: Sequence[str] = (), numbers: int = 0
 ) -> None:
-    """Prints a table to the terminal; the last ``numbers`` columns are aligned to the right.
-
-    All texts are printed as they are: rich's markup and emoji names mean nothing in them.
-    """
+    """Prints a table, its texts as they are; the last ``numbers`` columns are right-aligned."""
     table = Table(title=shown(title), title_justify="left", show_header=bool(header))
     for i, name in enumerate(header):
         justify: Any = "right" if i >= len(header) - numbers else "left"

@@ -1,7 +1,5 @@
-"""Scalars in TensorBoard's format.
-
-tensorboardX's SummaryWriter hands events to a thread: on a full disk that thread dies and whoever
-writes on waits forever, and a killed run loses what is in the queue. So this uses its EventsWriter.
+"""Scalars in TensorBoard's format, without the thread of tensorboardX's SummaryWriter: on a full
+disk it dies and whoever writes on waits forever, and a killed run loses what is in its queue.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Calls a run's tracker from a daemon thread, so that no tracker holds up or fails a run.
 
-MLflow's and W&B's own queues retry for minutes and wait when Python ends, and a user's tracker may
-have no queue. So one thread makes all calls, and the run waits for it once, at its end.
+MLflow's and W&B's own queues retry for minutes and wait when Python ends.
 """
 
 from __future__ import annotations
@@ -16,23 +15,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax_resnet.records import run_dir
 from flax_resnet.records.configs import flatten
-from flax_resnet.records.files import shown
-from flax_resnet.records.run_dir import (
-    CONFIG,
-    RESULT,
-    finished,
-    read_json,
-    read_record,
-    write_json,
-)
+from flax_resnet.records.files import reason, shown
 from flax_resnet.tracking.base import About, End, Line, TensorBoard, Tracker, Tracking, masked
 
 FINISHED_SECONDS, STOPPED_SECONDS = 20.0, 8.0
 """How long a run waits for its trackers at its end: a finished run, and a stopped one."""
 MAX_LINES = 100
 """Lines in one call of Tracker.write."""
-FILES = (CONFIG, RESULT, "curves.png", "confusion.png")
+FILES = (run_dir.CONFIG, run_dir.RESULT, "curves.png", "confusion.png")
 _opening = threading.Lock()
 """Of several seeds, one makes MLflow's experiment."""
 
@@ -84,12 +76,7 @@ class Follower:
         self._is_complete = False
 
     def follow(self, earlier: Sequence[Mapping[str, Any]], message: Callable[[str], None]) -> None:
-        """Starts the thread.
-
-        Args:
-          earlier: records of metrics.jsonl, which a new run of the tracker gets first.
-          message: prints a line for the user.
-        """
+        """Starts the thread; a new run of the tracker gets ``earlier`` lines of metrics.jsonl."""
         self._earlier, self._message = [_line(record) for record in earlier], message
         self._step = max((line.step for line in self._earlier), default=0)
         self._wake.set()
@@ -105,7 +92,7 @@ class Follower:
         """Sends the end of the run; does not wait for it."""
         if self._thread.ident is None:  # the run ended before its first line
             self.follow((), lambda text: None)
-        result = finished(self._workdir) or {} if status == "FINISHED" else {}
+        result = run_dir.finished(self._workdir) or {} if status == "FINISHED" else {}
         files = (self._workdir / name for name in (FILES if result else FILES[:1]))
         self._end = End(status, self._step, result, tuple(filter(Path.exists, files)))
         self._wake.set()
@@ -135,18 +122,17 @@ class Follower:
                     self._tracker.close(end)
                     self._is_complete = True
             except Exception as error:
-                reason = " ".join(masked(str(error)).split())[:200]
                 if not has_warned:
                     _say(
                         f"{self._tracking.where} does not take the metrics "
-                        f"({type(error).__name__}: {reason}): the run goes on, and tries again "
-                        "with the next line"
+                        f"({type(error).__name__}: {masked(reason(error))}): the run goes on, and "
+                        "tries again with the next line"
                     )
                 has_warned = True
 
     def _open(self) -> Tracker:
         where, path = self._tracking.where, self._workdir / "tracking.json"
-        known = read_json(path) or {}
+        known = run_dir.read_json(path) or {}
         about = _about(self._workdir, known.get(where, {}).get("run_id"))
         with _opening:
             tracker = self._tracking.open(about)
@@ -155,20 +141,21 @@ class Follower:
         known[where] = {"run_id": tracker.run_id}
         # A full disk ends the run, not the tracker.
         with contextlib.suppress(OSError):
-            write_json(path, known)
+            run_dir.write_json(path, known)
         self._message(f"tracked by {masked(tracker.address) or where}")
         return tracker
 
 
 def _about(workdir: Path, run_id: str | None) -> About:
-    record = read_record(workdir)
+    record = run_dir.read_record(workdir)
+    params = flatten(record["config"])
     start, place = record["starts"][-1], workdir.resolve()
     group = place.parent if re.fullmatch(r"seed\d+", place.name) else None
-    devices = collections.Counter(start["devices"])
+    kinds = collections.Counter(start["devices"]).items()
     tags = {
         "workdir": place,
         "starts": len(record["starts"]),
-        "devices": ", ".join(f"{count} x {kind}" for kind, count in devices.items()),
+        "devices": ", ".join(f"{count} x {kind}" for kind, count in kinds),
         **{name: start[name] for name in ("python", "platform", "processes")},
         **{f"git.{name}": value for name, value in (start["git"] or {}).items()},
         **{f"package.{name}": version for name, version in start["packages"].items()},
@@ -177,10 +164,7 @@ def _about(workdir: Path, run_id: str | None) -> About:
         workdir=workdir,
         name=shown(f"{group.name}/{place.name}" if group else place.name),
         group=shown(group) if group else None,
-        params={
-            name: shown(value) if isinstance(value, str) else value
-            for name, value in flatten(record["config"]).items()
-        },
+        params={n: shown(v) if isinstance(v, str) else v for n, v in params.items()},
         tags={name: shown(str(value)) for name, value in tags.items()},
         run_id=run_id,
     )

@@ -19,12 +19,9 @@ from flax_resnet.tracking.follower import Follower
 class RunLog:
     """Writes one run's metrics: lines of JSON, TensorBoard events, a tracker and the terminal.
 
-    Opened again at a step, it drops the lines after it, so that a resumed run leaves the file
-    of an unbroken one.
-
     Args:
       workdir: gets metrics.jsonl and tensorboard/.
-      start_step: lines after it are dropped.
+      start_step: lines after it, of a run that was stopped, are dropped.
       num_steps: optimizer steps of the whole run.
       lead: False, in every process but process 0, writes nothing.
       quiet: True writes nothing to the terminal.
@@ -124,10 +121,9 @@ def _text(values: Mapping[str, Any]) -> str:
 
 
 class Timer:
-    """Seconds of an interval, the share of them spent waiting for data, and images a second.
+    """Images a second and the share of time spent waiting for data, of an interval.
 
-    Attributes:
-      images: images trained on in the interval; its user adds them up.
+    Its user counts the interval's ``images``.
     """
 
     def __init__(self) -> None:
@@ -139,14 +135,11 @@ class Timer:
 
     def waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Passes batches on, counting the time until each is there."""
-        iterator, end = iter(batches), object()
-        while True:
-            before = time.perf_counter()
-            batch = next(iterator, end)
+        before = time.perf_counter()
+        for batch in batches:
             self._waited += time.perf_counter() - before
-            if batch is end:
-                return
             yield batch
+            before = time.perf_counter()
 
     def summary(self) -> dict[str, float]:
         """ "images_per_second" and "data_wait" (share of the time) since the last reset."""

@@ -34,12 +34,10 @@ class MLflow(Tracking):
 
     def __post_init__(self) -> None:
         check_types(self, "tracking.")
-        shown = masked(self.uri or "")
-        if shown != (self.uri or ""):
+        if self.uri is not None and (shown := masked(self.uri)) != self.uri:
             raise UserError(
-                f"tracking.uri={shown}: user and password would be in config.json: "
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment, or "
-                "the whole address as MLFLOW_TRACKING_URI"
+                f"tracking.uri={shown}: user and password would be in config.json: set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
             )
 
     @property

@@ -15,10 +15,7 @@ from flax_resnet.errors import UserError, check_types
 from flax_resnet.tracking.base import About, End, Line, Tracker, Tracking
 
 REACH_SECONDS, OPEN_SECONDS, FINISH_SECONDS = 5.0, 20.0, 8.0
-"""Limits of the server's first answer, of wandb.init, and of the uploads at the end of a run.
-
-Python waits at its end for W&B's own process, and so for a wandb.init that is under way.
-"""
+"""Limits of the server's first answer, of wandb.init, and of the uploads at the end of a run."""
 
 
 @dataclasses.dataclass(frozen=True)

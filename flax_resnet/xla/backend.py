@@ -13,8 +13,7 @@ import jax
 from flax_resnet.errors import UserError
 
 YNN = "xla_cpu_experimental_ynn_fusion_type"
-# By default XLA gives convolutions to YNNPACK, which has no fast gradient of a kernel, and sums
-# over the batch to its own loops; the other way round both are faster.
+# XLA gives convolutions to YNNPACK and sums to its own loops; the other way round is faster.
 FUSION_TYPES = "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
 
 REFUSED_SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -66,10 +65,7 @@ def usable_cores() -> int:
 
 
 def compiler_options() -> dict[str, Any] | None:
-    """What to give ``jax.jit(..., compiler_options=...)``: options for a CPU, None elsewhere.
-
-    A choice in $XLA_FLAGS stands.
-    """
+    """What to give ``jax.jit(..., compiler_options=...)``; a choice in $XLA_FLAGS stands."""
     if not is_cpu() or YNN in os.environ.get("XLA_FLAGS", ""):
         return None
     return {YNN: FUSION_TYPES}

@@ -1,8 +1,7 @@
 """Compiled programs kept between starts of a command: JAX's cache, in the user's cache directory.
 
-JAX has the cache, its keys and its limit, and leaves it off. This module chooses where it lies. A
-compiled program fits one kind of machine and one number of cores, over which XLA divides loops, and
-a home directory may be shared by many machines: each kind and number has a directory of its own.
+A compiled program fits one kind of machine and one number of cores, over which XLA divides loops:
+each kind and number has a directory of its own.
 """
 
 from __future__ import annotations
@@ -29,12 +28,9 @@ recently used programs; seconds of compilation from which a program is kept."""
 def use_cache() -> Path | None:
     """Keeps what this process compiles from now on, and uses what is kept.
 
-    The commands call it; ``import flax_resnet`` and the library's functions do not. JAX's own
-    settings go first: JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE=0. Several processes
-    on accelerators keep nothing: where one of them finds a program and another compiles it, one may
-    wait for ever, and only the user knows of a directory that all share.
-
-    A cached program is trusted: whoever can write to the directory can run code as its user.
+    The commands call it; the library's functions do not. JAX's own settings go first. Several
+    processes on accelerators keep nothing: where one of them finds a program and another compiles
+    it, one may wait for ever. Whoever can write to the directory can run code as its user.
 
     Returns:
       The directory of this kind of machine; None where nothing was changed.

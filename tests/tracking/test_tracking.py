@@ -225,9 +225,6 @@ def test_bad_input_is_one_line(make, message, monkeypatch, tmp_path):
         make()
     assert "hunter2" not in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-def test_a_password_of_the_environment_is_not_shown(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:hunter2@127.0.0.1:1")
     assert tracking.MLflow().where == "MLflow http://***@127.0.0.1:1, experiment flax_resnet"
 

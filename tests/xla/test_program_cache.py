@@ -60,12 +60,12 @@ def test_what_the_user_has_set_is_left_alone(fresh):
     jax.config.update("jax_compilation_cache_dir", "/mine")
     assert program_cache.use_cache() is None
     assert jax.config.jax_compilation_cache_dir == "/mine"
-
-
-def test_who_has_switched_it_off_has_none_nor_have_several_processes(fresh, monkeypatch):
+    jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_enable_compilation_cache", False)
     assert program_cache.use_cache() is None
-    jax.config.update("jax_enable_compilation_cache", True)
+
+
+def test_several_processes_on_accelerators_have_none(fresh, monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert program_cache.use_cache() is None
