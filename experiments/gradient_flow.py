@@ -43,6 +43,7 @@ from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.data.normalization import normalize, statistics
 from flax_resnet.data.sklearn_digits import load_digits
 from flax_resnet.errors import check_range
+from flax_resnet.figures import canvas
 from flax_resnet.models.blocks import Connection
 from flax_resnet.records.files import replacing
 from flax_resnet.records.run_dir import RESULT, write_json
@@ -193,18 +194,10 @@ def summary(norms: np.ndarray) -> dict[str, float]:
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws norms against depth: a column for each setting, a row for each quantity.
-
-    Args:
-      results: for each network its description, and under "runs" its norms by seed.
-      path: the PNG to write.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Draws norms against depth: a column for each setting, a row for each quantity."""
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas.new_figure(11, 8)
     depths = sorted({result["depth"] for result in results})
     colors = dict(zip(CONNECTIONS, ("tab:red", "tab:blue", "tab:green"), strict=False))
     # The deeper, the longer the dashes; the deepest is drawn through.
@@ -230,8 +223,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     handles += [Line2D([], [], color="black", ls=styles[d], label=f"depth {d}") for d in depths]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(f"Gradients at initialisation, on digits; band: least to most of {seeds} seeds")
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
+    canvas.save(figure, path)
 
 
 def write_norms(results: Sequence[Mapping[str, Any]], path: Path) -> None:

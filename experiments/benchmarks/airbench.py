@@ -135,15 +135,6 @@ def measured(settings: Settings) -> Iterator[Row]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures; prints a line of JSON."""
-
-    def measured(settings: Settings) -> Iterator[Row]:
-        place = settings.data_dir and str(Path(settings.data_dir).resolve())
-        settings = dataclasses.replace(settings, data_dir=place)
-        with tempfile.TemporaryDirectory(prefix="flax_resnet_") as directory:
-            with contextlib.chdir(directory), contextlib.redirect_stdout(sys.stderr):
-                row = measure(settings, Path(directory))
-            yield {**row, "hardware": common.machine()}
-
     driver.run("airbench", Settings, __doc__ or "", argv, measured)
 
 

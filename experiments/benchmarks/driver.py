@@ -74,18 +74,9 @@ def run(
     measure: Callable[[Settings], Iterable[Row]],
     report: Callable[[Sequence[Row]], str] | None = None,
 ) -> list[Row]:
-    """A benchmark's command.
+    """A benchmark's command: the rows that ``measure`` yields, as lines of JSON with "hardware".
 
-    Args:
-      name: of its module.
-      settings: its flags.
-      about: what --help says.
-      argv: the flags; None: the process's.
-      measure: yields rows as they are measured.
-      report: what people are shown at the end; None: nothing but the lines.
-
-    Returns:
-      The rows as they were printed, each a line of JSON, with "hardware".
+    ``report`` makes what people are shown at the end, on standard error.
     """
     with one_line_errors():
         chosen = flags.cli(settings, argv, about, f"python -m experiments.benchmarks.{name}")

@@ -72,14 +72,9 @@ class Worker:
         cores: int,
         limit: float,
     ):
-        """Starts it, and waits until it is built.
+        """Starts it, and waits ``limit`` seconds at most until it is built.
 
-        Args:
-          module: its ``build`` takes the task and returns a Built.
-          task: JSON values.
-          device: what it computes on.
-          cores: of this machine, for all its threads.
-          limit: seconds that it may take.
+        The module's ``build`` takes the task, JSON values, and returns a Built.
 
         Raises:
           WorkerError: it failed, or took longer.
@@ -236,11 +231,7 @@ def usable_cores() -> int:
 
 
 def serve(build: Callable[[Mapping[str, Any]], Built]) -> None:
-    """A worker's whole life: builds what it is told to, then answers until its input ends.
-
-    Args:
-      build: from the task to what answers. What it raises is told in one line.
-    """
+    """A worker's whole life: builds what it is told to, then answers until its input ends."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a framework prints is no answer
 
