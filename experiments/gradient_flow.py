@@ -86,10 +86,7 @@ def gradient_norms(
 ) -> list[tuple[str, float]]:
     """L2 norms of the gradient of the mean cross-entropy, in training mode, from first to last.
 
-    Args:
-      module: the network.
-      variables: its variables, of blocks stacked or not.
-      batch: "image" float (N, H, W, C) and "label" int (N,).
+    The batch is "image" float (N, H, W, C) and "label" int (N,); blocks may be stacked.
 
     Returns:
       (name, norm) of each block's convolutions, "stage1_block1/conv1/kernel", and of its output,

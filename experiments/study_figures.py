@@ -33,13 +33,7 @@ def average(
     """Mean and standard deviation over runs, at the steps that all of them have logged.
 
     So runs of several lengths are averaged as far as the shortest goes, and nothing is
-    interpolated.
-
-    Args:
-      group: the runs.
-      split: which lines.
-      x: what they are placed by.
-      value: "loss" (nats), or "error", the top-1 error (%).
+    interpolated. ``value`` is "loss" (nats) or "error", the top-1 error (%).
 
     Returns:
       (places, means, standard deviations of the sample), each (points,); the deviation of one run

@@ -62,11 +62,6 @@ class Settings:
 def write_sets(data_dir: str | None, directory: Path, torch: Any) -> None:
     """Writes CIFAR-10 as the package keeps it: images (N, 32, 32, 3), labels (N,), classes.
 
-    Args:
-      data_dir: holds cifar10.
-      directory: gets train.pt and test.pt.
-      torch: writes them.
-
     Raises:
       UserError: there is no such set.
     """

@@ -105,11 +105,7 @@ def computed(
 def differences(
     found: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """{part: length of the difference over the reference's length}.
-
-    Raises:
-      AssertionError: they are not of the same names and shapes.
-    """
+    """{part: length of the difference over the reference's length}."""
     shapes = [{k: v.shape for k, v in one.items()} for one in (found, reference)]
     if shapes[0] != shapes[1]:
         raise AssertionError("the device's arrays are not of the CPU's names and shapes")

@@ -141,11 +141,7 @@ class Settings:
 
 
 def started(settings: Settings, network: str, stack: contextlib.ExitStack) -> list[workers.Entrant]:
-    """The peers of a network, built one after another.
-
-    Raises:
-      AssertionError: their networks are not the same size.
-    """
+    """The peers of a network, built one after another."""
     peers = []
     for name in (OURS, *settings.peers):
         note(f"{network}: builds {name}")

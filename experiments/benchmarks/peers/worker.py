@@ -129,15 +129,13 @@ def keras_jax(task: Task) -> workers.Built:
 
 def _repeated(step: Callable[[Any], Any], state: Any) -> Callable[[int], float]:
     """What times steps of jax that are dispatched one after another."""
-    import jax
+    from experiments.benchmarks import common
 
     def turn(steps: int) -> float:
         nonlocal state
-        start = time.perf_counter()
-        for _ in range(steps):
-            state = step(state)
-        jax.block_until_ready(state)
-        return (time.perf_counter() - start) / steps
+        given = functools.reduce, lambda state, _: step(state), range(steps), state
+        state, seconds = common.timed(*given)
+        return seconds / steps
 
     return turn
 
