@@ -158,8 +158,7 @@ def study_title(paths: Sequence[str | Path], count: int) -> str:
     configs = [read_config(workdir) for workdir in found]
     networks = list(dict.fromkeys(network_name(config.model) for config in configs))
     data = list(dict.fromkeys(config.data.title for config in configs))
-    many = f"{len(networks)} networks"
-    of = ", ".join(networks) if len(networks) <= MOST_NAMED else many
+    of = ", ".join(networks) if len(networks) <= MOST_NAMED else f"{len(networks)} networks"
     return f"{of} on {', '.join(data)}, n = {count} {'run' if count == 1 else 'runs'}"
 
 

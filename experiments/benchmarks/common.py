@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,8 +80,3 @@ def timed(function: Callable[..., Result], *args: Any) -> tuple[Result, float]:
     start = time.perf_counter()
     result = jax.block_until_ready(function(*args))
     return result, time.perf_counter() - start
-
-
-def print_json(record: Mapping[str, Any]) -> None:
-    """Prints one line of JSON at once, so that a stopped measurement leaves what it has."""
-    print(json.dumps(record), flush=True)

@@ -38,6 +38,7 @@ from experiments.benchmarks.peers.specs import NETWORKS
 from flax_resnet import UserError
 from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import check_choices
+from flax_resnet.xla.backend import usable_cores
 
 BOUNDS: Mapping[str, float] = {
     "logits": 1e-4,
@@ -83,11 +84,7 @@ class Settings:
 def computed(
     settings: Settings, network: str, dtype: str, device: workers.Device, path: Path
 ) -> tuple[dict[str, np.ndarray], str]:
-    """(arrays of a network, the device that computed them), in a process of their own.
-
-    Raises:
-      UserError: it could not.
-    """
+    """(arrays of a network, the device that computed them), in a process of their own."""
     task = {
         "network": network,
         "dtype": dtype,
@@ -95,7 +92,7 @@ def computed(
         "batch_size": settings.batch_size,
         "path": str(path),
     }
-    built = workers.Entrant.built(network, NAME, task, device, workers.usable_cores(), LIMIT)
+    built = workers.Entrant.built(network, NAME, task, device, usable_cores(), LIMIT)
     if built.error:
         raise UserError(f"{network} cannot be computed on the {device}: {built.error}")
     with np.load(path) as stored:

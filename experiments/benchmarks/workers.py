@@ -43,12 +43,9 @@ class WorkerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What answers in a worker.
+    """What answers in a worker: ``turn`` does so many steps and returns the seconds a step.
 
-    Attributes:
-      about: what there is to say of it, as JSON values.
-      turn: does so many steps; seconds a step.
-      device_peak: most bytes of an accelerator so far; None where it does not say.
+    ``about`` has JSON values; ``device_peak`` is the most bytes of an accelerator so far.
     """
 
     about: Mapping[str, Any]
@@ -59,9 +56,7 @@ class Built:
 class Worker:
     """A process that serves what a module's ``build`` makes.
 
-    Attributes:
-      about: what it said of itself when it was built, with "build_seconds", its first step
-        included.
+    ``about`` is what it said of itself then, with "build_seconds", its first step included.
     """
 
     def __init__(
@@ -221,13 +216,6 @@ def environment(own: Mapping[str, str], device: Device, cores: int) -> dict[str,
         # Several of them share a GPU's memory.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def serve(build: Callable[[Mapping[str, Any]], Built]) -> None:

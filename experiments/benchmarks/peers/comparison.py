@@ -51,6 +51,7 @@ from experiments.benchmarks.peers import worker
 from experiments.benchmarks.peers.specs import NETWORKS
 from flax_resnet import UserError, models
 from flax_resnet.errors import POSITIVE, check_choices
+from flax_resnet.xla.backend import usable_cores
 
 OURS, *OTHERS = worker.PEERS
 COLUMNS: Columns = {
@@ -137,7 +138,7 @@ class Settings:
     @property
     def threads(self) -> int:
         """Cores for each."""
-        return self.cores or workers.usable_cores()
+        return self.cores or usable_cores()
 
 
 def started(settings: Settings, network: str, stack: contextlib.ExitStack) -> list[workers.Entrant]:
