@@ -19,7 +19,7 @@ from experiments import (
     table,
     wide_resnet,
 )
-from flax_resnet.models import architecture, create
+from flax_resnet.models import create
 from flax_resnet.records.configs import from_record, to_record
 from flax_resnet.training.config import TrainConfig
 from flax_resnet.training.loop import train_and_evaluate
@@ -145,13 +145,3 @@ def test_cifar10_mini_is_the_tutorials_recipe():
     assert (config.optimizer.learning_rate, config.optimizer.eps) == (1e-3, 1e-7)
     assert config.augment.width_shift * 32 == 5
     assert (config.normalization, config.model.dropout_rate) == ("pixel", 0.25)
-
-
-def test_mnist_transfer_is_the_tutorials_recipe():
-    config = importlib.import_module("experiments.mnist_transfer").get_config()
-    model = config.model
-    assert architecture(model) == architecture(create("ResNet152"))
-    assert (model.frozen_stages, model.num_classes, len(model.hidden_units)) == (4, 10, 1)
-    assert (config.num_epochs, config.optimizer.eps) == (40, 1e-7)
-    assert 28 + 2 * config.data.pad == 32
-    assert (config.data.channels, config.weights, config.normalization) == (3, "keras", "weights")

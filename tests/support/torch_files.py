@@ -101,9 +101,7 @@ PLACE = (text("0"), text("cpu"), b"K\x02")
 # Each would make a file marker in the working directory, were it run, or is like those that would.
 ATTACKS = {
     "reduce": SYSTEM + many(COMMAND) + b"R",
-    "posix": named("posix.system") + many(COMMAND) + b"R",
     "eval": named("builtins.eval") + many(text("open('marker', 'w')")) + b"R",
-    "getattr": named("builtins.getattr") + many(text("x"), text("join")) + b"R",
     "stack global": b"\x8c\x02os\x8c\x06system\x93" + many(COMMAND) + b"R",
     "inst": b"(" + COMMAND + b"ios\nsystem\n",
     "obj": b"(" + SYSTEM + COMMAND + b"o",
@@ -117,7 +115,6 @@ ATTACKS = {
     "storage call": named("torch.FloatStorage") + many(number(2**40)) + b"R",
     "call a text": COMMAND + b")R",
     "ext1": b"\x82\x01",
-    "ext4": b"\x84\x01\0\0\0",
     "persid": b"Pos.system\n",
     "binpersid": COMMAND + b"Q",
     "persistent call": many(text("storage"), SYSTEM + many(COMMAND) + b"R", *PLACE) + b"Q",
@@ -165,7 +162,6 @@ PICKLES = {
             "items of a set": (b"\x8f" + text("state_dict") + FOUR + b"s.", ["damaged"]),
             "marks": (b"(" * LIMIT + b".", []),
             "long text": (b"X\xff\xff\xff\x7fabc.", ["damaged"]),
-            "longer text": (b"\x8d" + b"\xff" * 7 + b"\x7fabc.", ["damaged"]),
             "long bytes": (b"\x8e" + b"\xff" * 7 + b"\x0fabc.", ["damaged"]),
             "long number": (b"\x8b\xff\xff\xff\x7fabc.", ["damaged"]),
             "digits": (b"I" + b"9" * 100_000 + b"\n.", ["opcode"]),
@@ -190,7 +186,6 @@ PICKLES = {
             "offset": (tensor(RUN, (2,), (1,), offset=3), ["beyond"]),
             "stride": (tensor(RUN, (2, 2), (3, 1)), ["beyond"]),
             "negative stride": (tensor(RUN, (2,), (-1,), offset=2), ["no count"]),
-            "negative offset": (tensor(RUN, (2,), (1,), offset=-1), ["no count"]),
             "negative size": (tensor(RUN, (-2,), (1,)), ["no count"]),
             "expanded": (tensor(RUN, (2**40,), (0,)), ["larger than the file"]),
             "expanded twice": (tensor(RUN, (2**31,) * 3, (0,) * 3), ["larger than the file"]),
