@@ -97,7 +97,7 @@ def gradient_norms(
     module = module.clone(scan_blocks=False)
     kernels, outputs = jax.device_get(_gradients(module, variables, batch["image"], batch["label"]))
     norms = []
-    for block in sorted(outputs, key=_order):
+    for block in sorted(outputs, key=lambda name: [int(n) for n in re.findall(r"\d+", name)]):
         convs = sorted(name for name in kernels[block] if re.fullmatch(r"conv\d+", name))
         norms += [(f"{block}/{c}/kernel", _norm(kernels[block][c]["kernel"])) for c in convs]
         norms.append((f"{block}/output", _norm(outputs[block])))
@@ -128,10 +128,6 @@ def _gradients(module: ResNet, variables: Any, images: jax.Array, labels: jax.Ar
     jax.eval_shape(functools.partial(loss, added=None), variables["params"])
     zeros = {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}
     return jax.grad(loss, argnums=(0, 1))(variables["params"], zeros)
-
-
-def _order(block: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", block)]
 
 
 def _norm(x: np.ndarray) -> float:

@@ -19,11 +19,8 @@ Result = TypeVar("Result")
 
 def hardware() -> dict[str, Any]:
     """The device, the processor and the version of jax that a measurement was made with."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        **machine(),
-    }
+    devices = {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+    return {**devices, **machine()}
 
 
 def machine() -> dict[str, Any]:

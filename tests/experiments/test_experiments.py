@@ -135,7 +135,7 @@ def test_cifar100_dropblock_is_the_tutorials_recipe():
     epochs = config.dropblock_rise * config.num_epochs
     assert (epochs, model.dropblock_rate / epochs) == (40, pytest.approx(0.005))
     assert config.eval_every_epochs == config.num_epochs
-    assert config.data.eval_split == "test"
+    assert config.data.eval_split is None  # the test images
 
 
 def test_cifar10_mini_is_the_tutorials_recipe():
