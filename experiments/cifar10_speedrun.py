@@ -45,13 +45,7 @@ MEASURED = ("top1", "start_seconds", "train_seconds", "eval_seconds", "compile_s
 class Recipe:
     """What differs between the targets.
 
-    Attributes:
-      model: the network.
-      augment: what is done to the images besides flips.
-      epochs: of 48 steps.
-      learning_rate: per 1024 examples.
-      weight_decay: per 1024 examples, apart from the learning rate.
-      schedule: shape of the learning rate.
+    Epochs are of 48 steps, the rate and the decay (apart from the rate) per 1024 examples.
     """
 
     model: SpeedNet

@@ -43,6 +43,7 @@ from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.data.normalization import normalize, statistics
 from flax_resnet.data.sklearn_digits import load_digits
 from flax_resnet.errors import check_range
+from flax_resnet.figures import canvas
 from flax_resnet.models.blocks import Connection
 from flax_resnet.records.files import replacing
 from flax_resnet.records.run_dir import RESULT, write_json
@@ -85,10 +86,7 @@ def gradient_norms(
 ) -> list[tuple[str, float]]:
     """L2 norms of the gradient of the mean cross-entropy, in training mode, from first to last.
 
-    Args:
-      module: the network.
-      variables: its variables, of blocks stacked or not.
-      batch: "image" float (N, H, W, C) and "label" int (N,).
+    The batch is "image" float (N, H, W, C) and "label" int (N,); blocks may be stacked.
 
     Returns:
       (name, norm) of each block's convolutions, "stage1_block1/conv1/kernel", and of its output,
@@ -99,7 +97,7 @@ def gradient_norms(
     module = module.clone(scan_blocks=False)
     kernels, outputs = jax.device_get(_gradients(module, variables, batch["image"], batch["label"]))
     norms = []
-    for block in sorted(outputs, key=_order):
+    for block in sorted(outputs, key=lambda name: [int(n) for n in re.findall(r"\d+", name)]):
         convs = sorted(name for name in kernels[block] if re.fullmatch(r"conv\d+", name))
         norms += [(f"{block}/{c}/kernel", _norm(kernels[block][c]["kernel"])) for c in convs]
         norms.append((f"{block}/output", _norm(outputs[block])))
@@ -130,10 +128,6 @@ def _gradients(module: ResNet, variables: Any, images: jax.Array, labels: jax.Ar
     jax.eval_shape(functools.partial(loss, added=None), variables["params"])
     zeros = {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}
     return jax.grad(loss, argnums=(0, 1))(variables["params"], zeros)
-
-
-def _order(block: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", block)]
 
 
 def _norm(x: np.ndarray) -> float:
@@ -193,18 +187,10 @@ def summary(norms: np.ndarray) -> dict[str, float]:
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws norms against depth: a column for each setting, a row for each quantity.
-
-    Args:
-      results: for each network its description, and under "runs" its norms by seed.
-      path: the PNG to write.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Draws norms against depth: a column for each setting, a row for each quantity."""
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas.new_figure(11, 8)
     depths = sorted({result["depth"] for result in results})
     colors = dict(zip(CONNECTIONS, ("tab:red", "tab:blue", "tab:green"), strict=False))
     # The deeper, the longer the dashes; the deepest is drawn through.
@@ -230,8 +216,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     handles += [Line2D([], [], color="black", ls=styles[d], label=f"depth {d}") for d in depths]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(f"Gradients at initialisation, on digits; band: least to most of {seeds} seeds")
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
+    canvas.save(figure, path)
 
 
 def write_norms(results: Sequence[Mapping[str, Any]], path: Path) -> None:

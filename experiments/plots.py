@@ -118,12 +118,8 @@ def find_groups(
     """Runs by variant, with what each has logged.
 
     Several runs can be averaged and compared only where each has training and evaluation lines;
-    one that has not yet is left out. A run that is alone stays, with what it has.
-
-    Args:
-      paths: each a run's working directory; a variant, which holds seed0, seed1, ...; or a sweep,
-        which holds variants.
-      say: is given a line for each run that is left out.
+    one that has not yet is left out, and ``say`` is given a line. A run that is alone stays, with
+    what it has.
 
     Raises:
       UserError: a directory holds none of these, or no run that has logged enough.
@@ -162,21 +158,17 @@ def study_title(paths: Sequence[str | Path], count: int) -> str:
     configs = [read_config(workdir) for workdir in found]
     networks = list(dict.fromkeys(network_name(config.model) for config in configs))
     data = list(dict.fromkeys(config.data.title for config in configs))
-    many = f"{len(networks)} networks"
-    of = ", ".join(networks) if len(networks) <= MOST_NAMED else many
+    of = ", ".join(networks) if len(networks) <= MOST_NAMED else f"{len(networks)} networks"
     return f"{of} on {', '.join(data)}, n = {count} {'run' if count == 1 else 'runs'}"
 
 
 def depth_points(
     directory: str | Path, by: str | None = None
 ) -> dict[str, list[tuple[int, float, float | None]]]:
-    """Final errors of a sweep's finished runs, by series.
+    """Final errors of the finished runs in a sweep's table.csv, by series.
 
-    Args:
-      directory: holds table.csv, with a row for each run: its "workdir" below the directory,
-        "state", "top1" and "train_top1".
-      by: a field of the config, "model.connection": a series for each of its values. By default
-        the fields that differ between the runs, but for the seed and the sizes of the stages.
+    There is a series for each value of the config's field ``by``, by default of the fields that
+    differ between the runs, but for the seed and the sizes of the stages.
 
     Returns:
       {series: [(weighted layers, top-1 error in %, training error in % or None)]}.

@@ -93,15 +93,7 @@ def find_runs(workdir: Path) -> tuple[list[Run], list[str]]:
 def collect(
     workdirs: Sequence[Path], note: str = "", data_note: str | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """The record of one experiment's finished runs.
-
-    Args:
-      workdirs: where they are.
-      note: goes into the record.
-      data_note: the data's name in the record.
-
-    Returns:
-      (the record's name by default, the record).
+    """(the default name of the record of one experiment's finished runs, the record).
 
     Raises:
       UserError: no finished run, runs of several experiments, a run that is there twice.

@@ -71,13 +71,8 @@ def whitening_kernel(images: np.ndarray, kernel_size: int = 2, epsilon: float = 
     They are the eigenvectors of the patches' second moments about zero over the roots of the
     eigenvalues, the largest first; then the same with the other sign (section 3.2).
 
-    Args:
-      images: normalised, (N, H, W, C), of ``kernel_size`` a side or more.
-      kernel_size: k.
-      epsilon: added to the eigenvalues.
-
-    Returns:
-      float32 (k, k, C, 2 k k C).
+    Images are normalised, (N, H, W, C); ``epsilon`` is added to the eigenvalues. Returns float32
+    (k, k, C, 2 k k C).
     """
     _, height, width, channels = images.shape
     rows, columns = height - kernel_size + 1, width - kernel_size + 1
@@ -192,12 +187,7 @@ class SpeedNet(nn.Module):
         return ("stem_conv/kernel",) if self.whiten else ()
 
     def from_images(self, params: Mapping[str, Any], images: np.ndarray) -> dict[str, Any]:
-        """The parameters that a run starts with, the stem made to whiten these images.
-
-        Args:
-          params: fresh ones; with ``whiten`` off they stay as they are.
-          images: normalised as in training, (N, H, W, C).
-        """
+        """Fresh parameters with the stem made to whiten images (N, H, W, C), normalised."""
         if not self.whiten:
             return dict(params)
         stem = params["stem_conv"]

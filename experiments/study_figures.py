@@ -33,13 +33,7 @@ def average(
     """Mean and standard deviation over runs, at the steps that all of them have logged.
 
     So runs of several lengths are averaged as far as the shortest goes, and nothing is
-    interpolated.
-
-    Args:
-      group: the runs.
-      split: which lines.
-      x: what they are placed by.
-      value: "loss" (nats), or "error", the top-1 error (%).
+    interpolated. ``value`` is "loss" (nats) or "error", the top-1 error (%).
 
     Returns:
       (places, means, standard deviations of the sample), each (points,); the deviation of one run
@@ -72,15 +66,6 @@ def bands(groups: Sequence[Group], path: Path, title: str, x: Axis = "epoch") ->
 
     Lines are means over the runs of a group, the band is one standard deviation either side. Of a
     group of one run without evaluations, or without training lines, the others are drawn.
-
-    Args:
-      groups: runs by variant.
-      path: the PNG to write.
-      title: above the figure.
-      x: what they are placed by.
-
-    Raises:
-      UserError: runs of a group have no step in common.
     """
     figure = canvas.new_figure(10.5, 4.4 + 0.22 * ((len(groups) + 2) // 3))
     axes = figure.subplots(1, 2)
@@ -97,15 +82,6 @@ def training_and_test(groups: Sequence[Group], path: Path, title: str, x: Axis =
 
     As figures 1 and 6 of He et al. 2016, "Deep Residual Learning", have them. Training error is
     that of augmented batches, as training goes.
-
-    Args:
-      groups: runs by variant, such as plain20, plain56, resnet20 and resnet56.
-      path: the PNG to write.
-      title: above the figure.
-      x: what they are placed by.
-
-    Raises:
-      UserError: runs of a group have no step in common.
     """
     figure = canvas.new_figure(7, 4.8 + 0.22 * ((len(groups) + 2) // 3))
     axes = figure.subplots()
@@ -146,19 +122,17 @@ def error_by_depth(
             mean = [float(np.mean(by[d])) for d in at]
             spread = [float(np.std(by[d], ddof=1)) if len(by[d]) > 1 else 0.0 for d in at]
             axes.errorbar(at, mean, spread, **look, **style, marker="o", ms=4, capsize=3)
-        handles.append(Line2D([], [], **style, marker="o", ms=4,
-                              label=f"{canvas.plain(name)}, {_runs(len(runs))}"))  # fmt: skip
-    handles.append(Line2D([], [], color="black", lw=1.7, label="test error"))
+        label = f"{canvas.plain(name)}, {_runs(len(runs))}"
+        handles.append(Line2D([], [], **style, marker="o", ms=4, label=label))
+    black: dict[str, Any] = {"color": "black"}
+    handles.append(Line2D([], [], **black, lw=1.7, label="test error"))
     if any(train is not None for runs in points.values() for *_, train in runs):
-        handles.append(
-            Line2D([], [], color="black", lw=0.9, ls="--", label="training error (augmented)")
-        )
+        handles.append(Line2D([], [], **black, **looks[2], label="training error (augmented)"))
     if any(len(runs) > len({d for d, *_ in runs}) for runs in points.values()):
-        bar: dict[str, Any] = {"marker": "|", "ms": 10, "label": "standard deviation over seeds"}
-        handles.append(Line2D([], [], color="black", lw=0, **bar))
-    # Labels of neighbours would touch on an axis of some five inches.
-    crowded = len(depths) > 1 and np.min(np.diff(depths)) < 0.07 * np.ptp(depths)
-    axes.set_xticks(depths, list(map(str, depths)), rotation=90 if crowded else 0)
+        bar = Line2D([], [], **black, lw=0, marker="|", ms=10)
+        bar.set_label("standard deviation over seeds")
+        handles.append(bar)
+    axes.set_xticks(depths, list(map(str, depths)), rotation=90)  # neighbours would touch
     _finish(axes, "depth (weighted layers)", "top-1 error at the end (%)")
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     canvas.finish(figure, title, path)

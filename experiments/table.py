@@ -56,12 +56,7 @@ def field(text: str, label: str) -> str:
 
 
 def render(records: Mapping[str, Record], texts: Mapping[str, Document]) -> str:
-    """The README.
-
-    Args:
-      records: by name.
-      texts: by module, of ``documents``.
-    """
+    """The README, from the records by name and what ``documents`` found by module."""
     head = ["experiment", "command", "result", "differs", "hardware", "published", "status"]
     rows = []
     for module, text in texts.items():

@@ -62,11 +62,6 @@ class Settings:
 def write_sets(data_dir: str | None, directory: Path, torch: Any) -> None:
     """Writes CIFAR-10 as the package keeps it: images (N, 32, 32, 3), labels (N,), classes.
 
-    Args:
-      data_dir: holds cifar10.
-      directory: gets train.pt and test.pt.
-      torch: writes them.
-
     Raises:
       UserError: there is no such set.
     """
@@ -135,15 +130,6 @@ def measured(settings: Settings) -> Iterator[Row]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures; prints a line of JSON."""
-
-    def measured(settings: Settings) -> Iterator[Row]:
-        place = settings.data_dir and str(Path(settings.data_dir).resolve())
-        settings = dataclasses.replace(settings, data_dir=place)
-        with tempfile.TemporaryDirectory(prefix="flax_resnet_") as directory:
-            with contextlib.chdir(directory), contextlib.redirect_stdout(sys.stderr):
-                row = measure(settings, Path(directory))
-            yield {**row, "hardware": common.machine()}
-
     driver.run("airbench", Settings, __doc__ or "", argv, measured)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,11 +19,8 @@ Result = TypeVar("Result")
 
 def hardware() -> dict[str, Any]:
     """The device, the processor and the version of jax that a measurement was made with."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        **machine(),
-    }
+    devices = {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+    return {**devices, **machine()}
 
 
 def machine() -> dict[str, Any]:
@@ -81,8 +77,3 @@ def timed(function: Callable[..., Result], *args: Any) -> tuple[Result, float]:
     start = time.perf_counter()
     result = jax.block_until_ready(function(*args))
     return result, time.perf_counter() - start
-
-
-def print_json(record: Mapping[str, Any]) -> None:
-    """Prints one line of JSON at once, so that a stopped measurement leaves what it has."""
-    print(json.dumps(record), flush=True)

@@ -5,16 +5,18 @@ The processes of other frameworks never import it: it imports this library.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from experiments.benchmarks import common, workers
+from experiments.benchmarks import common
 from flax_resnet import UserError
 from flax_resnet.cli import flags
 from flax_resnet.cli.experiment import one_line_errors
 from flax_resnet.errors import check_range, did_you_mean
 from flax_resnet.records.text_tables import markdown_table
+from flax_resnet.xla.backend import usable_cores
 
 Settings = TypeVar("Settings")
 Row = dict[str, Any]
@@ -41,8 +43,8 @@ def check_names(flag: str, words: Sequence[str], known: Collection[str]) -> None
 def check_cores(cores: int | None) -> None:
     """Raises UserError unless this process may use so many cores."""
     check_range("--cores", cores, 1)
-    if cores is not None and cores > workers.usable_cores():
-        raise UserError(f"--cores {cores}: there are {workers.usable_cores()}")
+    if cores is not None and cores > usable_cores():
+        raise UserError(f"--cores {cores}: there are {usable_cores()}")
 
 
 def note(text: str) -> None:
@@ -74,18 +76,9 @@ def run(
     measure: Callable[[Settings], Iterable[Row]],
     report: Callable[[Sequence[Row]], str] | None = None,
 ) -> list[Row]:
-    """A benchmark's command.
+    """A benchmark's command: the rows that ``measure`` yields, as lines of JSON with "hardware".
 
-    Args:
-      name: of its module.
-      settings: its flags.
-      about: what --help says.
-      argv: the flags; None: the process's.
-      measure: yields rows as they are measured.
-      report: what people are shown at the end; None: nothing but the lines.
-
-    Returns:
-      The rows as they were printed, each a line of JSON, with "hardware".
+    ``report`` makes what people are shown at the end, on standard error.
     """
     with one_line_errors():
         chosen = flags.cli(settings, argv, about, f"python -m experiments.benchmarks.{name}")
@@ -94,7 +87,7 @@ def run(
             # Of the devices nothing is asked before the first row: they are the workers' at times.
             facts = {} if "hardware" in row else {"hardware": common.hardware()}
             rows.append({"benchmark": name, **row, **facts})
-            common.print_json(rows[-1])
+            print(json.dumps(rows[-1]), flush=True)  # what is stopped leaves what it has
         if report is not None:
             note(", ".join(f"{name} {value}" for name, value in rows[-1]["hardware"].items()))
             note(report(rows).rstrip())

@@ -45,6 +45,7 @@ from pathlib import Path
 from experiments.benchmarks import common, driver, input_worker, workers
 from experiments.benchmarks.driver import Columns, Row, timing_cell
 from flax_resnet.errors import check_range, check_types
+from flax_resnet.xla.backend import usable_cores
 
 REFERENCES = {"ratio_to_tf_data": "tf.data", "ratio_to_tf_data_antialias": "tf.data, antialias"}
 """By the fields that have ratios to them."""
@@ -92,7 +93,7 @@ class Settings:
     @property
     def core_counts(self) -> list[int]:
         """Each has its rows."""
-        return [self.cores] if self.cores else sorted({1, workers.usable_cores()})
+        return [self.cores] if self.cores else sorted({1, usable_cores()})
 
     def tasks(self, folder: Path) -> list[input_worker.Task]:
         """What is read, by each way on so many cores; a decoder by itself has one."""

@@ -42,17 +42,10 @@ Batches = Callable[[], Iterator[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a way is to read.
+    """What a way (a key of WAYS) is to read of a folder, train/CLASS/NAME.jpg.
 
-    Attributes:
-      way: a key of WAYS.
-      folder: of the photographs, train/CLASS/NAME.jpg.
-      size: height and width of the crops.
-      crop: which.
-      batch_size: crops in a batch.
-      cores: of the processor.
-      read_ahead: batches passed over before any is timed: those that were made before the first
-        was asked for.
+    ``read_ahead`` batches are passed over before any is timed: they were made before the first was
+    asked for.
     """
 
     way: str

@@ -38,6 +38,7 @@ from experiments.benchmarks.peers.specs import NETWORKS
 from flax_resnet import UserError
 from flax_resnet.data.normalization import normalize
 from flax_resnet.errors import check_types
+from flax_resnet.xla.backend import usable_cores
 
 BOUNDS: Mapping[str, float] = {
     "logits": 1e-4,
@@ -83,11 +84,7 @@ class Settings:
 def computed(
     settings: Settings, network: str, dtype: str, device: workers.Device, path: Path
 ) -> tuple[dict[str, np.ndarray], str]:
-    """(arrays of a network, the device that computed them), in a process of their own.
-
-    Raises:
-      UserError: it could not.
-    """
+    """(arrays of a network, the device that computed them), in a process of their own."""
     task = {
         "network": network,
         "dtype": dtype,
@@ -95,7 +92,7 @@ def computed(
         "batch_size": settings.batch_size,
         "path": str(path),
     }
-    built = workers.Entrant.built(network, NAME, task, device, workers.usable_cores(), LIMIT)
+    built = workers.Entrant.built(network, NAME, task, device, usable_cores(), LIMIT)
     if built.error:
         raise UserError(f"{network} cannot be computed on the {device}: {built.error}")
     with np.load(path) as stored:
@@ -105,11 +102,7 @@ def computed(
 def differences(
     found: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """{part: length of the difference over the reference's length}.
-
-    Raises:
-      AssertionError: they are not of the same names and shapes.
-    """
+    """{part: length of the difference over the reference's length}."""
     shapes = [{k: v.shape for k, v in one.items()} for one in (found, reference)]
     if shapes[0] != shapes[1]:
         raise AssertionError("the device's arrays are not of the CPU's names and shapes")

@@ -104,11 +104,7 @@ class Settings:
         check_bn_group(self.bn_group, self.images_per_device, self.accum_steps)
 
     def numbers(self) -> list[int]:
-        """Numbers of devices, fewest first.
-
-        Raises:
-          UserError: more than there are.
-        """
+        """Numbers of devices, fewest first; UserError where there are not so many."""
         most = jax.local_device_count()
         for number in self.devices:
             check_range("--devices", number, 1)
@@ -121,11 +117,7 @@ class Settings:
         return sorted({*(self.devices or (*powers, most))})
 
     def network(self) -> nn.Module:
-        """The model.
-
-        Raises:
-          UserError: it has no norms of parts of a batch.
-        """
+        """The model; UserError where it has no norms of parts of a batch."""
         fields: dict[str, Any] = {"dtype": self.dtype}
         if self.bn_group is not None:
             if not isinstance(models.create(self.model), models.ResNet):

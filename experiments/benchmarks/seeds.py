@@ -46,8 +46,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.num_seeds:
             raise UserError("--num-seeds: expected one or more")
-        for value in self.num_seeds:
-            check_range("--num-seeds", value, 1)
+        check_range("--num-seeds", min(self.num_seeds), 1)
         driver.check_least(self, 1, "steps", "batch_size")
 
 

@@ -30,6 +30,7 @@ from flax_resnet.optim import optimizers
 from flax_resnet.training import run
 from flax_resnet.training.step import Batch
 from flax_resnet.training.step_programs import state_sharding
+from flax_resnet.xla.backend import usable_cores
 
 Kind = Literal["train", "eval"]
 OptimizerName = Literal["sgd", "adam"]
@@ -76,11 +77,7 @@ class Settings:
         check_least(self, 1, *sizes, "steps", "rounds", "steps_per_dispatch")
 
     def config(self, name: str) -> TrainConfig:
-        """What a run of a network is set up with.
-
-        Raises:
-          UserError: there is no such network, or no such dtype.
-        """
+        """What a run of a network is set up with; UserError for an unknown name or dtype."""
         known = NETWORKS.get(name)
         batch_size = self.batch_size or (known.batch_size if known else BATCH_SIZE)
         return TrainConfig(
@@ -135,14 +132,8 @@ def round_seconds(
     step: Callable[..., Any], state: Any, batch: Batch, steps: int
 ) -> tuple[Any, float]:
     """(the state after, seconds a step) of some steps, waiting for the last."""
-
-    def several() -> Any:
-        now = state
-        for _ in range(steps):
-            now, _ = step(now, batch)
-        return now
-
-    after, seconds = common.timed(several)
+    given = functools.reduce, lambda state, _: step(state, batch)[0], range(steps), state
+    after, seconds = common.timed(*given)
     return after, seconds / steps
 
 
@@ -266,7 +257,7 @@ def rows(kind: Kind, settings: Settings) -> Iterator[Row]:
         config = settings.config(name)  # what is wrong is said before anything is measured
         gflop(config.model, settings.side(config), config.batch_size, kind)
     device: workers.Device = "gpu" if jax.default_backend() == "gpu" else "cpu"
-    best = machine_peak(device, settings.dtype, workers.usable_cores(), settings.peak_size)
+    best = machine_peak(device, settings.dtype, usable_cores(), settings.peak_size)
     for name in settings.models:
         yield {**measure(kind, name, settings, best), "peak": dataclasses.asdict(best)}
 
@@ -278,13 +269,9 @@ def report(rows: Sequence[Row]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """The machine's best square matrix product.
+    """The machine's best product of square matrices: 10^9 floating-point operations a second.
 
-    Attributes:
-      gflops: 10^9 floating-point operations a second.
-      dtype: dtype of the matrices.
-      size: their rows.
-      by: {framework: its own figure, or why it has none}.
+    ``by`` is {framework: its own figure, or why it has none}.
     """
 
     gflops: float
@@ -294,11 +281,7 @@ class Peak:
 
 
 def machine_peak(device: workers.Device, dtype: str, cores: int, size: int | None) -> Peak:
-    """Measures the machine's peak.
-
-    Raises:
-      UserError: neither framework can.
-    """
+    """Measures the machine's peak; UserError where neither framework can."""
     size = size or PEAK_SIZES[device]
     by: dict[str, float | str] = {}
     for framework in ("jax", "torch"):

@@ -43,12 +43,9 @@ class WorkerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What answers in a worker.
+    """What answers in a worker: ``turn`` does so many steps and returns the seconds a step.
 
-    Attributes:
-      about: what there is to say of it, as JSON values.
-      turn: does so many steps; seconds a step.
-      device_peak: most bytes of an accelerator so far; None where it does not say.
+    ``about`` has JSON values; ``device_peak`` is the most bytes of an accelerator so far.
     """
 
     about: Mapping[str, Any]
@@ -59,9 +56,7 @@ class Built:
 class Worker:
     """A process that serves what a module's ``build`` makes.
 
-    Attributes:
-      about: what it said of itself when it was built, with "build_seconds", its first step
-        included.
+    ``about`` is what it said of itself then, with "build_seconds", its first step included.
     """
 
     def __init__(
@@ -72,14 +67,9 @@ class Worker:
         cores: int,
         limit: float,
     ):
-        """Starts it, and waits until it is built.
+        """Starts it, and waits ``limit`` seconds at most until it is built.
 
-        Args:
-          module: its ``build`` takes the task and returns a Built.
-          task: JSON values.
-          device: what it computes on.
-          cores: of this machine, for all its threads.
-          limit: seconds that it may take.
+        The module's ``build`` takes the task, JSON values, and returns a Built.
 
         Raises:
           WorkerError: it failed, or took longer.
@@ -228,19 +218,8 @@ def environment(own: Mapping[str, str], device: Device, cores: int) -> dict[str,
     }
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def serve(build: Callable[[Mapping[str, Any]], Built]) -> None:
-    """A worker's whole life: builds what it is told to, then answers until its input ends.
-
-    Args:
-      build: from the task to what answers. What it raises is told in one line.
-    """
+    """A worker's whole life: builds what it is told to, then answers until its input ends."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a framework prints is no answer
 

@@ -47,13 +47,9 @@ WORK = "WORKDIR"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One command of the suite; it prints lines of JSON.
+    """A module of experiments with its flags, and those of its trial on a CPU (None: no trial).
 
-    Attributes:
-      module: of experiments.
-      words: its flags.
-      trial: its flags on a CPU, or None where there is no such trial.
-      result: file of WORK that has its figures, in place of its standard output.
+    It prints lines of JSON, or leaves its figures in the file ``result`` of WORK.
     """
 
     module: str

@@ -61,15 +61,7 @@ class Settings:
 
 
 def environments(settings: Settings, environ: Mapping[str, str]) -> list[dict[str, str]]:
-    """The environment of each process.
-
-    Args:
-      settings: how many processes and devices.
-      environ: of this process.
-
-    Raises:
-      UserError: the GPUs cannot be split evenly.
-    """
+    """The environment of each process; UserError where the GPUs cannot be split evenly."""
     count, found = settings.processes, []
     with socket.socket() as free:  # a port that nobody listens on
         free.bind(("", 0))
@@ -100,11 +92,6 @@ def launch(
     environ: Mapping[str, str] = os.environ,
 ) -> int:
     """Runs a command as several processes; the exit status of all.
-
-    Args:
-      command: what each process runs.
-      settings: how many, and what happens when one fails.
-      environ: of the processes.
 
     Raises:
       UserError: the command cannot be started.

@@ -48,18 +48,10 @@ def run(
     output: Path | None = None,
     least: float = LEAST_SECONDS,
 ) -> bool:
-    """Runs a command until it ends, True, or until ``end``, False; what it prints goes to a log.
+    """Runs a command until it ends, True, or until ``end`` (of time.monotonic), False.
 
-    Args:
-      command: what to run.
-      log: is added to.
-      end: of time.monotonic.
-      environment: of the command.
-      output: gets its standard output instead of the log, in place of what it holds.
-      least: seconds; with less than this left it is not started.
-
-    Raises:
-      UserError: it failed.
+    What it prints is added to ``log``; ``output`` is written anew with its standard output. With
+    less than ``least`` seconds left it is not started. Raises UserError where it fails.
     """
     if end - time.monotonic() < least:
         return False

@@ -22,7 +22,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments import results
@@ -35,40 +35,23 @@ from flax_resnet.records.run_dir import RESULT
 
 ON_CPU = {"JAX_PLATFORMS": "cpu"}
 """Writing a record is no work for the accelerator."""
-BFLOAT16 = ("--model.dtype", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """An experiment that is run in full.
-
-    Attributes:
-      module: of experiments.
-      parameters: flags of its get_config.
-      changes: flags that change its config; not for a trial.
-    """
-
-    module: str
-    parameters: tuple[str, ...] = ()
-    changes: tuple[str, ...] = ()
-
-
-STUDIES = {
-    "cifar10_resnet-depth20": Study("cifar10_resnet", ("--depth", "20")),
-    "cifar10_mini": Study("cifar10_mini", changes=BFLOAT16),
-    "cifar10_resnet-depth56": Study("cifar10_resnet", ("--depth", "56")),
-    "cifar10_dropblock": Study(
+BFLOAT16 = "--model.dtype bfloat16"
+STUDIES: Mapping[str, tuple[str, str]] = {
+    "cifar10_resnet-depth20": ("cifar10_resnet --depth 20", ""),
+    "cifar10_mini": ("cifar10_mini", BFLOAT16),
+    "cifar10_resnet-depth56": ("cifar10_resnet --depth 56", ""),
+    "cifar10_dropblock": (
         "cifar100_dropblock",
-        changes=("--data.name", "cifar10", "--model.num-classes", "10", *BFLOAT16),
+        f"--data.name cifar10 --model.num-classes 10 {BFLOAT16}",
     ),
-    "cifar10_resnet-depth110": Study("cifar10_resnet", ("--depth", "110")),
+    "cifar10_resnet-depth110": ("cifar10_resnet --depth 110", ""),
 }
-"""{directory and record: what is run}, in that order."""
-TRIAL = ("--data.name", "sklearn_digits", "--num-steps", "2", "--batch-size", "8")
+"""{directory and record: (experiment with its parameters, flags but for a trial)}, in order."""
+TRIAL = "--data.name sklearn_digits --num-steps 2 --batch-size 8"
 SMALL = {
-    "cifar10_resnet": ("--model.stage-sizes", "1", "--model.num-filters", "4"),
-    "cifar10_mini": ("--model.stage-sizes", "1", "--model.num-filters", "4"),
-    "cifar100_dropblock": ("--model.stage-filters", "4", "--model.dense-features", "8"),
+    "cifar10_resnet": "--model.stage-sizes 1 --model.num-filters 4",
+    "cifar10_mini": "--model.stage-sizes 1 --model.num-filters 4",
+    "cifar100_dropblock": "--model.stage-filters 4 --model.dense-features 8",
 }
 """Flags that shrink each experiment's network to a trial."""
 
@@ -96,12 +79,13 @@ class Settings(pieces.Settings):
 
 def command(name: str, settings: Settings) -> list[str]:
     """The command line of one study."""
-    study = STUDIES[name]
-    words = [sys.executable, "-m", f"experiments.{study.module}", *study.parameters]
+    experiment, changes = STUDIES[name]
+    module, *parameters = experiment.split()
+    words = [sys.executable, "-m", f"experiments.{module}", *parameters]
     if settings.trial:
-        words += [*TRIAL, *SMALL[study.module]]
+        words += f"{TRIAL} {SMALL[module]}".split()
     else:
-        words += [*study.changes, "--data.data-dir", str(settings.data_dir)]
+        words += [*changes.split(), "--data.data-dir", str(settings.data_dir)]
     workdir = Path(settings.workdir) / name
     return [*words, "--num-seeds", str(settings.seeds), "--workdir", str(workdir)]
 

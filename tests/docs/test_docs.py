@@ -115,7 +115,7 @@ def shortened(command):
 
 
 def runnable(page):
-    """What the runner takes: the page's Python and bash blocks, commands shortened.
+    """The page's Python and bash blocks, commands shortened.
 
     The README's commands are left out: test_readme parses them, and .ci/run runs the first two.
     """
@@ -128,7 +128,7 @@ def runnable(page):
             block = block._replace(text="\n".join(lines))
         if block.language in ("python", "bash"):
             found.append(block._asdict())
-    return [page, found]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -148,34 +148,29 @@ def test_the_code_of_a_page_runs(page, tmp_path, environment):
         run_page(page, tmp_path, environment)
 
 
+def run_blocks(page, found, **options):
+    """The docs_runner's process on a page's blocks, ended."""
+    runner = [sys.executable, str(ROOT / "tests" / "support" / "docs_runner.py")]
+    text = json.dumps([page, found])
+    return subprocess.run(runner, input=text, capture_output=True, text=True, **options)
+
+
 def run_page(page, tmp_path, environment):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "support" / "docs_runner.py")],
-        input=json.dumps(runnable(page)), cwd=tmp_path, env=environment, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+    found = runnable(page)
+    done = run_blocks(page, found, cwd=tmp_path, env=environment)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    assert done.stdout.count(f"[{page}:") == len(runnable(page)[1])
+    assert done.stdout.count(f"[{page}:") == len(found)
 
 
 def test_a_block_that_fails_or_prints_something_else_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# X\n```python\nprint(1 + 1)\n```\n```text\n3\n```\n\n```bash\nfalse\n```\n")
     first, second = blocks(page)
-    assert (first.language, first.text, first.line, first.output) == (
-        "python",
-        "print(1 + 1)\n",
-        3,
-        "3\n",
-    )
+    assert tuple(first) == ("python", "print(1 + 1)\n", 3, "3\n")
     assert (second.text, second.line, second.output) == ("false\n", 10, None)
     for chosen, message in (([first], "page says\n3"), ([second], "status 1 of")):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "tests" / "support" / "docs_runner.py")],
-            input=json.dumps(["page.md", [b._asdict() for b in chosen]]),
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = run_blocks("page.md", [block._asdict() for block in chosen])
         assert done.returncode == 1
         assert message in done.stderr
 

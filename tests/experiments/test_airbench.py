@@ -52,16 +52,14 @@ def published(monkeypatch):
         cuda=gpu, save=save, from_numpy=np.array, __version__="0",
         device=type("device", (), {}),  # the command line's parser asks for it
     )  # fmt: skip
-    package = types.SimpleNamespace(CifarLoader=load, evaluate=evaluate)
     utils = types.SimpleNamespace()
     hyp = {"opt": {"batch_size": 7}, "aug": {"flip": True}}
-    way = types.SimpleNamespace(hyp=hyp, train95=train)
-    for name, module in (
-        ("torch", torch),
-        ("airbench", package),
-        ("airbench.lib_airbench95", way),
-        ("airbench.utils", utils),
-    ):
+    for name, module in {
+        "torch": torch,
+        "airbench": types.SimpleNamespace(CifarLoader=load, evaluate=evaluate),
+        "airbench.lib_airbench95": types.SimpleNamespace(hyp=hyp, train95=train),
+        "airbench.utils": utils,
+    }.items():
         monkeypatch.setitem(sys.modules, name, module)
     return asked
 

@@ -92,16 +92,9 @@ def test_goals_are_judged_by_what_was_measured(rows, goal, measured, met):
     assert (found["measured"], found["met"]) == (measured, met)
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ([], "--data-dir: name the directory that holds cifar10"),
-        (["--trial", "--only", "number"], "--only 'number': expected some of"),
-        (["--trial", "--minutes", "0"], "--minutes=0"),
-    ],
-)
-def test_bad_input_is_one_line(words, said, capfd):
-    assert said in line_of_bad_input(gpu_suite.main, words, capfd)
+def test_bad_input_is_one_line(capfd):
+    words = ["--trial", "--only", "number"]
+    assert "--only 'number': expected some of" in line_of_bad_input(gpu_suite.main, words, capfd)
 
 
 @pytest.mark.slow

@@ -106,20 +106,3 @@ def test_bad_input_is_one_line(argv, message, capsys, monkeypatch):
         local.main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_run(tmp_path, digits_dir, clean_environment, capfd):
-    words = [
-        "-m", "experiments.digits", "--workdir", str(tmp_path / "w"), "--num-steps", "8",
-        "--batch-size", "64", "--model.stage-sizes", "1", "--model.num-filters", "8",
-        "--log-every-steps", "1",
-    ]  # fmt: skip
-    environ = clean_environment | {"TFDS_DATA_DIR": digits_dir}
-    status = launch([sys.executable, *words], Settings(2, 2), environ)
-    out, err = capfd.readouterr()
-    assert status == 0, err
-    assert json.loads((tmp_path / "w" / "result.json").read_text())["step"] == 8
-    assert "on 4 x cpu" in out
-    others = [line for line in out.splitlines() if line.startswith("[1]")]  # gloo has its say
-    assert not [line for line in others if any(word in line for word in ("step", "images", "top"))]

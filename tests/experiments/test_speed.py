@@ -10,6 +10,7 @@ from helpers import assert_trees_equal, count_parameters, drawn
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from experiments import cifar10_speedrun
 from experiments.speedrun import SpeedNet, SpeedStage, Whitening, whitening_kernel
 from flax_resnet.data.config import DataConfig
 from flax_resnet.models import trainable
@@ -56,19 +57,18 @@ def test_the_filters_are_numpys_and_their_epsilon_holds_back_what_hardly_varies(
 
 
 @pytest.mark.parametrize(
-    ("filters", "convs", "total"),
+    ("target", "total"),
     [
         # 312 + 9 (24 64 + 64 64) + 128 + 9 (64 256 + 256 256) + 512 + 9 (2 256 256) + 512 + 2560
-        ((64, 256, 256), 2, 1_971_640),
+        (94, 1_971_640),
         # 312 + 175,104 + 256 + 1,769,472 + 768 + 2,654,208 + 768 + 3840
-        ((128, 384, 384), 2, 4_604_728),
+        (95, 4_604_728),
         # 312 + 322,560 + 384 + 3,096,576 + 1152 + 6,488,064 + 1536 + 5120
-        ((128, 384, 512), 3, 9_915_704),
+        (96, 9_915_704),
     ],
 )
-def test_parameters_of_the_three_networks(filters, convs, total):
-    net = SpeedNet(stage_filters=filters, stage_convs=convs, residual=convs == 3)
-    assert count_parameters(net, (32, 32, 3)) == total
+def test_parameters_of_the_three_networks(target, total):
+    assert count_parameters(cifar10_speedrun.get_config(target).model, (32, 32, 3)) == total
 
 
 def test_a_stage_starts_as_a_pool_of_its_input(rng):

@@ -11,7 +11,7 @@ import time
 import fault_worker
 import numpy as np
 import pytest
-from fault_helpers import assert_same_end
+from run_helpers import assert_same_end
 
 from flax_resnet.records.run_dir import read_metrics
 

@@ -7,8 +7,8 @@ import time
 
 import processes
 import pytest
-from fault_helpers import assert_same_end
 from fault_worker import newest
+from run_helpers import assert_same_end
 
 from experiments.launch import local
 from flax_resnet.records.run_dir import read_metrics

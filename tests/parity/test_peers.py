@@ -5,10 +5,10 @@ import math
 import jax
 import numpy as np
 import pytest
-from helpers import shapes_of
+from helpers import noisy, shapes_of
 from parity_helpers import assert_close, channels_first, torch, torch_layout
 from peer_helpers import SIDE, SMALL
-from peer_parity import load_keras, named, perturbed
+from peer_parity import load_keras, named
 
 from experiments.benchmarks.peers import keras_nets, specs, torch_nets
 from flax_resnet import models
@@ -56,7 +56,7 @@ def load_torch(net, variables):
 def test_the_networks_compute_what_ours_do(kind, rng):
     spec, ours = SMALL[kind]
     images = rng.normal(size=(4, SIDE, SIDE, 3)).astype(np.float32)
-    variables = perturbed(ours, images, rng)
+    variables = noisy(ours, images)
     in_torch, in_keras = torch_nets.build(spec, SIDE), keras_nets.build(spec, SIDE)
     load_torch(in_torch, variables)
     load_keras(in_keras, variables)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import noisy
 from parity_helpers import assert_close, keras, torch
-from peer_parity import KERAS_NORM, load_keras, named, perturbed
+from peer_parity import KERAS_NORM, load_keras, named
 
 from experiments.benchmarks.peers import keras_nets, specs
 from flax_resnet.data import augment
@@ -24,7 +25,7 @@ def test_mini_model_equals_the_tutorials_keras_network(rng, train):
     ours, theirs = MiniModel(dropout_rate=0.0), keras_nets.build(specs.Mini(dropout=0.0), 32)
     assert sum(np.prod(w.shape) for w in theirs.trainable_weights) == 4_368_714
     x = rng.normal(size=(4, 32, 32, 3)).astype(np.float32)
-    variables = perturbed(ours, x, rng)
+    variables = noisy(ours, x)
     load_keras(theirs, variables)
     want = theirs(x, training=train)
     got, new = ours.apply(variables, x, train, mutable=["batch_stats"])

@@ -14,12 +14,6 @@ import time
 import traceback
 
 
-def same_output(want, got):
-    """Whether a block printed what the page says; "..." stands for anything."""
-    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    return doctest.OutputChecker().check_output(want, got, options)
-
-
 def run_python(block, page, namespace):
     printed = io.StringIO()
     code = compile("\n" * (block["line"] - 1) + block["text"], page, "exec")
@@ -30,11 +24,10 @@ def run_python(block, page, namespace):
         traceback.print_exc()
         sys.exit(f"{page}:{block['line']}: this block failed")
     print(printed.getvalue(), end="", flush=True)
-    if block["output"] is not None and not same_output(block["output"], printed.getvalue()):
-        sys.exit(
-            f"{page}:{block['line']}: the page says\n{block['output']}\n"
-            f"and this was printed\n{printed.getvalue()}"
-        )
+    want, got = block["output"], printed.getvalue()
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    if want is not None and not doctest.OutputChecker().check_output(want, got, options):
+        sys.exit(f"{page}:{block['line']}: the page says\n{want}\nand this was printed\n{got}")
 
 
 def main():

@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-from helpers import drawn
 from parity_helpers import keras
 
 KERAS_NORM = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"}
@@ -21,10 +20,3 @@ def load_keras(net, variables):
         its = net.get_layer(layer)
         norm = isinstance(its, keras.layers.BatchNormalization)
         getattr(its, KERAS_NORM[leaf] if norm else leaf).assign(value)
-
-
-def perturbed(ours, images, rng):
-    """Our variables, those that start at 0 and 1 too moved off their start."""
-    return jax.tree.map(
-        lambda x: np.asarray(x + 0.1 * rng.random(x.shape), np.float32), drawn(ours, images)
-    )

@@ -1,5 +1,7 @@
 """What tests compare of two runs."""
 
+from helpers import assert_trees_equal
+
 from flax_resnet.checkpoints.checkpoints import Checkpoints
 from flax_resnet.records.run_dir import read_metrics
 
@@ -20,6 +22,12 @@ def timeless(records):
 
 def numbers(workdir):
     """What a run's metrics say, without times."""
-    times = ("images_per_second", "data_wait")
-    records = read_metrics(workdir)
-    return [{k: v for k, v in record.items() if k not in times} for record in records]
+    return timeless(read_metrics(workdir))
+
+
+def assert_same_end(workdir, unbroken, step):
+    """The last states of two runs are equal to the last bit, their records but for the clock."""
+    (state, meta), (other, other_meta) = saved(workdir), saved(unbroken)
+    assert_trees_equal(state, other)
+    assert meta["step"] == other_meta["step"] == step
+    assert numbers(workdir) == numbers(unbroken)

@@ -51,6 +51,7 @@ from experiments.benchmarks.peers import worker
 from experiments.benchmarks.peers.specs import NETWORKS
 from flax_resnet import UserError, models
 from flax_resnet.errors import POSITIVE, check_types
+from flax_resnet.xla.backend import usable_cores
 
 OURS, *OTHERS = worker.PEERS
 COLUMNS: Columns = {
@@ -137,15 +138,11 @@ class Settings:
     @property
     def threads(self) -> int:
         """Cores for each."""
-        return self.cores or workers.usable_cores()
+        return self.cores or usable_cores()
 
 
 def started(settings: Settings, network: str, stack: contextlib.ExitStack) -> list[workers.Entrant]:
-    """The peers of a network, built one after another.
-
-    Raises:
-      AssertionError: their networks are not the same size.
-    """
+    """The peers of a network, built one after another."""
     peers = []
     for name in (OURS, *settings.peers):
         note(f"{network}: builds {name}")

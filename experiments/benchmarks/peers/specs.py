@@ -33,7 +33,6 @@ class ResNet:
     filters: int
     """Of the first stage, doubled with each later one."""
     classes: int
-    """Width of the output."""
     bottleneck: bool
     """Blocks of 1x1, 3x3 (with the stride) and 1x1 convolutions; else of two 3x3."""
     imagenet: bool
@@ -69,7 +68,6 @@ class Mini:
     filters: int = 32
     """Of the first stage, doubled with each later one."""
     classes: int = 10
-    """Width of the output."""
     dropout: float = 0.25
     """Share of the last map that is dropped."""
     norm: Norm = KERAS
@@ -91,7 +89,6 @@ class DropBlockNet:
     dense: tuple[int, ...] = (4096, 4096)
     """Widths of the hidden dense layers."""
     classes: int = 100
-    """Width of the output."""
     rate: float = 0.2
     """Share of zeros by DropBlock."""
     block_size: int = 5

@@ -23,19 +23,9 @@ CHANNELS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a peer is to build.
+    """What a peer (a key of PEERS) is to build: a network (a key of specs.NETWORKS) and its step.
 
-    Attributes:
-      peer: a key of PEERS.
-      network: a key of specs.NETWORKS.
-      image_size: height and width of the images.
-      batch_size: images in a step.
-      dtype: "float32" or "bfloat16": what is computed in; parameters are float32.
-      device: where.
-      cores: threads, for a framework that has to be told.
-      optimizer: "sgd", with a momentum of MOMENTUM, or "adam".
-      learning_rate: constant.
-      compile_mode: of torch.compile.
+    ``dtype`` is what is computed in; parameters are float32.
     """
 
     peer: str
@@ -135,7 +125,7 @@ def _repeated(step: Callable[[Any], Any], state: Any) -> Callable[[int], float]:
         nonlocal state
         start = time.perf_counter()
         for _ in range(steps):
-            state = step(state)
+            state = step(state)  # a state is freed as soon as the next is there
         jax.block_until_ready(state)
         return (time.perf_counter() - start) / steps
 
