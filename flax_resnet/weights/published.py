@@ -18,23 +18,20 @@ _TIMM_TAG = re.compile("timm/[a-z0-9_]+")
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """One set of weights trained on ImageNet: a file on the web, or a repository on the hub.
-
-    Attributes:
-      network: name of the network in ``models.names()`` that the weights fit exactly.
-      tag: name of the weights: "keras", "tv_v1", "tv_v2", "hf" or "timm/NAME".
-      url: https://... of the file, or hf://OWNER/NAME of the repository.
-      filename: name of the file in the cache; "" of a repository.
-      checksum: "md5:DIGEST", or "sha256:" and the first digits; "" of a repository.
-      preprocessing: as the publisher evaluated; None where the repository's config.json says it.
-    """
+    """One set of weights trained on ImageNet: a file on the web, or a repository on the hub."""
 
     network: str
+    """Name of the network in ``models.names()`` that the weights fit exactly."""
     tag: str
+    """Name of the weights: "keras", "tv_v1", "tv_v2", "hf" or "timm/NAME"."""
     url: str
+    """https://... of the file, or hf://OWNER/NAME of the repository."""
     filename: str = ""
+    """Name of the file in the cache; of no repository."""
     checksum: str = ""
+    """ "md5:DIGEST", or "sha256:" and the first digits; of no repository."""
     preprocessing: Preprocessing | None = None
+    """How the publisher evaluated the weights; None where the repository's config.json says it."""
 
 
 def find(network: str | None, tag: str = DEFAULT) -> Published:
