@@ -96,11 +96,10 @@ class Data:
         self.eval_shape = _image_shape(config, train, config.eval_image_size or config.image_size)
         self._shapes = {"train": self.image_shape, "eval": self.eval_shape}
         self.batch_shape: tuple[int, ...] = self.image_shape
-        channels = self.image_shape[2]
-        self._decoders = {split: config.decoder(channels, split) for split in SPLITS}
+        self._decoders = {split: config.decoder(self.image_shape[2], split) for split in SPLITS}
         self._chunk = max(1, CHUNK_BYTES // math.prod(self.image_shape))
-        pixels = math.prod(self.image_shape) * self.num_train
-        pixels += math.prod(self.eval_shape) * self.num_eval
+        counts = (self.num_train, self.num_eval)
+        pixels = sum(n * math.prod(x) for n, x in zip(counts, self._shapes.values(), strict=True))
         self.resident = not config.random_resized_crop and pixels <= config.resident_mb * 2**20
         if self.resident:
             self._keep({split: self._decoded(split) for split in SPLITS})
@@ -258,8 +257,8 @@ class Data:
 
     def in_order(self, split: Split, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         """A split once, in order; "mask" is False on the padding of the last batch."""
-        reader = self._reader(split, batch_size)
-        parts = self._batches(reader, 0, -(-len(reader.source) // batch_size))
+        stop = -(-len(self._sources[split]) // batch_size)
+        parts = self._batches(self._reader(split, batch_size), 0, stop)
         with contextlib.closing(parts):  # ends the workers, also where the caller stops early
             for part in parts:
                 yield self.place(part, split)
@@ -279,9 +278,8 @@ class Data:
 
     def class_counts(self, split: Split) -> np.ndarray | None:
         """Examples of each class: int (K,); None where a streamed set would have to be read."""
-        labels = getattr(self._sources[split], "labels", None)
-        if labels is None and self.resident:
-            labels = self._resident[split]["label"]
+        in_memory = self._resident[split]["label"] if self.resident else None
+        labels = getattr(self._sources[split], "labels", in_memory)
         if labels is None:
             return None
         return np.bincount(np.asarray(labels), minlength=len(self.class_names))

@@ -100,8 +100,8 @@ class BatchReader:
         """
         n = len(self.source)
         if self.seed is None:
-            rows, mask = eval_rows(step, self.batch_size, n)
-            which = {"row": rows, "mask": mask}
+            rows = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+            which = {"row": np.where(rows < n, rows, 0), "mask": rows < n}
         else:
             which = {"row": batch_rows(self.seed, step, self.batch_size, n, self.repeats)}
             if self.with_rows:
@@ -136,13 +136,6 @@ class BatchReader:
 def shard_slice(n: int, index: int, count: int) -> slice:
     """The rows of part ``index`` where n rows are cut into ``count`` equal parts."""
     return slice(index * n // count, (index + 1) * n // count)
-
-
-def eval_rows(step: int, batch_size: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of evaluation batch ``step`` in file order, and the mask of those that count."""
-    rows = np.arange(step * batch_size, (step + 1) * batch_size)
-    mask = rows < n
-    return np.where(mask, rows, 0), mask
 
 
 def decode_rows(

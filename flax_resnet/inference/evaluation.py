@@ -109,8 +109,9 @@ def evaluate(
             for (_, labels), scores in metrics.outputs(step, batches)
         ]
     except Unreadable:
-        bad = undecodable_rows(source, rows.tolist(), prepared)
-        raise unreadable(bad) from None  # with all that are unreadable
+        if bad := undecodable_rows(source, rows.tolist(), prepared):
+            raise unreadable(bad) from None  # with all that are unreadable
+        raise
     scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     means = {name: float(values.mean(dtype=np.float64)) for name, values in scores.items()}
     if not math.isfinite(means["loss"]):
