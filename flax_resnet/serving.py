@@ -30,8 +30,7 @@ MIN_SIDE = 256
 def launch(of: Classifier, title: str, host: str, port: int, browser: bool) -> tuple[Any, str]:
     """Serves the page in threads; returns it, a gradio.Interface, and its address.
 
-    Raises:
-      OSError: the port cannot be used.
+    Where the port cannot be used, OSError is raised.
     """
     import gradio as gr
 
@@ -69,14 +68,9 @@ def launch(of: Classifier, title: str, host: str, port: int, browser: bool) -> t
 
 
 def explain(of: Classifier, path: Path | str | None) -> tuple[dict[str, float], np.ndarray | None]:
-    """The five most probable classes of an image file, and Grad-CAM of the first.
+    """({name: probability} of an image file's five most probable classes, Grad-CAM of the first).
 
-    Returns:
-      ({name: softmax probability}, the image under the heat map, uint8 (H, W, 3) of at least 256
-      pixels a side; None if the network has no map).
-
-    Raises:
-      UserError: no image, one that cannot be read, or outputs that are not finite.
+    That is the image under the heat map, uint8 (H, W, 3); None if the network has no map.
     """
     if path is None:
         raise UserError("no image: drop one")

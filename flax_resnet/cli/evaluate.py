@@ -82,7 +82,7 @@ class Settings(WeightFlags):
         asked = dataclasses.asdict(self.data).items()
         given = {name: v for name, v in asked if v is not None and v is not False}
         named, run = {"name", "folder"} & given.keys(), Path(self.weights).expanduser()
-        is_run = is_path(self.weights) and (run / METRICS if named else run).exists()
+        is_run = is_path(self.weights) and ((run / METRICS).is_file() if named else run.is_dir())
         if len(named) == 2 or not (named or is_run):
             raise UserError(
                 "expected one of --data.name NAME and --data.folder DIR: what images (weights that "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import json
 import sys
 from pathlib import Path
@@ -52,12 +51,12 @@ class Settings(WeightFlags):
 
 def main(settings: Settings) -> None:
     """``flax-resnet predict``."""
-    say = functools.partial(print, file=sys.stderr)
-    files = find_images(settings.images, say)
+    notes: list[str] = []
+    files = find_images(settings.images, notes.append)
     opened, read = settings.open(settings.weights), 0
 
     def skip(path: Path, error: Exception) -> None:
-        say(f"skipped {shown(path)}: {reason(error)}")
+        print(f"skipped {shown(path)}: {reason(error)}", file=sys.stderr)
 
     found = predict_images(
         opened, files, top=settings.top, batch_size=settings.batch_size, on_error=skip
@@ -79,3 +78,5 @@ def main(settings: Settings) -> None:
                 print(path, *lines, sep="\n", file=out)
         if not read:
             raise UserError(f"none of {len(files)} images could be read: give others")
+    for line in notes:
+        print(line, file=sys.stderr)

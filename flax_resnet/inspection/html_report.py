@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from flax_resnet import figures
 from flax_resnet.errors import UserError
-from flax_resnet.inspection import PARTS, Part, Session, open_run
+from flax_resnet.inspection import PARTS, Session, open_run
 from flax_resnet.inspection.run import Which
 from flax_resnet.models import network_name
 from flax_resnet.records import run_dir
@@ -55,13 +55,13 @@ def report(
     """
     workdir = Path(workdir).expanduser()
     config, record = run_dir.read_config(workdir), run_dir.read_record(workdir)
-    name = f"{network_name(config.model)} on {config.data.title}, seed {config.seed}"
+    title = f"{network_name(config.model)} on {config.data.title}, seed {config.seed}"
     records = run_dir.read_metrics(workdir)
 
     def draw_curves(path: Path) -> str:
         if not records:
             raise UserError(f"{workdir} has no lines in metrics.jsonl yet")
-        figures.curves(records, path, name)
+        figures.curves(records, path, title)
         return "Training figures are of augmented batches, each the mean since the line before."
 
     @functools.cache
@@ -69,45 +69,34 @@ def report(
         run = open_run(workdir, checkpoint, folder=folder, data_dir=data_dir)
         return Session(run, tuple(images), seed=seed, say=say)
 
-    def draw(part: Part, path: Path) -> str:
-        say(part.heading)
-        return part.draw(session(), path)
-
-    starts = [_start(number, one) for number, one in enumerate(record["starts"], 1)]
     missing: dict[str, list[str]] = {}
-    picture = functools.partial(_picture, missing)
-    sections = [
-        ("result", "Result", _result(workdir)),
-        picture("curves", "Curves", draw_curves),
-        *(
-            picture(anchor, part.heading, functools.partial(draw, part))
-            for anchor, part in PARTS.items()
-            if anchor != "lr" or lr_finder
-        ),
+
+    def picture(name: str, heading: str, draw: Callable[[Path], str]) -> Section:
+        say(heading)
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "figure.png"
+            try:
+                caption = html.escape(draw(path))
+            except UserError as error:
+                missing.setdefault(str(error), []).append(heading)
+                return name, heading, f"<p>{html.escape(f'Not drawn: {error}')}</p>"
+            data = base64.b64encode(path.read_bytes()).decode()
+        image = f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">'
+        return name, heading, f"<figure>{image}\n<figcaption>{caption}</figcaption></figure>"
+
+    sections = [("result", "Result", _result(workdir)), picture("curves", "Curves", draw_curves)]
+    for name, part in PARTS.items():
+        if name != "lr" or lr_finder:
+            sections.append(picture(name, part.heading, lambda path: part.draw(session(), path)))  # noqa: B023
+    starts = [_start(number, one) for number, one in enumerate(record["starts"], 1)]
+    sections += [
         ("config", "Config", _table(flatten(record["config"]))),
         ("environment", "Environment", "\n".join(starts)),
     ]
     notes = [f"Not drawn: {', '.join(names)}: {reason}" for reason, names in missing.items()]
     for note in notes:
         say(note)
-    return _page(name, workdir, sections, notes)
-
-
-def _picture(
-    missing: dict[str, list[str]], name: str, heading: str, draw: Callable[[Path], str]
-) -> Section:
-    """The section of a picture, or of the reason why it is ``missing``: {reason: headings}."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "figure.png"
-        try:
-            caption = html.escape(draw(path))
-        except UserError as error:
-            missing.setdefault(str(error), []).append(heading)
-            return name, heading, f"<p>{html.escape(f'Not drawn: {error}')}</p>"
-        data = base64.b64encode(path.read_bytes()).decode()
-    image = f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">'
-    figure = f"<figure>{image}\n<figcaption>{caption}</figcaption></figure>"
-    return name, heading, figure
+    return _page(title, workdir, sections, notes)
 
 
 def _page(name: str, workdir: Path, sections: Sequence[Section], notes: Sequence[str]) -> str:

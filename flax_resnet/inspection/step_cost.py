@@ -47,15 +47,8 @@ def analyze(config: TrainConfig, mesh: Mesh | None = None) -> dict[str, dict[str
     The network's multiply-adds are those of convolutions and dense layers, two FLOP each; in
     training there are two more for the inputs' and two for the weights' gradients.
 
-    Args:
-      config: the run.
-      mesh: devices to compile for; by default all.
-
-    Returns:
-      {"train", "eval": {what: a number, NaN where the backend does not say, or text}}.
-
-    Raises:
-      UserError: bad input, as of ``train_and_evaluate``.
+    Returns {"train", "eval": {what: a number, NaN where the backend does not say, or text}}. The
+    ``mesh`` has the devices to compile for, by default all.
     """
     if config.cache_features:
         raise UserError(
