@@ -32,7 +32,8 @@ ROOT = Path(__file__).parents[1]
 CROP = 128
 """Side of a photograph's crops, in pixels; neighbours share half of it."""
 CROPS = "crops of two photographs"
-CROPS_FLAGS = ["--num-epochs", "3", "--data.image-size", "64"]
+FLAGS = {CROPS: ("--num-epochs 3", "--data.image-size 64")}
+"""Flags of each training on a folder; none where it is not named."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,16 +49,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for folder in make_folders(asked.directory / "images", asked.data_dir):
         counts = [len(list(directory.iterdir())) for directory in folder.iterdir()]
-        rows.append([folder.name, str(len(counts)), str(sum(counts))])
-        flags = CROPS_FLAGS if folder.name == CROPS else []
-        for name, checkout in checkouts.items():
-            workdir = asked.directory / name / folder.name
-            command = [sys.executable, "-m", "flax_resnet", "train", str(folder), *flags]
-            command += ["--num-seeds", str(asked.seeds), "--workdir", str(workdir)]
-            environment = {**os.environ, "PYTHONPATH": str(checkout)}
-            subprocess.run(command, check=True, env=environment, cwd=checkout)
-            results = [json.loads(path.read_text()) for path in workdir.glob("**/result.json")]
-            rows[-1] += [str(results[0]["step"]), plus_minus([100 * r["top1"] for r in results], 1)]
+        for flags in FLAGS.get(folder.name, ("",)):
+            title = f"{folder.name} {flags}".strip()
+            rows.append([title, str(len(counts)), str(sum(counts))])
+            for name, checkout in checkouts.items():
+                workdir = asked.directory / name / title
+                command = [
+                    sys.executable,
+                    "-m",
+                    "flax_resnet",
+                    "train",
+                    str(folder),
+                    *flags.split(),
+                ]
+                command += ["--num-seeds", str(asked.seeds), "--workdir", str(workdir)]
+                environment = {**os.environ, "PYTHONPATH": str(checkout)}
+                subprocess.run(command, check=True, env=environment, cwd=checkout)
+                results = [json.loads(path.read_text()) for path in workdir.glob("**/result.json")]
+                top1 = plus_minus([100 * result["top1"] for result in results], 1)
+                rows[-1] += [str(results[0]["step"]), top1]
     print(markdown_table(["folder", "classes", "images", *pairs], rows))
 
 
@@ -76,7 +86,9 @@ def make_folders(root: Path, data_dir: str | None) -> Iterable[Path]:
     crops = np.stack([image[window] for image in photographs for window in windows])
     labels = np.repeat([0, 1], len(windows))
     yield write(root / CROPS, crops, labels, ["temple", "flower"], 40)
-    if data_dir is not None:
+    if data_dir is None:
+        print("without --data-dir: CIFAR-10 is left out", file=sys.stderr)
+    else:
         (source,) = sources.open_tfds("cifar10", data_dir, ["train"])
         encoded, labels = source.read(range(4000))
         opened = [Image.open(io.BytesIO(data)) for data in encoded]

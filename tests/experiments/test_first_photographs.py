@@ -22,5 +22,6 @@ def test_the_table_has_a_row_for_each_folder(tmp_path, monkeypatch, capsys):
         f"| digits, 20 a class | 10 | 200{run} |",
         f"| digits, 100 a class | 10 | 1000{run} |",
         f"| digits, all | 10 | 1797{run} |",
-        f"| crops of two photographs | 2 | 80{run} |",
+        f"| crops of two photographs --num-epochs 3 | 2 | 80{run} |",
+        f"| crops of two photographs --data.image-size 64 | 2 | 80{run} |",
     ]
