@@ -21,7 +21,8 @@ def places(request, tmp_path):
     return folder, tmp_path / "odd [" / f"b] {request.param}", request.param
 
 
-def test_a_run_is_made_read_and_compared(call, places):
+def test_a_run_is_made_read_and_compared(call, places, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
     folder, workdir, name = places
     code, out, _ = call("train", folder, *SMALL, "--workdir", workdir)
     escaped = os.fsencode(name).decode(errors="backslashreplace")
