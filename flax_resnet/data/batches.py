@@ -201,8 +201,13 @@ class Data:
         if bad:
             raise sources.unreadable(bad)
 
-    def begin_check(self) -> Callable[[], None]:
-        """Begins ``check_readable`` in a thread for a folder that streams; returns what ends it."""
+    def begin_check(self, say: Callable[[str], None]) -> Callable[[], None]:
+        """Begins ``check_readable`` in a thread for a folder that streams; returns what ends it.
+
+        That calls ``say`` with a line where it has to wait.
+        """
+        if self.resident or self._config.folder is None or self._config.skip_unreadable:
+            return lambda: None
         checked: Future[None] = Future()
 
         def check() -> None:
@@ -212,10 +217,14 @@ class Data:
             except BaseException as error:
                 checked.set_exception(error)
 
-        if self.resident or self._config.folder is None or self._config.skip_unreadable:
-            return lambda: None
+        def finish() -> None:
+            if not checked.done():
+                count = self.num_train + self.num_eval
+                say(f"decodes all {count:,} images once, to find those that cannot be read")
+            checked.result()
+
         threading.Thread(target=check, daemon=True).start()
-        return checked.result
+        return finish
 
     def train_batches(
         self, seed: int | Sequence[int], batch_size: int, start_step: int, stop_step: int

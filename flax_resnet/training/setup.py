@@ -32,7 +32,7 @@ def set_up(config: TrainConfig, workdir: Path, mesh: Mesh) -> Run:
     with guards.memory_advice(advice):
         run = prepare(config, workdir, mesh)
         if not restore(run):
-            run.finish_check = run.data.begin_check()
+            run.finish_check = run.data.begin_check(say)
             state = measured(config, run.data, run.state)
             run.state, run.progress.start_seconds = fitted(config, run.data, state)
         if config.cache_features:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import struct
+import threading
 import unicodedata
 import zlib
 
@@ -197,9 +198,17 @@ def test_all_that_breaks_off_in_either_part_is_one_list(root, mesh, resident_mb)
         (root / name).write_bytes((root / name).read_bytes()[:120])
     config = DataConfig(folder=str(root), image_size=8, resident_mb=resident_mb, num_workers=0)
     with pytest.raises(UserError, match=r"3 unreadable.*cat/05\.png.*cat/04\.png.*dog/19\.png"):
-        Data(config, mesh, 2).begin_check()()
+        Data(config, mesh, 2).begin_check(print)()
     with pytest.raises(UserError, match="3 unreadable images"):
         list(Data(config, mesh, 2).train_images())
+
+
+def test_who_waits_until_all_images_have_been_decoded_is_told(root, mesh, monkeypatch):
+    data = Data(DataConfig(folder=str(root), image_size=8, resident_mb=0), mesh, 2)
+    said, told = [], threading.Event()
+    monkeypatch.setattr(data, "check_readable", told.wait)
+    data.begin_check(lambda line: (said.append(line), told.set()))()
+    assert said == ["decodes all 40 images once, to find those that cannot be read"]
 
 
 def test_a_folder_that_cannot_be_listed_is_named(root, monkeypatch):
