@@ -140,7 +140,7 @@ def open_weights(weights: str | Path, network: str | None = None) -> Pretrained:
     if opened.assumed:
         warnings.warn(
             f"{path}: nothing says how images are prepared for it: unless it is given, the "
-            f"preprocessing is {opened.assumed}",
+            f"preprocessing is {opened.assumed}, of photographs as they are displayed",
             Note,
             stacklevel=2,
         )

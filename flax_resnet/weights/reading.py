@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import warnings
@@ -124,6 +125,8 @@ def _inferred(
         preprocessing, assumed = beside.preprocessing, ""
     elif module.stem == "cifar" or channels != 3:
         preprocessing, assumed = None, ""
+    if assumed and preprocessing is not None:  # no publisher says to take them as stored
+        preprocessing = dataclasses.replace(preprocessing, as_displayed=True)
     shape = (*models.default_shape(module)[:2], channels)
     variables = _fit(module, tensors, naming_of(module, keras), shape)
     return Pretrained(module, variables, preprocessing, names, certain=keras, assumed=assumed)

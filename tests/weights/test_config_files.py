@@ -139,6 +139,6 @@ def test_what_is_taken_for_the_preprocessing_is_said(tmp_path):
     path = without_description(saved(tmp_path, module)[0])
     said = f"{path}: nothing says how images are prepared for it: unless it is given, the "
     with pytest.warns(Note, match=re.escape(said) + "preprocessing is torchvision's first"):
-        assert open_weights(path).preprocessing == TORCH
+        assert open_weights(path).preprocessing == dataclasses.replace(TORCH, as_displayed=True)
     write_weights(path, module, random_variables(module), preprocessing=TORCH)
     assert open_weights(path).assumed == ""  # a Note would fail the test

@@ -1,5 +1,6 @@
 """Names, layouts and inference of networks; round trips; what does not fit is listed exactly."""
 
+import dataclasses
 import json
 import re
 
@@ -239,7 +240,7 @@ def test_writing_refuses_what_cannot_be_written(tmp_path):
 
 def test_torch_files_are_taken_as_torchvisions(tmp_path):
     opened = open_file(without_description(saved(tmp_path, create("resnet18", **SMALL))[0]))
-    assert opened.preprocessing == TORCH
+    assert opened.preprocessing == dataclasses.replace(TORCH, as_displayed=True)
     path, _ = saved(tmp_path, create("resnet20", **SMALL))
     assert open_file(without_description(path)).preprocessing is None
 
