@@ -7,7 +7,7 @@ from experiments.benchmarks import workers
 
 
 def build(task):
-    print("noise on the standard output")
+    print("noise on the standard output", flush=True)
     match task["do"]:
         case "fail":
             raise ValueError("two\nlines")
