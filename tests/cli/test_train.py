@@ -28,6 +28,7 @@ def few(tmp_path, monkeypatch):
     return class_folders(tmp_path / "my photos", ["dog"], 10, (8, 8))
 
 
+@pytest.mark.slow
 def test_of_few_images_the_first_line_names_finetune_which_works_as_printed(call, few, monkeypatch):
     code, out, err = call("train", "my photos", *TINY)
     assert code == 0, err

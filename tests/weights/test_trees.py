@@ -316,6 +316,7 @@ def test_a_pickled_module_is_refused_with_a_line_that_works(tmp_path, monkeypatc
     assert_trees_equal(read("net.pth")[1], net[1])
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_was_read(tmp_path, net):
     """One line, and the line that it prints converts the other network."""
     source, dest = tmp_path / "timm.safetensors", tmp_path / "out.safetensors"
