@@ -117,6 +117,7 @@ def one_line_errors() -> Iterator[None]:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("always", category=Note)
             show = warnings.showwarning
             warnings.showwarning = lambda note, kind, *place: (
                 print(f"note: {note}", file=sys.stderr)
