@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from flax_resnet import models
@@ -69,7 +70,7 @@ def _imbalance(data: Data) -> list[str]:
     train, evaluation = data.class_counts("train"), data.class_counts("eval")
     if train is None or evaluation is None or 10 * train.max() < 11 * train.min():
         return []
-    most, least = int(train.argmax()), int(train.argmin())
+    most, least = int(np.argmax(train)), int(np.argmin(train))
     name, share = data.class_names[most], evaluation[most] / evaluation.sum()
     return [
         f"the classes differ in size: {train[most]:,} training images of {name!r}, "
