@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +15,7 @@ from flax_resnet.cli.flags import PROG, DataDir, Positional, flag
 from flax_resnet.data.config import DataConfig
 from flax_resnet.data.preparation import prepare
 from flax_resnet.errors import UserError
+from flax_resnet.records.files import quoted
 from flax_resnet.records.run_dir import CONFIG, read_config, read_record
 from flax_resnet.training import recipes
 from flax_resnet.training.config import TrainConfig
@@ -94,7 +94,7 @@ def parse(command: str, argv: Sequence[str]) -> flags.Invocation:
 def _name_finetune(data: str, given: recipes.Given, line: str) -> None:
     """Prints what is said of few images, and the command that starts from ImageNet's weights."""
     words = ["finetune", data, *(["--data.data-dir", given.data_dir] if given.data_dir else [])]
-    print(f"{line}: {PROG} {shlex.join(words)}", flush=True)
+    print(f"{line}: {PROG} {' '.join(map(quoted, words))}", flush=True)
 
 
 def _resumed(chosen: flags.Invocation, argv: Sequence[str]) -> flags.Invocation:

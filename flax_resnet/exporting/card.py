@@ -7,7 +7,6 @@ beside it says.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from flax_resnet.data.folders import TEST_NAMES
+from flax_resnet.records.files import quoted
 from flax_resnet.weights import Pretrained
 from flax_resnet.weights.hub import client, is_address, parse
 
@@ -145,5 +145,5 @@ def _measured(address: str, trained: Trained) -> tuple[list[Any], str]:
         step=step,
         best=f", the best of {len(top1)} evaluations on these images" if chosen else "",
         folder=", DIR being the same folder" if data.folder else "",
-        flags=shlex.join(words),
+        flags=" ".join(map(quoted, words)),
     )
